@@ -1,0 +1,87 @@
+"""The nouns that everything else is said in: address, direction, entry, record, reason.
+
+An *address* is its 4 or 16 bytes in network order: the form that the kernel signals and the maps hold, and a cheap
+dictionary key. Text form exists only at the edges (etcd keys, CLI, logs), through :func:`format_address`.
+"""
+
+from __future__ import annotations
+
+import enum
+import ipaddress
+from dataclasses import dataclass
+
+Address = bytes
+"""4 (IPv4) or 16 (IPv6) bytes in network order."""
+
+Network = ipaddress.IPv4Network | ipaddress.IPv6Network
+
+
+def format_address(address: Address) -> str:
+    """Return the canonical text that Cilium uses in etcd keys (dotted quad, or RFC 5952)."""
+    return str(ipaddress.ip_address(address))
+
+
+def parse_address(text: str) -> Address:
+    """Return the bytes of a textual address; ValueError if it is none."""
+    return ipaddress.ip_address(text).packed
+
+
+class Direction(enum.IntEnum):
+    """Whose address missed: a pod's destination (egress) or a network peer's source (ingress)."""
+
+    EGRESS = 0
+    INGRESS = 1
+
+
+class EntryFlag(enum.IntFlag):
+    """Bits of the last byte of an ipcache value (cilium-formats 1.3); other bits are left alone, never set."""
+
+    SKIP_TUNNEL = 1
+    HAS_TUNNEL_EP = 2
+    IPV6_TUNNEL_EP = 4
+    REMOTE_CLUSTER = 8
+
+
+@dataclass(frozen=True, slots=True)
+class Entry:
+    """What the ipcache map says of one prefix.
+
+    identity: the security identity number.
+    tunnel_endpoint: address of the node that hosts the peer, or None.
+    encrypt_key: encryption key index, 0 for none.
+    flags: all eight flag bits as found, :class:`EntryFlag` names the known ones.
+    """
+
+    identity: int
+    tunnel_endpoint: Address | None = None
+    encrypt_key: int = 0
+    flags: int = 0
+
+
+class Space(enum.Enum):
+    """Which etcd keys a record came from; the value is the keyword used in logs and the journal."""
+
+    PUSHED = "default"
+    """``cilium/state/ip/v1/default/<ip>`` in the owner's store: every consumer watches it."""
+    PULL_ONLY = "ondemand"
+    """``cilium/state/ip/v1/ondemand/<ip>`` in the owner's store: read on a miss only."""
+    CACHED = "cache"
+    """``cilium/cache/ip/v1/<cluster>/<ip>`` in the local kvstoremesh store."""
+
+
+class Reason(enum.Enum):
+    """Why an address has no entry, or why it lost the one it had."""
+
+    NOT_FOUND = "not-found"
+    OUT_OF_SCOPE = "out-of-scope"
+    UNKNOWN_IDENTITY = "unknown-identity"
+    FORGED = "forged"
+    MALFORMED = "malformed"
+    AMBIGUOUS = "ambiguous"
+    NO_CLUSTER = "no-cluster"
+    CLUSTER_DOWN = "cluster-down"
+    READ_FAILED = "read-failed"
+    NOT_OURS = "not-ours"
+    MAP_FULL = "map-full"
+    INSTALL_FAILED = "install-failed"
+    SHED = "shed"

@@ -1,0 +1,1 @@
+"""etcd and only etcd: the only importer of grpc."""
