@@ -1,0 +1,294 @@
+"""The Python mirror of bpf/include/*_abi.h, and the two functions each that turn a struct into a core value and back.
+
+Written by hand; tests/datapath/test_abi_layout.py compares every field and offset with the C side's BTF, and the
+loader compares the sizes with the compiled maps before anything is attached. Multi-byte numbers are native endian;
+members named *addr*, *endpoint*, *local*, *peer* and *port* hold network-order bytes.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import ipaddress
+import struct
+from ctypes import c_uint8, c_uint16, c_uint32, c_uint64
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from lazymesh.core.model import Address, Direction, Entry, EntryFlag, Network
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+SIGNAL_IPCACHE_MISS = 3
+FAMILY_IPV4, FAMILY_IPV6 = 1, 2
+
+
+class IpcacheKey(ctypes.Structure):
+    """struct ipcache_key."""
+
+    _fields_ = (
+        ("prefixlen", c_uint32),
+        ("cluster_id", c_uint16),
+        ("pad1", c_uint8),
+        ("family", c_uint8),
+        ("addr", c_uint8 * 16),
+    )
+
+
+class IpcacheEntry(ctypes.Structure):
+    """struct ipcache_entry: Cilium's value since 1.18."""
+
+    _fields_ = (
+        ("sec_identity", c_uint32),
+        ("tunnel_endpoint", c_uint8 * 16),
+        ("pad", c_uint16),
+        ("encrypt_key", c_uint8),
+        ("flags", c_uint8),
+    )
+
+
+class IpcacheEntryV1(ctypes.Structure):
+    """struct ipcache_entry_v1: Cilium's value up to 1.17."""
+
+    _fields_ = (
+        ("sec_identity", c_uint32),
+        ("tunnel_endpoint", c_uint8 * 4),
+        ("pad", c_uint16),
+        ("encrypt_key", c_uint8),
+        ("flags", c_uint8),
+    )
+
+
+class IpcacheMiss(ctypes.Structure):
+    """struct ipcache_miss: one signal."""
+
+    _fields_ = (
+        ("signal", c_uint32),
+        ("family", c_uint8),
+        ("direction", c_uint8),
+        ("cluster_id", c_uint16),
+        ("ifindex", c_uint32),
+        ("addr", c_uint8 * 16),
+        ("pad", c_uint32),
+        ("ktime_ns", c_uint64),
+    )
+
+
+class Config(ctypes.Structure):
+    """struct lm_config."""
+
+    _fields_ = (
+        ("rearm_ns", c_uint64),
+        ("interface_interval_ns", c_uint64),
+        ("interface_burst_ns", c_uint64),
+        ("global_interval_ns", c_uint64),
+        ("global_burst_ns", c_uint64),
+        ("muted", c_uint32),
+        ("on_miss", c_uint32),
+        ("enforced", c_uint32),
+        ("pad", c_uint32),
+    )
+
+
+class Counters(ctypes.Structure):
+    """struct lm_counters."""
+
+    _fields_ = tuple(
+        (name, c_uint64)
+        for name in (
+            "hit",
+            "not_mesh",
+            "not_parsed",
+            "missed",
+            "signalled",
+            "suppressed_dedup",
+            "suppressed_rate",
+            "muted",
+            "lost",
+            "missed_drop",
+            "policy_allow",
+            "policy_reply",
+            "policy_fragment",
+            "policy_deny",
+        )
+    )
+
+
+class MeshCidr(ctypes.Structure):
+    """struct lm_mesh_cidr."""
+
+    _fields_ = (("cluster_id", c_uint16), ("pad", c_uint16))
+
+
+class DedupKey(ctypes.Structure):
+    """struct lm_dedup_key."""
+
+    _fields_ = (("addr", c_uint8 * 16), ("family", c_uint32))
+
+
+class PolicyKey(ctypes.Structure):
+    """struct lm_policy_key."""
+
+    _fields_ = (("identity", c_uint32), ("direction", c_uint32))
+
+
+class FlowKey(ctypes.Structure):
+    """struct lm_flow_key."""
+
+    _fields_ = (
+        ("local", c_uint8 * 16),
+        ("peer", c_uint8 * 16),
+        ("local_port", c_uint16),
+        ("peer_port", c_uint16),
+        ("family", c_uint8),
+        ("protocol", c_uint8),
+        ("initiator", c_uint8),
+        ("pad", c_uint8),
+    )
+
+
+class Flow(ctypes.Structure):
+    """struct lm_flow."""
+
+    _fields_ = (("seen_ns", c_uint64), ("closing", c_uint32), ("pad", c_uint32))
+
+
+class Owned(ctypes.Structure):
+    """struct lm_owned: one line of the ownership journal."""
+
+    _fields_ = (
+        ("entry", IpcacheEntry),
+        ("previous", IpcacheEntry),
+        ("cluster_id", c_uint16),
+        ("pad1", c_uint16),
+        ("pad2", c_uint32),
+    )
+
+
+STRUCTS: Mapping[str, type[ctypes.Structure]] = {
+    "ipcache_key": IpcacheKey,
+    "ipcache_entry": IpcacheEntry,
+    "ipcache_entry_v1": IpcacheEntryV1,
+    "ipcache_miss": IpcacheMiss,
+    "lm_config": Config,
+    "lm_counters": Counters,
+    "lm_mesh_cidr": MeshCidr,
+    "lm_dedup_key": DedupKey,
+    "lm_policy_key": PolicyKey,
+    "lm_flow_key": FlowKey,
+    "lm_flow": Flow,
+    "lm_owned": Owned,
+}
+"""Every struct that both sides know, by its C name: the registry that the layout test walks."""
+
+_STATIC_BITS = 8 * (IpcacheKey.addr.offset - IpcacheKey.cluster_id.offset)
+"""Bits that every prefix length counts before the address: cluster id, padding, family."""
+
+# struct is three times as fast as filling a ctypes structure, and this is the miss path; the layout test binds both.
+_KEY = struct.Struct("=IHBB16s")
+_ENTRY = struct.Struct("=I16sHBB")
+_ENTRY_V1 = struct.Struct("=I4sHBB")
+_OWNED = struct.Struct("=24s24sHHI")
+_MISS = struct.Struct("=IBBHI16sIQ")
+
+
+def pack_address_key(address: Address) -> bytes:
+    """Return the key of one address at full length, cluster id 0."""
+    if len(address) == 4:
+        return _KEY.pack(_STATIC_BITS + 32, 0, 0, FAMILY_IPV4, address)
+    return _KEY.pack(_STATIC_BITS + 128, 0, 0, FAMILY_IPV6, address)
+
+
+def pack_network_key(network: Network) -> bytes:
+    """Return the key of a CIDR, cluster id 0."""
+    family = FAMILY_IPV4 if network.version == 4 else FAMILY_IPV6
+    return _KEY.pack(_STATIC_BITS + network.prefixlen, 0, 0, family, network.network_address.packed)
+
+
+def unpack_key(raw: bytes) -> tuple[Network, int]:
+    """Return the CIDR and the cluster id of a key; ValueError for bytes that no writer of this layout makes."""
+    prefixlen, cluster_id, _, family, addr = _KEY.unpack(raw)
+    if family == FAMILY_IPV4:
+        return ipaddress.IPv4Network((addr[:4], prefixlen - _STATIC_BITS), strict=False), cluster_id
+    if family == FAMILY_IPV6:
+        return ipaddress.IPv6Network((addr, prefixlen - _STATIC_BITS), strict=False), cluster_id
+    raise ValueError(f"ipcache key of unknown family {family}")
+
+
+def address_of_key(raw: bytes) -> Address | None:
+    """Return the address of a full-length key with cluster id 0; None for every other key."""
+    prefixlen, cluster_id, _, family, addr = _KEY.unpack(raw)
+    if cluster_id == 0 and family == FAMILY_IPV4 and prefixlen == _STATIC_BITS + 32:
+        return bytes(addr[:4])
+    if cluster_id == 0 and family == FAMILY_IPV6 and prefixlen == _STATIC_BITS + 128:
+        return bytes(addr)
+    return None
+
+
+def pack_entry(entry: Entry) -> bytes:
+    """Return the v2 value (24 bytes) of an entry."""
+    return _ENTRY.pack(entry.identity, entry.tunnel_endpoint or b"", 0, entry.encrypt_key, entry.flags)
+
+
+def unpack_entry(raw: bytes) -> Entry:
+    """Return the entry in a v1 (12 bytes) or v2 (24 bytes) value."""
+    if len(raw) == _ENTRY_V1.size:
+        identity, endpoint, _, encrypt_key, flags = _ENTRY_V1.unpack(raw)
+        return Entry(identity, endpoint if any(endpoint) else None, encrypt_key, flags)
+    identity, endpoint, _, encrypt_key, flags = _ENTRY.unpack(raw)
+    if not any(endpoint):
+        return Entry(identity, None, encrypt_key, flags)
+    family_v6 = flags & EntryFlag.IPV6_TUNNEL_EP
+    return Entry(identity, endpoint if family_v6 else endpoint[:4], encrypt_key, flags)
+
+
+@dataclass(frozen=True, slots=True)
+class OwnedEntry:
+    """One line of the journal: what we wrote, and what stood there of ours before."""
+
+    entry: Entry
+    previous: Entry
+    cluster_id: int
+
+
+def pack_owned(owned: OwnedEntry) -> bytes:
+    """Return the journal's value."""
+    return _OWNED.pack(pack_entry(owned.entry), pack_entry(owned.previous), owned.cluster_id, 0, 0)
+
+
+def unpack_owned(raw: bytes) -> OwnedEntry:
+    """Return the line in a journal's value."""
+    entry, previous, cluster_id, _, _ = _OWNED.unpack(raw)
+    return OwnedEntry(unpack_entry(entry), unpack_entry(previous), cluster_id)
+
+
+@dataclass(frozen=True, slots=True)
+class Signal:
+    """One SIGNAL_IPCACHE_MISS as user space sees it."""
+
+    address: Address
+    direction: Direction
+    cluster_id: int
+    ifindex: int
+    ktime_ns: int
+
+
+def unpack_signal(raw: bytes) -> Signal | None:
+    """Return the miss in a perf record, which may be padded at its end; None for what is none."""
+    if len(raw) < _MISS.size:
+        return None
+    number, family, direction, cluster_id, ifindex, addr, _, ktime_ns = _MISS.unpack_from(raw)
+    if number != SIGNAL_IPCACHE_MISS or family not in (FAMILY_IPV4, FAMILY_IPV6) or direction > 1:
+        return None
+    address = addr[:4] if family == FAMILY_IPV4 else addr
+    return Signal(address, Direction(direction), cluster_id, ifindex, ktime_ns)
+
+
+def pack_policy_key(direction: Direction, identity: int) -> bytes:
+    """Return the policy map's key."""
+    return bytes(PolicyKey(identity=identity, direction=direction))
+
+
+def pack_mesh_cidr(cluster_id: int) -> bytes:
+    """Return the mesh CIDR map's value; 0 stands for a CIDR that more than one cluster claims."""
+    return bytes(MeshCidr(cluster_id=cluster_id))

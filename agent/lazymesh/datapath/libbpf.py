@@ -1,0 +1,293 @@
+"""The kernel's bpf(2) through the distribution's libbpf.so.1: maps, pins, programs and perf buffers.
+
+A thin typed layer over ctypes, so that the long-lived agent needs neither BCC nor LLVM. Everything speaks bytes and
+file descriptors; what the bytes mean is the business of abi.py and maps.py. Failures raise OSError with the kernel's
+errno; maps.py translates them.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import errno
+import functools
+import os
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+from lazymesh.errors import DatapathError
+
+BPF_ANY = 0
+BPF_NOEXIST = 1
+BPF_EXIST = 2
+BPF_F_NO_PREALLOC = 1
+
+MAP_TYPE_HASH = 1
+MAP_TYPE_ARRAY = 2
+MAP_TYPE_PERF_EVENT_ARRAY = 4
+MAP_TYPE_PERCPU_ARRAY = 6
+MAP_TYPE_LRU_HASH = 9
+MAP_TYPE_LPM_TRIE = 11
+
+ENOTSUPP = 524
+"""The kernel's own number for an operation that a map type lacks; user space has no name for it."""
+
+_BATCH = 4096
+
+
+class _MapInfo(ctypes.Structure):
+    """The head of ``struct bpf_map_info``; the kernel fills as much as we ask for."""
+
+    _fields_ = (
+        ("type", ctypes.c_uint32),
+        ("id", ctypes.c_uint32),
+        ("key_size", ctypes.c_uint32),
+        ("value_size", ctypes.c_uint32),
+        ("max_entries", ctypes.c_uint32),
+        ("map_flags", ctypes.c_uint32),
+        ("name", ctypes.c_char * 16),
+    )
+
+
+class _MapCreateOpts(ctypes.Structure):
+    _fields_ = (
+        ("sz", ctypes.c_size_t),
+        ("btf_fd", ctypes.c_uint32),
+        ("btf_key_type_id", ctypes.c_uint32),
+        ("btf_value_type_id", ctypes.c_uint32),
+        ("btf_vmlinux_value_type_id", ctypes.c_uint32),
+        ("inner_map_fd", ctypes.c_uint32),
+        ("map_flags", ctypes.c_uint32),
+        ("map_extra", ctypes.c_uint64),
+        ("numa_node", ctypes.c_uint32),
+        ("map_ifindex", ctypes.c_uint32),
+    )
+
+
+_SAMPLE_FN = ctypes.CFUNCTYPE(None, ctypes.c_void_p, ctypes.c_int, ctypes.c_void_p, ctypes.c_uint32)
+_LOST_FN = ctypes.CFUNCTYPE(None, ctypes.c_void_p, ctypes.c_int, ctypes.c_uint64)
+
+
+@functools.cache
+def library() -> ctypes.CDLL:
+    """Return libbpf with the prototypes that need one; DatapathError when it is not installed."""
+    try:
+        lib = ctypes.CDLL("libbpf.so.1", use_errno=True)
+    except OSError as exc:
+        raise DatapathError("libbpf.so.1 is missing: install the package libbpf1") from exc
+    number, pointer = ctypes.c_int, ctypes.c_void_p
+    lib.bpf_map_update_elem.argtypes = (number, ctypes.c_char_p, ctypes.c_char_p, ctypes.c_uint64)
+    lib.bpf_map_lookup_elem.argtypes = (number, ctypes.c_char_p, pointer)
+    lib.bpf_map_delete_elem.argtypes = (number, ctypes.c_char_p)
+    lib.bpf_map_get_next_key.argtypes = (number, ctypes.c_char_p, pointer)
+    lib.bpf_map_update_batch.argtypes = (number, ctypes.c_char_p, ctypes.c_char_p, pointer, pointer)
+    lib.bpf_map_delete_batch.argtypes = (number, ctypes.c_char_p, pointer, pointer)
+    lib.bpf_map_lookup_batch.argtypes = (number, pointer, pointer, pointer, pointer, pointer, pointer)
+    lib.bpf_map_create.argtypes = (number, ctypes.c_char_p, *(ctypes.c_uint32,) * 3, pointer)
+    lib.bpf_obj_get.argtypes = (ctypes.c_char_p,)
+    lib.bpf_obj_pin.argtypes = (number, ctypes.c_char_p)
+    lib.bpf_obj_get_info_by_fd.argtypes = (number, pointer, pointer)
+    lib.perf_buffer__new.argtypes = (number, ctypes.c_size_t, _SAMPLE_FN, _LOST_FN, pointer, pointer)
+    lib.perf_buffer__new.restype = pointer
+    for name in ("perf_buffer__epoll_fd", "perf_buffer__consume", "perf_buffer__free"):
+        getattr(lib, name).argtypes = (pointer,)
+    lib.libbpf_set_print(None)  # its words on stderr would double our own errors
+    return lib
+
+
+def _checked(result: int) -> int:
+    if result < 0:
+        raise OSError(-result, os.strerror(-result))
+    return result
+
+
+def possible_cpus() -> int:
+    """Return how many copies a per-CPU map element has."""
+    return _checked(library().libbpf_num_possible_cpus())
+
+
+@dataclass(frozen=True, slots=True)
+class MapLayout:
+    """What makes two maps interchangeable for the programs that use them."""
+
+    kind: int
+    key_size: int
+    value_size: int
+    max_entries: int
+    flags: int
+
+    def __str__(self) -> str:
+        """Say it the way bpftool does."""
+        return (
+            f"type {self.kind}, key {self.key_size}B, value {self.value_size}B, "
+            f"max_entries {self.max_entries}, flags {self.flags:#x}"
+        )
+
+
+def pin(fd: int, path: Path) -> None:
+    """Pin a map or program, replacing an older pin of that name."""
+    with contextlib.suppress(FileNotFoundError):
+        path.unlink()
+    _checked(library().bpf_obj_pin(fd, os.fsencode(path)))
+
+
+def open_pin(path: Path) -> int:
+    """Return a file descriptor of the pinned map or program."""
+    return _checked(library().bpf_obj_get(os.fsencode(path)))
+
+
+class Map:
+    """One open BPF map: elements as bytes."""
+
+    def __init__(self, fd: int) -> None:
+        self.fd = fd
+        self._lib = library()
+        info = _MapInfo()
+        size = ctypes.c_uint32(ctypes.sizeof(info))
+        _checked(self._lib.bpf_obj_get_info_by_fd(fd, ctypes.byref(info), ctypes.byref(size)))
+        self.map_id = info.id
+        self.layout = MapLayout(info.type, info.key_size, info.value_size, info.max_entries, info.map_flags)
+        copies = possible_cpus() if info.type == MAP_TYPE_PERCPU_ARRAY else 1
+        # Per-CPU copies are rounded up to 8 bytes each (bpf(2)); ours are multiples already.
+        self._value = ctypes.create_string_buffer(info.value_size * copies)
+
+    @classmethod
+    def pinned(cls, path: Path) -> Map:
+        """Open the map behind a pin."""
+        return cls(open_pin(path))
+
+    @classmethod
+    def create(cls, name: str, layout: MapLayout) -> Map:
+        """Make a map of our own that goes with its last file descriptor."""
+        opts = _MapCreateOpts(sz=ctypes.sizeof(_MapCreateOpts), map_flags=layout.flags)
+        sizes = (layout.key_size, layout.value_size, layout.max_entries)
+        return cls(_checked(library().bpf_map_create(layout.kind, name.encode(), *sizes, ctypes.byref(opts))))
+
+    def close(self) -> None:
+        """Give the file descriptor back."""
+        if self.fd >= 0:
+            os.close(self.fd)
+            self.fd = -1
+
+    def lookup(self, key: bytes) -> bytes | None:
+        """Return the element's bytes (per-CPU maps: all copies in a row), None when there is none."""
+        result = self._lib.bpf_map_lookup_elem(self.fd, key, self._value)
+        if result == -errno.ENOENT:
+            return None
+        _checked(result)
+        return self._value.raw
+
+    def update(self, key: bytes, value: bytes, flags: int = BPF_ANY) -> None:
+        """Write one element; OSError EEXIST, ENOENT, ENOSPC or E2BIG as bpf(2) has it."""
+        _checked(self._lib.bpf_map_update_elem(self.fd, key, value, flags))
+
+    def delete(self, key: bytes) -> bool:
+        """Remove one element; False when there was none."""
+        result = self._lib.bpf_map_delete_elem(self.fd, key)
+        if result == -errno.ENOENT:
+            return False
+        _checked(result)
+        return True
+
+    def update_many(self, items: list[tuple[bytes, bytes]]) -> None:
+        """Write many elements in as few system calls as the kernel allows."""
+        for start in range(0, len(items), _BATCH):
+            part = items[start : start + _BATCH]
+            count = ctypes.c_uint32(len(part))
+            keys, values = b"".join(k for k, _ in part), b"".join(v for _, v in part)
+            result = self._lib.bpf_map_update_batch(self.fd, keys, values, ctypes.byref(count), None)
+            if result in (-errno.EINVAL, -ENOTSUPP):  # LPM tries have had batches since 5.13
+                for key, value in part:
+                    self.update(key, value)
+            else:
+                _checked(result)
+
+    def delete_many(self, keys: list[bytes]) -> None:
+        """Remove many elements; those that are gone already do not matter."""
+        for key in keys:
+            self.delete(key)
+
+    def items(self) -> Iterator[tuple[bytes, bytes]]:
+        """Yield every element, in batches; elements that change meanwhile may be seen once, twice or not at all."""
+        try:
+            yield from self._items_batched()
+        except OSError as exc:
+            if exc.errno not in (errno.EINVAL, ENOTSUPP):
+                raise
+            yield from self._items_one_by_one()
+
+    def _items_batched(self) -> Iterator[tuple[bytes, bytes]]:
+        key_size, value_size, room = self.layout.key_size, self.layout.value_size, _BATCH
+        # The continuation token of an LPM trie is a whole key, a hash table's is 4 bytes.
+        token = ctypes.create_string_buffer(max(key_size, 4))
+        first, done = True, False
+        while not done:
+            keys = ctypes.create_string_buffer(room * key_size)
+            values = ctypes.create_string_buffer(room * value_size)
+            count = ctypes.c_uint32(room)
+            start = None if first else token
+            result = self._lib.bpf_map_lookup_batch(
+                self.fd, start, token, keys, values, ctypes.byref(count), None
+            )
+            if result == -errno.ENOSPC:  # one hash bucket holds more than we have room for
+                room *= 2
+                continue
+            done = result == -errno.ENOENT
+            if not done:
+                _checked(result)
+            first = False
+            raw_keys, raw_values = keys.raw, values.raw
+            for i in range(count.value):
+                yield (
+                    raw_keys[i * key_size : (i + 1) * key_size],
+                    raw_values[i * value_size : (i + 1) * value_size],
+                )
+
+    def _items_one_by_one(self) -> Iterator[tuple[bytes, bytes]]:
+        key = ctypes.create_string_buffer(self.layout.key_size)
+        result = self._lib.bpf_map_get_next_key(self.fd, None, key)
+        while result == 0:
+            here = key.raw
+            value = self.lookup(here)
+            if value is not None:
+                yield here, value
+            result = self._lib.bpf_map_get_next_key(self.fd, here, key)
+        if result != -errno.ENOENT:
+            _checked(result)
+
+
+class PerfBuffer:
+    """A reader of a perf event array: one ring per CPU behind one pollable file descriptor."""
+
+    def __init__(self, events: Map, pages: int, on_sample: Callable[[bytes], None]) -> None:
+        self._lib = library()
+        self._on_sample = on_sample
+        # libbpf calls these; an exception in one would be printed and lost, so they only copy and count.
+        self._sample_fn = _SAMPLE_FN(self._sample)
+        self._lost_fn = _LOST_FN(self._count_lost)
+        self.lost = 0
+        """Records that the kernel could not put into a ring, by its own count."""
+        self._buffer = self._lib.perf_buffer__new(
+            events.fd, pages, self._sample_fn, self._lost_fn, None, None
+        )
+        if not self._buffer:
+            number = ctypes.get_errno()
+            raise OSError(number, os.strerror(number))
+        self.fd = _checked(self._lib.perf_buffer__epoll_fd(self._buffer))
+
+    def consume(self) -> None:
+        """Hand every waiting record to on_sample. (perf_buffer__poll would miss what a full edge left behind.)"""
+        _checked(self._lib.perf_buffer__consume(self._buffer))
+
+    def close(self) -> None:
+        """Take our rings out of the map."""
+        if self._buffer:
+            self._lib.perf_buffer__free(self._buffer)
+            self._buffer = None
+
+    def _sample(self, _ctx: int, _cpu: int, data: int, size: int) -> None:
+        self._on_sample(ctypes.string_at(data, size))
+
+    def _count_lost(self, _ctx: int, _cpu: int, count: int) -> None:
+        self.lost += count

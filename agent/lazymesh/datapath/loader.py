@@ -1,0 +1,110 @@
+"""The loader: a process of a second that compiles, loads and pins the datapath, then gives LLVM's memory back.
+
+Run as ``python -m lazymesh.datapath.loader`` with a LoadRequest as JSON on stdin; prints one JSON object, either
+``{"ok": true}`` or ``{"error": "one line"}``. The only module that imports bcc.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import json
+import os
+import re
+import resource
+import sys
+import tempfile
+from importlib import resources
+from pathlib import Path
+from typing import Any
+
+from lazymesh.datapath import abi, libbpf
+from lazymesh.datapath.headers import find_headers, merge_headers
+from lazymesh.datapath.pins import PROGRAMS, SIGNALS
+from lazymesh.errors import DatapathError
+
+_TABLES: dict[str, tuple[type[ctypes.Structure] | None, type[ctypes.Structure] | None]] = {
+    "lm_ipcache": (abi.IpcacheKey, abi.IpcacheEntry),
+    "lm_mesh_cidrs": (abi.IpcacheKey, abi.MeshCidr),
+    "lm_owned": (abi.IpcacheKey, abi.Owned),
+    "lm_config": (None, abi.Config),
+    "lm_counters": (None, abi.Counters),
+    "lm_dedup": (abi.DedupKey, None),
+    "lm_policy": (abi.PolicyKey, None),
+    "lm_flows": (abi.FlowKey, abi.Flow),
+}
+"""Our types of each map's key and value, where they are structs."""
+
+
+def load(pins: Path, ipcache_size: int) -> None:
+    """Compile bpf/lazymesh.c, load both programs, check sizes, pin everything under ``pins``."""
+    try:
+        from bcc import BPF  # noqa: PLC0415 (the import alone costs a tenth of a second and 70 MB)
+    except ImportError as exc:
+        raise DatapathError(
+            "the Python package bcc is missing: install python3-bpfcc, and run lazymesh with /usr/bin/python3"
+            " or an environment made from it with --system-site-packages"
+        ) from exc
+    _raise_memlock()
+    with resources.as_file(resources.files("lazymesh") / "bpf") as source:
+        flags = [f"-I{source}", f'-DLM_PIN_DIR="{pins}"', f"-DLM_IPCACHE_SIZE={ipcache_size}", "-Wno-macro-redefined"]
+        try:
+            bpf = BPF(src_file=str(source / "lazymesh.c"), cflags=flags)
+            programs = {name: bpf.load_func(name, BPF.SCHED_CLS) for name in PROGRAMS}
+        except Exception as exc:  # bcc raises nothing narrower
+            raise DatapathError(f"BCC could not load the datapath: {exc}") from exc
+    _check_sizes(bpf)
+    libbpf.pin(bpf[SIGNALS.encode()].map_fd, pins / SIGNALS)
+    for name, function in programs.items():
+        libbpf.pin(function.fd, pins / name)
+
+
+def _check_sizes(bpf: Any) -> None:
+    """Compare what the compiler made of our structs with what Python will write."""
+    for table, (key, leaf) in _TABLES.items():
+        for ours, theirs in ((key, bpf[table.encode()].Key), (leaf, bpf[table.encode()].Leaf)):
+            element = getattr(theirs, "_type_", theirs) if hasattr(theirs, "_length_") else theirs
+            if ours is not None and ctypes.sizeof(ours) != ctypes.sizeof(element):
+                raise DatapathError(
+                    f"{table}: {ours.__name__} is {ctypes.sizeof(ours)} bytes here and {ctypes.sizeof(element)}"
+                    " in the compiled program: the installation is broken, reinstall lazymesh"
+                )
+
+
+def _raise_memlock() -> None:
+    """Kernels before 5.11 charge maps to RLIMIT_MEMLOCK; later ones do not care."""
+    try:
+        resource.setrlimit(resource.RLIMIT_MEMLOCK, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
+    except (ValueError, OSError):  # no CAP_SYS_RESOURCE: only old kernels need it, and they will say so
+        return
+
+
+def _first_complaint(words: str) -> str:
+    """Return the one line of a compiler's or verifier's output that says what is wrong."""
+    lines = [line.strip() for line in words.splitlines() if line.strip()]
+    for line in lines:
+        if re.search(r"\berror:|Permission denied|Invalid argument|not permitted", line):
+            return line
+    return lines[-1] if lines else ""
+
+
+def main() -> None:
+    """Read the request, load, answer."""
+    request = json.load(sys.stdin)
+    answer: dict[str, object] = {"ok": True}
+    # BCC, clang and the verifier talk on file descriptor 2: kept, and only shown (one line of it) when they fail.
+    with tempfile.TemporaryFile() as words, tempfile.TemporaryDirectory(prefix="lazymesh-headers-") as scratch:
+        os.dup2(words.fileno(), 2)
+        try:
+            headers = find_headers()
+            if not headers.running:
+                os.environ["BCC_KERNEL_SOURCE"] = str(merge_headers(headers, Path(scratch)))
+            load(Path(request["pins"]), request["ipcache_size"])
+        except (DatapathError, OSError) as exc:
+            words.seek(0)
+            complaint = _first_complaint(words.read().decode(errors="replace"))
+            answer = {"error": f"{exc}" + (f" ({complaint})" if complaint else "")}
+    print(json.dumps(answer))
+
+
+if __name__ == "__main__":
+    main()

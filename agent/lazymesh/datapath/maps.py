@@ -1,0 +1,274 @@
+"""The maps in core terms: addresses, entries, CIDRs, identities instead of bytes.
+
+Each class wraps one pinned map; what may be written where, and in which order, is decided in installer.py and by the
+roles.
+"""
+
+from __future__ import annotations
+
+import errno
+from dataclasses import dataclass, fields
+from typing import TYPE_CHECKING
+
+from lazymesh.core.model import Address, Direction, Entry, Network
+from lazymesh.datapath import abi
+from lazymesh.datapath.libbpf import (
+    BPF_ANY,
+    BPF_F_NO_PREALLOC,
+    BPF_NOEXIST,
+    MAP_TYPE_LPM_TRIE,
+    Map,
+    MapLayout,
+    possible_cpus,
+)
+from lazymesh.errors import DatapathError, MapFullError
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable, Iterator
+    from pathlib import Path
+
+_FULL = (errno.ENOSPC, errno.E2BIG, errno.ENOMEM)
+
+
+def open_map(path: Path) -> Map:
+    """Open a pin; DatapathError says what is missing."""
+    try:
+        return Map.pinned(path)
+    except FileNotFoundError as exc:
+        raise DatapathError(
+            f"no map at {path}: start `lazymesh agent` first, or name its bpffs with --bpffs"
+        ) from exc
+    except OSError as exc:
+        raise DatapathError(f"cannot open the map at {path}: {exc.strerror}") from exc
+
+
+class IpcacheMap:
+    """An ipcache map of Cilium's layout, v2 or v1."""
+
+    def __init__(self, bpf_map: Map, path: Path) -> None:
+        self._map = bpf_map
+        self._path = path
+        layout = bpf_map.layout
+        if (layout.kind, layout.key_size) != (MAP_TYPE_LPM_TRIE, 24) or layout.value_size not in (12, 24):
+            raise DatapathError(
+                f"{path} is no ipcache that lazymesh knows ({layout}): expected an LPM trie with 24-byte keys"
+                " and 24-byte (Cilium >= 1.18) or 12-byte (<= 1.17) values"
+            )
+        self.writable = layout.value_size == 24
+        self.max_entries = layout.max_entries
+        self.map_id = bpf_map.map_id
+
+    @classmethod
+    def pinned(cls, path: Path) -> IpcacheMap:
+        """Open the pinned map and check its layout."""
+        return cls(open_map(path), path)
+
+    def close(self) -> None:
+        """Give the file descriptor back."""
+        self._map.close()
+
+    def lookup(self, address: Address) -> Entry | None:
+        """Return the datapath's own answer for an address: the longest prefix that covers it."""
+        raw = self._map.lookup(abi.pack_address_key(address))
+        return None if raw is None else abi.unpack_entry(raw)
+
+    def items(self) -> Iterator[tuple[Network, int, Entry]]:
+        """Yield prefix, cluster id and entry of everything in the map."""
+        for key, value in self._map.items():
+            yield *abi.unpack_key(key), abi.unpack_entry(value)
+
+    def insert(self, address: Address, entry: Entry) -> bool:
+        """Add the /32 or /128 unless that exact prefix exists; True when it was added."""
+        return self._update(address, entry, BPF_NOEXIST)
+
+    def replace(self, address: Address, entry: Entry) -> None:
+        """Write the /32 or /128, whatever stands there."""
+        self._update(address, entry, BPF_ANY)
+
+    def delete(self, address: Address) -> bool:
+        """Remove the /32 or /128; False when it was not there."""
+        return self._map.delete(abi.pack_address_key(address))
+
+    def _update(self, address: Address, entry: Entry, flags: int) -> bool:
+        try:
+            self._map.update(abi.pack_address_key(address), abi.pack_entry(entry), flags)
+        except OSError as exc:
+            if exc.errno == errno.EEXIST:
+                return False
+            if exc.errno in _FULL:
+                raise MapFullError(f"the ipcache map is full ({self.max_entries} entries)") from exc
+            raise DatapathError(f"cannot write to the ipcache map at {self._path}: {exc.strerror}") from exc
+        return True
+
+
+def kernel_honours_noexist() -> bool:
+    """Tell whether BPF_NOEXIST works on LPM tries here (kernels without eae6a075e953 ignore it): try it once."""
+    probe = Map.create("lm_probe", MapLayout(MAP_TYPE_LPM_TRIE, 24, 24, 2, BPF_F_NO_PREALLOC))
+    try:
+        key = abi.pack_address_key(bytes(4))
+        probe.update(key, bytes(24))
+        probe.update(key, bytes(24), BPF_NOEXIST)
+    except OSError as exc:
+        return exc.errno == errno.EEXIST
+    else:
+        return False
+    finally:
+        probe.close()
+
+
+class Journal:
+    """The ownership journal: which ipcache entries are ours."""
+
+    def __init__(self, bpf_map: Map) -> None:
+        self._map = bpf_map
+
+    def items(self) -> Iterator[tuple[Address, abi.OwnedEntry]]:
+        """Yield every line; keys that are no host addresses are none of ours and are passed over."""
+        for key, value in self._map.items():
+            address = abi.address_of_key(key)
+            if address is not None:
+                yield address, abi.unpack_owned(value)
+
+    def write(self, address: Address, owned: abi.OwnedEntry) -> None:
+        """Add or replace a line; MapFullError when there is no room."""
+        try:
+            self._map.update(abi.pack_address_key(address), abi.pack_owned(owned))
+        except OSError as exc:
+            if exc.errno in _FULL:
+                raise MapFullError("the ownership journal is full") from exc
+            raise DatapathError(f"cannot write to the ownership journal: {exc.strerror}") from exc
+
+    def remove(self, address: Address) -> None:
+        """Strike a line out."""
+        self._map.delete(abi.pack_address_key(address))
+
+
+class MeshCidrs:
+    """The pod CIDRs of the mesh, as the programs see them."""
+
+    def __init__(self, bpf_map: Map) -> None:
+        self._map = bpf_map
+
+    def items(self) -> dict[Network, int]:
+        """Return what is in force: CIDR to cluster id."""
+        return {abi.unpack_key(key)[0]: abi.MeshCidr.from_buffer_copy(v).cluster_id for key, v in self._map.items()}
+
+    def apply(self, upserts: Iterable[tuple[Network, int]], deletes: Iterable[Network]) -> None:
+        """Bring the map up to date by a difference: additions first, so that no address falls out in between."""
+        try:
+            self._map.update_many([(abi.pack_network_key(n), abi.pack_mesh_cidr(c)) for n, c in upserts])
+            self._map.delete_many([abi.pack_network_key(network) for network in deletes])
+        except OSError as exc:
+            raise DatapathError(f"cannot write the mesh CIDRs: {exc.strerror}") from exc
+
+
+class PolicyMap:
+    """Which identities may talk, by direction."""
+
+    _ALLOW = (1).to_bytes(4, "little")
+
+    def __init__(self, bpf_map: Map) -> None:
+        self._map = bpf_map
+
+    def items(self) -> set[tuple[Direction, int]]:
+        """Return everything that is allowed."""
+        keys = (abi.PolicyKey.from_buffer_copy(key) for key, _ in self._map.items())
+        return {(Direction(key.direction), key.identity) for key in keys}
+
+    def apply(self, allow: Iterable[tuple[Direction, int]], revoke: Iterable[tuple[Direction, int]]) -> None:
+        """Bring the map up to date by a difference: what is taken away goes first."""
+        try:
+            self._map.delete_many([abi.pack_policy_key(*pair) for pair in revoke])
+            self._map.update_many([(abi.pack_policy_key(*pair), self._ALLOW) for pair in allow])
+        except OSError as exc:
+            if exc.errno in _FULL:
+                raise MapFullError("the policy map is full: select fewer identities") from exc
+            raise DatapathError(f"cannot write the policy map: {exc.strerror}") from exc
+
+
+@dataclass(frozen=True, slots=True)
+class DatapathConfig:
+    """The settings of the programs, in units for people."""
+
+    rearm_s: float = 1.0
+    """How long an address stays silent after a signal; up to a quarter is added by chance."""
+    interface_rate: int = 5_000
+    """Signals per second and interface; 0: no limit."""
+    interface_burst: int = 1_000
+    global_rate: int = 20_000
+    """Signals per second from all interfaces together; 0: no limit."""
+    global_burst: int = 4_000
+    drop_missed: bool = False
+    """Drop missed packets instead of passing them on as world."""
+    enforced: frozenset[Direction] = frozenset()
+    """Directions in which mesh traffic is denied unless the policy map allows it."""
+
+
+class ConfigMap:
+    """The one element of settings."""
+
+    _SLOT = bytes(4)
+
+    def __init__(self, bpf_map: Map) -> None:
+        self._map = bpf_map
+
+    def write(self, config: DatapathConfig) -> None:
+        """Put new settings in force; lowers the mute flag."""
+        raw = abi.Config(
+            rearm_ns=int(config.rearm_s * 1e9),
+            on_miss=int(config.drop_missed),
+            enforced=sum(1 << direction for direction in config.enforced),
+        )
+        raw.interface_interval_ns, raw.interface_burst_ns = _bucket(config.interface_rate, config.interface_burst)
+        raw.global_interval_ns, raw.global_burst_ns = _bucket(config.global_rate, config.global_burst)
+        self._map.update(self._SLOT, bytes(raw))
+
+    def read(self) -> abi.Config:
+        """Return the settings in force."""
+        return abi.Config.from_buffer_copy(self._map.lookup(self._SLOT) or bytes(56))
+
+    def mute(self, on: bool) -> None:
+        """Raise or lower the mute flag: while it is up the programs count misses and signal none."""
+        raw = self.read()
+        raw.muted = int(on)
+        self._map.update(self._SLOT, bytes(raw))
+
+
+def _bucket(rate: int, burst: int) -> tuple[int, int]:
+    """Return spacing and depth in ns; the depth leaves room for ``burst`` tokens at once."""
+    interval = 1_000_000_000 // rate if rate else 0
+    return interval, max(burst - 1, 0) * interval
+
+
+@dataclass(frozen=True, slots=True)
+class PacketCounters:
+    """struct lm_counters of one direction, summed over CPUs; the C header says what each means."""
+
+    hit: int
+    not_mesh: int
+    not_parsed: int
+    missed: int
+    signalled: int
+    suppressed_dedup: int
+    suppressed_rate: int
+    muted: int
+    lost: int
+    missed_drop: int
+    policy_allow: int
+    policy_reply: int
+    policy_fragment: int
+    policy_deny: int
+
+
+class CounterMap:
+    """The packet counters."""
+
+    def __init__(self, bpf_map: Map) -> None:
+        self._map = bpf_map
+
+    def read(self, direction: Direction) -> PacketCounters:
+        """Sum the copies of all CPUs."""
+        raw = self._map.lookup(int(direction).to_bytes(4, "little")) or b""
+        copies = (abi.Counters * possible_cpus()).from_buffer_copy(raw)
+        names = [field.name for field in fields(PacketCounters)]
+        return PacketCounters(**{name: sum(getattr(copy, name) for copy in copies) for name in names})

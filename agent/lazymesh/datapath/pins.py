@@ -1,0 +1,108 @@
+"""Where the datapath lives in the BPF file system, and the checks before anything is loaded over what is there."""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import os
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from lazymesh.datapath import libbpf
+from lazymesh.datapath.libbpf import Map, MapLayout
+from lazymesh.errors import DatapathError
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+PROGRAMS = ("lm_from_pod", "lm_from_uplink")
+SIGNALS = "lm_signals"
+IPCACHE = "lm_ipcache"
+
+_BPF_FS_MAGIC = 0xCAFE4A11
+
+
+def expected_layouts(ipcache_size: int) -> dict[str, MapLayout]:
+    """Return the layout of every pinned map by name, as bpf/include/maps.h makes them."""
+    lazy = libbpf.BPF_F_NO_PREALLOC
+    return {
+        IPCACHE: MapLayout(libbpf.MAP_TYPE_LPM_TRIE, 24, 24, ipcache_size, lazy),
+        "lm_mesh_cidrs": MapLayout(libbpf.MAP_TYPE_LPM_TRIE, 24, 4, 131_072, lazy),
+        "lm_owned": MapLayout(libbpf.MAP_TYPE_HASH, 24, 56, ipcache_size, lazy),
+        "lm_config": MapLayout(libbpf.MAP_TYPE_ARRAY, 4, 56, 1, 0),
+        "lm_counters": MapLayout(libbpf.MAP_TYPE_PERCPU_ARRAY, 4, 112, 2, 0),
+        "lm_dedup": MapLayout(libbpf.MAP_TYPE_LRU_HASH, 20, 8, 65_536, 0),
+        "lm_rate": MapLayout(libbpf.MAP_TYPE_LRU_HASH, 4, 8, 4_096, 0),
+        "lm_policy": MapLayout(libbpf.MAP_TYPE_HASH, 8, 4, 262_144, lazy),
+        "lm_flows": MapLayout(libbpf.MAP_TYPE_LRU_HASH, 40, 16, 65_536, 0),
+    }
+
+
+@dataclass(frozen=True, slots=True)
+class Pins:
+    """The directory ``<bpffs>/lazymesh``."""
+
+    directory: Path
+
+    @classmethod
+    def under(cls, bpffs: Path) -> Pins:
+        """Return our directory under a mounted BPF file system."""
+        return cls(bpffs / "lazymesh")
+
+    def path(self, name: str) -> Path:
+        """Return the pin of a map or program."""
+        return self.directory / name
+
+    def prepare(self, ipcache_size: int) -> None:
+        """Make the directory and check every pin that is there already; DatapathError says what is wrong."""
+        check_bpffs(self.directory.parent)
+        self.directory.mkdir(mode=0o700, exist_ok=True)
+        for name, expected in expected_layouts(ipcache_size).items():
+            path = self.path(name)
+            if not path.exists():
+                continue
+            try:
+                found = Map.pinned(path)
+            except OSError as exc:
+                raise DatapathError(f"{path} is no BPF map: remove it") from exc
+            layout = found.layout
+            found.close()
+            if layout != expected:
+                raise DatapathError(
+                    f"{path} has another layout ({layout}; ours: {expected}): it is of another lazymesh version;"
+                    f" remove {self.directory} while no agent runs, or run that version with --cleanup"
+                )
+
+    def remove(self) -> None:
+        """Unpin everything that is ours; maps and programs go with their last user."""
+        for name in (*PROGRAMS, SIGNALS, *expected_layouts(0)):
+            with contextlib.suppress(FileNotFoundError):
+                self.path(name).unlink()
+        with contextlib.suppress(OSError):
+            self.directory.rmdir()
+
+    def lock(self) -> int:
+        """Hold the directory for this process alone; returns the file descriptor that holds it."""
+        fd = os.open(self.directory, os.O_RDONLY | os.O_DIRECTORY)
+        try:
+            fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as exc:
+            os.close(fd)
+            raise DatapathError(
+                f"another lazymesh agent holds {self.directory}: stop it first, or use another --bpffs"
+            ) from exc
+        return fd
+
+
+def check_bpffs(path: Path) -> None:
+    """Raise DatapathError unless the path is a mounted BPF file system."""
+    kinds = {line.split()[4]: line.split(" - ")[1].split()[0] for line in _mounts() if " - " in line}
+    if not path.is_dir() or kinds.get(str(path.resolve())) != "bpf":
+        raise DatapathError(
+            f"{path} is no BPF file system: run `mount -t bpf bpf {path}`, or name another one with --bpffs"
+        )
+
+
+def _mounts() -> list[str]:
+    with open("/proc/self/mountinfo", encoding="utf-8") as lines:  # noqa: PTH123 (pathlib is imported for types only)
+        return lines.read().splitlines()

@@ -1,0 +1,72 @@
+"""The datapath as the agent holds it: loaded by a short-lived process, then open maps and two programs to attach."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from typing import TYPE_CHECKING
+
+from lazymesh.datapath import libbpf
+from lazymesh.datapath.maps import ConfigMap, CounterMap, IpcacheMap, Journal, MeshCidrs, PolicyMap, open_map
+from lazymesh.datapath.pins import IPCACHE, PROGRAMS, SIGNALS
+from lazymesh.errors import DatapathError
+
+if TYPE_CHECKING:
+    from lazymesh.core.model import Direction
+    from lazymesh.datapath.pins import Pins
+
+IPCACHE_SIZE = 512_000
+"""Cilium's own size (cilium-formats 1.1)."""
+LOAD_TIMEOUT_S = 60
+
+
+def load(pins: Pins, ipcache_size: int = IPCACHE_SIZE) -> Datapath:
+    """Compile, load and pin in a process of its own; maps that are pinned already are used again."""
+    pins.prepare(ipcache_size)
+    request = json.dumps({"pins": str(pins.directory), "ipcache_size": ipcache_size})
+    try:
+        done = subprocess.run(  # noqa: S603 (our own interpreter, our own module)
+            [sys.executable, "-m", "lazymesh.datapath.loader"],
+            input=request,
+            capture_output=True,
+            text=True,
+            timeout=LOAD_TIMEOUT_S,
+            check=False,
+        )
+    except subprocess.TimeoutExpired as exc:
+        raise DatapathError(f"compiling the datapath took more than {LOAD_TIMEOUT_S} s: is this node overloaded?") from exc
+    try:
+        answer = json.loads(done.stdout)
+    except json.JSONDecodeError as exc:
+        last = (done.stderr.strip().splitlines() or ["no word"])[-1]
+        raise DatapathError(f"the datapath loader died with status {done.returncode}: {last}") from exc
+    if "error" in answer:
+        raise DatapathError(answer["error"])
+    return Datapath(pins)
+
+
+class Datapath:
+    """Every pinned map, opened, and the two programs as file descriptors."""
+
+    def __init__(self, pins: Pins) -> None:
+        self.pins = pins
+        self.ipcache = IpcacheMap.pinned(pins.path(IPCACHE))
+        self.journal = Journal(open_map(pins.path("lm_owned")))
+        self.mesh_cidrs = MeshCidrs(open_map(pins.path("lm_mesh_cidrs")))
+        self.policy = PolicyMap(open_map(pins.path("lm_policy")))
+        self.config = ConfigMap(open_map(pins.path("lm_config")))
+        self.counters = CounterMap(open_map(pins.path("lm_counters")))
+        self.signals = open_map(pins.path(SIGNALS))
+        self._programs = [libbpf.open_pin(pins.path(name)) for name in PROGRAMS]
+
+    def program(self, direction: Direction) -> tuple[str, int]:
+        """Return name and file descriptor of the program for interfaces of that direction."""
+        return PROGRAMS[direction], self._programs[direction]
+
+    def close(self) -> None:
+        """Give the programs back; the maps go with this object."""
+        for fd in self._programs:
+            os.close(fd)
+        self._programs = []

@@ -1,0 +1,127 @@
+/* SPDX-License-Identifier: (GPL-2.0-only OR BSD-2-Clause) */
+/*
+ * What the kernel half and the Python half of lazymesh tell each other: the signal, the settings, the counters, and
+ * the elements of our own maps. Same rules as ipcache_abi.h.
+ */
+#ifndef LAZYMESH_ABI_H
+#define LAZYMESH_ABI_H
+
+#include <linux/types.h>
+#include "ipcache_abi.h"
+
+#define SIGNAL_IPCACHE_MISS 3 /* the number that CFP-44921 gave it */
+
+enum lm_direction {
+	LM_EGRESS = 0,  /* from a pod: the peer is the destination */
+	LM_INGRESS = 1, /* from the network: the peer is the source */
+};
+
+enum lm_on_miss {
+	LM_ON_MISS_PASS = 0,
+	LM_ON_MISS_DROP = 1,
+};
+
+/* One perf record. Native endian but for addr, which is in network order. */
+struct ipcache_miss {
+	__u32 signal;
+	__u8 family; /* enum ipcache_family */
+	__u8 direction;
+	__u16 cluster_id; /* owner by the mesh CIDRs, 0 when unknown or ambiguous */
+	__u32 ifindex;
+	__be32 addr[4];
+	__u32 pad;
+	__u64 ktime_ns; /* CLOCK_MONOTONIC */
+};
+
+/* The settings that user space changes at run time; one element, written by the agent only. */
+struct lm_config {
+	__u64 rearm_ns; /* how long an address stays silent after a signal; up to a quarter is added by chance */
+	/* Token buckets as a spacing and a depth in time; interval 0 switches the bucket off. */
+	__u64 interface_interval_ns;
+	__u64 interface_burst_ns;
+	__u64 global_interval_ns;
+	__u64 global_burst_ns;
+	__u32 muted;
+	__u32 on_miss;	/* enum lm_on_miss */
+	__u32 enforced; /* bit LM_EGRESS, bit LM_INGRESS: default deny of mesh traffic in that direction */
+	__u32 pad;
+};
+
+/*
+ * Packets by what became of them; one element per direction, one copy per CPU.
+ * missed = signalled + suppressed_dedup + suppressed_rate + muted + lost, exactly.
+ */
+struct lm_counters {
+	__u64 hit;
+	__u64 not_mesh;
+	__u64 not_parsed; /* no IP, VLAN, truncated or malformed: passed on untouched */
+	__u64 missed;
+	__u64 signalled;
+	__u64 suppressed_dedup;
+	__u64 suppressed_rate;
+	__u64 muted;
+	__u64 lost;	     /* no reader, or its ring was full */
+	__u64 missed_drop;   /* dropped because on_miss says so */
+	__u64 policy_allow;
+	__u64 policy_reply;    /* passed because it answers an allowed flow */
+	__u64 policy_fragment; /* later fragment of a packet whose first fragment was judged */
+	__u64 policy_deny;
+};
+
+/* Value of lm_mesh_cidrs, whose key is an ipcache_key: the pod CIDRs of the mesh. */
+struct lm_mesh_cidr {
+	__u16 cluster_id;
+	__u16 pad;
+};
+
+struct lm_dedup_key {
+	__be32 addr[4];
+	__u32 family;
+};
+
+struct lm_policy_key {
+	__u32 identity; /* 2 (world) stands for every peer without an identity of its own */
+	__u32 direction;
+};
+
+/* A flow as its pod sees it; initiator is the direction of the packets that policy allowed. */
+struct lm_flow_key {
+	__be32 local[4];
+	__be32 peer[4];
+	__be16 local_port; /* ICMP echo: the identifier */
+	__be16 peer_port;
+	__u8 family;
+	__u8 protocol;
+	__u8 initiator;
+	__u8 pad;
+};
+
+struct lm_flow {
+	__u64 seen_ns;
+	__u32 closing; /* a FIN or RST was seen: forgotten soon */
+	__u32 pad;
+};
+
+/*
+ * Value of lm_owned, the ownership journal, whose key is an ipcache_key. Written before the ipcache when an entry is
+ * installed or replaced and after it when one is evicted; `previous` covers a crash between the two writes.
+ */
+struct lm_owned {
+	struct ipcache_entry entry;
+	struct ipcache_entry previous;
+	__u16 cluster_id;
+	__u16 pad1;
+	__u32 pad2;
+};
+
+_Static_assert(sizeof(struct ipcache_miss) == 40, "ipcache_miss has a hole");
+_Static_assert(sizeof(struct lm_config) == 56, "lm_config has a hole");
+_Static_assert(sizeof(struct lm_counters) == 112, "lm_counters has a hole");
+_Static_assert(sizeof(struct lm_mesh_cidr) == 4, "lm_mesh_cidr has a hole");
+_Static_assert(sizeof(struct lm_dedup_key) == 20, "lm_dedup_key has a hole");
+_Static_assert(sizeof(struct lm_policy_key) == 8, "lm_policy_key has a hole");
+_Static_assert(sizeof(struct lm_flow_key) == 40, "lm_flow_key has a hole");
+_Static_assert(sizeof(struct lm_flow) == 16, "lm_flow has a hole");
+_Static_assert(sizeof(struct lm_owned) == 56, "lm_owned has a hole");
+
+#endif

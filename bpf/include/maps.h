@@ -1,0 +1,42 @@
+/* SPDX-License-Identifier: (GPL-2.0-only OR BSD-2-Clause) */
+/*
+ * The maps, pinned one file each under LM_PIN_DIR, which the loader defines; a pin that exists is used again, so
+ * entries, journal, flows and counters outlive an agent. BCC turns each line into a map; only lazymesh.c may access
+ * them (BCC rewrites accesses in the main file alone).
+ */
+#ifndef LAZYMESH_MAPS_H
+#define LAZYMESH_MAPS_H
+
+#include "lazymesh_abi.h"
+
+#define LM_PINNED(type, key, leaf, name, size, flags) \
+	BPF_F_TABLE(type ":" LM_PIN_DIR "/" #name, key, leaf, name, size, flags)
+
+/* Written by the agent (and whoever writes Cilium's), read by both programs. Full: installs are refused. */
+LM_PINNED("lpm_trie", struct ipcache_key, struct ipcache_entry, lm_ipcache, LM_IPCACHE_SIZE, BPF_F_NO_PREALLOC);
+
+/* Written by the agent from node records and --mesh-cidr. Decides what may miss, and what policy is about. */
+LM_PINNED("lpm_trie", struct ipcache_key, struct lm_mesh_cidr, lm_mesh_cidrs, 131072, BPF_F_NO_PREALLOC);
+
+/* The agent's alone: which entries of lm_ipcache it wrote. No program touches it. */
+LM_PINNED("hash", struct ipcache_key, struct lm_owned, lm_owned, LM_IPCACHE_SIZE, BPF_F_NO_PREALLOC);
+
+LM_PINNED("array", u32, struct lm_config, lm_config, 1, 0);
+LM_PINNED("percpu_array", u32, struct lm_counters, lm_counters, 2, 0);
+
+/* Value: until when (ktime) the address stays silent. Eviction costs one more signal, nothing else. */
+LM_PINNED("lru_hash", struct lm_dedup_key, u64, lm_dedup, 65536, 0);
+
+/* Value: the bucket's theoretical arrival time (GCRA). Key: ifindex, or 0 for the global bucket. */
+LM_PINNED("lru_hash", u32, u64, lm_rate, 4096, 0);
+
+/* Presence allows. Written by the agent as identities come and go. */
+LM_PINNED("hash", struct lm_policy_key, u32, lm_policy, 262144, BPF_F_NO_PREALLOC);
+
+/* Written and read by the programs. Eviction of a live flow: its next packet in the allowed direction re-makes it. */
+LM_PINNED("lru_hash", struct lm_flow_key, struct lm_flow, lm_flows, 65536, 0);
+
+/* A reader belongs to one agent's life, so the loader pins this one itself, anew each time. */
+BPF_PERF_OUTPUT(lm_signals);
+
+#endif
