@@ -22,7 +22,7 @@
 #define SECOND 1000000000ULL
 #define FLOW_LIFETIME (60 * SECOND)
 #define FLOW_LIFETIME_TCP (8000 * SECOND) /* Cilium's defaults */
-#define FLOW_LIFETIME_CLOSING (10 * SECOND)
+#define FLOW_LIFETIME_CLOSED (10 * SECOND)
 
 enum miss {
 	MISS_NO,
@@ -91,7 +91,7 @@ static __always_inline void report_miss(struct __sk_buff *skb, struct lm_packet 
 		counters->suppressed_rate++;
 		return;
 	}
-	until = now + config->rearm_ns + (((config->rearm_ns >> 2) * bpf_get_prandom_u32()) >> 32);
+	until = now + config->rearm_ns + (config->rearm_ns >> 10) * (bpf_get_prandom_u32() >> 24);
 	lm_dedup.update(&dedup, &until);
 
 	miss.signal = SIGNAL_IPCACHE_MISS;
@@ -123,36 +123,45 @@ static __always_inline void flow_key_of(struct lm_packet *packet, struct lm_port
 
 static __always_inline int flow_alive(const struct lm_flow *flow, u8 protocol, u64 now)
 {
-	u64 lifetime = flow->closing ? FLOW_LIFETIME_CLOSING
-		       : protocol == IPPROTO_TCP ? FLOW_LIFETIME_TCP
-						 : FLOW_LIFETIME;
+	u64 lifetime = flow->closing == LM_FLOW_CLOSED ? FLOW_LIFETIME_CLOSED
+		       : protocol == IPPROTO_TCP	? FLOW_LIFETIME_TCP
+							: FLOW_LIFETIME;
 
 	return now - flow->seen_ns < lifetime;
+}
+
+/* One more packet of a live flow. A closed one is not kept alive by what still comes. */
+static __always_inline void touch_flow(struct lm_flow *flow, const struct lm_ports *ports, u64 now)
+{
+	if (flow->closing == LM_FLOW_CLOSED)
+		return;
+	flow->seen_ns = now;
+	flow->closing |= ports->closing;
 }
 
 /* Does the packet answer a flow that policy allowed the other way round? */
 static __always_inline int is_reply(struct lm_flow_key *key, struct lm_ports *ports, u64 now)
 {
-	struct lm_flow *flow = lm_flows.lookup(key);
+	struct lm_flow *flow;
 
+	if (!ports->answers)
+		return 0;
+	flow = lm_flows.lookup(key);
 	if (!flow || !flow_alive(flow, key->protocol, now))
 		return 0;
-	flow->seen_ns = now;
-	if (ports->closes)
-		flow->closing = 1;
+	touch_flow(flow, ports, now);
 	return 1;
 }
 
 static __always_inline void remember_flow(struct lm_flow_key *key, struct lm_ports *ports, u64 now)
 {
-	struct lm_flow fresh = {.seen_ns = now, .closing = ports->closes}, *flow = lm_flows.lookup(key);
+	struct lm_flow fresh = {.seen_ns = now, .closing = ports->closing}, *flow = lm_flows.lookup(key);
 
-	if (flow) {
-		flow->seen_ns = now;
-		flow->closing = ports->closes;
-	} else {
+	/* A SYN starts over: the ports of a closed connection may be used again. */
+	if (flow && !ports->syn && flow_alive(flow, key->protocol, now))
+		touch_flow(flow, ports, now);
+	else
 		lm_flows.update(key, &fresh);
-	}
 }
 
 /*
@@ -205,14 +214,19 @@ static __always_inline int handle(struct __sk_buff *skb, int direction)
 	struct lm_config *config;
 	enum miss miss;
 	u32 zero = 0, slot = direction;
+	int parsed;
 
 	config = lm_config.lookup(&zero);
 	counters = lm_counters.lookup(&slot);
 	if (!config || !counters)
 		return TC_ACT_UNSPEC; /* array elements always exist: for the verifier */
-	if (parse_addresses(skb, direction, &packet)) {
+	parsed = parse_addresses(skb, direction, &packet);
+	if (parsed) {
 		counters->not_parsed++;
-		return TC_ACT_UNSPEC;
+		if (parsed != LM_HIDDEN || !(config->enforced & (1 << direction)))
+			return TC_ACT_UNSPEC;
+		counters->policy_deny++;
+		return TC_ACT_SHOT;
 	}
 	entry = lm_ipcache.lookup(&packet.peer);
 	miss = miss_of(entry);

@@ -45,6 +45,7 @@ struct lm_config {
 	__u32 on_miss;	/* enum lm_on_miss */
 	__u32 enforced; /* bit LM_EGRESS, bit LM_INGRESS: default deny of mesh traffic in that direction */
 	__u32 pad;
+	__u64 policy_tag; /* which policy lm_policy was filled for; user space's alone */
 };
 
 /*
@@ -54,7 +55,7 @@ struct lm_config {
 struct lm_counters {
 	__u64 hit;
 	__u64 not_mesh;
-	__u64 not_parsed; /* no IP, VLAN, truncated or malformed: passed on untouched */
+	__u64 not_parsed; /* no IP, VLAN, truncated or malformed: passed on untouched (but see LM_HIDDEN) */
 	__u64 missed;
 	__u64 signalled;
 	__u64 suppressed_dedup;
@@ -96,9 +97,11 @@ struct lm_flow_key {
 	__u8 pad;
 };
 
+#define LM_FLOW_CLOSED 3 /* lm_flow.closing when both sides are done */
+
 struct lm_flow {
-	__u64 seen_ns;
-	__u32 closing; /* a FIN or RST was seen: forgotten soon */
+	__u64 seen_ns; /* of the packet that closed it, once it is closed */
+	__u32 closing; /* a FIN was seen: bit LM_EGRESS from the pod, bit LM_INGRESS from the peer; an RST sets both */
 	__u32 pad;
 };
 
@@ -115,7 +118,7 @@ struct lm_owned {
 };
 
 _Static_assert(sizeof(struct ipcache_miss) == 40, "ipcache_miss has a hole");
-_Static_assert(sizeof(struct lm_config) == 56, "lm_config has a hole");
+_Static_assert(sizeof(struct lm_config) == 64, "lm_config has a hole");
 _Static_assert(sizeof(struct lm_counters) == 112, "lm_counters has a hole");
 _Static_assert(sizeof(struct lm_mesh_cidr) == 4, "lm_mesh_cidr has a hole");
 _Static_assert(sizeof(struct lm_dedup_key) == 20, "lm_dedup_key has a hole");

@@ -2,7 +2,7 @@
 /*
  * From a frame to what the verdict needs. Pure: reads the packet, touches no map.
  * Every function returns 0 when it found what it looked for, -1 when the packet is none of our business (no IP, VLAN,
- * truncated, malformed): such packets are passed on.
+ * truncated, malformed): such packets are passed on. parse_addresses alone has a third answer, LM_HIDDEN.
  */
 #ifndef LAZYMESH_PARSE_H
 #define LAZYMESH_PARSE_H
@@ -19,9 +19,17 @@
 #define IPCACHE_STATIC_BITS (8 * __builtin_offsetof(struct ipcache_key, addr) - 32)
 #define IP_OFFSET 0x1fff
 #define IPV6_HEADERS_MAX 6
+#define VLAN_ID 0x0fff
+
+/*
+ * A priority tag (VLAN id 0) with more tags behind it. The kernel takes off as many tags of id 0 as there are and
+ * delivers the packet as if it had none, so under a policy this is a way around it; nobody else sends such frames.
+ */
+#define LM_HIDDEN -2
 
 /* Bits of the TCP flags byte; uapi only has them as bitfields. */
 #define LM_TCP_FIN 0x01
+#define LM_TCP_SYN 0x02
 #define LM_TCP_RST 0x04
 
 struct lm_packet {
@@ -36,19 +44,24 @@ struct lm_packet {
 struct lm_ports {
 	__be16 local;
 	__be16 peer;
-	__u8 opens;  /* may start a flow */
-	__u8 closes; /* TCP FIN or RST */
+	__u8 opens;   /* may start a flow */
+	__u8 answers; /* may belong to a flow that the other side started */
+	__u8 syn;
+	__u8 closing; /* what the packet adds to lm_flow.closing */
 };
 
 static __always_inline int parse_ipv4(struct __sk_buff *skb, int direction, struct lm_packet *packet)
 {
 	void *data = (void *)(long)skb->data, *end = (void *)(long)skb->data_end;
 	struct iphdr *ip = data + ETH_HLEN;
+	__u32 length;
 
 	if ((void *)(ip + 1) > end)
 		return -1;
-	if (ip->version != 4 || ip->ihl < 5 || bpf_ntohs(ip->tot_len) < ip->ihl * 4 ||
-	    skb->len - ETH_HLEN < bpf_ntohs(ip->tot_len))
+	length = bpf_ntohs(ip->tot_len);
+	if (!length && skb->gso_size)
+		length = skb->len - ETH_HLEN; /* BIG TCP: more than the field can say */
+	if (ip->version != 4 || ip->ihl < 5 || length < ip->ihl * 4 || skb->len - ETH_HLEN < length)
 		return -1;
 	packet->peer.prefixlen = IPCACHE_STATIC_BITS + 32;
 	packet->peer.family = IPCACHE_FAMILY_IPV4;
@@ -84,8 +97,12 @@ static __always_inline int parse_addresses(struct __sk_buff *skb, int direction,
 {
 	__u32 needed;
 
-	if (skb->vlan_present)
-		return -1;
+	if (skb->vlan_present) {
+		if (skb->vlan_tci & VLAN_ID)
+			return -1;
+		if (skb->protocol == bpf_htons(ETH_P_8021Q) || skb->protocol == bpf_htons(ETH_P_8021AD))
+			return LM_HIDDEN;
+	}
 	if (skb->protocol == bpf_htons(ETH_P_IP))
 		needed = ETH_HLEN + sizeof(struct iphdr);
 	else if (skb->protocol == bpf_htons(ETH_P_IPV6))
@@ -155,7 +172,8 @@ static __always_inline int parse_ports(struct __sk_buff *skb, int direction, str
 			return -1;
 		ports->opens = packet->protocol == IPPROTO_ICMP ? echo.type == ICMP_ECHO
 								 : echo.type == ICMPV6_ECHO_REQUEST;
-		if (!ports->opens &&
+		ports->answers = !ports->opens;
+		if (ports->answers &&
 		    echo.type != (packet->protocol == IPPROTO_ICMP ? ICMP_ECHOREPLY : ICMPV6_ECHO_REPLY))
 			return -1;
 		ports->local = echo.id;
@@ -169,10 +187,12 @@ static __always_inline int parse_ports(struct __sk_buff *skb, int direction, str
 	ports->local = direction == LM_EGRESS ? pair[0] : pair[1];
 	ports->peer = direction == LM_EGRESS ? pair[1] : pair[0];
 	ports->opens = 1;
+	ports->answers = 1;
 	if (packet->protocol == IPPROTO_TCP) {
 		if (bpf_skb_load_bytes(skb, packet->l4_offset + 13, &flags, sizeof(flags)))
 			return -1;
-		ports->closes = (flags & (LM_TCP_FIN | LM_TCP_RST)) != 0;
+		ports->syn = (flags & LM_TCP_SYN) != 0;
+		ports->closing = flags & LM_TCP_RST ? LM_FLOW_CLOSED : flags & LM_TCP_FIN ? 1 << direction : 0;
 	}
 	return 0;
 }

@@ -87,6 +87,7 @@ class Config(ctypes.Structure):
         ("on_miss", c_uint32),
         ("enforced", c_uint32),
         ("pad", c_uint32),
+        ("policy_tag", c_uint64),
     )
 
 

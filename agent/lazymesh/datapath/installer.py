@@ -53,14 +53,17 @@ class Installer:
 
     def install(self, address: Address, entry: Entry, cluster_id: int) -> Reason | None:
         """Put the entry into the map, new or in place of ours; returns why not, or None."""
-        mine = self._owned.get(address)
+        mine, standing = self._owned.get(address), self._ipcache.lookup(address)
         try:
-            if mine is not None and self._ipcache.lookup(address) == mine:
+            if mine is not None and standing == mine:
                 self._journal.write(address, OwnedEntry(entry, mine, cluster_id))
                 self._ipcache.replace(address, entry)
+            elif self._is_foreign(standing, entry):
+                self._forget(address)
+                return Reason.NOT_OURS
             else:
                 self._journal.write(address, OwnedEntry(entry, entry, cluster_id))
-                if not self._insert(address, entry):
+                if not self._ipcache.insert(address, entry):
                     self._forget(address)
                     return Reason.NOT_OURS
         except MapFullError:
@@ -81,12 +84,15 @@ class Installer:
         self._forget(address)
         return standing
 
-    def _insert(self, address: Address, entry: Entry) -> bool:
-        if not self._honours_noexist:
-            standing = self._ipcache.lookup(address)
-            if standing is not None and standing.identity not in WORLD_IDENTITIES:
-                return False
-        return self._ipcache.insert(address, entry)
+    def _is_foreign(self, standing: Entry | None, entry: Entry) -> bool:
+        """Tell whether the answer that stands belongs to somebody else, as far as a lookup can say.
+
+        One that equals ours must not get a line in the journal, not even for a moment: after a crash in that moment
+        we would take it for ours.
+        """
+        if standing is None:
+            return False
+        return standing == entry or not (self._honours_noexist or standing.identity in WORLD_IDENTITIES)
 
     def _settle(self, address: Address, mine: Entry | None) -> None:
         """After a failed write: keep the line of an entry that still stands, strike out any other."""

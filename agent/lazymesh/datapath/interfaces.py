@@ -29,6 +29,8 @@ _INGRESS = 0xFFFFFFF2
 _PRIORITY, _HANDLE, _ETH_P_ALL = 49_000, 0x1A2E, 3
 """A place of our own on the hook: Cilium's filters are priority 1, handle 1 (cilium-formats 8.1)."""
 _ARPHRD_ETHER = 1
+_AF_BRIDGE = 7
+"""The family of messages about a bridge's ports: leaving a bridge is told as an RTM_DELLINK of this family."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -111,6 +113,8 @@ class InterfaceFollower:
     async def _follow(self, monitor: AsyncIPRoute) -> None:
         while True:
             async for message in monitor.get():
+                if message["family"] == _AF_BRIDGE:
+                    continue
                 if message["event"] == "RTM_DELLINK":
                     self._attached.pop(message["index"], None)
                 elif message["event"] == "RTM_NEWLINK":
@@ -126,17 +130,21 @@ class InterfaceFollower:
             if name not in names:
                 raise DatapathError(f"no interface {name} here: `ip link` lists what there is")
         for link in links:
-            await self._consider(link, strict)
+            await self._consider(link, strict, again=True)
 
-    async def _consider(self, link: Any, strict: bool) -> None:
-        """Bring one interface's attachment up to date with its name (a pod's device may be renamed into place)."""
+    async def _consider(self, link: Any, strict: bool, again: bool = False) -> None:
+        """Bring one interface's attachment up to date with its name (a pod's device may be renamed into place).
+
+        again: attach also where we think that we are attached, since we may have missed how that ended.
+        """
         index, name = link["index"], link.get("ifname")
         direction = self.selection.direction_of(name)
         known = self._attached.get(index)
         if known is not None and known.direction == direction:
             known.name = name
-            return
-        if known is not None:
+            if not again:
+                return
+        elif known is not None:
             await self._detach(index)
         if direction is None:
             return
@@ -151,6 +159,8 @@ class InterfaceFollower:
             if strict:
                 raise DatapathError(f"cannot attach to {name}: {exc}") from exc
             log.warning("cannot attach", interface=name, error=str(exc))
+            return
+        if index in self._attached:
             return
         self._attached[index] = _Attached(name, direction)
         self.stats.attached_total += 1
@@ -187,14 +197,19 @@ async def detach_everywhere() -> list[str]:
     cleaned = []
     async with AsyncIPRoute() as ipr:
         for link in [link async for link in await ipr.link("dump")]:
-            index = link["index"]
-            filters = [item async for item in await ipr.get_filters(index=index, parent=_INGRESS)]
-            if not any(item["info"] >> 16 == _PRIORITY for item in filters):
-                continue
-            await ipr.tc("del-filter", "bpf", index, _HANDLE, parent=_INGRESS, prio=_PRIORITY, protocol=_ETH_P_ALL)
-            cleaned.append(link.get("ifname"))
-            others = [item async for item in await ipr.get_filters(index=index, parent=_INGRESS)]
-            others += [item async for item in await ipr.get_filters(index=index, parent=_INGRESS + 1)]
-            if not others:
-                await ipr.tc("del", "clsact", index)
+            with contextlib.suppress(NetlinkError):  # an interface may go at any moment, and its filters with it
+                if await _clean(ipr, link["index"]):
+                    cleaned.append(link.get("ifname"))
     return cleaned
+
+
+async def _clean(ipr: AsyncIPRoute, index: int) -> bool:
+    filters = [item async for item in await ipr.get_filters(index=index, parent=_INGRESS)]
+    if not any((item["info"] >> 16, item["handle"]) == (_PRIORITY, _HANDLE) for item in filters):
+        return False
+    await ipr.tc("del-filter", "bpf", index, _HANDLE, parent=_INGRESS, prio=_PRIORITY, protocol=_ETH_P_ALL)
+    others = [item async for item in await ipr.get_filters(index=index, parent=_INGRESS)]
+    others += [item async for item in await ipr.get_filters(index=index, parent=_INGRESS + 1)]
+    if not others:
+        await ipr.tc("del", "clsact", index)
+    return True

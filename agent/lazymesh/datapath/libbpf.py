@@ -150,7 +150,7 @@ class Map:
         self.layout = MapLayout(info.type, info.key_size, info.value_size, info.max_entries, info.map_flags)
         copies = possible_cpus() if info.type == MAP_TYPE_PERCPU_ARRAY else 1
         # Per-CPU copies are rounded up to 8 bytes each (bpf(2)); ours are multiples already.
-        self._value = ctypes.create_string_buffer(info.value_size * copies)
+        self._value_size = info.value_size * copies
 
     @classmethod
     def pinned(cls, path: Path) -> Map:
@@ -172,11 +172,12 @@ class Map:
 
     def lookup(self, key: bytes) -> bytes | None:
         """Return the element's bytes (per-CPU maps: all copies in a row), None when there is none."""
-        result = self._lib.bpf_map_lookup_elem(self.fd, key, self._value)
+        value = ctypes.create_string_buffer(self._value_size)
+        result = self._lib.bpf_map_lookup_elem(self.fd, key, value)
         if result == -errno.ENOENT:
             return None
         _checked(result)
-        return self._value.raw
+        return value.raw
 
     def update(self, key: bytes, value: bytes, flags: int = BPF_ANY) -> None:
         """Write one element; OSError EEXIST, ENOENT, ENOSPC or E2BIG as bpf(2) has it."""
@@ -233,8 +234,12 @@ class Map:
             if result == -errno.ENOSPC:  # one hash bucket holds more than we have room for
                 room *= 2
                 continue
-            done = result == -errno.ENOENT
-            if not done:
+            # EINTR: elements went away while the kernel read them (until 6.13); the batch ends early, or has to be
+            # asked for again when it is empty.
+            interrupted, done = result == -errno.EINTR, result == -errno.ENOENT
+            if interrupted and not count.value:
+                continue
+            if not done and not interrupted:
                 _checked(result)
             first = False
             raw_keys, raw_values = keys.raw, values.raw

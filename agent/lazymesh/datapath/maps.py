@@ -50,6 +50,7 @@ class IpcacheMap:
         self._path = path
         layout = bpf_map.layout
         if (layout.kind, layout.key_size) != (MAP_TYPE_LPM_TRIE, 24) or layout.value_size not in (12, 24):
+            bpf_map.close()
             raise DatapathError(
                 f"{path} is no ipcache that lazymesh knows ({layout}): expected an LPM trie with 24-byte keys"
                 " and 24-byte (Cilium >= 1.18) or 12-byte (<= 1.17) values"
@@ -87,9 +88,14 @@ class IpcacheMap:
 
     def delete(self, address: Address) -> bool:
         """Remove the /32 or /128; False when it was not there."""
-        return self._map.delete(abi.pack_address_key(address))
+        try:
+            return self._map.delete(abi.pack_address_key(address))
+        except OSError as exc:
+            raise DatapathError(f"cannot delete from the ipcache map at {self._path}: {exc.strerror}") from exc
 
     def _update(self, address: Address, entry: Entry, flags: int) -> bool:
+        if not self.writable:
+            raise DatapathError(f"{self._path} is of Cilium <= 1.17 (12-byte values): lazymesh only reads those")
         try:
             self._map.update(abi.pack_address_key(address), abi.pack_entry(entry), flags)
         except OSError as exc:
@@ -129,6 +135,11 @@ class Journal:
             if address is not None:
                 yield address, abi.unpack_owned(value)
 
+    def read(self, address: Address) -> abi.OwnedEntry | None:
+        """Return the line of one address."""
+        raw = self._map.lookup(abi.pack_address_key(address))
+        return None if raw is None else abi.unpack_owned(raw)
+
     def write(self, address: Address, owned: abi.OwnedEntry) -> None:
         """Add or replace a line; MapFullError when there is no room."""
         try:
@@ -140,7 +151,10 @@ class Journal:
 
     def remove(self, address: Address) -> None:
         """Strike a line out."""
-        self._map.delete(abi.pack_address_key(address))
+        try:
+            self._map.delete(abi.pack_address_key(address))
+        except OSError as exc:
+            raise DatapathError(f"cannot delete from the ownership journal: {exc.strerror}") from exc
 
 
 class MeshCidrs:
@@ -202,6 +216,8 @@ class DatapathConfig:
     """Drop missed packets instead of passing them on as world."""
     enforced: frozenset[Direction] = frozenset()
     """Directions in which mesh traffic is denied unless the policy map allows it."""
+    policy_tag: int = 0
+    """Which policy the policy map is filled for."""
 
 
 class ConfigMap:
@@ -218,6 +234,7 @@ class ConfigMap:
             rearm_ns=int(config.rearm_s * 1e9),
             on_miss=int(config.drop_missed),
             enforced=sum(1 << direction for direction in config.enforced),
+            policy_tag=config.policy_tag,
         )
         raw.interface_interval_ns, raw.interface_burst_ns = _bucket(config.interface_rate, config.interface_burst)
         raw.global_interval_ns, raw.global_burst_ns = _bucket(config.global_rate, config.global_burst)
@@ -225,7 +242,7 @@ class ConfigMap:
 
     def read(self) -> abi.Config:
         """Return the settings in force."""
-        return abi.Config.from_buffer_copy(self._map.lookup(self._SLOT) or bytes(56))
+        return abi.Config.from_buffer_copy(self._map.lookup(self._SLOT) or bytes(64))
 
     def mute(self, on: bool) -> None:
         """Raise or lower the mute flag: while it is up the programs count misses and signal none."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import fcntl
 import os
+import re
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -19,8 +20,6 @@ PROGRAMS = ("lm_from_pod", "lm_from_uplink")
 SIGNALS = "lm_signals"
 IPCACHE = "lm_ipcache"
 
-_BPF_FS_MAGIC = 0xCAFE4A11
-
 
 def expected_layouts(ipcache_size: int) -> dict[str, MapLayout]:
     """Return the layout of every pinned map by name, as bpf/include/maps.h makes them."""
@@ -29,7 +28,7 @@ def expected_layouts(ipcache_size: int) -> dict[str, MapLayout]:
         IPCACHE: MapLayout(libbpf.MAP_TYPE_LPM_TRIE, 24, 24, ipcache_size, lazy),
         "lm_mesh_cidrs": MapLayout(libbpf.MAP_TYPE_LPM_TRIE, 24, 4, 131_072, lazy),
         "lm_owned": MapLayout(libbpf.MAP_TYPE_HASH, 24, 56, ipcache_size, lazy),
-        "lm_config": MapLayout(libbpf.MAP_TYPE_ARRAY, 4, 56, 1, 0),
+        "lm_config": MapLayout(libbpf.MAP_TYPE_ARRAY, 4, 64, 1, 0),
         "lm_counters": MapLayout(libbpf.MAP_TYPE_PERCPU_ARRAY, 4, 112, 2, 0),
         "lm_dedup": MapLayout(libbpf.MAP_TYPE_LRU_HASH, 20, 8, 65_536, 0),
         "lm_rate": MapLayout(libbpf.MAP_TYPE_LRU_HASH, 4, 8, 4_096, 0),
@@ -56,7 +55,10 @@ class Pins:
     def prepare(self, ipcache_size: int) -> None:
         """Make the directory and check every pin that is there already; DatapathError says what is wrong."""
         check_bpffs(self.directory.parent)
-        self.directory.mkdir(mode=0o700, exist_ok=True)
+        try:
+            self.directory.mkdir(mode=0o700, exist_ok=True)
+        except OSError as exc:
+            raise DatapathError(f"cannot make {self.directory}: {exc.strerror} (lazymesh runs as root)") from exc
         for name, expected in expected_layouts(ipcache_size).items():
             path = self.path(name)
             if not path.exists():
@@ -96,11 +98,16 @@ class Pins:
 
 def check_bpffs(path: Path) -> None:
     """Raise DatapathError unless the path is a mounted BPF file system."""
-    kinds = {line.split()[4]: line.split(" - ")[1].split()[0] for line in _mounts() if " - " in line}
+    kinds = {_unescape(line.split()[4]): line.split(" - ")[1].split()[0] for line in _mounts() if " - " in line}
     if not path.is_dir() or kinds.get(str(path.resolve())) != "bpf":
         raise DatapathError(
             f"{path} is no BPF file system: run `mount -t bpf bpf {path}`, or name another one with --bpffs"
         )
+
+
+def _unescape(field: str) -> str:
+    """Return a path of mountinfo, which writes blanks and backslashes as octal numbers."""
+    return re.sub(r"\\([0-7]{3})", lambda found: chr(int(found[1], 8)), field)
 
 
 def _mounts() -> list[str]:

@@ -52,13 +52,15 @@ class Datapath:
 
     def __init__(self, pins: Pins) -> None:
         self.pins = pins
-        self.ipcache = IpcacheMap.pinned(pins.path(IPCACHE))
-        self.journal = Journal(open_map(pins.path("lm_owned")))
-        self.mesh_cidrs = MeshCidrs(open_map(pins.path("lm_mesh_cidrs")))
-        self.policy = PolicyMap(open_map(pins.path("lm_policy")))
-        self.config = ConfigMap(open_map(pins.path("lm_config")))
-        self.counters = CounterMap(open_map(pins.path("lm_counters")))
-        self.signals = open_map(pins.path(SIGNALS))
+        self._maps: list[libbpf.Map] = []
+        self._programs: list[int] = []
+        self.ipcache = IpcacheMap(self._open(IPCACHE), pins.path(IPCACHE))
+        self.journal = Journal(self._open("lm_owned"))
+        self.mesh_cidrs = MeshCidrs(self._open("lm_mesh_cidrs"))
+        self.policy = PolicyMap(self._open("lm_policy"))
+        self.config = ConfigMap(self._open("lm_config"))
+        self.counters = CounterMap(self._open("lm_counters"))
+        self.signals = self._open(SIGNALS)
         self._programs = [libbpf.open_pin(pins.path(name)) for name in PROGRAMS]
 
     def program(self, direction: Direction) -> tuple[str, int]:
@@ -66,7 +68,13 @@ class Datapath:
         return PROGRAMS[direction], self._programs[direction]
 
     def close(self) -> None:
-        """Give the programs back; the maps go with this object."""
+        """Give programs and maps back; what is pinned or attached stays."""
         for fd in self._programs:
             os.close(fd)
         self._programs = []
+        for opened in self._maps:
+            opened.close()
+
+    def _open(self, name: str) -> libbpf.Map:
+        self._maps.append(open_map(self.pins.path(name)))
+        return self._maps[-1]

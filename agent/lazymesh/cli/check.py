@@ -1,0 +1,47 @@
+"""``lazymesh check``: does this node have what it takes, a line each."""
+
+from __future__ import annotations
+
+import asyncio
+from pathlib import Path
+
+import click
+
+from lazymesh.cli.options import SettingsCommand, bpffs_option
+from lazymesh.cli.output import output_option, print_json
+from lazymesh.roles.check import Finding, check_node
+from lazymesh.settings import DEFAULT_CLUSTERMESH_CONFIG
+
+_MARKS = {"ok": ("ok", "green"), "warn": ("WARN", "yellow"), "fail": ("FAIL", "red")}
+_path = click.Path(path_type=Path)
+
+
+@click.command(cls=SettingsCommand)
+@bpffs_option
+@click.option("--clustermesh-config", type=_path, default=DEFAULT_CLUSTERMESH_CONFIG, show_default=True, metavar="DIR",
+              help="Cilium's directory of etcd client files.")
+@click.option("--remote-config", type=_path, default=None, metavar="DIR", help="The agent's --remote-config.")
+@output_option
+def check(bpffs: Path, clustermesh_config: Path, remote_config: Path | None, output: str) -> None:
+    """Check kernel, headers, bcc, bpffs, map layout, etcd and certificates. Exit 3 if a needed part is missing."""
+    directories = [clustermesh_config] + ([remote_config] if remote_config else [])
+    if asyncio.run(_run(bpffs, directories, output)):
+        raise SystemExit(3)
+
+
+async def _run(bpffs: Path, directories: list[Path], output: str) -> bool:
+    """Print findings as they come; tell whether one failed."""
+    failed, findings = False, []
+    async for finding in check_node(bpffs, directories):
+        failed |= finding.verdict == "fail"
+        findings.append({"name": finding.name, "verdict": finding.verdict, "text": finding.text})
+        if output == "table":
+            _show(finding)
+    if output == "json":
+        print_json({"ok": not failed, "findings": findings})
+    return failed
+
+
+def _show(finding: Finding) -> None:
+    word, colour = _MARKS[finding.verdict]
+    click.echo(f"{click.style(f'{word:<5}', fg=colour)} {finding.name:<22} {finding.text}")

@@ -1,0 +1,108 @@
+"""``lazymesh ipcache``: the map as the datapath sees it; works on the pinned map, with or without an agent."""
+
+from __future__ import annotations
+
+import time
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from lazymesh.cli.options import SettingsCommand, bpffs_option
+from lazymesh.cli.output import output_option, print_json, print_table
+from lazymesh.roles.inspect import IpcacheView, Row
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+    from pathlib import Path
+
+_FLAG_NAMES = ((1, "skiptunnel"), (2, "hastunnel"), (4, "ipv6tunnel"), (8, "remotecluster"))
+
+
+
+@click.group()
+def ipcache() -> None:
+    """Inspect the ipcache map: list it, ask it for one address, or watch it change."""
+
+
+@ipcache.command("list", cls=SettingsCommand)
+@bpffs_option
+@output_option
+def list_(bpffs: Path, output: str) -> None:
+    """List every entry, with its owner: lazymesh, or other."""
+    rows = IpcacheView.open(bpffs).rows()
+    if output == "json":
+        print_json({row.prefix: _as_json(row) for row in rows})
+        return
+    rows = list(rows)
+    if not rows:
+        click.echo("No entries found.", err=True)
+        return
+    print_table(("IP PREFIX/ADDRESS", "IDENTITY", "OWNER"), [(r.prefix, _as_text(r), r.owner) for r in rows])
+
+
+@ipcache.command(cls=SettingsCommand)
+@click.argument("ip")
+@bpffs_option
+@output_option
+def get(ip: str, bpffs: Path, output: str) -> None:
+    """Ask what the datapath would: the entry of the longest prefix that covers IP. Exit 1 if there is none."""
+    row = IpcacheView.open(bpffs).get(ip)
+    if row is None:
+        click.echo(f"{ip} does not map to any identity", err=output == "json")
+        raise SystemExit(1)
+    if output == "json":
+        print_json({"address": ip, **_as_json(row)})
+    else:
+        click.echo(f"{ip} maps to identity {_as_text(row)} owner={row.owner}")
+
+
+@ipcache.command(cls=SettingsCommand)
+@bpffs_option
+@click.option("--interval", type=click.FloatRange(min=0.05), default=1.0, show_default=True, help="Seconds between looks.")
+@output_option
+def watch(bpffs: Path, interval: float, output: str) -> None:
+    """Print what changes in the map, one line each, until interrupted."""
+    view = IpcacheView.open(bpffs)
+    show: Callable[[str, Row], None] = _print_change_json if output == "json" else _print_change
+    known = {row.prefix: row for row in view.rows()}
+    while True:
+        time.sleep(interval)
+        now = {row.prefix: row for row in view.rows()}
+        for prefix, row in now.items():
+            if prefix not in known:
+                show("added", row)
+            elif known[prefix] != row:
+                show("changed", row)
+        for prefix, row in known.items():
+            if prefix not in now:
+                show("deleted", row)
+        known = now
+
+
+def _print_change_json(event: str, row: Row) -> None:
+    print_json({"event": event, "prefix": row.prefix, **_as_json(row)})
+
+
+def _print_change(event: str, row: Row) -> None:
+    click.echo(f"{event:<8} {row.prefix:<24} {_as_text(row)} owner={row.owner}")
+
+
+def _flags(flags: int) -> list[str]:
+    return [name for bit, name in _FLAG_NAMES if flags & bit]
+
+
+def _as_json(row: Row) -> dict[str, Any]:
+    return {
+        "identity": row.identity,
+        "tunnelEndpoint": row.tunnel_endpoint,
+        "encryptKey": row.encrypt_key,
+        "flags": _flags(row.flags),
+        "owner": row.owner,
+    }
+
+
+def _as_text(row: Row) -> str:
+    flags = ",".join(_flags(row.flags)) or "<none>"
+    return (
+        f"identity={row.identity} encryptkey={row.encrypt_key} tunnelendpoint={row.tunnel_endpoint} flags={flags}"
+    )

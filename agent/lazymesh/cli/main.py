@@ -1,0 +1,69 @@
+"""The entry point: finds the command, turns every failure into one line on stderr and an exit code.
+
+0 ok, 1 the answer is no, 2 wrong usage, 3 a needed part is missing or taken.
+"""
+
+from __future__ import annotations
+
+import importlib
+import os
+import sys
+
+import click
+
+from lazymesh import __version__
+from lazymesh.errors import LazymeshError
+
+_COMMANDS = {
+    "agent": "lazymesh.cli.agent",
+    "check": "lazymesh.cli.check",
+    "ipcache": "lazymesh.cli.ipcache",
+    "misses": "lazymesh.cli.misses",
+    "status": "lazymesh.cli.status",
+}
+
+
+class _LazyGroup(click.Group):
+    """Imports a command's module only when it is asked for: `ipcache get` needs no gRPC."""
+
+    def list_commands(self, ctx: click.Context) -> list[str]:
+        return list(_COMMANDS)
+
+    def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
+        module = _COMMANDS.get(cmd_name)
+        return None if module is None else getattr(importlib.import_module(module), cmd_name)
+
+
+@click.group(cls=_LazyGroup, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110})
+@click.version_option(__version__, prog_name="lazymesh")
+def cli() -> None:
+    """Demand paging for the Cilium ipcache: a packet that misses gets its peer's identity from the mesh's etcd.
+
+    Every option can also be given as LAZYMESH_<OPTION> in the environment; the agent reads a YAML file too (--config).
+    Data goes to stdout, words to stderr. Exit codes: 0 ok, 1 the answer is no, 2 wrong usage, 3 a needed part is
+    missing or taken.
+    """
+
+
+def main() -> None:
+    """Run the command line and exit."""
+    try:
+        cli.main(prog_name="lazymesh", standalone_mode=False)
+    except click.UsageError as exc:
+        command = exc.ctx.command_path if exc.ctx else "lazymesh"
+        _fail(f"{command}: {exc.format_message()} (see `{command} --help`)", 2)
+    except click.ClickException as exc:
+        _fail(f"lazymesh: {exc.format_message()}", 2)
+    except LazymeshError as exc:
+        _fail(f"lazymesh: {exc}", exc.exit_code)
+    except (KeyboardInterrupt, click.Abort):
+        sys.exit(130)
+    except BrokenPipeError:
+        # The reader (head, less) has seen enough; without this Python complains once more when it flushes at exit.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(141)
+
+
+def _fail(line: str, code: int) -> None:
+    click.echo(" ".join(line.split()), err=True)
+    sys.exit(code)

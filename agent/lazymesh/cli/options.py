@@ -1,0 +1,68 @@
+"""What options share: environment names, the YAML file, and the ways to reach map and agent."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import click
+import yaml
+
+from lazymesh.errors import SettingsError
+from lazymesh.settings import DEFAULT_BPFFS, DEFAULT_SOCKET
+
+
+class SettingsCommand(click.Command):
+    """A command whose every option may come from ``LAZYMESH_<OPTION>``."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        for param in self.params:
+            if isinstance(param, click.Option) and param.name and param.envvar is None:
+                param.envvar = f"LAZYMESH_{param.name.upper()}"
+                param.show_envvar = True
+
+
+def _read_config(ctx: click.Context, _param: click.Parameter, path: Path | None) -> None:
+    """Make the file's keys the defaults of this command's options."""
+    if path is None:
+        return
+    try:
+        content = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
+    except OSError as exc:
+        raise SettingsError(f"--config {path}: {exc.strerror}") from exc
+    except (yaml.YAMLError, UnicodeDecodeError) as exc:
+        raise SettingsError(f"--config {path}: not YAML: {' '.join(str(exc).split())}") from exc
+    if not isinstance(content, dict):
+        raise SettingsError(f"--config {path}: expected `option: value` lines")
+    names = {param.opts[0].removeprefix("--"): param.name for param in ctx.command.params if param.opts}
+    unknown = sorted(str(key) for key in content if key not in names)
+    if unknown:
+        raise SettingsError(f"--config {path}: no option is called {unknown[0]!r}; keys are named as the options are")
+    ctx.default_map = {names[key]: value for key, value in content.items()}
+
+
+config_option = click.option(
+    "--config",
+    type=click.Path(path_type=Path, dir_okay=False),
+    is_eager=True,
+    expose_value=False,
+    callback=_read_config,
+    help="YAML file with options as keys, named as here without the dashes in front.",
+)
+
+bpffs_option = click.option(
+    "--bpffs",
+    type=click.Path(path_type=Path),
+    default=DEFAULT_BPFFS,
+    show_default=True,
+    help="Mounted BPF file system; the pins are in lazymesh/ under it.",
+)
+
+socket_option = click.option(
+    "--socket",
+    type=click.Path(path_type=Path),
+    default=DEFAULT_SOCKET,
+    show_default=True,
+    help="The agent's control socket.",
+)

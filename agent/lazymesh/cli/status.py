@@ -1,0 +1,58 @@
+"""``lazymesh status``: one screen: datapath, clusters, queue, entries, what is wrong."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from lazymesh.cli.options import SettingsCommand, socket_option
+from lazymesh.cli.output import output_option, print_json, print_table
+from lazymesh.roles.control import ask
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+
+@click.command(cls=SettingsCommand)
+@socket_option
+@output_option
+def status(socket: Path, output: str) -> None:
+    """Show how the agent is doing. Exit 1 if something is wrong."""
+    answer = next(ask(socket, "status"))
+    if output == "json":
+        print_json(answer)
+    else:
+        _show(answer)
+    if answer["wrong"]:
+        raise SystemExit(1)
+
+
+def _show(answer: dict[str, Any]) -> None:
+    datapath, entries, queue = answer["datapath"], answer["entries"], answer["queue"]
+    click.echo(f"lazymesh {answer['version']}, up {answer['uptimeSeconds']:.0f} s, cluster {answer['cluster']}")
+    interfaces = ", ".join(f"{name} ({direction})" for name, direction in datapath["interfaces"].items()) or "none"
+    click.echo(f"Datapath:   {datapath['mode']}, on miss: {datapath['onMiss']}, policy: {datapath['policy']}")
+    click.echo(f"Interfaces: {interfaces}")
+    click.echo(f"Entries:    {entries['owned']} of at most {entries['budget']} ours, map of {entries['mapSize']}")
+    muted = ", MUTED" if queue["muted"] else ""
+    click.echo(
+        f"Queue:      {queue['waiting']} waiting, {queue['inFlight']} in flight, {queue['negative']} negative{muted}"
+    )
+    click.echo("")
+    rows = [
+        (
+            c["name"], c["id"] if c["id"] is not None else "-", c["state"], c["nodes"], c["identities"], c["breaker"],
+            c["endpoint"] or "-",
+        )
+        for c in answer["clusters"]
+    ]  # fmt: skip
+    print_table(("CLUSTER", "ID", "STATE", "NODES", "IDENTITIES", "BREAKER", "ENDPOINT"), rows)
+    click.echo("")
+    counters = datapath["packets"]
+    print_table(("PACKETS", *counters), [(name, *(counters[d][name] for d in counters)) for name in counters["egress"]])
+    click.echo("")
+    for line in answer["wrong"]:
+        click.echo(f"WRONG: {line}")
+    if not answer["wrong"]:
+        click.echo("Nothing is wrong.")

@@ -1,0 +1,207 @@
+"""``lazymesh agent``: loads the datapath, follows the mesh, answers misses, until it is told to stop.
+
+This file puts the parts together and takes them apart again; what they do is told where they stand: signals
+(datapath/signals.py) go to the driver, which asks the resolver (core/resolver.py) and carries its commands out with
+links (roles/link.py) and the installer (datapath/installer.py).
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import os
+import random
+import signal
+import time
+import zlib
+from typing import TYPE_CHECKING
+
+import structlog
+
+from lazymesh.core import events
+from lazymesh.core.limits import Limits
+from lazymesh.core.model import Direction
+from lazymesh.core.policy import PolicyEngine
+from lazymesh.core.policyfile import parse_policy
+from lazymesh.core.resolver import Resolver
+from lazymesh.datapath.installer import Installer
+from lazymesh.datapath.interfaces import InterfaceFollower, InterfaceSelection, detach_everywhere
+from lazymesh.datapath.maps import DatapathConfig, kernel_honours_noexist
+from lazymesh.datapath.pins import Pins, check_bpffs
+from lazymesh.datapath.program import load
+from lazymesh.datapath.signals import SignalReader
+from lazymesh.errors import DatapathError, LazymeshError, SettingsError
+from lazymesh.metrics import HttpServer, Metrics
+from lazymesh.roles.configdir import check_directories
+from lazymesh.roles.control import ControlServer
+from lazymesh.roles.driver import Driver, Shadow
+from lazymesh.roles.enforcement import Enforcement
+from lazymesh.roles.mesh import Mesh
+from lazymesh.roles.status import Parts, Status, export
+
+if TYPE_CHECKING:
+    from collections.abc import Coroutine
+
+    from lazymesh.core.model import Address, Entry
+    from lazymesh.core.policyfile import Policy
+    from lazymesh.datapath.program import Datapath
+    from lazymesh.settings import AgentSettings
+
+log = structlog.get_logger()
+
+TICK_S = 0.1
+SHARE_OF_MAP = 20
+"""Our budget is one entry in so many of the map's."""
+
+
+def run_agent(settings: AgentSettings) -> None:
+    """Run until SIGTERM or SIGINT; LazymeshError when something that is needed is missing or taken."""
+    if os.geteuid() != 0:
+        raise DatapathError("lazymesh agent needs root: it loads BPF programs (sudo, or a privileged container)")
+    policy, text = _read_policy(settings)
+    check_directories(settings.mesh.clustermesh_config, settings.mesh.remote_config)
+    agent = Agent(settings, policy, zlib.crc32(text.encode()))
+    asyncio.run(agent.run())
+
+
+def _read_policy(settings: AgentSettings) -> tuple[Policy | None, str]:
+    if settings.policy is None:
+        return None, ""
+    try:
+        text = settings.policy.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as exc:
+        raise SettingsError(f"cannot read the policy {settings.policy}: {exc}") from exc
+    return parse_policy(text, str(settings.policy)), text
+
+
+class Agent:
+    """One life of the node agent."""
+
+    def __init__(self, settings: AgentSettings, policy: Policy | None, policy_tag: int) -> None:
+        self._settings = settings
+        self._policy = policy
+        self._policy_tag = policy_tag
+        self._metrics = Metrics()
+        self._stop = asyncio.Event()
+        self._adopted: list[tuple[Address, Entry, int]] = []
+        self._started = time.monotonic()
+
+    async def run(self) -> None:
+        """Start everything in the order in which it depends on each other, wait, stop in the other order."""
+        pins = Pins.under(self._settings.datapath.bpffs)
+        check_bpffs(pins.directory.parent)
+        pins.directory.mkdir(mode=0o700, exist_ok=True)
+        lock = pins.lock()
+        try:
+            datapath = await asyncio.to_thread(load, pins, self._settings.datapath.ipcache_size)
+            try:
+                await self._serve(datapath)
+            finally:
+                datapath.close()
+        finally:
+            if self._settings.cleanup:
+                await self._clean_up(pins)
+            os.close(lock)
+
+    async def _serve(self, datapath: Datapath) -> None:
+        settings = self._settings
+        limits = Limits(owned=settings.datapath.ipcache_size // SHARE_OF_MAP)
+        engine = PolicyEngine(self._policy) if self._policy else None
+        keep = datapath.config.read().policy_tag == self._policy_tag
+        enforcement = Enforcement(datapath.policy, engine, keep)
+        self._configure(datapath)
+
+        installer = Installer(datapath.ipcache, datapath.journal, kernel_honours_noexist())
+        mesh = Mesh(settings.mesh, datapath.mesh_cidrs, enforcement, lambda event: driver.feed(event))
+        resolver = Resolver(limits, mesh.table, mesh.identities, settings.mesh.region, random.random)
+        writer = Shadow() if settings.shadow else installer
+        driver = Driver(resolver, writer, mesh.links, self._metrics, datapath.config.mute)
+        if not settings.shadow:
+            self._adopted = list(installer.adopt())
+        follower = InterfaceFollower(
+            datapath, InterfaceSelection(settings.datapath.interfaces, settings.datapath.uplinks)
+        )
+        attached = asyncio.Event()
+        reader = SignalReader(datapath.signals, driver.on_signals)
+        control = ControlServer(settings.socket, lambda: status.describe())
+        status = Status(
+            Parts(
+                settings, datapath, mesh, resolver, driver, follower, reader, control, limits, attached, self._started
+            )
+        )
+        export(self._metrics, status)
+        driver.publish = control.publish
+        async with contextlib.AsyncExitStack() as stack:
+            stack.callback(reader.close)
+            await control.start()
+            stack.push_async_callback(control.close)
+            if settings.metrics_address is not None:
+                stack.callback(HttpServer(settings.metrics_address, self._metrics, status.not_ready).close)
+            reader.start()
+            await self._run_parts(
+                mesh.run(), follower.run(attached), self._tick(driver), self._hand_out(mesh, driver, limits)
+            )
+
+    async def _run_parts(self, *parts: Coroutine[None, None, None]) -> None:
+        """Run until told to stop, or until one part fails: then its error is ours."""
+        loop = asyncio.get_running_loop()
+        for number in (signal.SIGTERM, signal.SIGINT):
+            loop.add_signal_handler(number, self._stop.set)
+        tasks = [asyncio.create_task(part) for part in parts]
+        stopped = asyncio.create_task(self._stop.wait())
+        try:
+            await asyncio.wait([*tasks, stopped], return_when=asyncio.FIRST_COMPLETED)
+            for task in tasks:
+                if task.done():
+                    task.result()
+        finally:
+            for task in (*tasks, stopped):
+                task.cancel()
+            await asyncio.gather(*tasks, stopped, return_exceptions=True)
+        log.info("stopped")
+
+    def _configure(self, datapath: Datapath) -> None:
+        settings = self._settings.datapath
+        datapath.config.write(
+            DatapathConfig(
+                interface_rate=settings.signal_rate,
+                global_rate=4 * settings.signal_rate,
+                drop_missed=settings.drop_missed,
+                enforced=self._policy.enforced if self._policy else frozenset(),
+                policy_tag=self._policy_tag,
+            )
+        )
+
+    async def _tick(self, driver: Driver) -> None:
+        while True:
+            await asyncio.sleep(TICK_S)
+            driver.feed(events.Tick())
+
+    async def _hand_out(self, mesh: Mesh, driver: Driver, limits: Limits) -> None:
+        """Give the journal's entries to the resolver as their clusters join; what nobody claims for long is evicted."""
+        deadline = time.monotonic() + limits.stale_after
+        while self._adopted:
+            late = time.monotonic() > deadline or (mesh.complete and mesh.settled)
+            waiting = []
+            for address, entry, cluster_id in self._adopted:
+                info = mesh.table.by_id(cluster_id)
+                if info is None and not late:
+                    waiting.append((address, entry, cluster_id))
+                else:
+                    driver.feed(events.Adopted(address, entry, info.name if info else None))
+            self._adopted = waiting
+            mesh.joined.clear()
+            with contextlib.suppress(TimeoutError):
+                async with asyncio.timeout(1.0):
+                    await mesh.joined.wait()
+        await asyncio.Event().wait()
+
+    async def _clean_up(self, pins: Pins) -> None:
+        """Leave the node as it was before us."""
+        try:
+            interfaces = await detach_everywhere()
+        except LazymeshError as exc:
+            log.error("clean-up", error=str(exc))
+            interfaces = []
+        pins.remove()
+        log.info("cleaned up", detached=interfaces)

@@ -1,0 +1,187 @@
+"""Looks whether this node has what lazymesh needs, one finding at a time, and says what to do about what it lacks."""
+
+from __future__ import annotations
+
+import asyncio
+import importlib.util
+import os
+import re
+from dataclasses import dataclass
+from datetime import UTC, datetime, timedelta
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from lazymesh.core import keys
+from lazymesh.core.model import Space
+from lazymesh.core.records import RecordError, decode_cluster_config
+from lazymesh.datapath.headers import find_headers
+from lazymesh.datapath.libbpf import library
+from lazymesh.datapath.maps import IpcacheMap, kernel_honours_noexist
+from lazymesh.datapath.pins import IPCACHE, Pins, check_bpffs
+from lazymesh.errors import KvstoreError, LazymeshError
+from lazymesh.kvstore.certificate import certificate_facts
+from lazymesh.kvstore.client import EtcdClient
+from lazymesh.roles.configdir import read_directory
+
+if TYPE_CHECKING:
+    from collections.abc import AsyncIterator, Callable, Iterator
+
+    from lazymesh.kvstore.config import EtcdConfig
+
+OLDEST_KERNEL = (5, 10)
+EXPIRY_WARNING = timedelta(days=30)
+ETCD_TIMEOUT_S = 5.0
+
+
+@dataclass(frozen=True, slots=True)
+class Finding:
+    """One line of the check."""
+
+    name: str
+    verdict: str
+    """``ok``, ``warn`` or ``fail``."""
+    text: str
+    """What was found, and for warn and fail what to do."""
+
+
+async def check_node(bpffs: Path, directories: list[Path]) -> AsyncIterator[Finding]:
+    """Yield a finding for every need: first the node's, then each cluster's."""
+    for name, look in _NODE_CHECKS.items():
+        yield _found(name, look)
+    yield _found("bpffs", lambda: _bpffs(bpffs))
+    yield _found("map layout", lambda: _layout(bpffs))
+    for directory in directories:
+        try:
+            files = read_directory(directory)
+        except LazymeshError as exc:
+            yield Finding("clustermesh", "fail", str(exc))
+            continue
+        if not files:
+            yield Finding("clustermesh", "warn", f"{directory} describes no cluster: misses cannot be resolved")
+        for cluster, file in files.items():
+            if file.config is None:
+                yield Finding(f"cluster {cluster}", "fail", file.error or "no configuration")
+                continue
+            for finding in _certificates(cluster, file.config):
+                yield finding
+            yield await _store(cluster, file.config)
+
+
+def _found(name: str, look: Callable[[], str]) -> Finding:
+    try:
+        text = look()
+    except LazymeshError as exc:
+        return Finding(name, "fail", str(exc))
+    except OSError as exc:
+        return Finding(name, "fail", f"{exc.strerror}: run this as root, or in a privileged container")
+    return Finding(name, "warn" if text.startswith("warning: ") else "ok", text.removeprefix("warning: "))
+
+
+def _root() -> str:
+    if os.geteuid() != 0:
+        raise LazymeshError("not root: the agent must be (sudo, or a privileged container)")
+    return "root"
+
+
+def _kernel() -> str:
+    release = os.uname().release
+    version = tuple(int(n) for n in re.findall(r"\d+", release)[:2])
+    if version < OLDEST_KERNEL:
+        raise LazymeshError(f"kernel {release} is too old: 5.10 is the oldest that lazymesh supports")
+    return release
+
+
+def _headers() -> str:
+    headers = find_headers()
+    return f"{headers.source}" + ("" if headers.running else f" (of {headers.release}; good enough)")
+
+
+def _bcc() -> str:
+    if importlib.util.find_spec("bcc") is None:
+        raise LazymeshError(
+            "the Python package bcc is missing: install python3-bpfcc, and run lazymesh from an environment"
+            " made with `/usr/bin/python3 -m venv --system-site-packages`"
+        )
+    return "installed"
+
+
+def _libbpf() -> str:
+    library()
+    return "libbpf.so.1"
+
+
+def _noexist() -> str:
+    if kernel_honours_noexist():
+        return "conditional writes to the ipcache work"
+    return "warning: this kernel ignores BPF_NOEXIST on LPM tries; a guarded fallback is used (fixed in 6.13)"
+
+
+_NODE_CHECKS: dict[str, Callable[[], str]] = {
+    "root": _root,
+    "kernel": _kernel,
+    "headers": _headers,
+    "bcc": _bcc,
+    "libbpf": _libbpf,
+    "kernel maps": _noexist,
+}
+
+
+def _bpffs(bpffs: Path) -> str:
+    check_bpffs(bpffs)
+    return str(bpffs)
+
+
+def _layout(bpffs: Path) -> str:
+    path = Pins.under(bpffs).path(IPCACHE)
+    if not path.exists():
+        return "no ipcache map pinned yet: the agent makes it"
+    ipcache = IpcacheMap.pinned(path)
+    return f"{path}: {'v2' if ipcache.writable else 'v1'}, {ipcache.max_entries} entries"
+
+
+def _certificates(cluster: str, config: EtcdConfig) -> Iterator[Finding]:
+    for path in (config.ca_file, config.cert_file, config.key_file):
+        if path is not None and not os.access(path, os.R_OK):
+            yield Finding(f"certificate {cluster}", "fail", f"cannot read {path}, named in {config.source}")
+            return
+    if config.cert_file is None:
+        return
+    facts = certificate_facts(Path(config.cert_file).read_bytes())
+    name = f"certificate {cluster}"
+    if facts is None:
+        yield Finding(name, "fail", f"{config.cert_file} holds no certificate in PEM form")
+        return
+    left = facts.not_after - datetime.now(UTC)
+    text = f"{config.cert_file}: user {facts.common_name}, valid until {facts.not_after:%Y-%m-%d}"
+    if left <= timedelta():
+        yield Finding(name, "fail", f"{text}: expired, renew it")
+    else:
+        yield Finding(name, "warn" if left < EXPIRY_WARNING else "ok", text)
+
+
+async def _store(cluster: str, config: EtcdConfig) -> Finding:
+    """Connect, read the cluster's description, and try what a miss would read."""
+    name = f"cluster {cluster}"
+    async with EtcdClient(config) as client:
+        try:
+            async with asyncio.timeout(ETCD_TIMEOUT_S):
+                return await _ask_store(name, cluster, client)
+        except KvstoreError as exc:
+            return Finding(name, "fail", str(exc))
+        except TimeoutError:
+            return Finding(name, "fail", f"no answer in {ETCD_TIMEOUT_S:.0f} s: {client.info.last_error or 'silence'}")
+
+
+async def _ask_store(name: str, cluster: str, client: EtcdClient) -> Finding:
+    found = await client.get(keys.cluster_config_key(cluster))
+    endpoint = client.info.endpoint
+    if found is None:
+        return Finding(name, "warn", f"{endpoint} answers, but holds no cluster-config of {cluster} yet")
+    try:
+        described = decode_cluster_config(found.value)
+    except RecordError as exc:
+        return Finding(name, "fail", f"{endpoint}: cluster-config of {cluster} is malformed: {exc.detail}")
+    space = Space.CACHED if described.cached else Space.PULL_ONLY
+    await client.get(keys.ip_key(space, bytes(4), cluster))
+    kind = "local cache" if described.cached else "cluster's own store"
+    return Finding(name, "ok", f"{endpoint}: id {described.cluster_id}, {kind}, may be read")

@@ -1,0 +1,66 @@
+"""Which clusters there are: Cilium's clustermesh directory, looked at twice a second.
+
+Every regular file that contains ``endpoints:`` is one cluster, and its name is the cluster's (cilium-formats 5).
+Kubernetes swaps such directories by symbolic links, so a file is known by what it holds, not by its times.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from lazymesh.errors import SettingsError
+from lazymesh.kvstore.config import EtcdConfig, parse_config
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+LOOK_EVERY_S = 0.5
+
+
+@dataclass(frozen=True, slots=True)
+class ClusterFile:
+    """One cluster's etcd client file."""
+
+    digest: bytes
+    """Of the content: equal digests need no reconnect."""
+    config: EtcdConfig | None
+    error: str | None
+    """One line when the content cannot be used; then config is None."""
+
+
+def read_directory(directory: Path) -> dict[str, ClusterFile]:
+    """Return the clusters described in a directory, by name; SettingsError when it cannot be read at all."""
+    try:
+        paths = sorted(path for path in directory.iterdir() if path.is_file())
+    except OSError as exc:
+        raise SettingsError(
+            f"cannot read the clustermesh directory {directory}: {exc.strerror}; name another with --clustermesh-config"
+        ) from exc
+    found = {}
+    for path in paths:
+        try:
+            content = path.read_bytes()
+        except OSError as exc:
+            found[path.name] = ClusterFile(b"", None, f"cannot read {path}: {exc.strerror}")
+            continue
+        if b"endpoints:" in content:
+            found[path.name] = _parse(path, content)
+    return found
+
+
+def _parse(path: Path, content: bytes) -> ClusterFile:
+    digest = hashlib.sha256(content).digest()
+    try:
+        return ClusterFile(digest, parse_config(content.decode(), str(path)), None)
+    except (SettingsError, UnicodeDecodeError) as exc:
+        return ClusterFile(digest, None, str(exc))
+
+
+def check_directories(*directories: Path | None) -> None:
+    """Read the directories once, strictly, before anything is started: SettingsError for whatever cannot be used."""
+    for directory in directories:
+        for name, file in read_directory(directory).items() if directory else ():
+            if file.error is not None:
+                raise SettingsError(f"cluster {name}: {file.error}")

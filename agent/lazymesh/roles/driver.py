@@ -1,0 +1,165 @@
+"""Drives the resolver: feeds it events, carries its commands out with whoever owns them, and counts what happened.
+
+One thread, the event loop's, owns the resolver. Effects that answer at once (an install) go back in as events before
+anything else; a command that raises is a bug and ends the agent, never a packet's fate.
+"""
+
+from __future__ import annotations
+
+import time
+from collections import deque
+from typing import TYPE_CHECKING, Any, Protocol
+
+import structlog
+
+from lazymesh.core import events
+from lazymesh.core.model import Direction, Reason, format_address
+from lazymesh.roles.logs import OncePer
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Mapping
+
+    from lazymesh.core.model import Address, Entry
+    from lazymesh.core.resolver import Resolver
+    from lazymesh.datapath.abi import Signal
+    from lazymesh.metrics import Metrics
+    from lazymesh.roles.link import ClusterLink
+
+log = structlog.get_logger()
+
+QUIET_S = 60.0
+"""The same refusal of the same address is logged once in this time."""
+_REFUSALS = frozenset({Reason.FORGED, Reason.MALFORMED, Reason.AMBIGUOUS, Reason.NOT_OURS, Reason.MAP_FULL})
+"""Answers that a person should look into."""
+
+
+class Installs(Protocol):
+    """Where entries go: the map, or nowhere in shadow mode."""
+
+    def install(self, address: Address, entry: Entry, cluster_id: int) -> Reason | None:
+        """Put an entry in; return why not."""
+
+    def evict(self, address: Address) -> bool:
+        """Take an entry of ours out."""
+
+
+class Shadow:
+    """Stands in for the installer in shadow mode: everything is decided and reported, nothing is written."""
+
+    def install(self, _address: Address, _entry: Entry, _cluster_id: int) -> Reason | None:
+        """Say that it went well."""
+        return None
+
+    def evict(self, _address: Address) -> bool:
+        """There is nothing to take out."""
+        return False
+
+
+class Driver:
+    """Connects resolver, links, installer and whoever wants to hear of outcomes."""
+
+    def __init__(
+        self,
+        resolver: Resolver,
+        installer: Installs,
+        links: Mapping[str, ClusterLink],
+        metrics: Metrics,
+        mute: Callable[[bool], None],
+    ) -> None:
+        self.muted = False
+        self._resolver = resolver
+        self._installer = installer
+        self._links = links
+        self._metrics = metrics
+        self._mute = mute
+        self._events: deque[events.Event] = deque()
+        self._busy = False
+        self._said = OncePer(QUIET_S)
+        self._directions = [metrics.signals.labels(direction.name.lower()) for direction in Direction]
+        self.publish: Callable[[dict[str, Any]], None] | None = None
+        """Takes one object per outcome while somebody streams misses; None while nobody does."""
+
+    def on_signals(self, signals: list[Signal]) -> None:
+        """Take the misses of one wake-up."""
+        for signal in signals:
+            self._directions[signal.direction].inc()
+            self._events.append(
+                events.Miss(signal.address, signal.direction, signal.ifindex, signal.ktime_ns / 1e9)
+            )
+        self._run()
+
+    def feed(self, event: events.Event) -> None:
+        """Take one event, now or behind those that are being worked on."""
+        self._events.append(event)
+        self._run()
+
+    def _run(self) -> None:
+        if self._busy:
+            return
+        self._busy = True
+        try:
+            while self._events:
+                for command in self._resolver.step(self._events.popleft(), time.monotonic()):
+                    self._carry_out(command)
+        finally:
+            self._busy = False
+
+    def _carry_out(self, command: events.Command) -> None:
+        match command:
+            case events.Read():
+                self._read(command)
+            case events.Install():
+                error = self._installer.install(command.address, command.entry, command.cluster_id)
+                self._events.appendleft(events.InstallResult(command.address, command.entry, error))
+            case events.Report():
+                self._report(command)
+            case events.Watch():
+                if link := self._links.get(command.cluster):
+                    link.watch(command)
+            case events.Unwatch():
+                if link := self._links.get(command.cluster):
+                    link.unwatch(command.address)
+            case events.Evict():
+                self._installer.evict(command.address)
+                self._metrics.evictions.labels(command.why).inc()
+            case events.Mute():
+                self.muted = command.on
+                self._mute(command.on)
+                self._metrics.muted.set(command.on)
+                log.warning("the kernel is told to signal nothing" if command.on else "the kernel may signal again")
+
+    def _read(self, command: events.Read) -> None:
+        link = self._links.get(command.cluster)
+        if link is None:  # it left between the decision and now
+            self._events.append(events.ReadFailed(command.cluster, command.addresses, "unavailable"))
+        else:
+            link.read(command)
+
+    def _report(self, report: events.Report) -> None:
+        latency = None if report.missed_at is None else max(0.0, time.monotonic() - report.missed_at)
+        reason = report.reason.value if report.reason else None
+        self._metrics.outcomes.labels(report.outcome, "yes" if report.cached else "no").inc()
+        if reason is not None and report.outcome != "evicted":
+            self._metrics.errors.labels(reason).inc()
+        if latency is not None and not report.cached:
+            self._metrics.duration.labels(report.outcome).observe(latency)
+        if self.publish is not None:
+            self.publish(
+                {
+                    "address": format_address(report.address),
+                    "cluster": report.cluster,
+                    "outcome": report.outcome,
+                    "reason": reason,
+                    "latency_ms": None if latency is None else round(latency * 1000, 3),
+                    "cached": report.cached,
+                    "detail": report.detail or None,
+                }
+            )
+        if report.reason in _REFUSALS and self._said((report.address, report.reason), time.monotonic()):
+            log.warning(
+                "address refused",
+                address=format_address(report.address),
+                cluster=report.cluster,
+                reason=reason,
+                detail=report.detail,
+            )

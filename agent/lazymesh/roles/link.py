@@ -1,0 +1,357 @@
+"""One cluster's link: its stores, what is followed in them, the reads and key watches of its addresses.
+
+A store is believed only when it is complete: its cluster-config is there, and so are the sync canaries it announces.
+Otherwise an apiserver that comes back with an empty etcd would look like a cluster whose pods have all gone. So after
+each replacement of the store the followers wait for that again before they list (mark and sweep over what was told).
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Protocol
+
+import structlog
+
+from lazymesh.core import events, keys
+from lazymesh.core.model import Reason, Space
+from lazymesh.core.records import RecordError, decode_cluster_config
+from lazymesh.errors import KvstoreError
+from lazymesh.kvstore.client import EtcdClient
+from lazymesh.kvstore.follower import PrefixFollower
+from lazymesh.kvstore.model import Connected
+
+if TYPE_CHECKING:
+    from collections.abc import Coroutine, Sequence
+
+    from lazymesh.core.model import Address
+    from lazymesh.core.records import ClusterConfig
+    from lazymesh.kvstore.config import EtcdConfig
+    from lazymesh.kvstore.model import Change, ClientEvent, WatchLoss
+
+log = structlog.get_logger()
+
+READ_TIMEOUT_S = 5.0
+"""A miss that was not answered for this long has failed (CFP-44921's own limit)."""
+RETRY_S = 0.5
+"""Between looks for a cluster-config or a canary that is not there yet."""
+REWATCH_S = 1.0
+"""Lost key watches are collected for this long before the cluster's addresses are read again."""
+
+DIRECT = ((Space.PUSHED, Space.PULL_ONLY),)
+
+
+class LinkObserver(Protocol):
+    """Who is told what a link learns; called on the event loop."""
+
+    def on_config(self, link: ClusterLink, config: ClusterConfig, spaces: tuple[tuple[Space, ...], ...]) -> str | None:
+        """The cluster described itself; return why it is refused, or None."""
+
+    def on_nodes(self, link: ClusterLink, changes: Sequence[Change]) -> None:
+        """Node records changed; keys are below ``link.nodes_prefix``."""
+
+    def on_identities(self, link: ClusterLink, changes: Sequence[Change]) -> None:
+        """Identities changed; keys are below ``link.identities_prefix``."""
+
+    def on_event(self, event: events.Event) -> None:
+        """Something for the resolver."""
+
+    def on_listed(self, link: ClusterLink) -> None:
+        """Nodes and identities are all told (again)."""
+
+    def on_silent(self, link: ClusterLink) -> None:
+        """The store does not answer."""
+
+
+@dataclass(frozen=True, slots=True)
+class LinkConfig:
+    """Where a cluster's records are to be read.
+
+    primary: Cilium's own configuration, of the cluster's store or of the local cache.
+    remote: direct access to the cluster's store, if given apart.
+    """
+
+    name: str
+    primary: EtcdConfig
+    remote: EtcdConfig | None = None
+
+
+class ClusterLink:
+    """Runs one cluster; ``state`` is for people: connecting, incomplete, listing, ready, silent, refused."""
+
+    def __init__(self, config: LinkConfig, observer: LinkObserver) -> None:
+        self.name = config.name
+        self.config = config
+        self.state = "connecting"
+        self.problem: str | None = None
+        """One line saying why it is not ready, None when it is."""
+        self.tried = False
+        """The first attempt to reach it is over, well or ill."""
+        self.nodes_prefix = b""
+        self.identities_prefix = b""
+        self.refused_total: dict[str, int] = {"node": 0, "identity": 0, "cluster-config": 0}
+        self._observer = observer
+        self._primary = EtcdClient(config.primary)
+        self._remote = EtcdClient(config.remote) if config.remote else None
+        self._followers: list[PrefixFollower] = []
+        self._synced: set[bytes] = set()
+        self._watches: dict[Address, dict[Space, int]] = {}
+        self._stale = asyncio.Event()
+        self._tasks: set[asyncio.Task[None]] = set()
+        self._rewatch: asyncio.TimerHandle | None = None
+
+    @property
+    def client(self) -> EtcdClient:
+        """The store that nodes and identities come from."""
+        return self._primary
+
+    @property
+    def watched_keys(self) -> int:
+        """How many single keys are being watched."""
+        return sum(len(of) for of in self._watches.values())
+
+    @property
+    def sizes(self) -> tuple[int, int]:
+        """Numbers of nodes and identities told so far."""
+        return (len(self._followers[0]), len(self._followers[1])) if self._followers else (0, 0)
+
+    async def run(self) -> None:
+        """Keep the link until cancelled."""
+        async with contextlib.AsyncExitStack() as stack:
+            await stack.enter_async_context(self._primary)
+            if self._remote:
+                await stack.enter_async_context(self._remote)
+                self._remote.add_listener(self._on_remote_event)
+            self._primary.add_listener(self._on_primary_event)
+            stack.callback(self._stop_tasks)
+            while True:
+                self._stale.clear()
+                config = await self._complete()
+                if config is not None:
+                    await self._follow(config)
+                else:
+                    await asyncio.sleep(RETRY_S)
+
+    # --- reads and watches of single addresses ----------------------------------------------------------------------
+
+    def read(self, command: events.Read) -> None:
+        """Read the keys of some addresses; the answer comes as an event."""
+        self._start(self._read(command))
+
+    async def _read(self, command: events.Read) -> None:
+        pairs = [(address, space) for address in command.addresses for space in command.spaces]
+        client = self._client_of(command.spaces[0])
+        try:
+            result = await client.read_many([keys.ip_key(s, a, self.name) for a, s in pairs], READ_TIMEOUT_S)
+        except KvstoreError as exc:
+            self.problem = str(exc)
+            self._observer.on_event(events.ReadFailed(self.name, command.addresses, exc.kind))
+            return
+        except asyncio.CancelledError:  # the link ends; the resolver is owed an answer to every read
+            self._observer.on_event(events.ReadFailed(self.name, command.addresses, "unavailable"))
+            raise
+        states = tuple(
+            events.KeyState(address, space, None if found is None else found.value, result.revision)
+            for (address, space), found in zip(pairs, result.values, strict=True)
+        )
+        self._observer.on_event(events.Answered(self.name, states))
+
+    def watch(self, command: events.Watch) -> None:
+        """Watch one key of one address."""
+        key = keys.ip_key(command.space, command.address, self.name)
+        listener = _KeyListener(self, command.address, command.space)
+        watch_id = self._client_of(command.space).watches.add(key, listener, command.after + 1)
+        self._watches.setdefault(command.address, {})[command.space] = watch_id
+
+    def unwatch(self, address: Address) -> None:
+        """Stop watching every key of the address."""
+        for space, watch_id in self._watches.pop(address, {}).items():
+            self._client_of(space).watches.remove(watch_id)
+
+    def on_key_changed(self, address: Address, space: Space, changes: Sequence[Change]) -> None:
+        """Pass a watched key's changes on."""
+        for change in changes:
+            state = events.KeyState(address, space, change.value, change.mod_revision)
+            self._observer.on_event(events.Changed(self.name, state))
+
+    def on_key_lost(self, address: Address, space: Space, loss: WatchLoss) -> None:
+        """A key's watch is gone: collect such losses, then have everything of the cluster read again."""
+        self._watches.get(address, {}).pop(space, None)
+        if loss.kind == "reset":
+            return  # told by the client's own event, for all of them together
+        log.warning("a key watch was lost", cluster=self.name, kind=loss.kind, error=str(loss.error))
+        if self._rewatch is None:
+            self._rewatch = asyncio.get_running_loop().call_later(REWATCH_S, self._reset)
+
+    def _reset(self) -> None:
+        """Forget every key watch; the resolver reads all addresses again and asks for new ones."""
+        if self._rewatch is not None:
+            self._rewatch.cancel()
+            self._rewatch = None
+        for address in list(self._watches):
+            self.unwatch(address)
+        self._observer.on_event(events.StoreReset(self.name))
+        if self.state == "ready":
+            self._observer.on_event(events.ClusterReady(self.name))
+
+    def _client_of(self, space: Space) -> EtcdClient:
+        return self._primary if space is Space.CACHED or self._remote is None else self._remote
+
+    # --- the store as a whole ---------------------------------------------------------------------------------------
+
+    async def _complete(self) -> ClusterConfig | None:
+        """Wait until the store describes itself and is complete; None when it must be asked again."""
+        try:
+            config, missing = await self._describe(self._primary)
+            refusal = self._observer.on_config(self, config, self._spaces(config)) if config else None
+        except KvstoreError as exc:
+            return self._fall_silent(exc)
+        except RecordError as exc:
+            return self._refuse(f"its cluster-config is {exc.reason.value}: {exc.detail}")
+        if refusal is not None:
+            return self._refuse(refusal)
+        return self._wait_for(missing) if missing else config
+
+    async def _describe(self, client: EtcdClient) -> tuple[ClusterConfig | None, str | None]:
+        """Return a store's cluster-config, and what it still lacks to be complete."""
+        found = await client.get(keys.cluster_config_key(self.name))
+        if found is None:
+            return None, "no cluster-config in its store yet"
+        config = decode_cluster_config(found.value)
+        if not config.synced_canaries:
+            return config, None
+        wanted = [keys.canary_key(what, config.cached, self.name) for what in ("nodes", "identities", "ip")]
+        result = await client.read_many(wanted)
+        for key, canary in zip(wanted, result.values, strict=True):
+            if canary is None:
+                return config, f"its store is not complete yet: no {key.decode()}"
+        return config, None
+
+    def _spaces(self, config: ClusterConfig) -> tuple[tuple[Space, ...], ...]:
+        if not config.cached:
+            return DIRECT
+        return ((Space.CACHED,), *DIRECT) if self._remote else ((Space.CACHED,),)
+
+    def _wait_for(self, problem: str) -> None:
+        self.tried = True
+        if self.problem != problem:
+            log.info("waiting for a cluster", cluster=self.name, problem=problem)
+        self.state, self.problem = "incomplete", problem
+
+    def _refuse(self, problem: str) -> None:
+        self.tried = True
+        self.refused_total["cluster-config"] += self.state != "refused"
+        if self.state != "refused" or self.problem != problem:
+            log.error("cluster refused", cluster=self.name, reason=Reason.FORGED.value, problem=problem)
+        self.state, self.problem = "refused", problem
+
+    async def _follow(self, config: ClusterConfig) -> None:
+        """Follow nodes and identities until the store is replaced."""
+        self.state = "listing"
+        self.nodes_prefix = keys.nodes_prefix(config.cached, self.name)
+        self.identities_prefix = keys.identities_prefix(config.cached, self.name)
+        if [f.prefix for f in self._followers] != [self.nodes_prefix, self.identities_prefix]:
+            self._followers = [
+                PrefixFollower(self._primary, prefix, _PrefixObserver(self, prefix))
+                for prefix in (self.nodes_prefix, self.identities_prefix)
+            ]
+        self._synced.clear()
+        tasks = [asyncio.create_task(follower.run()) for follower in self._followers]
+        try:
+            await self._stale.wait()
+        finally:
+            for task in tasks:
+                task.cancel()
+            await asyncio.gather(*tasks, return_exceptions=True)
+        self._reset()
+
+    def on_prefix_changes(self, prefix: bytes, changes: Sequence[Change]) -> None:
+        """Pass nodes and identities on."""
+        if prefix == self.nodes_prefix:
+            self._observer.on_nodes(self, changes)
+        else:
+            self._observer.on_identities(self, changes)
+
+    def on_prefix_synced(self, prefix: bytes) -> None:
+        """Once both are told, the cluster is ready."""
+        self._synced.add(prefix)
+        if len(self._synced) == len(self._followers):
+            if self.state != "ready":
+                log.info("cluster ready", cluster=self.name, nodes=self.sizes[0], identities=self.sizes[1])
+            self.state, self.problem, self.tried = "ready", None, True
+            self._observer.on_listed(self)
+
+    def on_prefix_silent(self, error: KvstoreError) -> None:
+        """Contact is lost: what is known stays, for a while."""
+        self._synced.clear()
+        self._fall_silent(error)
+
+    def _fall_silent(self, error: KvstoreError) -> None:
+        self.tried = True
+        if self.state != "silent":
+            log.warning("cluster silent", cluster=self.name, error=str(error))
+            self.state = "silent"
+            self._observer.on_silent(self)
+        self.problem = str(error)
+
+    def _on_primary_event(self, event: ClientEvent) -> None:
+        if not isinstance(event, Connected):
+            self._fall_silent(event.error)
+        elif event.reset:
+            log.warning("the store was replaced, or went back in time", cluster=self.name, endpoint=event.endpoint)
+            self._stale.set()
+
+    def _on_remote_event(self, event: ClientEvent) -> None:
+        if isinstance(event, Connected) and event.reset:
+            self._start(self._reset_remote())
+
+    async def _reset_remote(self) -> None:
+        """Read everything again once the replaced store of the owner is complete."""
+        while True:
+            with contextlib.suppress(KvstoreError, RecordError):
+                if self._remote is None or (await self._describe(self._remote))[1] is None:
+                    return self._reset()
+            await asyncio.sleep(RETRY_S)
+
+    def _start(self, work: Coroutine[None, None, None]) -> None:
+        task = asyncio.create_task(work)
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
+
+    def _stop_tasks(self) -> None:
+        if self._rewatch is not None:
+            self._rewatch.cancel()
+        for task in self._tasks:
+            task.cancel()
+
+
+@dataclass(frozen=True, slots=True)
+class _KeyListener:
+    link: ClusterLink
+    address: Address
+    space: Space
+
+    def on_live(self, watch_id: int, revision: int) -> None:
+        """Nothing hangs on it: the read before it told the key's state."""
+
+    def on_changes(self, _watch_id: int, changes: Sequence[Change]) -> None:
+        self.link.on_key_changed(self.address, self.space, changes)
+
+    def on_lost(self, _watch_id: int, loss: WatchLoss) -> None:
+        self.link.on_key_lost(self.address, self.space, loss)
+
+
+@dataclass(frozen=True, slots=True)
+class _PrefixObserver:
+    link: ClusterLink
+    prefix: bytes
+
+    def on_changes(self, changes: Sequence[Change]) -> None:
+        self.link.on_prefix_changes(self.prefix, changes)
+
+    def on_synced(self) -> None:
+        self.link.on_prefix_synced(self.prefix)
+
+    def on_silent(self, error: KvstoreError) -> None:
+        self.link.on_prefix_silent(error)

@@ -1,0 +1,297 @@
+"""The mesh as this node sees it: a link per configured cluster, one table of pod CIDRs, the identities and the policy.
+
+Order of effects, for every identity: policy map first, then the resolver, so that no entry is ever installed whose
+identity the policy has not judged. And for every CIDR: the kernel's map and the resolver's table change together.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from typing import TYPE_CHECKING, Any
+
+import structlog
+
+from lazymesh.core import events, keys
+from lazymesh.core.clusters import ClusterInfo, MeshState
+from lazymesh.core.identities import check_identity, check_labels, identity_range
+from lazymesh.core.records import RecordError, decode_identity, decode_node
+from lazymesh.errors import SettingsError
+from lazymesh.roles.configdir import LOOK_EVERY_S, ClusterFile, read_directory
+from lazymesh.roles.link import ClusterLink, LinkConfig
+from lazymesh.roles.logs import OncePer
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Sequence
+
+    from lazymesh.core.model import Network, Space
+    from lazymesh.core.records import ClusterConfig
+    from lazymesh.datapath.maps import MeshCidrs
+    from lazymesh.kvstore.model import Change
+    from lazymesh.roles.enforcement import Enforcement
+    from lazymesh.settings import MeshSettings
+
+log = structlog.get_logger()
+
+TABLE_DELAY_S = 0.02
+"""Node records that come in a burst make one new table, not one each."""
+COMPLAIN_EVERY_S = 600.0
+
+
+class Mesh:
+    """Owns the links; tells the resolver through ``feed``."""
+
+    def __init__(
+        self,
+        settings: MeshSettings,
+        cidrs: MeshCidrs,
+        enforcement: Enforcement,
+        feed: Callable[[events.Event], None],
+    ) -> None:
+        self.links: dict[str, ClusterLink] = {}
+        self.identities: set[int] = set()
+        """Identities whose labels are known here, and judged."""
+        self.file_errors: dict[str, str] = {}
+        """Clusters whose configuration file cannot be used, and why."""
+        self._settings = settings
+        self._cidrs = cidrs
+        self._enforcement = enforcement
+        self._feed = feed
+        self._state = MeshState(settings.cluster_id, settings.mesh_cidrs)
+        self.table = self._state.table()
+        self._in_kernel: dict[Network, int] = {}
+        self._files: dict[str, tuple[ClusterFile, ClusterFile | None]] = {}
+        self._tasks: dict[str, asyncio.Task[None]] = {}
+        self._complained = OncePer(COMPLAIN_EVERY_S)
+        self._due: asyncio.TimerHandle | None = None
+        self._swept = False
+        self.joined = asyncio.Event()
+        """Set whenever a cluster has joined; the agent hands out the journal's entries then."""
+
+    @property
+    def settled(self) -> bool:
+        """Every configured cluster has been listed, or was found unreachable."""
+        return all(link.tried for link in self.links.values())
+
+    @property
+    def complete(self) -> bool:
+        """Every configured cluster has been listed."""
+        return all(link.state == "ready" for link in self.links.values()) and not self.file_errors
+
+    async def run(self) -> None:
+        """Follow the configuration directories until cancelled."""
+        self._in_kernel = self._cidrs.items()
+        self._refresh_table()
+        try:
+            while True:
+                try:
+                    self._reconcile(self._read())
+                except SettingsError as exc:
+                    if self._complained("directory", time.monotonic()):
+                        log.error("clustermesh directory", error=str(exc))
+                await asyncio.sleep(LOOK_EVERY_S)
+        finally:
+            for task in self._tasks.values():
+                task.cancel()
+            await asyncio.gather(*self._tasks.values(), return_exceptions=True)
+
+    # --- the configuration directories ------------------------------------------------------------------------------
+
+    def _read(self) -> dict[str, tuple[ClusterFile, ClusterFile | None]]:
+        files = read_directory(self._settings.clustermesh_config)
+        remote = read_directory(self._settings.remote_config) if self._settings.remote_config else {}
+        files.pop(self._settings.cluster_name, None)
+        return {name: (file, remote.get(name)) for name, file in files.items()}
+
+    def _reconcile(self, files: dict[str, tuple[ClusterFile, ClusterFile | None]]) -> None:
+        for name in self._files.keys() - files.keys():
+            self._remove(name)
+            log.info("cluster left the configuration", cluster=name)
+        for name, pair in files.items():
+            if self._files.get(name) != pair:
+                self._configure(name, pair)
+        self._files = files
+        if not self._swept and self.complete:
+            self._sweep()
+
+    def _configure(self, name: str, pair: tuple[ClusterFile, ClusterFile | None]) -> None:
+        file, remote = pair
+        error = file.error or (remote.error if remote else None)
+        self._stop(name)
+        if error or file.config is None:
+            self.file_errors[name] = error or "no configuration"
+            log.error("cluster configuration refused", cluster=name, error=error)
+            return
+        self.file_errors.pop(name, None)
+        link = ClusterLink(LinkConfig(name, file.config, remote.config if remote else None), self)
+        self.links[name] = link
+        task = asyncio.create_task(link.run(), name=f"cluster {name}")
+        task.add_done_callback(_report_crash)
+        self._tasks[name] = task
+        log.info("cluster configured", cluster=name)
+
+    def _stop(self, name: str) -> None:
+        """End a link; what it told stays until its successor, or _remove, says otherwise."""
+        self.links.pop(name, None)
+        task = self._tasks.pop(name, None)
+        if task is not None:
+            task.cancel()
+            self._feed(events.ClusterSilent(name))
+            self._feed(events.StoreReset(name))  # its key watches go with it
+
+    def _remove(self, name: str) -> None:
+        self._stop(name)
+        self.file_errors.pop(name, None)
+        info = self.table.cluster(name)
+        self._feed(events.ClusterGone(name))
+        if info is not None:
+            self._forget_identities([i for i in self.identities if i in info.identities])
+        self._state.leave(name)
+        self._refresh_table()
+
+    # --- what links tell --------------------------------------------------------------------------------------------
+
+    def on_config(self, link: ClusterLink, config: ClusterConfig, spaces: tuple[tuple[Space, ...], ...]) -> str | None:
+        """Let the cluster join, unless its id or the mesh's size contradict ours."""
+        ours = self._settings.max_connected_clusters
+        if config.max_connected_clusters != ours:
+            return f"it says max-connected-clusters {config.max_connected_clusters}, ours is {ours}"
+        if not 0 < config.cluster_id <= ours:
+            return f"its cluster id {config.cluster_id} is not in 1..{ours}"
+        known = self.table.cluster(link.name)
+        if known is not None and known.cluster_id != config.cluster_id:
+            self._feed(events.ClusterGone(link.name))
+            self._forget_identities([i for i in self.identities if i in known.identities])
+        info = ClusterInfo(link.name, config.cluster_id, identity_range(config.cluster_id, ours), spaces)
+        refusal = self._state.join(info)
+        self._refresh_table()
+        if refusal is None:
+            self.joined.set()
+        return refusal
+
+    def on_nodes(self, link: ClusterLink, changes: Sequence[Change]) -> None:
+        """Take nodes in; the table follows in a moment."""
+        for change in changes:
+            name = keys.node_of_key(change.key, link.nodes_prefix)
+            if name is None:
+                continue
+            if change.value is None:
+                self._state.delete_node(link.name, name)
+                continue
+            try:
+                refusal = self._state.upsert_node(decode_node(change.value, link.name))
+            except RecordError as exc:
+                refusal = exc.detail
+                self._state.delete_node(link.name, name)
+            if refusal:
+                self._complain(link, "node", name, refusal)
+        if self._due is None:
+            self._due = asyncio.get_running_loop().call_later(TABLE_DELAY_S, self._refresh_table)
+
+    def on_identities(self, link: ClusterLink, changes: Sequence[Change]) -> None:
+        """Judge identities, then make them known; a withdrawn one loses its entries before its rights."""
+        known: list[int] = []
+        gone: list[int] = []
+        for change in changes:
+            identity = keys.identity_of_key(change.key, link.identities_prefix)
+            if identity is None:
+                continue
+            if change.value is not None and self._judge(link, identity, change.value):
+                known.append(identity)
+            elif identity in self.identities and self._belongs(link, identity):
+                gone.append(identity)
+        self._enforcement.flush()
+        for identity in known:
+            self.identities.add(identity)
+            self._feed(events.IdentityKnown(identity))
+        self._forget_identities(gone)
+
+    def on_event(self, event: events.Event) -> None:
+        """Pass reads and key changes to the resolver."""
+        self._feed(event)
+
+    def on_listed(self, link: ClusterLink) -> None:
+        """The cluster can be judged: its CIDRs first, then its addresses."""
+        self._refresh_table()
+        self._feed(events.ClusterReady(link.name))
+        if not self._swept and self.complete:
+            self._sweep()
+
+    def on_silent(self, link: ClusterLink) -> None:
+        """Entries stay, for a while."""
+        self._feed(events.ClusterSilent(link.name))
+
+    def _belongs(self, link: ClusterLink, identity: int) -> bool:
+        info = self.table.cluster(link.name)
+        return info is not None and identity in info.identities
+
+    def _judge(self, link: ClusterLink, identity: int, value: bytes) -> bool:
+        info = self.table.cluster(link.name)
+        if info is None:
+            return False
+        refusal = check_identity(identity, info.identities)
+        if refusal is None:
+            try:
+                labels = decode_identity(value)
+            except RecordError as exc:
+                refusal = exc.detail
+            else:
+                refusal = check_labels(labels, link.name)
+        if refusal is not None:
+            self._complain(link, "identity", identity, refusal)
+            return False
+        self._enforcement.upsert(identity, labels)
+        return True
+
+    def _forget_identities(self, gone: list[int]) -> None:
+        for identity in gone:
+            self.identities.discard(identity)
+            self._feed(events.IdentityGone(identity))
+            self._enforcement.remove(identity)
+        self._enforcement.flush()
+
+    def _complain(self, link: ClusterLink, kind: str, what: object, refusal: str) -> None:
+        link.refused_total[kind] += 1
+        if self._complained((link.name, kind, what), time.monotonic()):
+            log.warning(f"{kind} record refused", cluster=link.name, **{kind: what}, reason=refusal)
+
+    # --- pod CIDRs --------------------------------------------------------------------------------------------------
+
+    def _refresh_table(self) -> None:
+        """Put the present table in force, in the kernel and in the resolver."""
+        if self._due is not None:
+            self._due.cancel()
+            self._due = None
+        table = self._state.table()
+        wanted = self._wanted_cidrs(table.mesh_cidrs())
+        upserts = [(n, c) for n, c in wanted.items() if self._in_kernel.get(n) != c]
+        known_before = self._wanted_cidrs(self.table.mesh_cidrs())
+        deletes = [n for n in known_before if n not in wanted]
+        self._cidrs.apply(upserts, deletes)
+        self._in_kernel.update(upserts)
+        for network in deletes:
+            self._in_kernel.pop(network, None)
+        if table is not self.table:
+            self.table = table
+            self._feed(events.TableChanged(table))
+
+    def _wanted_cidrs(self, claimed: Any) -> dict[Network, int]:
+        """CIDRs given by hand are mesh traffic even while their cluster cannot be reached: policy holds for them."""
+        wanted: dict[Network, int] = {network: 0 for _, network in self._settings.mesh_cidrs}
+        wanted.update(claimed)
+        return wanted
+
+    def _sweep(self) -> None:
+        """Once all clusters are listed, take out what an earlier life of the agent left behind."""
+        self._swept = True
+        wanted = self._wanted_cidrs(self.table.mesh_cidrs())
+        leftovers = [network for network in self._in_kernel if network not in wanted]
+        self._cidrs.apply((), leftovers)
+        for network in leftovers:
+            del self._in_kernel[network]
+        self._enforcement.sweep()
+
+
+def _report_crash(task: asyncio.Task[None]) -> None:
+    if not task.cancelled() and (error := task.exception()):
+        task.get_loop().call_exception_handler({"message": f"{task.get_name()} crashed", "exception": error})

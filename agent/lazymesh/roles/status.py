@@ -1,0 +1,176 @@
+"""What people and Prometheus are told of a running agent: read from the parts at the moment of asking."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import asdict, dataclass
+from typing import TYPE_CHECKING, Any
+
+from lazymesh import __version__
+from lazymesh.core.model import Direction
+
+if TYPE_CHECKING:
+    import asyncio
+    from collections.abc import Iterator
+
+    from lazymesh.core.limits import Limits
+    from lazymesh.core.resolver import Resolver
+    from lazymesh.datapath.interfaces import InterfaceFollower
+    from lazymesh.datapath.program import Datapath
+    from lazymesh.datapath.signals import SignalReader
+    from lazymesh.metrics import Metrics, Sample
+    from lazymesh.roles.control import ControlServer
+    from lazymesh.roles.driver import Driver
+    from lazymesh.roles.mesh import Mesh
+    from lazymesh.settings import AgentSettings
+
+
+@dataclass(frozen=True, slots=True)
+class Parts:
+    """The running parts of an agent."""
+
+    settings: AgentSettings
+    datapath: Datapath
+    mesh: Mesh
+    resolver: Resolver
+    driver: Driver
+    follower: InterfaceFollower
+    reader: SignalReader
+    control: ControlServer
+    limits: Limits
+    attached: asyncio.Event
+    """Set once the programs are on the interfaces that were there at start."""
+    started: float
+
+
+class Status:
+    """Looks at the parts; owns and changes nothing."""
+
+    def __init__(self, parts: Parts) -> None:
+        self.parts = parts
+
+    def not_ready(self) -> str | None:
+        """Return what readiness still waits for, None when ready."""
+        if not self.parts.attached.is_set():
+            return "programs are not attached yet"
+        waiting = [name for name, link in self.parts.mesh.links.items() if not link.tried]
+        return f"clusters not listed yet: {', '.join(sorted(waiting))}" if waiting else None
+
+    def packets(self, direction: Direction) -> dict[str, int]:
+        """Return the kernel's counters of one direction by name."""
+        return asdict(self.parts.datapath.counters.read(direction))
+
+    def describe(self) -> dict[str, Any]:
+        """Return the one screen of ``lazymesh status`` as an object."""
+        settings, counts = self.parts.settings, self.parts.resolver.counts
+        views = self.parts.resolver.clusters
+        return {
+            "version": __version__,
+            "uptimeSeconds": round(time.monotonic() - self.parts.started, 3),
+            "cluster": settings.mesh.cluster_name,
+            "ready": self.not_ready() is None,
+            "datapath": {
+                "mode": "shadow" if settings.shadow else "standalone",
+                "interfaces": {name: d.name.lower() for name, d in sorted(self.parts.follower.attached.items())},
+                "onMiss": "drop" if settings.datapath.drop_missed else "pass",
+                "policy": str(settings.policy) if settings.policy else "none",
+                "mapId": self.parts.datapath.ipcache.map_id,
+                "packets": {d.name.lower(): self.packets(d) for d in Direction},
+            },
+            "entries": {
+                "owned": self.parts.resolver.owned,
+                "budget": self.parts.limits.owned,
+                "mapSize": self.parts.datapath.ipcache.max_entries,
+            },
+            "queue": {
+                "waiting": self.parts.resolver.queued,
+                "inFlight": sum(view.in_flight for view in views.values()),
+                "negative": counts["absent"],
+                "muted": self.parts.driver.muted,
+            },
+            "clusters": [self._cluster(name) for name in sorted({*self.parts.mesh.links, *self.parts.mesh.file_errors})],
+            "wrong": list(self._wrong()),
+        }
+
+    def _cluster(self, name: str) -> dict[str, Any]:
+        link, info, view = self.parts.mesh.links.get(name), self.parts.mesh.table.cluster(name), self.parts.resolver.clusters.get(name)
+        nodes, identities = link.sizes if link else (0, 0)
+        client = link.client.info if link else None
+        return {
+            "name": name,
+            "id": info.cluster_id if info else None,
+            "state": link.state if link else "refused",
+            "problem": link.problem if link else self.parts.mesh.file_errors.get(name),
+            "nodes": nodes,
+            "identities": identities,
+            "watchedKeys": link.watched_keys if link else 0,
+            "breaker": view.breaker if view else "closed",
+            "inFlight": view.in_flight if view else 0,
+            "endpoint": client.endpoint if client else None,
+            "etcdClusterId": f"{client.cluster_id:x}" if client and client.cluster_id else None,
+            "revision": client.revision if client else None,
+            "reconnects": client.reconnects if client else 0,
+        }
+
+    def _wrong(self) -> Iterator[str]:
+        if not self.parts.follower.attached:
+            yield "no interface carries the program: does --interface match any?"
+        if self.parts.driver.muted:
+            yield "signals are muted: misses come faster than they can be resolved"
+        for name, link in sorted(self.parts.mesh.links.items()):
+            if link.state != "ready":
+                yield f"cluster {name} is {link.state}: {link.problem or 'not listed yet'}"
+        for name, error in sorted(self.parts.mesh.file_errors.items()):
+            yield f"cluster {name}: {error}"
+
+
+def export(metrics: Metrics, status: Status) -> None:
+    """Register everything that is read at scrape time."""
+    metrics.collect_counter(
+        "lazymesh_packets", "Packets by direction and what became of them (bpf/include/lazymesh_abi.h)",
+        ("direction", "verdict"),
+        lambda: [((d.name.lower(), name), n) for d in Direction for name, n in status.packets(d).items()],
+    )  # fmt: skip
+    metrics.collect_gauge(
+        "lazymesh_addresses", "Addresses the resolver knows, by state", ("state",),
+        lambda: [((state,), n) for state, n in status.parts.resolver.counts.items()],
+    )  # fmt: skip
+    metrics.collect_gauge(
+        "lazymesh_queue_addresses", "Missed addresses that wait for a read", (), lambda: [((), status.parts.resolver.queued)]
+    )
+    metrics.collect_gauge(
+        "lazymesh_entries_owned", "Entries of ours in the ipcache map", (), lambda: [((), status.parts.resolver.owned)]
+    )
+    metrics.collect_gauge(
+        "lazymesh_interfaces_attached", "Interfaces that carry our program", (),
+        lambda: [((), len(status.parts.follower.attached))],
+    )  # fmt: skip
+    metrics.collect_counter(
+        "lazymesh_interface_attach_errors", "Interfaces that could not be attached to", (),
+        lambda: [((), status.parts.follower.stats.attach_errors_total)],
+    )  # fmt: skip
+    metrics.collect_counter(
+        "lazymesh_signals_invalid", "Perf records that were no miss signal", (), lambda: [((), status.parts.reader.invalid)]
+    )
+    metrics.collect_counter(
+        "lazymesh_stream_lines_dropped", "Lines not sent to a `lazymesh misses` that reads too slowly", (),
+        lambda: [((), status.parts.control.dropped)],
+    )  # fmt: skip
+    metrics.collect_gauge(
+        "lazymesh_cluster_ready", "1 while the cluster's nodes and identities are listed and followed", ("cluster",),
+        lambda: [((name,), float(link.state == "ready")) for name, link in list(status.parts.mesh.links.items())],
+    )  # fmt: skip
+    metrics.collect_counter(
+        "lazymesh_store_reconnects", "Reconnects to a cluster's store", ("cluster",),
+        lambda: [((name,), link.client.info.reconnects) for name, link in list(status.parts.mesh.links.items())],
+    )  # fmt: skip
+    metrics.collect_counter(
+        "lazymesh_records_refused", "Node, identity and cluster-config records refused", ("cluster", "kind"),
+        lambda: list(_refused(status)),
+    )  # fmt: skip
+
+
+def _refused(status: Status) -> Iterator[Sample]:
+    for name, link in list(status.parts.mesh.links.items()):
+        for kind, count in link.refused_total.items():
+            yield (name, kind), count

@@ -1,0 +1,101 @@
+"""What a user can set, as frozen values: the command line makes them, the roles read them, nothing below knows them.
+
+Every option exists as a flag, as ``LAZYMESH_AGENT_<OPTION>`` in the environment and as a key of the YAML file given by
+``--config``; click resolves the three in that order. Here stand only the values, checked once.
+"""
+
+from __future__ import annotations
+
+import ipaddress
+import re
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from lazymesh.core.model import Network
+from lazymesh.errors import SettingsError
+
+DEFAULT_BPFFS = Path("/sys/fs/bpf")
+DEFAULT_SOCKET = Path("/run/lazymesh/agent.sock")
+DEFAULT_CLUSTERMESH_CONFIG = Path("/var/lib/cilium/clustermesh")
+
+_CLUSTER_NAME = re.compile(r"([a-z0-9][-a-z0-9]*)?[a-z0-9]")
+
+
+@dataclass(frozen=True, slots=True)
+class MeshSettings:
+    """Who we are in the mesh, and where the others' stores are described."""
+
+    cluster_name: str
+    cluster_id: int
+    max_connected_clusters: int = 255
+    """255 or 511, the same in the whole mesh: it decides which identities belong to which cluster."""
+    clustermesh_config: Path = DEFAULT_CLUSTERMESH_CONFIG
+    """Cilium's own directory: one etcd client file per cluster, named as the cluster."""
+    remote_config: Path | None = None
+    """The same for direct access to the owners' stores, where clustermesh_config leads to a local cache."""
+    mesh_cidrs: tuple[tuple[str, Network], ...] = ()
+    """Pod CIDRs given by hand, for platforms whose node records have none."""
+    region: str | None = None
+    """Our region, to honour records of scope ``regional``; None accepts every scope."""
+
+    def __post_init__(self) -> None:
+        """Refuse what Cilium would refuse (cilium-formats 2.3)."""
+        if not _CLUSTER_NAME.fullmatch(self.cluster_name) or len(self.cluster_name) > 32:
+            raise SettingsError(
+                f"--cluster-name {self.cluster_name!r}: at most 32 lower-case letters, digits and dashes"
+            )
+        if not 0 <= self.cluster_id <= self.max_connected_clusters:
+            raise SettingsError(f"--cluster-id {self.cluster_id}: must lie in 0..{self.max_connected_clusters}")
+
+
+@dataclass(frozen=True, slots=True)
+class DatapathSettings:
+    """What is attached where."""
+
+    bpffs: Path = DEFAULT_BPFFS
+    interfaces: tuple[str, ...] = ()
+    """Pods' host-side interfaces; ``lxc+`` matches a prefix."""
+    uplinks: tuple[str, ...] = ()
+    drop_missed: bool = False
+    signal_rate: int = 5_000
+    """Signals per second and interface."""
+    ipcache_size: int = 512_000
+
+    def __post_init__(self) -> None:
+        """There must be something to attach to."""
+        if not self.interfaces and not self.uplinks:
+            raise SettingsError("nothing to attach to: give --interface (for example 'lxc+') or --uplink")
+
+
+@dataclass(frozen=True, slots=True)
+class AgentSettings:
+    """Everything that ``lazymesh agent`` was told."""
+
+    mesh: MeshSettings
+    datapath: DatapathSettings
+    policy: Path | None = None
+    shadow: bool = False
+    """Resolve and report, write nothing into the ipcache."""
+    cleanup: bool = False
+    """Leave no pin, filter or entry behind when stopped."""
+    socket: Path = DEFAULT_SOCKET
+    metrics_address: tuple[str, int] | None = field(default=None)
+
+
+def parse_mesh_cidr(text: str) -> tuple[str, Network]:
+    """Read ``CLUSTER=CIDR``."""
+    cluster, equals, cidr = text.partition("=")
+    try:
+        if not equals or not cluster:
+            raise ValueError("no cluster")
+        return cluster, ipaddress.ip_network(cidr)
+    except ValueError as exc:
+        raise SettingsError(f"--mesh-cidr {text}: write CLUSTER=CIDR, for example b=10.2.0.0/16 ({exc})") from exc
+
+
+def parse_host_port(text: str) -> tuple[str, int]:
+    """Read ``HOST:PORT``, IPv6 hosts in brackets."""
+    host, colon, port = text.rpartition(":")
+    if not colon or not port.isdigit() or int(port) > 65535:
+        raise SettingsError(f"--metrics-address {text}: write HOST:PORT, for example 127.0.0.1:9965")
+    return host.strip("[]") or "0.0.0.0", int(port)  # noqa: S104 (an empty host means all, as everywhere)
