@@ -7,7 +7,6 @@ kernel counts is read when somebody scrapes.
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Iterable
 from socketserver import ThreadingMixIn
 from typing import TYPE_CHECKING, Any
 from wsgiref.simple_server import WSGIRequestHandler, WSGIServer, make_server
@@ -19,6 +18,7 @@ from prometheus_client.registry import Collector
 from lazymesh.errors import LazymeshError
 
 if TYPE_CHECKING:
+    from collections.abc import Callable, Iterable
     from wsgiref.types import StartResponse, WSGIEnvironment
 
 RESOLUTION_BUCKETS = (0.0002, 0.0005, 0.001, 0.002, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5)
@@ -34,7 +34,9 @@ class Metrics:
     def __init__(self) -> None:
         self.registry = CollectorRegistry()
         counter, gauge = self._counter, self._gauge
-        self.signals = counter("cilium_ipcache_miss_signal", "Miss signals that reached the agent", "direction")
+        self.signals = counter(
+            "cilium_ipcache_miss_signal", "Miss signals that reached the agent", "direction"
+        )
         self.duration = Histogram(
             "cilium_ipcache_miss_resolution_duration_seconds",
             "From the packet's miss to its answer in force",
@@ -77,7 +79,9 @@ class _Reading(Collector):
         labels: tuple[str, ...],
         read: Callable[[], Iterable[Sample]],
     ) -> None:
-        self._make = lambda: family(name, text, labels=labels)
+        self._make: Callable[[], CounterMetricFamily | GaugeMetricFamily] = lambda: family(
+            name, text, labels=labels
+        )
         self._read = read
 
     def describe(self) -> Iterable[Metric]:
@@ -113,7 +117,9 @@ class HttpServer:
         host, port = address
         family = type("_Server6", (_Server,), {"address_family": 10}) if ":" in host else _Server
         try:
-            self._server = make_server(host, port, self._serve, server_class=family, handler_class=_Quiet)
+            self._server: WSGIServer = make_server(
+                host, port, self._serve, server_class=family, handler_class=_Quiet
+            )
         except OSError as exc:
             raise LazymeshError(
                 f"cannot serve metrics on {host}:{port}: {exc.strerror}; choose another --metrics-address"

@@ -10,9 +10,12 @@ import ipaddress
 import re
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-from lazymesh.core.model import Network
 from lazymesh.errors import SettingsError
+
+if TYPE_CHECKING:
+    from lazymesh.core.model import Network
 
 DEFAULT_BPFFS = Path("/sys/fs/bpf")
 DEFAULT_SOCKET = Path("/run/lazymesh/agent.sock")
@@ -45,7 +48,9 @@ class MeshSettings:
                 f"--cluster-name {self.cluster_name!r}: at most 32 lower-case letters, digits and dashes"
             )
         if not 0 <= self.cluster_id <= self.max_connected_clusters:
-            raise SettingsError(f"--cluster-id {self.cluster_id}: must lie in 0..{self.max_connected_clusters}")
+            raise SettingsError(
+                f"--cluster-id {self.cluster_id}: must lie in 0..{self.max_connected_clusters}"
+            )
 
 
 @dataclass(frozen=True, slots=True)
@@ -90,7 +95,9 @@ def parse_mesh_cidr(text: str) -> tuple[str, Network]:
             raise ValueError("no cluster")
         return cluster, ipaddress.ip_network(cidr)
     except ValueError as exc:
-        raise SettingsError(f"--mesh-cidr {text}: write CLUSTER=CIDR, for example b=10.2.0.0/16 ({exc})") from exc
+        raise SettingsError(
+            f"--mesh-cidr {text}: write CLUSTER=CIDR, for example b=10.2.0.0/16 ({exc})"
+        ) from exc
 
 
 def parse_host_port(text: str) -> tuple[str, int]:

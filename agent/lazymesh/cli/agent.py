@@ -26,34 +26,95 @@ _path = click.Path(path_type=Path)
 @click.command(cls=SettingsCommand)
 @config_option
 @click.option(
-    "--datapath", type=click.Choice(["auto", "standalone"]), default="auto", show_default=True,
+    "--datapath",
+    type=click.Choice(["auto", "standalone"]),
+    default="auto",
+    show_default=True,
     help="standalone: an ipcache map of our own. auto: that, unless Cilium's map is pinned here.",
 )
-@click.option("--interface", multiple=True, metavar="IF", help="Pods' host-side interface; 'lxc+' matches a prefix. Repeatable.")
-@click.option("--uplink", multiple=True, metavar="IF", help="Interface to the network, for misses of packets coming in. Repeatable.")
-@click.option("--clustermesh-config", type=_path, default=DEFAULT_CLUSTERMESH_CONFIG, show_default=True, metavar="DIR",
-              help="Cilium's directory of etcd client files, one per cluster.")
-@click.option("--remote-config", type=_path, default=None, metavar="DIR",
-              help="The same for direct access to the owners' etcds, where the other leads to a kvstoremesh cache.")
+@click.option(
+    "--interface",
+    multiple=True,
+    metavar="IF",
+    help="Pods' host-side interface; 'lxc+' matches a prefix. Repeatable.",
+)
+@click.option(
+    "--uplink",
+    multiple=True,
+    metavar="IF",
+    help="Interface to the network, for misses of packets coming in. Repeatable.",
+)
+@click.option(
+    "--clustermesh-config",
+    type=_path,
+    default=DEFAULT_CLUSTERMESH_CONFIG,
+    show_default=True,
+    metavar="DIR",
+    help="Cilium's directory of etcd client files, one per cluster.",
+)
+@click.option(
+    "--remote-config",
+    type=_path,
+    default=None,
+    metavar="DIR",
+    help="The same for direct access to the owners' etcds, where the other leads to a kvstoremesh cache.",
+)
 @click.option("--cluster-name", default="default", show_default=True, help="Our own cluster's name.")
 @click.option("--cluster-id", type=int, default=0, show_default=True, help="Our own cluster's id.")
-@click.option("--max-connected-clusters", type=click.Choice(["255", "511"]), default="255", show_default=True,
-              help="As in the whole mesh.")
-@click.option("--mesh-cidr", multiple=True, metavar="CLUSTER=CIDR", help="Pod CIDR of a cluster whose node records have none. Repeatable.")
-@click.option("--cluster-region", default=None, help="Our region: records of scope `regional` from other regions are refused.")
-@click.option("--on-miss", type=click.Choice(["pass", "drop"]), default="pass", show_default=True,
-              help="What becomes of a missed packet while its address is resolved.")
-@click.option("--policy", type=_path, default=None, metavar="FILE", help="CiliumClusterwideNetworkPolicy documents to enforce.")
-@click.option("--signal-rate", type=click.IntRange(min=0), default=5_000, show_default=True,
-              help="Miss signals per second and interface; 0: no limit.")
+@click.option(
+    "--max-connected-clusters",
+    type=click.Choice(["255", "511"]),
+    default="255",
+    show_default=True,
+    help="As in the whole mesh.",
+)
+@click.option(
+    "--mesh-cidr",
+    multiple=True,
+    metavar="CLUSTER=CIDR",
+    help="Pod CIDR of a cluster whose node records have none. Repeatable.",
+)
+@click.option(
+    "--cluster-region",
+    default=None,
+    help="Our region: records of scope `regional` from other regions are refused.",
+)
+@click.option(
+    "--on-miss",
+    type=click.Choice(["pass", "drop"]),
+    default="pass",
+    show_default=True,
+    help="What becomes of a missed packet while its address is resolved.",
+)
+@click.option(
+    "--policy",
+    type=_path,
+    default=None,
+    metavar="FILE",
+    help="CiliumClusterwideNetworkPolicy documents to enforce.",
+)
+@click.option(
+    "--signal-rate",
+    type=click.IntRange(min=0),
+    default=5_000,
+    show_default=True,
+    help="Miss signals per second and interface; 0: no limit.",
+)
 @click.option("--shadow", is_flag=True, help="Resolve and report, but write nothing into the ipcache.")
 @click.option("--cleanup", is_flag=True, help="When stopped, leave no pin, no filter and no entry behind.")
 @bpffs_option
 @socket_option
-@click.option("--metrics-address", default="127.0.0.1:9965", show_default=True, metavar="HOST:PORT",
-              help="Where /metrics, /healthz and /readyz are served; 'off' for nowhere.")
+@click.option(
+    "--metrics-address",
+    default="127.0.0.1:9965",
+    show_default=True,
+    metavar="HOST:PORT",
+    help="Where /metrics, /healthz and /readyz are served; 'off' for nowhere.",
+)
 @click.option("--log-format", type=click.Choice(["text", "json"]), default="text", show_default=True)
-@click.option("--log-level", type=click.Choice(["debug", "info", "warning", "error"]), default="info", show_default=True)
+@click.option(
+    "--log-level", type=click.Choice(["debug", "info", "warning", "error"]), default="info", show_default=True
+)
 def agent(**options: Any) -> None:
     """Run the node agent in the foreground: page missed addresses into the ipcache."""
     configure_logging(options["log_format"], options["log_level"])

@@ -18,8 +18,14 @@ _path = click.Path(path_type=Path)
 
 @click.command(cls=SettingsCommand)
 @bpffs_option
-@click.option("--clustermesh-config", type=_path, default=DEFAULT_CLUSTERMESH_CONFIG, show_default=True, metavar="DIR",
-              help="Cilium's directory of etcd client files.")
+@click.option(
+    "--clustermesh-config",
+    type=_path,
+    default=DEFAULT_CLUSTERMESH_CONFIG,
+    show_default=True,
+    metavar="DIR",
+    help="Cilium's directory of etcd client files.",
+)
 @click.option("--remote-config", type=_path, default=None, metavar="DIR", help="The agent's --remote-config.")
 @output_option
 def check(bpffs: Path, clustermesh_config: Path, remote_config: Path | None, output: str) -> None:

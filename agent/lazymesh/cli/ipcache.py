@@ -18,7 +18,6 @@ if TYPE_CHECKING:
 _FLAG_NAMES = ((1, "skiptunnel"), (2, "hastunnel"), (4, "ipv6tunnel"), (8, "remotecluster"))
 
 
-
 @click.group()
 def ipcache() -> None:
     """Inspect the ipcache map: list it, ask it for one address, or watch it change."""
@@ -29,11 +28,11 @@ def ipcache() -> None:
 @output_option
 def list_(bpffs: Path, output: str) -> None:
     """List every entry, with its owner: lazymesh, or other."""
-    rows = IpcacheView.open(bpffs).rows()
+    view = IpcacheView.open(bpffs)
     if output == "json":
-        print_json({row.prefix: _as_json(row) for row in rows})
+        print_json({row.prefix: _as_json(row) for row in view.rows()})
         return
-    rows = list(rows)
+    rows = list(view.rows())
     if not rows:
         click.echo("No entries found.", err=True)
         return
@@ -58,7 +57,13 @@ def get(ip: str, bpffs: Path, output: str) -> None:
 
 @ipcache.command(cls=SettingsCommand)
 @bpffs_option
-@click.option("--interval", type=click.FloatRange(min=0.05), default=1.0, show_default=True, help="Seconds between looks.")
+@click.option(
+    "--interval",
+    type=click.FloatRange(min=0.05),
+    default=1.0,
+    show_default=True,
+    help="Seconds between looks.",
+)
 @output_option
 def watch(bpffs: Path, interval: float, output: str) -> None:
     """Print what changes in the map, one line each, until interrupted."""
@@ -103,6 +108,4 @@ def _as_json(row: Row) -> dict[str, Any]:
 
 def _as_text(row: Row) -> str:
     flags = ",".join(_flags(row.flags)) or "<none>"
-    return (
-        f"identity={row.identity} encryptkey={row.encrypt_key} tunnelendpoint={row.tunnel_endpoint} flags={flags}"
-    )
+    return f"identity={row.identity} encryptkey={row.encrypt_key} tunnelendpoint={row.tunnel_endpoint} flags={flags}"

@@ -26,15 +26,17 @@ _COMMANDS = {
 class _LazyGroup(click.Group):
     """Imports a command's module only when it is asked for: `ipcache get` needs no gRPC."""
 
-    def list_commands(self, ctx: click.Context) -> list[str]:
+    def list_commands(self, ctx: click.Context) -> list[str]:  # noqa: ARG002 (click's signature)
         return list(_COMMANDS)
 
-    def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
+    def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:  # noqa: ARG002
         module = _COMMANDS.get(cmd_name)
         return None if module is None else getattr(importlib.import_module(module), cmd_name)
 
 
-@click.group(cls=_LazyGroup, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110})
+@click.group(
+    cls=_LazyGroup, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110}
+)
 @click.version_option(__version__, prog_name="lazymesh")
 def cli() -> None:
     """Demand paging for the Cilium ipcache: a packet that misses gets its peer's identity from the mesh's etcd.

@@ -25,7 +25,11 @@ def misses(socket: Path, output: str, count: int | None) -> None:
     for event in ask(socket, "misses"):
         if "streaming" in event:
             if output == "table":
-                click.echo(_line({"address": "ADDRESS", "cluster": "CLUSTER", "outcome": "OUTCOME", "reason": "REASON"}))
+                click.echo(
+                    _line(
+                        {"address": "ADDRESS", "cluster": "CLUSTER", "outcome": "OUTCOME", "reason": "REASON"}
+                    )
+                )
             continue
         if output == "json":
             print_json(event)

@@ -38,7 +38,9 @@ def _read_config(ctx: click.Context, _param: click.Parameter, path: Path | None)
     names = {param.opts[0].removeprefix("--"): param.name for param in ctx.command.params if param.opts}
     unknown = sorted(str(key) for key in content if key not in names)
     if unknown:
-        raise SettingsError(f"--config {path}: no option is called {unknown[0]!r}; keys are named as the options are")
+        raise SettingsError(
+            f"--config {path}: no option is called {unknown[0]!r}; keys are named as the options are"
+        )
     ctx.default_map = {names[key]: value for key, value in content.items()}
 
 

@@ -15,7 +15,12 @@ F = TypeVar("F", bound=Callable[..., Any])
 def output_option(command: F) -> F:
     """Add ``-o, --output table|json``."""
     return click.option(
-        "-o", "--output", type=click.Choice(["table", "json"]), default="table", show_default=True, help="Form of the output."
+        "-o",
+        "--output",
+        type=click.Choice(["table", "json"]),
+        default="table",
+        show_default=True,
+        help="Form of the output.",
     )(command)
 
 

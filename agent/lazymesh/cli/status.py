@@ -30,11 +30,17 @@ def status(socket: Path, output: str) -> None:
 
 def _show(answer: dict[str, Any]) -> None:
     datapath, entries, queue = answer["datapath"], answer["entries"], answer["queue"]
-    click.echo(f"lazymesh {answer['version']}, up {answer['uptimeSeconds']:.0f} s, cluster {answer['cluster']}")
-    interfaces = ", ".join(f"{name} ({direction})" for name, direction in datapath["interfaces"].items()) or "none"
+    click.echo(
+        f"lazymesh {answer['version']}, up {answer['uptimeSeconds']:.0f} s, cluster {answer['cluster']}"
+    )
+    interfaces = (
+        ", ".join(f"{name} ({direction})" for name, direction in datapath["interfaces"].items()) or "none"
+    )
     click.echo(f"Datapath:   {datapath['mode']}, on miss: {datapath['onMiss']}, policy: {datapath['policy']}")
     click.echo(f"Interfaces: {interfaces}")
-    click.echo(f"Entries:    {entries['owned']} of at most {entries['budget']} ours, map of {entries['mapSize']}")
+    click.echo(
+        f"Entries:    {entries['owned']} of at most {entries['budget']} ours, map of {entries['mapSize']}"
+    )
     muted = ", MUTED" if queue["muted"] else ""
     click.echo(
         f"Queue:      {queue['waiting']} waiting, {queue['inFlight']} in flight, {queue['negative']} negative{muted}"
@@ -50,7 +56,10 @@ def _show(answer: dict[str, Any]) -> None:
     print_table(("CLUSTER", "ID", "STATE", "NODES", "IDENTITIES", "BREAKER", "ENDPOINT"), rows)
     click.echo("")
     counters = datapath["packets"]
-    print_table(("PACKETS", *counters), [(name, *(counters[d][name] for d in counters)) for name in counters["egress"]])
+    print_table(
+        ("PACKETS", *counters),
+        [(name, *(counters[d][name] for d in counters)) for name in counters["egress"]],
+    )
     click.echo("")
     for line in answer["wrong"]:
         click.echo(f"WRONG: {line}")

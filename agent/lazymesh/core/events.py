@@ -67,8 +67,11 @@ class Changed:
 
 @dataclass(frozen=True, slots=True)
 class StoreReset:
-    """The cluster's store was replaced (other etcd cluster id, or its revision went back), or watches were lost past
-    repair: revisions seen so far mean nothing, everything of this cluster is to be read again."""
+    """Revisions seen so far mean nothing: everything of this cluster is to be read again.
+
+    Its store was replaced (other etcd cluster id, or its revision went back), or watches were lost past repair.
+    ClusterReady follows as soon as its addresses can be judged again.
+    """
 
     cluster: str
 
@@ -223,7 +226,7 @@ class Report:
     missed_at: float | None
     """When the packet missed; None when no packet waits for this (a watch event, an adoption)."""
     cached: bool = False
-    """True when the answer came from the negative cache, without a read."""
+    """True when no read was needed: the answer came from the negative cache, or the entry stood already."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -20,7 +20,6 @@ import structlog
 
 from lazymesh.core import events
 from lazymesh.core.limits import Limits
-from lazymesh.core.model import Direction
 from lazymesh.core.policy import PolicyEngine
 from lazymesh.core.policyfile import parse_policy
 from lazymesh.core.resolver import Resolver
@@ -43,7 +42,7 @@ if TYPE_CHECKING:
     from collections.abc import Coroutine
 
     from lazymesh.core.model import Address, Entry
-    from lazymesh.core.policyfile import Policy
+    from lazymesh.core.policy import Policy
     from lazymesh.datapath.program import Datapath
     from lazymesh.settings import AgentSettings
 
@@ -57,7 +56,9 @@ SHARE_OF_MAP = 20
 def run_agent(settings: AgentSettings) -> None:
     """Run until SIGTERM or SIGINT; LazymeshError when something that is needed is missing or taken."""
     if os.geteuid() != 0:
-        raise DatapathError("lazymesh agent needs root: it loads BPF programs (sudo, or a privileged container)")
+        raise DatapathError(
+            "lazymesh agent needs root: it loads BPF programs (sudo, or a privileged container)"
+        )
     policy, text = _read_policy(settings)
     check_directories(settings.mesh.clustermesh_config, settings.mesh.remote_config)
     agent = Agent(settings, policy, zlib.crc32(text.encode()))
@@ -112,7 +113,7 @@ class Agent:
         self._configure(datapath)
 
         installer = Installer(datapath.ipcache, datapath.journal, kernel_honours_noexist())
-        mesh = Mesh(settings.mesh, datapath.mesh_cidrs, enforcement, lambda event: driver.feed(event))
+        mesh = Mesh(settings.mesh, datapath.mesh_cidrs, enforcement, lambda event: driver.feed(event))  # noqa: PLW0108 (made two lines on)
         resolver = Resolver(limits, mesh.table, mesh.identities, settings.mesh.region, random.random)
         writer = Shadow() if settings.shadow else installer
         driver = Driver(resolver, writer, mesh.links, self._metrics, datapath.config.mute)
@@ -123,10 +124,20 @@ class Agent:
         )
         attached = asyncio.Event()
         reader = SignalReader(datapath.signals, driver.on_signals)
-        control = ControlServer(settings.socket, lambda: status.describe())
+        control = ControlServer(settings.socket, lambda: status.describe())  # noqa: PLW0108 (made in the next line)
         status = Status(
             Parts(
-                settings, datapath, mesh, resolver, driver, follower, reader, control, limits, attached, self._started
+                settings,
+                datapath,
+                mesh,
+                resolver,
+                driver,
+                follower,
+                reader,
+                control,
+                limits,
+                attached,
+                self._started,
             )
         )
         export(self._metrics, status)
@@ -155,7 +166,8 @@ class Agent:
                 if task.done():
                     task.result()
         finally:
-            for task in (*tasks, stopped):
+            stopped.cancel()
+            for task in tasks:
                 task.cancel()
             await asyncio.gather(*tasks, stopped, return_exceptions=True)
         log.info("stopped")

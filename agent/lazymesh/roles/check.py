@@ -57,7 +57,9 @@ async def check_node(bpffs: Path, directories: list[Path]) -> AsyncIterator[Find
             yield Finding("clustermesh", "fail", str(exc))
             continue
         if not files:
-            yield Finding("clustermesh", "warn", f"{directory} describes no cluster: misses cannot be resolved")
+            yield Finding(
+                "clustermesh", "warn", f"{directory} describes no cluster: misses cannot be resolved"
+            )
         for cluster, file in files.items():
             if file.config is None:
                 yield Finding(f"cluster {cluster}", "fail", file.error or "no configuration")
@@ -169,7 +171,9 @@ async def _store(cluster: str, config: EtcdConfig) -> Finding:
         except KvstoreError as exc:
             return Finding(name, "fail", str(exc))
         except TimeoutError:
-            return Finding(name, "fail", f"no answer in {ETCD_TIMEOUT_S:.0f} s: {client.info.last_error or 'silence'}")
+            return Finding(
+                name, "fail", f"no answer in {ETCD_TIMEOUT_S:.0f} s: {client.info.last_error or 'silence'}"
+            )
 
 
 async def _ask_store(name: str, cluster: str, client: EtcdClient) -> Finding:

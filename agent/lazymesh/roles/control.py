@@ -37,13 +37,17 @@ class ControlServer:
         try:
             self._path.parent.mkdir(parents=True, exist_ok=True)
             if await self._answers():
-                raise LazymeshError(f"another agent listens on {self._path}: stop it, or choose another --socket")
+                raise LazymeshError(
+                    f"another agent listens on {self._path}: stop it, or choose another --socket"
+                )
             with contextlib.suppress(FileNotFoundError):
                 self._path.unlink()
             self._server = await asyncio.start_unix_server(self._serve, self._path)
             self._path.chmod(0o600)
         except OSError as exc:
-            raise LazymeshError(f"cannot listen on {self._path}: {exc.strerror or exc}; choose another --socket") from exc
+            raise LazymeshError(
+                f"cannot listen on {self._path}: {exc.strerror or exc}; choose another --socket"
+            ) from exc
 
     async def close(self) -> None:
         """Stop listening and remove the socket."""

@@ -126,7 +126,9 @@ class Driver:
                 self.muted = command.on
                 self._mute(command.on)
                 self._metrics.muted.set(command.on)
-                log.warning("the kernel is told to signal nothing" if command.on else "the kernel may signal again")
+                log.warning(
+                    "the kernel is told to signal nothing" if command.on else "the kernel may signal again"
+                )
 
     def _read(self, command: events.Read) -> None:
         link = self._links.get(command.cluster)

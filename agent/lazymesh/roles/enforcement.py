@@ -45,7 +45,9 @@ class Enforcement:
         if self._pending:
             pending, self._pending = self._pending, {}
             self._leftovers -= pending.keys()
-            self._map.apply([k for k, on in pending.items() if on], [k for k, on in pending.items() if not on])
+            self._map.apply(
+                [k for k, on in pending.items() if on], [k for k, on in pending.items() if not on]
+            )
 
     def sweep(self) -> None:
         """Everything there is has been told: what an earlier life allowed beyond that goes."""

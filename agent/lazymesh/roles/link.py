@@ -45,7 +45,9 @@ DIRECT = ((Space.PUSHED, Space.PULL_ONLY),)
 class LinkObserver(Protocol):
     """Who is told what a link learns; called on the event loop."""
 
-    def on_config(self, link: ClusterLink, config: ClusterConfig, spaces: tuple[tuple[Space, ...], ...]) -> str | None:
+    def on_config(
+        self, link: ClusterLink, config: ClusterConfig, spaces: tuple[tuple[Space, ...], ...]
+    ) -> str | None:
         """The cluster described itself; return why it is refused, or None."""
 
     def on_nodes(self, link: ClusterLink, changes: Sequence[Change]) -> None:
@@ -206,12 +208,18 @@ class ClusterLink:
             config, missing = await self._describe(self._primary)
             refusal = self._observer.on_config(self, config, self._spaces(config)) if config else None
         except KvstoreError as exc:
-            return self._fall_silent(exc)
+            self._fall_silent(exc)
+            return None
         except RecordError as exc:
-            return self._refuse(f"its cluster-config is {exc.reason.value}: {exc.detail}")
+            self._refuse(f"its cluster-config is {exc.reason.value}: {exc.detail}")
+            return None
         if refusal is not None:
-            return self._refuse(refusal)
-        return self._wait_for(missing) if missing else config
+            self._refuse(refusal)
+            return None
+        if missing:
+            self._wait_for(missing)
+            return None
+        return config
 
     async def _describe(self, client: EtcdClient) -> tuple[ClusterConfig | None, str | None]:
         """Return a store's cluster-config, and what it still lacks to be complete."""
@@ -299,7 +307,9 @@ class ClusterLink:
         if not isinstance(event, Connected):
             self._fall_silent(event.error)
         elif event.reset:
-            log.warning("the store was replaced, or went back in time", cluster=self.name, endpoint=event.endpoint)
+            log.warning(
+                "the store was replaced, or went back in time", cluster=self.name, endpoint=event.endpoint
+            )
             self._stale.set()
 
     def _on_remote_event(self, event: ClientEvent) -> None:
@@ -311,7 +321,8 @@ class ClusterLink:
         while True:
             with contextlib.suppress(KvstoreError, RecordError):
                 if self._remote is None or (await self._describe(self._remote))[1] is None:
-                    return self._reset()
+                    self._reset()
+                    return
             await asyncio.sleep(RETRY_S)
 
     def _start(self, work: Coroutine[None, None, None]) -> None:

@@ -151,7 +151,9 @@ class Mesh:
 
     # --- what links tell --------------------------------------------------------------------------------------------
 
-    def on_config(self, link: ClusterLink, config: ClusterConfig, spaces: tuple[tuple[Space, ...], ...]) -> str | None:
+    def on_config(
+        self, link: ClusterLink, config: ClusterConfig, spaces: tuple[tuple[Space, ...], ...]
+    ) -> str | None:
         """Let the cluster join, unless its id or the mesh's size contradict ours."""
         ours = self._settings.max_connected_clusters
         if config.max_connected_clusters != ours:
@@ -253,7 +255,7 @@ class Mesh:
     def _complain(self, link: ClusterLink, kind: str, what: object, refusal: str) -> None:
         link.refused_total[kind] += 1
         if self._complained((link.name, kind, what), time.monotonic()):
-            log.warning(f"{kind} record refused", cluster=link.name, **{kind: what}, reason=refusal)
+            log.warning("record refused", kind=kind, cluster=link.name, name=what, reason=refusal)
 
     # --- pod CIDRs --------------------------------------------------------------------------------------------------
 

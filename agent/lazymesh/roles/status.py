@@ -71,7 +71,9 @@ class Status:
             "ready": self.not_ready() is None,
             "datapath": {
                 "mode": "shadow" if settings.shadow else "standalone",
-                "interfaces": {name: d.name.lower() for name, d in sorted(self.parts.follower.attached.items())},
+                "interfaces": {
+                    name: d.name.lower() for name, d in sorted(self.parts.follower.attached.items())
+                },
                 "onMiss": "drop" if settings.datapath.drop_missed else "pass",
                 "policy": str(settings.policy) if settings.policy else "none",
                 "mapId": self.parts.datapath.ipcache.map_id,
@@ -88,12 +90,18 @@ class Status:
                 "negative": counts["absent"],
                 "muted": self.parts.driver.muted,
             },
-            "clusters": [self._cluster(name) for name in sorted({*self.parts.mesh.links, *self.parts.mesh.file_errors})],
+            "clusters": [
+                self._cluster(name) for name in sorted({*self.parts.mesh.links, *self.parts.mesh.file_errors})
+            ],
             "wrong": list(self._wrong()),
         }
 
     def _cluster(self, name: str) -> dict[str, Any]:
-        link, info, view = self.parts.mesh.links.get(name), self.parts.mesh.table.cluster(name), self.parts.resolver.clusters.get(name)
+        link, info, view = (
+            self.parts.mesh.links.get(name),
+            self.parts.mesh.table.cluster(name),
+            self.parts.resolver.clusters.get(name),
+        )
         nodes, identities = link.sizes if link else (0, 0)
         client = link.client.info if link else None
         return {
@@ -136,10 +144,16 @@ def export(metrics: Metrics, status: Status) -> None:
         lambda: [((state,), n) for state, n in status.parts.resolver.counts.items()],
     )  # fmt: skip
     metrics.collect_gauge(
-        "lazymesh_queue_addresses", "Missed addresses that wait for a read", (), lambda: [((), status.parts.resolver.queued)]
+        "lazymesh_queue_addresses",
+        "Missed addresses that wait for a read",
+        (),
+        lambda: [((), status.parts.resolver.queued)],
     )
     metrics.collect_gauge(
-        "lazymesh_entries_owned", "Entries of ours in the ipcache map", (), lambda: [((), status.parts.resolver.owned)]
+        "lazymesh_entries_owned",
+        "Entries of ours in the ipcache map",
+        (),
+        lambda: [((), status.parts.resolver.owned)],
     )
     metrics.collect_gauge(
         "lazymesh_interfaces_attached", "Interfaces that carry our program", (),
@@ -150,7 +164,10 @@ def export(metrics: Metrics, status: Status) -> None:
         lambda: [((), status.parts.follower.stats.attach_errors_total)],
     )  # fmt: skip
     metrics.collect_counter(
-        "lazymesh_signals_invalid", "Perf records that were no miss signal", (), lambda: [((), status.parts.reader.invalid)]
+        "lazymesh_signals_invalid",
+        "Perf records that were no miss signal",
+        (),
+        lambda: [((), status.parts.reader.invalid)],
     )
     metrics.collect_counter(
         "lazymesh_stream_lines_dropped", "Lines not sent to a `lazymesh misses` that reads too slowly", (),

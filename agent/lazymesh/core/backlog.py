@@ -1,0 +1,134 @@
+"""What waits for a read, over all clusters, and the reads that can be sent now.
+
+Batching without waiting: whatever has piled up while the in-flight window was full goes out in one
+transaction, and a lone miss goes out alone at once. What does not fit is shed by the resolver, oldest first;
+which one that is, is told here.
+"""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from typing import TYPE_CHECKING
+
+from lazymesh.core.events import Read
+from lazymesh.core.link import Lane, Link, LinkState
+from lazymesh.core.tracked import Fetch
+
+if TYPE_CHECKING:
+    from lazymesh.core.limits import Limits
+    from lazymesh.core.model import Address, Space
+    from lazymesh.core.tracked import Tracked
+
+
+class Backlog:
+    """The bounded queue of missed addresses, and beside it the re-reads: at most one per known address."""
+
+    def __init__(self, limits: Limits) -> None:
+        self._limits = limits
+        self._running: OrderedDict[Address, Tracked] = OrderedDict()
+        self._parked: OrderedDict[Address, Tracked] = OrderedDict()
+        self._busy: dict[str, Link] = {}
+
+    def __len__(self) -> int:
+        """Return how many missed addresses wait, for clusters ready or not."""
+        return len(self._running) + len(self._parked)
+
+    @property
+    def level(self) -> int:
+        """How many missed addresses wait for a ready cluster: the load that muting the kernel would relieve.
+
+        Those of a cluster that is not ready do no work; muting everybody for their sake would let one cluster
+        that is slow to connect harm all others.
+        """
+        return len(self._running)
+
+    def put(self, tracked: Tracked, link: Link, spaces: tuple[Space, ...], *, urgent: bool) -> None:
+        """Queue a read of the address, or join the one in flight; urgent: a packet waits for it."""
+        address = tracked.address
+        tracked.wants = spaces
+        in_flight = link.reading.get(address)
+        if in_flight is not None:
+            tracked.fetch = Fetch.READING
+            tracked.wants = in_flight or spaces
+            return
+        tracked.fetch = Fetch.QUEUED
+        lane = link.lanes.get(spaces)
+        if lane is None:
+            lane = link.lanes[spaces] = Lane()
+        ready = link.state is LinkState.READY
+        if ready:
+            self._busy[link.name] = link
+        if urgent:
+            lane.misses[address] = tracked
+            (self._running if ready else self._parked)[address] = tracked
+        else:
+            lane.checks[address] = tracked
+
+    def remove(self, tracked: Tracked, link: Link) -> None:
+        """Take a queued address out."""
+        address = tracked.address
+        tracked.fetch = Fetch.IDLE
+        lane = link.lanes[tracked.wants]
+        if lane.misses.pop(address, None) is None:
+            del lane.checks[address]
+        elif self._running.pop(address, None) is None:
+            del self._parked[address]
+
+    def overflow(self) -> Tracked | None:
+        """Return the address to shed next, or None while the bound holds.
+
+        Those of clusters that are not ready go first: they would have waited anyway.
+        """
+        if len(self) <= self._limits.queue:
+            return None
+        return next(iter((self._parked or self._running).values()))
+
+    def park(self, link: Link) -> None:
+        """Keep the cluster's addresses back: it is not ready."""
+        self._busy.pop(link.name, None)
+        _transfer(link, self._running, self._parked)
+
+    def unpark(self, link: Link) -> None:
+        """Let the cluster's addresses go: it is ready."""
+        self._busy[link.name] = link
+        _transfer(link, self._parked, self._running)
+
+    def reads(self, now: float) -> list[Read]:
+        """Return all reads that can be sent now, in rounds of one for each cluster: all get their turn."""
+        reads: list[Read] = []
+        going = list(self._busy.values())
+        while going:
+            going = [link for link in going if self._read(link, now, reads)]
+        return reads
+
+    def _read(self, link: Link, now: float, reads: list[Read]) -> bool:
+        if link.in_flight >= self._limits.transactions_in_flight or not link.breaker.admits(now):
+            return False
+        for spaces, lane in link.lanes.items():
+            room = max(1, self._limits.keys_per_transaction // len(spaces))
+            taken = lane.take(room, now >= link.checks_after)
+            if taken:
+                break
+        else:
+            if not any(link.lanes.values()):
+                del self._busy[link.name]
+            return False
+        # To the end of the row: the other lane is asked first next time.
+        link.lanes[spaces] = link.lanes.pop(spaces)
+        for tracked in taken:
+            tracked.fetch = Fetch.READING
+            link.reading[tracked.address] = spaces
+            self._running.pop(tracked.address, None)
+        link.in_flight += 1
+        link.breaker.sent()
+        reads.append(Read(link.name, spaces, tuple([tracked.address for tracked in taken])))
+        return True
+
+
+def _transfer(
+    link: Link, source: OrderedDict[Address, Tracked], target: OrderedDict[Address, Tracked]
+) -> None:
+    for lane in link.lanes.values():
+        for address, tracked in lane.misses.items():
+            if source.pop(address, None) is not None:
+                target[address] = tracked

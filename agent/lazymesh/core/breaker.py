@@ -1,0 +1,79 @@
+"""A circuit breaker for one cluster's store: after several failures in a row, ask seldom instead of always.
+
+Closed: everything passes. Open: nothing passes until the back-off is over. Half-open: one read passes and
+decides. The back-off doubles with each failed probe and has full jitter, so that a thousand nodes do not come
+back at once. Where the dice come from is the caller's business.
+"""
+
+from __future__ import annotations
+
+import enum
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from lazymesh.core.limits import Limits
+
+
+class BreakerState(enum.Enum):
+    """Where the breaker stands; the value is the word in status and metrics."""
+
+    CLOSED = "closed"
+    OPEN = "open"
+    HALF_OPEN = "half-open"
+
+
+ALLOWED = {
+    BreakerState.CLOSED: {BreakerState.OPEN},
+    BreakerState.OPEN: {BreakerState.HALF_OPEN, BreakerState.CLOSED},
+    BreakerState.HALF_OPEN: {BreakerState.OPEN, BreakerState.CLOSED},
+}
+"""From open straight to closed: a read that was sent before the breaker opened may still succeed."""
+
+
+class Breaker:
+    """Counts how a cluster's reads end and says whether the next one may be sent."""
+
+    __slots__ = ("_failures", "_jitter", "_limits", "_openings", "_retry_at", "state")
+
+    def __init__(self, limits: Limits, jitter: Callable[[], float]) -> None:
+        self.state = BreakerState.CLOSED
+        self._limits = limits
+        self._jitter = jitter
+        self._failures = 0
+        self._openings = 0
+        self._retry_at = 0.0
+
+    def admits(self, now: float) -> bool:
+        """Return whether a read may be sent now."""
+        if self.state is BreakerState.CLOSED:
+            return True
+        return self.state is BreakerState.OPEN and now >= self._retry_at
+
+    def sent(self) -> None:
+        """Take note that an admitted read was sent."""
+        if self.state is BreakerState.OPEN:
+            self.state = BreakerState.HALF_OPEN
+
+    def succeeded(self) -> None:
+        """Take note that the store answered."""
+        self.state = BreakerState.CLOSED
+        self._failures = 0
+        self._openings = 0
+
+    def failed(self, now: float) -> None:
+        """Take note that a read did not come back."""
+        self._failures += 1
+        # While open, the failures are those of reads sent before: they must not lengthen the pause.
+        if self.state is BreakerState.HALF_OPEN or (
+            self.state is BreakerState.CLOSED and self._failures >= self._limits.breaker_failures
+        ):
+            self._open(now)
+
+    def _open(self, now: float) -> None:
+        self.state = BreakerState.OPEN
+        # The exponent is capped: a store that stays dead for months must not build huge numbers.
+        pause = min(self._limits.backoff_most, self._limits.backoff_first * 2 ** min(self._openings, 30))
+        self._openings += 1
+        self._retry_at = now + pause * self._jitter()

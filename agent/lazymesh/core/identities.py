@@ -1,0 +1,82 @@
+"""Security identities as numbers: whose they are, and which ones may never be installed.
+
+An identity has 24 bits, the cluster id on top (cilium-formats 2.3). A peer that publishes an identity outside
+its own range, a reserved number or one that only means something on its own node is either broken or lying:
+stock Cilium accepts numbers below 256, and live meshes do carry identity 0 and 2 in pairs (cilium-live 3), so
+we check by ourselves. What an identity's labels allow is left to policy.py.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+WORLD = 2
+WORLD_IDENTITIES = frozenset({WORLD, 9, 10})
+"""World in single stack, and per family in dual stack: what the default route and pod CIDR entries carry."""
+
+FIRST_ALLOCATED = 256
+"""Everything below is reserved, well-known or fixed by the user of one cluster."""
+
+CLUSTER_LABEL = "k8s:io.cilium.k8s.policy.cluster"
+
+_BITS = 24
+_CLUSTER_BITS = {255: 8, 511: 9}
+
+
+@dataclass(frozen=True, slots=True)
+class IdentityRange:
+    """The numbers, both ends included, from which a cluster allocates its identities."""
+
+    first: int
+    last: int
+
+    def __contains__(self, identity: int) -> bool:
+        return self.first <= identity <= self.last
+
+
+def identity_range(cluster_id: int, max_connected_clusters: int) -> IdentityRange:
+    """Return the cluster's range; ``max_connected_clusters`` is 255 or 511 and the same all over the mesh."""
+    if not 0 <= cluster_id <= max_connected_clusters:
+        raise ValueError(f"cluster id {cluster_id} is not in 0..{max_connected_clusters}")
+    shift = _shift(max_connected_clusters)
+    first = cluster_id << shift
+    return IdentityRange(max(first, FIRST_ALLOCATED), first + (1 << shift) - 1)
+
+
+def cluster_of_identity(identity: int, max_connected_clusters: int) -> int:
+    """Return the id of the cluster whose range holds the identity; 0 for reserved ones too."""
+    return (identity & (1 << _BITS) - 1) >> _shift(max_connected_clusters)
+
+
+def check_identity(identity: int, of: IdentityRange) -> str | None:
+    """Return why the identity must never be installed for a pod of the cluster ``of``; None if it may be."""
+    if identity in of and FIRST_ALLOCATED <= identity < 1 << _BITS:
+        return None
+    if identity == 0:
+        return "identity 0"
+    if identity >> _BITS:
+        return f"identity {identity} is local to a node"
+    if identity < FIRST_ALLOCATED:
+        return f"identity {identity} is reserved"
+    return f"identity {identity} is not in the cluster's range {of.first}..{of.last}"
+
+
+def check_labels(labels: Mapping[str, str], cluster: str) -> str | None:
+    """Return why these labels must not be believed of an identity of the cluster; None if they may be.
+
+    Cilium demands the cluster's own name in them: without it a peer could dress up as a pod of somebody else.
+    """
+    claimed = labels.get(CLUSTER_LABEL)
+    if claimed == cluster:
+        return None
+    return "no cluster label" if claimed is None else f"labels of cluster {claimed[:64]!r}"
+
+
+def _shift(max_connected_clusters: int) -> int:
+    if max_connected_clusters not in _CLUSTER_BITS:
+        raise ValueError(f"max-connected-clusters is {max_connected_clusters}, not 255 or 511")
+    return _BITS - _CLUSTER_BITS[max_connected_clusters]

@@ -1,0 +1,97 @@
+"""Our entries in the map: which, how recently used, which are in doubt, and by identity.
+
+The books only; the commands that change the map are given in ``moves``. An entry is *owned* from its Install
+command on. It is *in doubt* from the moment on which its truth can no longer be checked (its cluster fell
+silent, its store was replaced, it came from an earlier life of the agent) until an answer confirms it.
+"""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    from lazymesh.core.limits import Limits
+    from lazymesh.core.model import Address, Entry
+    from lazymesh.core.tracked import Tracked
+
+
+class Ledger:
+    """The owned entries, least recently used first, and the indexes over them."""
+
+    def __init__(self, limits: Limits) -> None:
+        self._limits = limits
+        self._owned: OrderedDict[Address, Tracked] = OrderedDict()
+        self._doubted: OrderedDict[Address, tuple[float, Tracked]] = OrderedDict()
+        self._named: dict[int, dict[Address, Tracked]] = {}
+        self.unanswered: set[Address] = set()
+        """Addresses with an Install that has no result yet: at most one for each address at any time, even if
+        the address was forgotten and missed again meanwhile, so that a result is never taken for
+        another's."""
+
+    def __len__(self) -> int:
+        return len(self._owned)
+
+    def __iter__(self) -> Iterator[Tracked]:
+        return iter(self._owned.values())
+
+    def own(self, tracked: Tracked, entry: Entry) -> None:
+        """Enter the entry, as the most recently used one."""
+        tracked.entry = entry
+        self._owned[tracked.address] = tracked
+        self._owned.move_to_end(tracked.address)
+
+    def disown(self, tracked: Tracked) -> None:
+        """Strike the entry out."""
+        tracked.entry = None
+        del self._owned[tracked.address]
+        self._doubted.pop(tracked.address, None)
+
+    def touch(self, tracked: Tracked) -> None:
+        """Take note that the entry is in use."""
+        self._owned.move_to_end(tracked.address)
+
+    def surplus(self) -> Tracked | None:
+        """Return the entry that must go before another one may come, or None while there is room."""
+        if len(self._owned) < self._limits.owned:
+            return None
+        return next(iter(self._owned.values()))
+
+    def doubt(self, tracked: Tracked, now: float) -> None:
+        """Put the entry in doubt; if it is already, the clock goes on."""
+        self._doubted.setdefault(tracked.address, (now, tracked))
+
+    def trust(self, tracked: Tracked) -> None:
+        """Take the entry out of doubt."""
+        self._doubted.pop(tracked.address, None)
+
+    def doubts(self, tracked: Tracked) -> bool:
+        """Return whether the entry is in doubt."""
+        return tracked.address in self._doubted
+
+    def stale(self, now: float) -> Iterator[Tracked]:
+        """Yield each entry in doubt for too long; the caller disowns it before it asks for the next."""
+        while self._doubted:
+            since, tracked = next(iter(self._doubted.values()))
+            if now - since < self._limits.stale_after:
+                return
+            yield tracked
+
+    def name(self, tracked: Tracked, identity: int) -> None:
+        """Enter which identity the address depends on; 0: none."""
+        if tracked.identity == identity:
+            return
+        if tracked.identity:
+            named = self._named[tracked.identity]
+            del named[tracked.address]
+            if not named:
+                del self._named[tracked.identity]
+        tracked.identity = identity
+        if identity:
+            self._named.setdefault(identity, {})[tracked.address] = tracked
+
+    def named(self, identity: int) -> list[Tracked]:
+        """Return the addresses that depend on the identity."""
+        return list(self._named.get(identity, {}).values())

@@ -1,0 +1,109 @@
+"""Clusters come, fall silent, are replaced and go; what each of it means for the addresses that are theirs.
+
+Entries outlive silence: a peer that was well a moment ago most likely still is, and cutting it off would turn
+an outage of an etcd into one of the network. They are in doubt meanwhile, and read again before they are
+trusted. What happens to one address in all this is left to ``moves``.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from lazymesh.core.events import Unwatch
+from lazymesh.core.link import Link, LinkState
+from lazymesh.core.model import Reason
+from lazymesh.core.tracked import Fetch
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from lazymesh.core.backlog import Backlog
+    from lazymesh.core.breaker import Breaker
+    from lazymesh.core.events import ClusterGone, ClusterReady, ClusterSilent, StoreReset
+    from lazymesh.core.judge import Judge
+    from lazymesh.core.ledger import Ledger
+    from lazymesh.core.moves import Moves
+
+
+class Lifecycle:
+    """The links to all clusters ever heard of, and what befalls them."""
+
+    def __init__(
+        self, breaker: Callable[[], Breaker], judge: Judge, backlog: Backlog, ledger: Ledger, moves: Moves
+    ) -> None:
+        """``breaker`` makes a new one for each cluster."""
+        self.links: dict[str, Link] = {}
+        self._breaker = breaker
+        self._judge = judge
+        self._backlog = backlog
+        self._ledger = ledger
+        self._moves = moves
+
+    def link(self, name: str) -> Link:
+        """Return the cluster's link; it begins with the first word about the cluster."""
+        link = self.links.get(name)
+        if link is None:
+            link = self.links[name] = Link(name, self._breaker())
+        return link
+
+    def ready(self, event: ClusterReady, now: float) -> None:
+        """Let go what waited for the cluster, and read again what is known of it; repeated: nothing new."""
+        link = self.link(event.cluster)
+        link.breaker.succeeded()
+        if link.state is not LinkState.READY:
+            link.state = LinkState.READY
+            self._backlog.unpark(link)
+            self._read_again(link, now)
+
+    def silent(self, event: ClusterSilent, now: float) -> None:
+        """Keep what is installed, in doubt; whoever waits for an answer is told that none will come."""
+        link = self.link(event.cluster)
+        link.state = LinkState.SILENT
+        self._backlog.park(link)
+        self.give_up(link, now)
+        self._doubt_all(link, now)
+
+    def reset(self, event: StoreReset, now: float) -> None:
+        """Forget all revisions, and the watches that started from them."""
+        link = self.link(event.cluster)
+        link.void_reads()
+        for tracked in link.members.values():
+            if tracked.watched:
+                self._moves.out.append(Unwatch(link.name, tracked.address))
+            tracked.forget_states()
+        self._doubt_all(link, now)
+        if link.state is LinkState.READY:
+            self._read_again(link, now)
+
+    def gone(self, event: ClusterGone, _now: float) -> None:
+        """Evict and forget all that was the cluster's."""
+        link = self.link(event.cluster)
+        for tracked in list(link.members.values()):
+            self._moves.drop(tracked, "cluster-gone", Reason.NO_CLUSTER)
+        link.state = LinkState.CONNECTING
+        self._backlog.park(link)
+        link.void_reads()
+        # What is in flight is remembered, lest a cluster that returns under this name takes it for its own.
+        if not link.reading:
+            del self.links[event.cluster]
+
+    def give_up(self, link: Link, now: float) -> None:
+        """Tell all who wait for the cluster that it is down."""
+        for tracked in list(link.members.values()):
+            if tracked.waiting:
+                self._moves.give_up(tracked, Reason.CLUSTER_DOWN, now)
+
+    def _doubt_all(self, link: Link, now: float) -> None:
+        for tracked in link.members.values():
+            if tracked.entry is not None:
+                self._ledger.doubt(tracked, now)
+
+    def _read_again(self, link: Link, now: float) -> None:
+        cluster = self._judge.table.cluster(link.name)
+        if cluster is None:
+            return
+        for tracked in list(link.members.values()):
+            if tracked.fetch is Fetch.IDLE:
+                # In the group that was judged last: a lagging cache must not overrule the owner.
+                known = tracked.spaces in cluster.spaces
+                self._moves.read(tracked, tracked.spaces if known else cluster.spaces[0], now)

@@ -1,0 +1,71 @@
+"""The bounds of the resolver, in one value with the reasons of the defaults.
+
+Everything that could grow with traffic or with the mesh has its bound here; the shell fills in what the user
+chose.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
+
+from lazymesh.core.model import Reason
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+_NEGATIVE_TTL = {
+    # Watched, so a publication cancels them at once; the time bounds how long a watch is kept for nothing.
+    Reason.NOT_FOUND: 30.0,
+    Reason.OUT_OF_SCOPE: 60.0,
+    Reason.UNKNOWN_IDENTITY: 30.0,
+    Reason.FORGED: 60.0,
+    Reason.MALFORMED: 60.0,
+    Reason.NOT_OURS: 10.0,
+    Reason.MAP_FULL: 5.0,
+    Reason.INSTALL_FAILED: 2.0,
+    # Not watched: nothing but the next miss would notice that the cause is gone.
+    Reason.NO_CLUSTER: 5.0,
+    Reason.AMBIGUOUS: 5.0,
+    Reason.CLUSTER_DOWN: 1.0,
+    Reason.READ_FAILED: 1.0,
+    Reason.SHED: 0.5,
+}
+
+
+def _negative_ttl() -> Mapping[Reason, float]:
+    return dict(_NEGATIVE_TTL)
+
+
+@dataclass(frozen=True, slots=True)
+class Limits:
+    """How much the resolver may hold, ask and keep; times are seconds."""
+
+    queue: int = 4096
+    """Missed addresses that wait for a read, over all clusters; beyond it the oldest is shed."""
+    keys_per_transaction: int = 128
+    """etcd's default --max-txn-ops. Keys, not addresses: a group of two spaces reads 64 addresses at once."""
+    transactions_in_flight: int = 8
+    """Per cluster: measured, more than eight make etcd no faster."""
+    owned: int = 25_600
+    """Entries of ours in the map: 5 % of Cilium's 512,000."""
+    negatives: int = 65_536
+    """Absent addresses remembered; beyond it the oldest is forgotten."""
+    negative_ttl: Mapping[Reason, float] = field(default_factory=_negative_ttl)
+    """How long each negative answer stands."""
+    breaker_failures: int = 5
+    """Failed reads in a row that open a cluster's breaker."""
+    backoff_first: float = 1.0
+    """Upper bound of the first pause of an open breaker; each further one doubles it."""
+    backoff_most: float = 30.0
+    """Where the doubling ends."""
+    stale_after: float = 600.0
+    """An entry that could not be verified for so long is evicted: its address may long be somebody else's."""
+    reinstall_every: float = 1.0
+    """An entry that keeps vanishing from the map is put back at most so often: somebody is fighting us."""
+    recheck_pause: float = 1.0
+    """After a failed re-read of installed addresses, before the next."""
+    mute_high: float = 0.75
+    """Share of the queue at which the kernel is muted."""
+    mute_low: float = 0.25
+    """Share of the queue at which it is heard again."""

@@ -1,0 +1,74 @@
+"""One cluster as the resolver sees it: is it ready, what waits for it, what is in flight, what belongs to it.
+
+Each cluster has its own lanes, in-flight window and breaker, so that a dead or slow one costs the others
+nothing. A lane holds the addresses that wait for one read group. Misses go first, because packets wait for
+them; re-reads of known addresses (*checks*) take what room is left, but at least a quarter, so that a storm
+of misses cannot keep old entries unverified. What is sent when is decided in ``backlog``.
+"""
+
+from __future__ import annotations
+
+import enum
+import math
+from collections import OrderedDict
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from lazymesh.core.breaker import Breaker
+    from lazymesh.core.model import Address, Space
+    from lazymesh.core.tracked import Tracked
+
+
+class LinkState(enum.Enum):
+    """Whether the cluster's addresses can be judged; the value is the word in status and metrics."""
+
+    CONNECTING = "connecting"
+    READY = "ready"
+    SILENT = "silent"
+
+
+@dataclass(slots=True, eq=False)
+class Lane:
+    """The addresses that wait for a read of one group of spaces, in the order in which they came."""
+
+    # OrderedDict, not dict: taking from the front of a plain dict walks over all that was taken before.
+    misses: OrderedDict[Address, Tracked] = field(default_factory=OrderedDict)
+    checks: OrderedDict[Address, Tracked] = field(default_factory=OrderedDict)
+
+    def __len__(self) -> int:
+        return len(self.misses) + len(self.checks)
+
+    def take(self, room: int, with_checks: bool) -> list[Tracked]:
+        """Remove and return at most ``room`` addresses."""
+        checks = min(len(self.checks), max(room // 4, room - len(self.misses))) if with_checks else 0
+        taken = _pop_first(self.misses, room - checks)
+        return taken + _pop_first(self.checks, checks) if checks else taken
+
+
+def _pop_first(waiting: OrderedDict[Address, Tracked], count: int) -> list[Tracked]:
+    return [waiting.popitem(last=False)[1] for _ in range(min(count, len(waiting)))]
+
+
+@dataclass(slots=True, eq=False)
+class Link:
+    """The resolver's side of one cluster."""
+
+    name: str
+    breaker: Breaker
+    state: LinkState = LinkState.CONNECTING
+    in_flight: int = 0
+    """Transactions sent and not answered."""
+    members: dict[Address, Tracked] = field(default_factory=dict)
+    """Every tracked address that is resolved with this cluster."""
+    reading: dict[Address, tuple[Space, ...]] = field(default_factory=dict)
+    """What is in flight; outlives the address itself, so that forgetting an address never doubles its read.
+    An empty group: the read was sent to a store that no longer is, its answer is void."""
+    lanes: dict[tuple[Space, ...], Lane] = field(default_factory=dict)
+    checks_after: float = -math.inf
+    """No checks are sent before: the last one failed."""
+
+    def void_reads(self) -> None:
+        """Make the answers of all reads in flight worthless: they may carry revisions of a replaced store."""
+        for address in self.reading:
+            self.reading[address] = ()

@@ -1,0 +1,209 @@
+"""The standalone policy: which identities may talk, by direction, as identities come and go.
+
+A small part of Cilium's policy model: rules only allow, all of them count (a union), and a direction that has
+rules denies the rest. Selectors look at identities' labels only and never at world, as in a clusterwide
+policy of Cilium, which demands a namespace label of every selected peer (its ``getEndpointSelector``). Unlike
+Cilium from 1.19 on (``policy-default-local-cluster``), a selector that names no cluster selects pods of every
+cluster: here all peers are remote. Reading policies is left to policyfile.py, writing verdicts into the
+kernel's map to the shell.
+"""
+
+from __future__ import annotations
+
+import enum
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from lazymesh.core.identities import WORLD, WORLD_IDENTITIES
+from lazymesh.core.model import Direction
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+    from lazymesh.core.records import Labels
+
+ANY_SOURCE = "any:"
+
+
+class Operator(enum.Enum):
+    """What a requirement asks of a label; the value is Kubernetes' word."""
+
+    IN = "In"
+    NOT_IN = "NotIn"
+    EXISTS = "Exists"
+    DOES_NOT_EXIST = "DoesNotExist"
+
+
+@dataclass(frozen=True, slots=True)
+class Requirement:
+    """One condition on one label."""
+
+    key: str
+    """``source:key``; the source ``any`` stands for every source."""
+    operator: Operator
+    values: frozenset[str] = frozenset()
+
+    def holds(self, seen: Mapping[str, str]) -> bool:
+        """Tell whether the labels, as :func:`with_any_source` shows them, meet the condition.
+
+        As in Kubernetes, NotIn also holds where the label is missing.
+        """
+        value = seen.get(self.key)
+        match self.operator:
+            case Operator.IN:
+                return value in self.values
+            case Operator.NOT_IN:
+                return value not in self.values
+            case Operator.EXISTS:
+                return value is not None
+            case Operator.DOES_NOT_EXIST:
+                return value is None
+
+
+@dataclass(frozen=True, slots=True)
+class Selector:
+    """Conditions that must all hold; none at all select every identity that is known."""
+
+    requirements: tuple[Requirement, ...] = ()
+
+    def matches(self, labels: Labels) -> bool:
+        """Tell whether an identity with these labels is selected."""
+        return self.holds(with_any_source(labels))
+
+    def holds(self, seen: Mapping[str, str]) -> bool:
+        """Do the same for labels that :func:`with_any_source` has been applied to already."""
+        return all(requirement.holds(seen) for requirement in self.requirements)
+
+
+def with_any_source(labels: Labels) -> dict[str, str]:
+    """Return the labels once under their source and once under ``any:``, so that a condition is one look."""
+    seen = dict(labels)
+    for key, value in labels.items():
+        seen.setdefault(ANY_SOURCE + key.partition(":")[2], value)
+    return seen
+
+
+@dataclass(frozen=True, slots=True)
+class Rules:
+    """What the policy says of one direction."""
+
+    enforced: bool = False
+    """What is not allowed is denied; False: there are no rules, everything passes."""
+    allow_all: bool = False
+    """Everything passes, known or not: entity ``all``."""
+    allow_world: bool = False
+    """Peers without an identity of their own pass: entity ``world``."""
+    selectors: tuple[Selector, ...] = ()
+
+    def __or__(self, other: Rules) -> Rules:
+        """Return the union: allowed is what either allows."""
+        return Rules(
+            self.enforced or other.enforced,
+            self.allow_all or other.allow_all,
+            self.allow_world or other.allow_world,
+            self.selectors + other.selectors,
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class Policy:
+    """What is allowed, by direction; the default enforces nothing."""
+
+    egress: Rules = Rules()
+    ingress: Rules = Rules()
+
+    def __or__(self, other: Policy) -> Policy:
+        """Return the union of both directions."""
+        return Policy(self.egress | other.egress, self.ingress | other.ingress)
+
+    def of(self, direction: Direction) -> Rules:
+        """Return the rules of the direction."""
+        return self.egress if direction is Direction.EGRESS else self.ingress
+
+    @property
+    def enforced(self) -> frozenset[Direction]:
+        """The directions in which somebody is denied, so that the kernel must look at its policy map."""
+        return frozenset(d for d in Direction if self.of(d).enforced and not self.of(d).allow_all)
+
+
+@dataclass(frozen=True, slots=True)
+class PolicyChange:
+    """What to write into the kernel's policy map, and what to delete from it."""
+
+    allowed: tuple[tuple[Direction, int], ...] = ()
+    revoked: tuple[tuple[Direction, int], ...] = ()
+
+
+class PolicyEngine:
+    """Holds the labels of the known identities against the policy, once per identity and policy.
+
+    World is identity 2 in every change; nothing is said of directions that are not enforced.
+    """
+
+    def __init__(self, policy: Policy) -> None:
+        self._policy = policy
+        self._labels: dict[int, Labels] = {}
+        self._allowed = self._judge_all()
+
+    @property
+    def enforced(self) -> frozenset[Direction]:
+        """The directions in which the kernel must enforce."""
+        return self._policy.enforced
+
+    def current(self) -> PolicyChange:
+        """Return all that is allowed, as a change from nothing."""
+        return PolicyChange(tuple((d, identity) for d in Direction for identity in sorted(self._allowed[d])))
+
+    def upsert(self, identity: int, labels: Labels) -> PolicyChange:
+        """Take in an identity, or its new labels."""
+        self._labels[identity] = labels
+        return self._settle(identity, self._admitting(labels))
+
+    def remove(self, identity: int) -> PolicyChange:
+        """Forget an identity, known or not."""
+        self._labels.pop(identity, None)
+        return self._settle(identity, frozenset())
+
+    def replace(self, policy: Policy) -> PolicyChange:
+        """Put another policy in force for the identities that are known."""
+        before, self._policy = self._allowed, policy
+        self._allowed = self._judge_all()
+        return PolicyChange(
+            tuple((d, identity) for d in Direction for identity in sorted(self._allowed[d] - before[d])),
+            tuple((d, identity) for d in Direction for identity in sorted(before[d] - self._allowed[d])),
+        )
+
+    def verdict(self, direction: Direction, identity: int) -> bool:
+        """Tell whether the identity's traffic passes; where rules are enforced, an unknown one does not."""
+        if direction not in self.enforced:
+            return True
+        return (WORLD if identity in WORLD_IDENTITIES else identity) in self._allowed[direction]
+
+    def _admitting(self, labels: Labels) -> frozenset[Direction]:
+        seen = with_any_source(labels)
+        return frozenset(
+            direction
+            for direction in self.enforced
+            if any(selector.holds(seen) for selector in self._policy.of(direction).selectors)
+        )
+
+    def _judge_all(self) -> dict[Direction, set[int]]:
+        allowed: dict[Direction, set[int]] = {direction: set() for direction in Direction}
+        for direction in self.enforced:
+            if self._policy.of(direction).allow_world:
+                allowed[direction].add(WORLD)
+        for identity, labels in self._labels.items():
+            for direction in self._admitting(labels):
+                allowed[direction].add(identity)
+        return allowed
+
+    def _settle(self, identity: int, admitting: frozenset[Direction]) -> PolicyChange:
+        before = {direction for direction in Direction if identity in self._allowed[direction]}
+        for direction in admitting:
+            self._allowed[direction].add(identity)
+        for direction in before - admitting:
+            self._allowed[direction].discard(identity)
+        return PolicyChange(
+            tuple((direction, identity) for direction in sorted(admitting - before)),
+            tuple((direction, identity) for direction in sorted(before - admitting)),
+        )

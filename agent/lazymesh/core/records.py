@@ -1,0 +1,262 @@
+"""What etcd holds, decoded and distrusted: pairs, nodes, identities and cluster configurations.
+
+Bytes come from other clusters, so nothing here believes them and nothing raises anything but
+:class:`RecordError`, whatever they are. Formats are those of cilium-formats 4.1 to 4.5, with the corrections
+of cilium-live 4. Field names are taken exactly as Go writes them: Go's reader also accepts any other case,
+but no writer produces one, except ``SyncScope``, of which CFP-44921 uses two spellings. Unknown fields are
+skipped. Whether an identity belongs to its cluster is left to identities.py, whose address it is to
+clusters.py.
+"""
+
+from __future__ import annotations
+
+import sys
+from dataclasses import dataclass
+from functools import lru_cache
+from ipaddress import IPv4Network, IPv6Address, IPv6Network, ip_address
+from typing import TYPE_CHECKING, Annotated, NoReturn, TypeVar
+
+import msgspec
+
+from lazymesh.core.keys import address_text
+from lazymesh.core.model import Entry, EntryFlag, Reason
+
+if TYPE_CHECKING:
+    from lazymesh.core.model import Address, Network
+
+MAX_VALUE = 64 * 1024
+"""Bytes; a pair has about 200, a large node record some thousand. More is refused without a look inside."""
+
+REGIONAL = "regional"
+"""The one scope with an effect; the CFP treats every other text as global."""
+
+REGION_LABEL = "topology.kubernetes.io/region"
+
+_MAX_ADDRESS_TEXT = 45  # an IPv6 address with its last 32 bits in dotted form
+
+Labels = dict[str, str]
+"""``source:key`` to value, for example ``k8s:app`` to ``web``; never empty."""
+
+
+class RecordError(Exception):
+    """The bytes are no record that we would act on; ``detail`` is a few words for a log."""
+
+    def __init__(self, reason: Reason, detail: str) -> None:
+        super().__init__(f"{reason.value}: {detail}")
+        self.reason = reason
+        self.detail = detail
+
+
+@dataclass(frozen=True, slots=True)
+class IpRecord:
+    """One address's record, an IPIdentityPair."""
+
+    identity: int
+    host_ip: Address
+    """The node that hosts the pod; an IPv4-mapped address as IPv4, as Go understands it."""
+    encrypt_key: int
+    scope: str
+    """``regional``, ``global``, or "" for global; other texts as they stand."""
+
+
+@dataclass(frozen=True, slots=True)
+class NodeRecord:
+    """One node of a cluster, as far as it tells whose an address is."""
+
+    name: str
+    cluster: str
+    cluster_id: int
+    node_ips: tuple[Address, ...]
+    pod_cidrs: tuple[Network, ...]
+    region: str | None
+
+
+@dataclass(frozen=True, slots=True)
+class ClusterConfig:
+    """What a cluster says of itself."""
+
+    cluster_id: int
+    max_connected_clusters: int
+    cached: bool
+    """True when this is a kvstoremesh's copy: the records are under ``cilium/cache``."""
+    synced_canaries: bool
+    """True when listings are complete only once the canary of their prefix is there."""
+
+
+_T = TypeVar("_T")
+
+_U8 = Annotated[int, msgspec.Meta(ge=0, le=0xFF)]
+_U32 = Annotated[int, msgspec.Meta(ge=0, le=0xFFFF_FFFF)]
+
+
+class _Pair(msgspec.Struct, gc=False):
+    IP: str
+    ID: _U32
+    HostIP: str = ""
+    Mask: str | None = None
+    Key: _U8 = 0
+    SyncScope: str = ""
+    syncScope: str = ""  # noqa: N815 - the other spelling
+
+
+class _NodeAddress(msgspec.Struct):
+    IP: str = ""
+
+
+class _Cidr(msgspec.Struct):
+    IP: str
+    Mask: bytes
+
+
+class _Node(msgspec.Struct):
+    Name: str
+    Cluster: str
+    IPAddresses: list[_NodeAddress] | None = None
+    IPv4AllocCIDR: _Cidr | None = None
+    IPv4SecondaryAllocCIDRs: list[_Cidr] | None = None
+    IPv6AllocCIDR: _Cidr | None = None
+    IPv6SecondaryAllocCIDRs: list[_Cidr] | None = None
+    ClusterID: _U32 = 0
+    Labels: dict[str, str] | None = None
+
+
+class _Capabilities(msgspec.Struct, rename="camel"):
+    synced_canaries: bool = False
+    cached: bool = False
+    max_connected_clusters: int = 255
+
+
+class _Config(msgspec.Struct):
+    id: int
+    capabilities: _Capabilities = msgspec.field(default_factory=_Capabilities)
+
+
+_PAIR = msgspec.json.Decoder(_Pair)
+_NODE = msgspec.json.Decoder(_Node)
+_CONFIG = msgspec.json.Decoder(_Config)
+
+
+def decode_pair(value: bytes, address: Address) -> IpRecord:
+    """Return the record found under the address's key.
+
+    The record must name that very address in canonical form and no mask, as Cilium's reader demands:
+    anything else was written under a key that is not its own.
+    """
+    pair = _decode(_PAIR, value)
+    if address_text(address) != pair.IP:
+        _refuse(f"wrong key form: IP is {pair.IP[:64]!r}")
+    if pair.Mask is not None:
+        _refuse("wrong key form: Mask under the key of a single address")
+    host = _host_address(pair.HostIP)
+    if host is None:
+        _refuse(f"HostIP is {pair.HostIP[:64]!r}")
+    return IpRecord(pair.ID, host, pair.Key, pair.SyncScope or pair.syncScope)
+
+
+def entry_of(record: IpRecord) -> Entry:
+    """Return what the map is to hold: what Cilium writes on all nodes but the pod's own."""
+    flags = EntryFlag.HAS_TUNNEL_EP
+    if len(record.host_ip) == 16:
+        flags |= EntryFlag.IPV6_TUNNEL_EP
+    return Entry(record.identity, record.host_ip, record.encrypt_key, int(flags))
+
+
+def decode_node(value: bytes, cluster: str) -> NodeRecord:
+    """Return the node; FORGED if it names another cluster than the one whose store it was found in."""
+    node = _decode(_NODE, value)
+    if node.Cluster != cluster:
+        raise RecordError(Reason.FORGED, f"node of cluster {node.Cluster[:64]!r}")
+    if not node.Name:
+        _refuse("node without a name")
+    addresses = (_host_address(entry.IP) for entry in node.IPAddresses or ())
+    return NodeRecord(
+        name=node.Name,
+        cluster=cluster,
+        cluster_id=node.ClusterID,
+        node_ips=tuple(address for address in addresses if address),
+        pod_cidrs=_pod_cidrs(node),
+        region=(node.Labels or {}).get(REGION_LABEL) or None,
+    )
+
+
+def decode_identity(value: bytes) -> Labels:
+    """Return the labels of an identity, whose value is ``source:key=value;`` repeated and no JSON."""
+    if len(value) > MAX_VALUE:
+        _refuse(f"{len(value)} bytes")
+    try:
+        text = value.decode()
+    except UnicodeDecodeError:
+        _refuse("labels are not UTF-8")
+    labels: Labels = {}
+    for label in filter(None, text.split(";")):
+        key, _, val = label.partition("=")
+        source, _, name = key.partition(":")
+        if not source or not name or key in labels:
+            _refuse(f"label {label[:64]!r}")
+        # A mesh has 100,000 identities made of a few thousand distinct words.
+        labels[sys.intern(key)] = sys.intern(val)
+    if not labels:
+        _refuse("no labels")
+    return labels
+
+
+def decode_cluster_config(value: bytes) -> ClusterConfig:
+    """Return the configuration; ids and mesh sizes that Cilium itself refuses are MALFORMED."""
+    config = _decode(_CONFIG, value)
+    limit = config.capabilities.max_connected_clusters or 255
+    if limit not in (255, 511):
+        _refuse("maxConnectedClusters is not 255 or 511")
+    if not 1 <= config.id <= limit:
+        _refuse(f"cluster id is not in 1..{limit}")
+    return ClusterConfig(config.id, limit, config.capabilities.cached, config.capabilities.synced_canaries)
+
+
+def _refuse(detail: str) -> NoReturn:
+    raise RecordError(Reason.MALFORMED, detail)
+
+
+def _decode(decoder: msgspec.json.Decoder[_T], value: bytes) -> _T:
+    if len(value) > MAX_VALUE:
+        _refuse(f"{len(value)} bytes")
+    try:
+        return decoder.decode(value)
+    except (ValueError, RecursionError) as error:  # msgspec's errors and UnicodeDecodeError are ValueErrors
+        raise RecordError(Reason.MALFORMED, str(error)[:200]) from error
+
+
+def _host_address(text: str) -> Address | None:
+    # The cache must not keep a stranger's long texts alive.
+    return _parsed(text) if len(text) <= _MAX_ADDRESS_TEXT else None
+
+
+@lru_cache(maxsize=4096)  # a cluster's pairs name its few hundred nodes over and over
+def _parsed(text: str) -> Address | None:
+    try:
+        address = ip_address(text)
+    except ValueError:
+        return None
+    if isinstance(address, IPv6Address):
+        if address.scope_id:  # means something on one node only
+            return None
+        address = address.ipv4_mapped or address
+    return None if address.is_unspecified else address.packed
+
+
+def _pod_cidrs(node: _Node) -> tuple[Network, ...]:
+    cidrs = [cidr for cidr in (node.IPv4AllocCIDR, node.IPv6AllocCIDR) if cidr]
+    cidrs += node.IPv4SecondaryAllocCIDRs or ()
+    cidrs += node.IPv6SecondaryAllocCIDRs or ()
+    return tuple(map(_network, cidrs))
+
+
+def _network(cidr: _Cidr) -> Network:
+    mask, bits = int.from_bytes(cidr.Mask), 8 * len(cidr.Mask)
+    length = mask.bit_count()
+    try:
+        address = ip_address(cidr.IP[:_MAX_ADDRESS_TEXT]).packed
+    except ValueError:
+        _refuse(f"pod CIDR of {cidr.IP[:64]!r}")
+    if len(address) != len(cidr.Mask) or mask != (1 << length) - 1 << bits - length:
+        _refuse(f"pod CIDR {cidr.IP[:64]!r} with mask {cidr.Mask[:16].hex()}")
+    first = int.from_bytes(address) & mask
+    return IPv4Network((first, length)) if bits == 32 else IPv6Network((first, length))

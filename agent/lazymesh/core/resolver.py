@@ -1,0 +1,338 @@
+"""The resolver: what to read, install, watch and evict, decided from one event at a time.
+
+The heart of demand paging. A miss becomes a read of the owner's keys, the answer is judged, a good record
+becomes an entry, and a watch on the keys keeps it true; everything else is what happens when one of these
+steps goes wrong, comes late or comes twice. One rule where a question is open: a wrong identity is a security
+hole, a lost known peer is an outage, a slow unknown peer is neither.
+
+Left to others: I/O, clock and dice to the shell (roles), which calls :meth:`Resolver.step` and carries out
+what comes back, in order; how one address moves to ``moves``; whether a record is believable to ``judge``;
+what is sent when to ``backlog``; what befalls whole clusters to ``lifecycle``; whose an address is to
+``clusters``. The shell answers every Read by one Answered or ReadFailed and every Install by one
+InstallResult.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from lazymesh.core import events as ev
+from lazymesh.core.backlog import Backlog
+from lazymesh.core.breaker import Breaker, BreakerState
+from lazymesh.core.judge import Judge
+from lazymesh.core.ledger import Ledger
+from lazymesh.core.lifecycle import Lifecycle
+from lazymesh.core.link import LinkState
+from lazymesh.core.model import Reason
+from lazymesh.core.moves import Moves
+from lazymesh.core.negatives import Negatives
+from lazymesh.core.tracked import Fetch, Phase, Tracked
+from lazymesh.core.views import AddressView, ClusterView, view_of_address, view_of_cluster
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Container
+
+    from lazymesh.core.clusters import ClusterTable
+    from lazymesh.core.limits import Limits
+    from lazymesh.core.link import Link
+    from lazymesh.core.model import Address
+
+
+def _no_jitter() -> float:
+    return 1.0
+
+
+class Resolver:
+    """State machine over addresses; ``events`` is its language."""
+
+    def __init__(
+        self,
+        limits: Limits,
+        table: ClusterTable,
+        identities: Container[int],
+        region: str | None = None,
+        jitter: Callable[[], float] = _no_jitter,
+    ) -> None:
+        """Identities: those whose labels are known here, kept by the shell. Jitter: numbers from 0 to 1."""
+        self._limits = limits
+        self._judge = Judge(table, identities, region)
+        self._backlog = Backlog(limits)
+        self._ledger = Ledger(limits)
+        self._negatives = Negatives(limits)
+        self._moves = Moves(self._judge, self._backlog, self._ledger, self._negatives)
+        self._lifecycle = Lifecycle(
+            lambda: Breaker(limits, jitter), self._judge, self._backlog, self._ledger, self._moves
+        )
+        self._links = self._lifecycle.links
+        self._muted = False
+        self._handlers: dict[type, Callable[[Any, float], None]] = {
+            ev.Miss: self._miss,
+            ev.Answered: self._answered,
+            ev.ReadFailed: self._read_failed,
+            ev.Changed: self._changed,
+            ev.StoreReset: self._lifecycle.reset,
+            ev.ClusterReady: self._lifecycle.ready,
+            ev.ClusterSilent: self._lifecycle.silent,
+            ev.ClusterGone: self._lifecycle.gone,
+            ev.TableChanged: self._table_changed,
+            ev.IdentityKnown: self._identity_known,
+            ev.IdentityGone: self._identity_gone,
+            ev.InstallResult: self._moves.install_ended,
+            ev.Adopted: self._adopted,
+            ev.Tick: self._tick,
+        }
+
+    def step(self, event: ev.Event, now: float) -> list[ev.Command]:
+        """Take one event; return what is to be done, in this order."""
+        out: list[ev.Command] = []
+        self._moves.out = out
+        self._handlers[type(event)](event, now)
+        out.extend(self._backlog.reads(now))
+        self._mute()
+        return out
+
+    # --- misses ---------------------------------------------------------------------------------------------
+
+    def _miss(self, miss: ev.Miss, now: float) -> None:
+        tracked = self._moves.tracked.get(miss.address)
+        if tracked is None:
+            self._resolve(miss.address, miss.at, now)
+        elif tracked.phase is Phase.RESOLVING:
+            if tracked.missed_at is None:
+                tracked.missed_at = miss.at
+        elif tracked.phase is Phase.INSTALLED:
+            self._missed_though_installed(tracked, miss.at, now)
+        elif tracked.expires <= now:
+            self._moves.forget(tracked)
+            self._resolve(miss.address, miss.at, now)
+        else:
+            tracked.missed_at = miss.at
+            self._moves.report(tracked, "absent", tracked.reason, cached=True)
+
+    def _resolve(self, address: Address, missed_at: float | None, now: float) -> None:
+        owners = self._judge.table.owners(address)
+        cluster = self._judge.table.cluster(owners[0]) if len(owners) == 1 else None
+        link = self._lifecycle.link(cluster.name) if cluster is not None else None
+        tracked = self._moves.begin(address, owners, link)
+        tracked.missed_at = missed_at
+        if cluster is None or link is None:
+            self._moves.refuse(tracked, _unowned(owners), "", now)
+        elif link.state is LinkState.SILENT or not link.breaker.admits(now):
+            self._moves.refuse(tracked, Reason.CLUSTER_DOWN, "", now)
+        else:
+            self._moves.read(tracked, cluster.spaces[0], now)
+
+    def _missed_though_installed(self, tracked: Tracked, at: float, now: float) -> None:
+        self._ledger.touch(tracked)
+        if tracked.address in self._ledger.unanswered:
+            if tracked.missed_at is None:
+                tracked.missed_at = at
+            return
+        tracked.missed_at = at
+        if tracked.entry is not None and now - tracked.installed_at >= self._limits.reinstall_every:
+            self._moves.install(tracked, tracked.entry, now)
+        else:
+            # Most likely signalled before the entry stood. Its packet may be held, so it too is answered.
+            self._moves.report(tracked, "installed", None, cached=True)
+
+    # --- what the stores say --------------------------------------------------------------------------------
+
+    def _answered(self, answer: ev.Answered, now: float) -> None:
+        link = self._links.get(answer.cluster)
+        if link is None:
+            return
+        link.in_flight = max(0, link.in_flight - 1)
+        link.breaker.succeeded()
+        landed: dict[Address, Tracked | None] = {}
+        for state in answer.states:
+            if state.address not in landed:
+                landed[state.address] = self._land(link, state.address, now)
+            tracked = landed[state.address]
+            if tracked is not None:
+                tracked.learn(state)
+        for tracked in landed.values():
+            if tracked is not None:
+                self._take_answer(tracked, link, now)
+        self._watch(link, answer.states, landed)
+
+    def _land(self, link: Link, address: Address, now: float) -> Tracked | None:
+        """Close the read of one address; return what is tracked of it if the outcome is of use."""
+        spaces = link.reading.pop(address, None)
+        tracked = self._moves.tracked.get(address)
+        if tracked is None or tracked.link is not link or spaces is None:
+            return None
+        if spaces:
+            tracked.fetch = Fetch.IDLE
+            tracked.wants = spaces
+            return tracked
+        if tracked.fetch is Fetch.READING:
+            self._moves.read(tracked, tracked.wants, now)
+        return None
+
+    def _take_answer(self, tracked: Tracked, link: Link, now: float) -> None:
+        tracked.spaces = tracked.wants
+        self._moves.settle(tracked, now)
+        # Not IDLE: the next group is being asked, and may know more.
+        if tracked.entry is not None and tracked.fetch is Fetch.IDLE and link.state is LinkState.READY:
+            self._ledger.trust(tracked)
+
+    def _watch(
+        self, link: Link, states: tuple[ev.KeyState, ...], landed: dict[Address, Tracked | None]
+    ) -> None:
+        # After the installs, which packets wait for: the command names the revision, so no change is lost.
+        for state in states:
+            tracked = landed[state.address]
+            # No link: another address of this very answer has pushed it out of the budget.
+            if tracked is not None and tracked.link is link and state.space not in tracked.watched:
+                tracked.watched += (state.space,)
+                self._moves.out.append(ev.Watch(link.name, state.space, state.address, state.as_of))
+
+    def _read_failed(self, failure: ev.ReadFailed, now: float) -> None:
+        link = self._links.get(failure.cluster)
+        if link is None:
+            return
+        link.in_flight = max(0, link.in_flight - 1)
+        before = link.breaker.state
+        if failure.kind == "permission":
+            link.breaker.succeeded()  # the store is well; it is our certificate that is not
+        else:
+            link.breaker.failed(now)
+        for address in failure.addresses:
+            tracked = self._land(link, address, now)
+            if tracked is None:
+                continue
+            if tracked.waiting:
+                self._moves.refuse(tracked, Reason.READ_FAILED, failure.kind, now)
+            elif self._ledger.doubts(tracked):
+                link.checks_after = now + self._limits.recheck_pause
+                self._moves.read(tracked, tracked.wants, now)
+        if link.breaker.state is BreakerState.OPEN and before is not BreakerState.OPEN:
+            self._lifecycle.give_up(link, now)
+
+    def _changed(self, change: ev.Changed, now: float) -> None:
+        state = change.state
+        tracked = self._moves.tracked.get(state.address)
+        if tracked is None or tracked.link is None or tracked.link.name != change.cluster:
+            return
+        # What is not watched comes from a watch given up meanwhile, perhaps of a store that no longer is.
+        if state.space not in tracked.watched or not tracked.learn(state):
+            return
+        if state.space not in tracked.spaces:
+            return
+        if tracked.entry is not None and tracked.newest() is None:
+            # At once, even if the next group may still hold the record: by now the address may be another's.
+            self._moves.refuse(tracked, Reason.NOT_FOUND, "", now)
+        self._moves.settle(tracked, now)
+
+    # --- table, identities, adoption, time ------------------------------------------------------------------
+
+    def _table_changed(self, event: ev.TableChanged, now: float) -> None:
+        self._judge.table = event.table
+        for tracked in list(self._moves.tracked.values()):
+            owners = event.table.owners(tracked.address)
+            if owners == tracked.owners:
+                continue
+            if tracked.link is not None and owners == (tracked.link.name,):
+                tracked.owners = owners  # adopted before its cluster's nodes were listed
+            elif tracked.waiting:
+                missed_at = tracked.missed_at
+                self._moves.forget(tracked)
+                self._resolve(tracked.address, missed_at, now)
+            else:
+                self._moves.drop(tracked, _unowned(owners).value, _unowned(owners))
+
+    def _identity_known(self, event: ev.IdentityKnown, now: float) -> None:
+        for tracked in self._ledger.named(event.identity):
+            if tracked.phase is Phase.ABSENT and tracked.reason is Reason.UNKNOWN_IDENTITY:
+                self._moves.settle(tracked, now)
+
+    def _identity_gone(self, event: ev.IdentityGone, now: float) -> None:
+        for tracked in self._ledger.named(event.identity):
+            if tracked.entry is not None and tracked.entry.identity == event.identity:
+                self._moves.refuse(tracked, Reason.UNKNOWN_IDENTITY, "", now)
+
+    def _adopted(self, event: ev.Adopted, now: float) -> None:
+        owners = self._judge.table.owners(event.address)
+        if event.cluster is None:
+            self._disclaim(event, "cluster-gone")
+        elif owners and owners != (event.cluster,):
+            self._disclaim(event, _unowned(owners).value)
+        elif event.address in self._moves.tracked:
+            # Missed before we knew of it: what the miss leads to is newer than what an earlier life believed.
+            if self._moves.tracked[event.address].entry is None:
+                self._disclaim(event, "expired")
+        else:
+            self._adopt(event, owners, self._lifecycle.link(event.cluster), now)
+
+    def _adopt(self, event: ev.Adopted, owners: tuple[str, ...], link: Link, now: float) -> None:
+        self._moves.make_room()
+        tracked = self._moves.begin(event.address, owners, link)
+        tracked.move(Phase.INSTALLED)
+        self._ledger.own(tracked, event.entry)
+        self._ledger.name(tracked, event.entry.identity)
+        self._ledger.doubt(tracked, now)
+        cluster = self._judge.table.cluster(link.name)
+        if link.state is LinkState.READY and cluster is not None:
+            self._moves.read(tracked, cluster.spaces[0], now)
+
+    def _disclaim(self, event: ev.Adopted, why: str) -> None:
+        self._moves.out.append(ev.Evict(event.address, why))
+        self._moves.out.append(ev.Report(event.address, event.cluster, "evicted", None, why, None))
+
+    def _tick(self, _event: ev.Tick, now: float) -> None:
+        for tracked in self._negatives.expired(now):
+            self._moves.forget(tracked)
+        for tracked in self._ledger.stale(now):
+            self._moves.drop(tracked, "expired", None)
+
+    # --- odds and ends --------------------------------------------------------------------------------------
+
+    def _mute(self) -> None:
+        share = self._backlog.level / self._limits.queue
+        if share <= self._limits.mute_low if self._muted else share >= self._limits.mute_high:
+            self._muted = not self._muted
+            self._moves.out.append(ev.Mute(self._muted))
+
+    # --- for status and metrics: read only ------------------------------------------------------------------
+
+    @property
+    def counts(self) -> dict[str, int]:
+        """How many addresses are in each state; the sum is all that is remembered."""
+        tracked, absent = len(self._moves.tracked), len(self._negatives)
+        installed = sum(1 for entry in self._ledger if entry.phase is Phase.INSTALLED)
+        return {"resolving": tracked - absent - installed, "installed": installed, "absent": absent}
+
+    @property
+    def absent(self) -> dict[Reason, int]:
+        """How many addresses are absent for each reason."""
+        return self._negatives.counts()
+
+    @property
+    def owned(self) -> int:
+        """How many entries of ours are, or are about to be, in the map."""
+        return len(self._ledger)
+
+    @property
+    def queued(self) -> int:
+        """How many missed addresses wait for a read."""
+        return len(self._backlog)
+
+    @property
+    def muted(self) -> bool:
+        """Whether the kernel is muted."""
+        return self._muted
+
+    @property
+    def clusters(self) -> dict[str, ClusterView]:
+        """Each cluster that was ever heard of, by name."""
+        return {name: view_of_cluster(link) for name, link in self._links.items()}
+
+    def describe(self, address: Address) -> AddressView | None:
+        """Return all that is known of one address, None if nothing is."""
+        tracked = self._moves.tracked.get(address)
+        return None if tracked is None else view_of_address(tracked, in_doubt=self._ledger.doubts(tracked))
+
+
+def _unowned(owners: tuple[str, ...]) -> Reason:
+    """Return why these owners are not the one cluster it takes; for an address that changed hands, too."""
+    return Reason.AMBIGUOUS if len(owners) > 1 else Reason.NO_CLUSTER

@@ -1,0 +1,127 @@
+"""What is remembered of one address: where it stands, what its keys said, what the map holds of ours.
+
+Two things run side by side. The *phase* is what people ask about: resolving, installed, absent. The *fetch*
+is whether a read is due or under way: an installed entry keeps serving while it is read again. Who moves an
+address from one to the other, and why, is left to ``moves``; here is only what may follow what.
+"""
+
+from __future__ import annotations
+
+import enum
+import math
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
+
+from lazymesh.core.model import Reason
+
+if TYPE_CHECKING:
+    from lazymesh.core.events import KeyState
+    from lazymesh.core.link import Link
+    from lazymesh.core.model import Address, Entry, Space
+
+
+class Phase(enum.Enum):
+    """Where an address stands; the value is the word in status and metrics."""
+
+    RESOLVING = "resolving"
+    """A read for a miss is due or under way, or the first install is not answered yet."""
+    INSTALLED = "installed"
+    """An entry of ours stands in the map, as far as we were told."""
+    ABSENT = "absent"
+    """No entry, for a reason that stands until it expires."""
+
+
+ALLOWED = {
+    Phase.RESOLVING: {Phase.INSTALLED, Phase.ABSENT},
+    Phase.INSTALLED: {Phase.ABSENT},
+    Phase.ABSENT: {Phase.RESOLVING},
+}
+"""An absent address whose record is published is resolving until the map has taken the entry."""
+
+
+class Fetch(enum.Enum):
+    """Whether a read of the address is due (queued) or under way (reading)."""
+
+    IDLE = enum.auto()
+    QUEUED = enum.auto()
+    READING = enum.auto()
+
+
+@dataclass(slots=True, eq=False)
+class Tracked:
+    """One address that somebody missed, or that an earlier life of the agent installed."""
+
+    address: Address
+    owners: tuple[str, ...]
+    """What the cluster table said when it was last asked."""
+    link: Link | None = None
+    """The cluster that it is resolved with; None: no cluster, or more than one, owns it."""
+    missed_at: float | None = None
+    """When the packet missed that waits for an answer; None: none waits."""
+    phase: Phase = Phase.RESOLVING
+    fetch: Fetch = Fetch.IDLE
+    wants: tuple[Space, ...] = ()
+    """The read group that is queued or being read."""
+    spaces: tuple[Space, ...] = ()
+    """The read group that answered last: it alone is judged. Later groups are nearer to the record's owner,
+    and a cache that lags behind must not overrule the owner's own word."""
+    known: list[KeyState] = field(default_factory=list)
+    """The newest state of each key seen; at most three, so a list is faster than a dict."""
+    watched: tuple[Space, ...] = ()
+    entry: Entry | None = None
+    """What the map holds of ours once every command sent so far is carried out."""
+    installed_at: float = -math.inf
+    """When the last Install was sent."""
+    again: bool = False
+    """A newer state came while an Install was unanswered: judge again on the result."""
+    identity: int = 0
+    """The identity that the entry, or the record that was refused, names; 0: none."""
+    reason: Reason = Reason.NOT_FOUND
+    expires: float = 0.0
+    """Reason and end of an absence; of no meaning in other phases."""
+
+    def move(self, phase: Phase) -> None:
+        """Enter another phase.
+
+        A move outside the table is a bug of ours. Raising ends the agent, which costs less than a wrong
+        identity: pinned programs go on passing traffic without it.
+        """
+        if phase not in ALLOWED[self.phase]:
+            raise RuntimeError(f"address {self.address.hex()} cannot go from {self.phase} to {phase}")
+        self.phase = phase
+
+    @property
+    def waiting(self) -> bool:
+        """Whether a miss has no answer yet and none is on its way into the map."""
+        return self.phase is Phase.RESOLVING and self.entry is None
+
+    def learn(self, state: KeyState) -> bool:
+        """Remember a key's state; return False if it is older than what is known, or the same."""
+        for index, known in enumerate(self.known):
+            if known.space is state.space:
+                if state.as_of <= known.as_of:
+                    return False
+                self.known[index] = state
+                return True
+        self.known.append(state)
+        return True
+
+    def newest(self) -> bytes | None:
+        """Return the record that counts, the newest one in the group that is judged; None: it holds none.
+
+        Two keys read at one revision tie, while a publisher moves the record; the first space of the group
+        wins, and the removal of the other key settles it.
+        """
+        best, at = None, -1
+        for space in self.spaces:
+            for state in self.known:
+                if state.space is space and state.value is not None and state.as_of > at:
+                    best, at = state.value, state.as_of
+        return best
+
+    def forget_states(self) -> None:
+        """Drop what the keys said: its revisions are those of a store that no longer is."""
+        self.known.clear()
+        self.watched = ()
+        self.spaces = ()
+        self.again = False

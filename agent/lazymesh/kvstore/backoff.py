@@ -1,0 +1,44 @@
+"""Exponential back-off with full jitter: how long to leave a store alone that did not answer.
+
+Full jitter, because every node of a mesh loses the same store at the same moment and must not come back in
+step.
+"""
+
+from __future__ import annotations
+
+import random
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+
+@dataclass(frozen=True, slots=True)
+class BackoffLimits:
+    """The two ends of the exponential curve, in seconds."""
+
+    initial_s: float = 0.25
+    """Longest first delay: what a restart of one etcd pod's process takes."""
+    ceiling_s: float = 30.0
+    """Longest delay ever: Cilium's own retry cap for a remote cluster."""
+
+
+class Backoff:
+    """The delays of one sequence of failures."""
+
+    def __init__(self, limits: BackoffLimits, dice: Callable[[], float] = random.random) -> None:
+        self._limits = limits
+        self._dice = dice
+        self._failures = 0
+
+    def next_s(self) -> float:
+        """Return the next delay: anything between nothing and the doubled limit."""
+        # 2**32 seconds is past any ceiling; unbounded, the power would outgrow a float in a long outage.
+        limit = min(self._limits.ceiling_s, self._limits.initial_s * 2.0 ** min(self._failures, 32))
+        self._failures += 1
+        return self._dice() * limit
+
+    def reset(self) -> None:
+        """Start over: what failed has worked again."""
+        self._failures = 0

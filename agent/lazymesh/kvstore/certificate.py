@@ -1,0 +1,125 @@
+"""Names and reasons of TLS: who a client certificate says we are, and why a handshake really failed.
+
+grpc answers every failed handshake with UNAVAILABLE; the person at the terminal needs "expired" or "wrong
+authority". So after a failure, and only then, one handshake is tried with Python's own ssl module, which
+tells. etcd maps a certificate's common name to its user, hence the small walk through DER: the ssl module
+decodes peers' certificates only.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import ssl
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from lazymesh.kvstore.config import Endpoint, EtcdConfig
+
+_COMMON_NAME = bytes.fromhex("0603550403")  # OBJECT IDENTIFIER 2.5.4.3
+_UTC_TIME = 0x17
+
+
+@dataclass(frozen=True, slots=True)
+class CertificateFacts:
+    """What messages say about a client certificate."""
+
+    common_name: str
+    """The etcd user it stands for."""
+    not_after: datetime
+
+
+def certificate_facts(pem: bytes) -> CertificateFacts | None:
+    """Return the facts of the first certificate in the file's bytes; None if it cannot be made out."""
+    try:
+        end = b"-----END CERTIFICATE-----"
+        first = pem[pem.index(b"-----BEGIN") : pem.index(end)] + end
+        der = ssl.PEM_cert_to_DER_cert(first.decode("ascii"))
+        to_be_signed = _elements(_elements(der)[0][1])[0][1]
+        fields = _elements(to_be_signed)
+        # version [0] is optional; then serial, algorithm, issuer, validity, subject.
+        _, _, _, validity, subject = fields[1:6] if fields[0][0] == 0xA0 else fields[:5]
+        return CertificateFacts(_common_name(subject[1]), _time(*_elements(validity[1])[1]))
+    except (ValueError, IndexError):
+        return None
+
+
+def _elements(der: bytes) -> list[tuple[int, bytes]]:
+    """Split the content of a constructed DER element into (tag, content)."""
+    found, at = [], 0
+    while at < len(der):
+        tag, length, at = der[at], der[at + 1], at + 2
+        if length & 0x80:
+            octets = length & 0x7F
+            length = int.from_bytes(der[at : at + octets], "big")
+            at += octets
+        if at + length > len(der):
+            raise ValueError("truncated")
+        found.append((tag, der[at : at + length]))
+        at += length
+    return found
+
+
+def _common_name(subject: bytes) -> str:
+    at = subject.rindex(_COMMON_NAME) + len(_COMMON_NAME)
+    return _elements(subject[at : at + 2 + subject[at + 1]])[0][1].decode("utf-8")
+
+
+def _time(tag: int, content: bytes) -> datetime:
+    layout = "%y%m%d%H%M%SZ" if tag == _UTC_TIME else "%Y%m%d%H%M%SZ"
+    return datetime.strptime(content.decode("ascii"), layout).replace(tzinfo=UTC)
+
+
+async def handshake_failure(endpoint: Endpoint, config: EtcdConfig, timeout_s: float) -> str | None:
+    """Try one handshake and return why TLS fails, in a few words; None when TLS is not what fails."""
+    try:
+        context = _context(config)
+    except (OSError, ssl.SSLError) as exc:
+        return f"the TLS files do not fit together ({_words(exc)}); check those named in {config.source}"
+    try:
+        async with asyncio.timeout(timeout_s):
+            return await _handshake(endpoint, context, config)
+    except (OSError, TimeoutError):
+        return None
+
+
+def _context(config: EtcdConfig) -> ssl.SSLContext:
+    context = ssl.create_default_context(cafile=config.ca_file)
+    # grpc is not that strict, and a reason that is none of grpc's would mislead.
+    context.verify_flags &= ~ssl.VERIFY_X509_STRICT
+    context.set_alpn_protocols(["h2"])
+    if config.cert_file:
+        # The password keeps OpenSSL from asking at the terminal for the one of an encrypted key.
+        context.load_cert_chain(config.cert_file, config.key_file, password="")
+    return context
+
+
+async def _handshake(endpoint: Endpoint, context: ssl.SSLContext, config: EtcdConfig) -> str | None:
+    writer = None
+    try:
+        reader, writer = await asyncio.open_connection(
+            endpoint.dial_host, endpoint.port, ssl=context, server_hostname=endpoint.host
+        )
+        # With TLS 1.3 a refusal of our certificate arrives only after our side of the handshake is done.
+        await reader.read(1)
+    except ssl.SSLCertVerificationError as exc:
+        ca_file = config.ca_file or "trusted-ca-file"
+        return f"its certificate is refused here: {exc.verify_message}; check {ca_file}"
+    except ssl.SSLError as exc:
+        return f"it refuses us in the TLS handshake: {_words(exc)}; check {_client_side(config)}"
+    finally:
+        if writer is not None:
+            writer.close()
+    return None
+
+
+def _client_side(config: EtcdConfig) -> str:
+    return (
+        f"the client certificate {config.cert_file}" if config.cert_file else "whether it wants a cert-file"
+    )
+
+
+def _words(exc: OSError) -> str:
+    reason = getattr(exc, "reason", None) or exc.strerror or str(exc)
+    return str(reason).replace("_", " ").lower()

@@ -1,0 +1,208 @@
+"""The client of one store: reads, listings, writes, leases and watches, each of them one call or one stream.
+
+It is put together from a supervisor, which keeps the connection, and a hub, which keeps the watches. Nothing
+here retries: who reads knows best whether the answer is still wanted. Every failure is a KvstoreError, in one
+line.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from contextlib import aclosing
+from typing import TYPE_CHECKING, Self, TypeVar
+
+from lazymesh.errors import KvstoreError
+from lazymesh.kvstore import etcd_pb2 as pb
+from lazymesh.kvstore import requests, rpc
+from lazymesh.kvstore.hub import WatchHub
+from lazymesh.kvstore.model import KeyValue, Page, ReadResult
+from lazymesh.kvstore.supervisor import Options, Supervisor
+
+if TYPE_CHECKING:
+    from collections.abc import AsyncGenerator, Callable, Sequence
+
+    from lazymesh.kvstore.config import EtcdConfig
+    from lazymesh.kvstore.connection import Connection
+    from lazymesh.kvstore.model import ClientEvent, ClientInfo
+
+Request = TypeVar("Request")
+Response = TypeVar("Response", bound=rpc.Answer)
+
+TIMEOUT_S = 10.0
+"""For one call, unless the caller says otherwise."""
+
+
+class EtcdClient:
+    """``async with EtcdClient(config) as client``; it dials at once and for as long as the block lasts."""
+
+    def __init__(self, config: EtcdConfig, options: Options | None = None) -> None:
+        options = options or Options()
+        self._supervisor = Supervisor(config, options)
+        self.watches = WatchHub(self._supervisor, options.progress_s)
+        self._tasks: list[asyncio.Task[None]] = []
+
+    async def __aenter__(self) -> Self:
+        self._tasks = [
+            asyncio.create_task(self._supervisor.run(), name="etcd supervisor"),
+            asyncio.create_task(self.watches.run(), name="etcd watches"),
+        ]
+        for task in self._tasks:
+            task.add_done_callback(_report_crash)
+        return self
+
+    async def __aexit__(self, *_: object) -> None:
+        for task in self._tasks:
+            task.cancel()
+        await asyncio.gather(*self._tasks, return_exceptions=True)
+
+    @property
+    def info(self) -> ClientInfo:
+        """What to show of this store and the connection to it."""
+        return self._supervisor.info
+
+    @property
+    def epoch(self) -> int:
+        """Revisions read in different epochs must not be compared."""
+        return self._supervisor.epoch
+
+    def add_listener(self, listener: Callable[[ClientEvent], None]) -> None:
+        """Have connects and disconnects told; watches lost by them have been told before."""
+        self._supervisor.listeners.append(listener)
+
+    def remove_listener(self, listener: Callable[[ClientEvent], None]) -> None:
+        """Undo :meth:`add_listener`."""
+        self._supervisor.listeners.remove(listener)
+
+    async def wait_connected(self) -> None:
+        """Return once the store answers, however long it takes."""
+        await self._supervisor.wait_connected()
+
+    async def read_many(self, keys: Sequence[bytes], timeout_s: float = TIMEOUT_S) -> ReadResult:
+        """Read up to 128 keys at one revision, in one round trip. One refused key fails all of them."""
+        if len(keys) == 1:
+            one = await self._call(
+                rpc.RANGE, requests.read_one(keys[0]), timeout_s, lambda: f"read {_names(keys)}"
+            )
+            return ReadResult(one.header.revision, [requests.one_of(one)])
+        many = await self._call(rpc.TXN, requests.read_batch(keys), timeout_s, lambda: f"read {_names(keys)}")
+        return requests.batch_of(many)
+
+    async def get(self, key: bytes, timeout_s: float = TIMEOUT_S) -> KeyValue | None:
+        """Read one key; None if it does not exist."""
+        return (await self.read_many([key], timeout_s)).values[0]
+
+    async def get_prefix(self, prefix: bytes) -> list[KeyValue]:
+        """Read all keys of a prefix, at one revision; for prefixes known to be small."""
+        async with aclosing(self.list_prefix(prefix)) as pages:
+            return [item async for page in pages for item in page.items]
+
+    async def list_prefix(
+        self, prefix: bytes, page: int = 10_000, timeout_s: float = TIMEOUT_S
+    ) -> AsyncGenerator[Page, None]:
+        """Read all keys of a prefix at one revision, page by page, in key order; at least one page comes."""
+        connection = await self._supervisor.connection(timeout_s)
+        epoch, revision = self.epoch, 0
+        after: bytes | None = None
+        while True:
+            request = requests.read_page(prefix, after, revision, page)
+            # All pages over one connection: another replica's revisions are not this one's.
+            answer = await self._call_on(
+                connection, rpc.RANGE, request, timeout_s, lambda: f"list {_text(prefix)}*"
+            )
+            # A pinned answer still has the present revision in its header.
+            revision = revision or answer.header.revision
+            yield Page(revision, epoch, [requests.key_value(kv) for kv in answer.kvs])
+            if not answer.more:
+                return
+            after = answer.kvs[-1].key
+
+    async def put(self, key: bytes, value: bytes, lease: int = 0, timeout_s: float = TIMEOUT_S) -> int:
+        """Write one key, bound to a lease if one is given, and return the store's revision."""
+        request = pb.PutRequest(key=key, value=value, lease=lease)
+        response = await self._call(rpc.PUT, request, timeout_s, lambda: f"write {_text(key)}")
+        return response.header.revision
+
+    async def delete(self, key: bytes, *, prefix: bool = False, timeout_s: float = TIMEOUT_S) -> int:
+        """Delete a key, or all keys with this prefix, and return how many there were."""
+        end = requests.prefix_end(key) if prefix else b""
+        request = pb.DeleteRangeRequest(key=key, range_end=end)
+        response = await self._call(rpc.DELETE_RANGE, request, timeout_s, lambda: f"delete {_text(key)}")
+        return response.deleted
+
+    async def write_many(
+        self, writes: Sequence[tuple[bytes, bytes | None]], lease: int = 0, timeout_s: float = TIMEOUT_S
+    ) -> int:
+        """Put up to 128 keys (delete those with value None) in one transaction; return its revision."""
+        request = requests.write_batch(writes, lease)
+        keys = [key for key, _ in writes]
+        response = await self._call(rpc.TXN, request, timeout_s, lambda: f"write {_names(keys)}")
+        return response.header.revision
+
+    async def status(self, timeout_s: float = TIMEOUT_S) -> ClientInfo:
+        """Ask the server for a sign of life and return the state it leaves us in."""
+        connection = await self._supervisor.connection(timeout_s)
+        await self._call_on(connection, rpc.STATUS, pb.StatusRequest(), timeout_s, lambda: "get the status")
+        return self.info
+
+    async def grant_lease(self, ttl_s: int, timeout_s: float = TIMEOUT_S) -> int:
+        """Return the id of a new lease; keys written with it go when it is not kept alive (lease.py)."""
+        request = pb.LeaseGrantRequest(TTL=ttl_s)
+        return (await self._call(rpc.LEASE_GRANT, request, timeout_s, lambda: "get a lease")).ID
+
+    async def renew_lease(self, lease: int, timeout_s: float = TIMEOUT_S) -> int:
+        """Start a lease's time anew and return the seconds it has now; 0: expired, its keys are gone."""
+        connection = await self._supervisor.connection(timeout_s)
+        what = f"keep lease {lease:x} alive"
+        answers = connection.stream(
+            rpc.LEASE_KEEP_ALIVE, rpc.Outbox(pb.LeaseKeepAliveRequest(ID=lease)), lambda: what
+        )
+        try:
+            async with asyncio.timeout(timeout_s), aclosing(answers):
+                return (await anext(answers)).TTL
+        except TimeoutError as exc:
+            self._supervisor.suspect(connection)
+            raise connection.peer.error("timeout", what, f"no answer in {timeout_s:g} s") from exc
+
+    async def revoke_lease(self, lease: int, timeout_s: float = TIMEOUT_S) -> None:
+        """End a lease, and with it all keys written with it."""
+        request = pb.LeaseRevokeRequest(ID=lease)
+        await self._call(rpc.LEASE_REVOKE, request, timeout_s, lambda: f"revoke lease {lease:x}")
+
+    async def _call(
+        self,
+        method: rpc.Method[Request, Response],
+        request: Request,
+        timeout_s: float,
+        what: Callable[[], str],
+    ) -> Response:
+        connection = await self._supervisor.connection(timeout_s)
+        return await self._call_on(connection, method, request, timeout_s, what)
+
+    async def _call_on(
+        self,
+        connection: Connection,
+        method: rpc.Method[Request, Response],
+        request: Request,
+        timeout_s: float,
+        what: Callable[[], str],
+    ) -> Response:
+        try:
+            return await connection.call(method, request, timeout_s, what)
+        except KvstoreError as exc:
+            if exc.kind in ("timeout", "unavailable"):
+                self._supervisor.suspect(connection)
+            raise
+
+
+def _text(key: bytes) -> str:
+    return key.decode(errors="replace")
+
+
+def _names(keys: Sequence[bytes]) -> str:
+    return _text(keys[0]) + (f" and {len(keys) - 1} more" if len(keys) > 1 else "")
+
+
+def _report_crash(task: asyncio.Task[None]) -> None:
+    """Make a crash of a background task seen: nobody awaits it, and without it the client is silent."""
+    if not task.cancelled() and (error := task.exception()):
+        task.get_loop().call_exception_handler({"message": f"{task.get_name()} crashed", "exception": error})

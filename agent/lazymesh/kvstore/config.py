@@ -1,0 +1,176 @@
+"""The etcd client configuration of one store, as Cilium writes it: one YAML file per cluster.
+
+The file's words are checked here once, so that the rest of the folder deals with addresses to dial. Whether a
+file is a cluster's configuration at all, and which cluster's, is decided by the role that watches the
+directory. TLS files are only named here: they are read when a connection is made, because they rotate.
+"""
+
+from __future__ import annotations
+
+import ipaddress
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+from urllib.parse import urlsplit
+
+import yaml
+
+from lazymesh.errors import SettingsError
+
+
+@dataclass(frozen=True, slots=True)
+class Endpoint:
+    """One place to dial: a host of the configuration, and its address if an alias gives one."""
+
+    scheme: str
+    host: str
+    port: int
+    address: str | None = None
+    """Literal IP to dial instead of ``host``; the server's certificate is still checked against ``host``."""
+
+    def __str__(self) -> str:
+        host = f"[{self.host}]" if ":" in self.host else self.host
+        via = f" ({self.address})" if self.address else ""
+        return f"{self.scheme}://{host}:{self.port}{via}"
+
+    @property
+    def dial_host(self) -> str:
+        """The name or literal IP that the connection goes to."""
+        return self.address or self.host
+
+    @property
+    def target(self) -> str:
+        """The gRPC target; literal addresses name their family, because "dns:" would ask a resolver."""
+        host = self.dial_host
+        try:
+            version = ipaddress.ip_address(host).version
+        except ValueError:
+            return f"dns:///{host}:{self.port}"
+        return f"ipv4:{host}:{self.port}" if version == 4 else f"ipv6:[{host}]:{self.port}"
+
+
+@dataclass(frozen=True, slots=True)
+class EtcdConfig:
+    """Where one store is and how to be let in."""
+
+    endpoints: tuple[Endpoint, ...]
+    """In the file's order; one with several aliased addresses appears once for each."""
+    ca_file: str | None = None
+    """None: the roots that grpc ships."""
+    cert_file: str | None = None
+    key_file: str | None = None
+    username: str | None = None
+    password: str | None = field(default=None, repr=False)
+    source: str = ""
+    """File the words came from, for messages."""
+
+    @property
+    def tls(self) -> bool:
+        """True when every endpoint is spoken to over TLS (they are never mixed)."""
+        return self.endpoints[0].scheme == "https"
+
+
+def load_config(path: str | Path) -> EtcdConfig:
+    """Read and check one configuration file; SettingsError says what to change in it."""
+    try:
+        text = Path(path).read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as exc:
+        reason = exc.strerror if isinstance(exc, OSError) else "not UTF-8 text"
+        raise SettingsError(
+            f"{path}: cannot be read ({reason}); check the mount and the file's mode"
+        ) from exc
+    return parse_config(text, str(path))
+
+
+def parse_config(text: str, source: str) -> EtcdConfig:
+    """Check the text of a configuration file; ``source`` is the file name that messages start with."""
+    words = _mapping(text, source)
+    ca_file, cert_file, key_file = (
+        _text(words, k, source) for k in ("trusted-ca-file", "cert-file", "key-file")
+    )
+    if (cert_file is None) != (key_file is None):
+        missing = "key-file" if key_file is None else "cert-file"
+        raise SettingsError(f"{source}: a client certificate needs both halves; add {missing}")
+    username, password = (_text(words, k, source) for k in ("username", "password"))
+    if (username is None) != (password is None):
+        raise SettingsError(f"{source}: username and password go together; add the missing one")
+    # Endpoints without a scheme are TLS for etcd's own client exactly when TLS files are given.
+    default_scheme = "https" if ca_file or cert_file else "http"
+    return EtcdConfig(
+        endpoints=_endpoints(words, default_scheme, source),
+        ca_file=ca_file,
+        cert_file=cert_file,
+        key_file=key_file,
+        username=username,
+        password=password,
+        source=source,
+    )
+
+
+def _mapping(text: str, source: str) -> dict[str, Any]:
+    try:
+        words = yaml.safe_load(text)
+    except yaml.YAMLError as exc:
+        mark = getattr(exc, "problem_mark", None)
+        line = f"line {mark.line + 1}: " if mark else ""
+        problem = getattr(exc, "problem", None) or "malformed"
+        raise SettingsError(
+            f"{source}: {line}not YAML ({problem}); an etcd client configuration is wanted"
+        ) from exc
+    if not isinstance(words, dict):
+        raise SettingsError(f"{source}: not a mapping; an etcd client configuration starts with 'endpoints:'")
+    return words
+
+
+def _text(words: dict[str, Any], name: str, source: str) -> str | None:
+    value = words.get(name)
+    if value is None or value == "":
+        return None
+    # A password of digits is a number to YAML.
+    if not isinstance(value, str | int):
+        raise SettingsError(f"{source}: {name} must be text, not {type(value).__name__}")
+    return str(value)
+
+
+def _endpoints(words: dict[str, Any], default_scheme: str, source: str) -> tuple[Endpoint, ...]:
+    urls = words.get("endpoints")
+    if not isinstance(urls, list) or not urls:
+        raise SettingsError(f"{source}: no endpoints; write 'endpoints:' and under it '- https://HOST:2379'")
+    aliases = _aliases(words, source)
+    found = [_endpoint(str(url), default_scheme, source) for url in urls]
+    if len({endpoint.scheme for endpoint in found}) > 1:
+        raise SettingsError(f"{source}: endpoints mix http and https; use one of them throughout")
+    return tuple(dialled for endpoint in found for dialled in _aliased(endpoint, aliases))
+
+
+def _endpoint(url: str, default_scheme: str, source: str) -> Endpoint:
+    try:
+        parts = urlsplit(url if "://" in url else f"{default_scheme}://{url}")
+        host, port = parts.hostname, parts.port
+    except ValueError as exc:
+        raise SettingsError(
+            f"{source}: endpoint {url!r} is malformed ({exc}); write https://HOST:2379"
+        ) from exc
+    if parts.scheme not in ("http", "https") or not host or port is None:
+        raise SettingsError(f"{source}: endpoint {url!r} is not of the form https://HOST:PORT")
+    return Endpoint(parts.scheme, host, port)
+
+
+def _aliases(words: dict[str, Any], source: str) -> dict[str, list[str]]:
+    aliases: dict[str, list[str]] = {}
+    for alias in words.get("cilium-host-aliases") or ():
+        try:
+            hostname, ips = alias["hostname"], [str(ipaddress.ip_address(ip)) for ip in alias["ips"]]
+        except (KeyError, TypeError, ValueError) as exc:
+            raise SettingsError(
+                f"{source}: each element of cilium-host-aliases wants 'hostname' and a list 'ips'"
+            ) from exc
+        aliases.setdefault(str(hostname).lower(), []).extend(ips)
+    return aliases
+
+
+def _aliased(endpoint: Endpoint, aliases: dict[str, list[str]]) -> list[Endpoint]:
+    ips = aliases.get(endpoint.host)
+    if not ips:
+        return [endpoint]
+    return [Endpoint(endpoint.scheme, endpoint.host, endpoint.port, ip) for ip in ips]

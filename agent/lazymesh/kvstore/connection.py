@@ -1,0 +1,229 @@
+"""One connection: one channel to one endpoint, from its TLS files being read until it first fails.
+
+A connection never heals: grpc's own reconnecting would keep yesterday's certificates, and could end at
+another replica with another etcd behind the same name. The client makes the next one, decides when, and tells
+those concerned. This one knows which store it speaks to, who we are there, and how to log in again when a
+token has expired.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from typing import TYPE_CHECKING, Any, TypeVar
+
+import grpc
+
+from lazymesh.errors import KvstoreError
+from lazymesh.kvstore import etcd_pb2 as pb
+from lazymesh.kvstore import rpc
+from lazymesh.kvstore.certificate import certificate_facts, handshake_failure
+from lazymesh.kvstore.failures import Peer, is_stale_auth
+from lazymesh.kvstore.transport import Transport, open_channel, read_tls_files
+
+if TYPE_CHECKING:
+    from collections.abc import AsyncGenerator, Callable
+
+    from lazymesh.kvstore.config import Endpoint, EtcdConfig
+
+Request = TypeVar("Request")
+Response = TypeVar("Response", bound=rpc.Answer)
+
+
+class Connection:
+    """See the module's docstring; made by :func:`dial`."""
+
+    def __init__(self, endpoint: Endpoint, config: EtcdConfig, transport: Transport) -> None:
+        self.endpoint = endpoint
+        self.cluster_id = 0
+        self.revision = 0
+        """Highest store revision seen."""
+        self.version = ""
+        self.heard_at = time.monotonic()
+        """When the server last gave a sign of life."""
+        self.failure: KvstoreError | None = None
+        """Why it is down, once it is."""
+        self.login_at: float | None = None
+        """When the present token was got; None without a password."""
+        self.on_down: Callable[[KvstoreError], None] | None = None
+        """Called once, when it goes down by itself."""
+        self._config = config
+        self._timeout_s = transport.dial_timeout_s
+        self._metadata: tuple[tuple[str, str], ...] = ()
+        self._login_lock = asyncio.Lock()
+        self._calls: dict[str, Any] = {}
+        self._monitor: asyncio.Task[None] | None = None
+        tls = read_tls_files(config) if config.tls else None
+        self.peer = Peer(str(endpoint), _who(config, tls.cert if tls else None))
+        self._channel = open_channel(endpoint, tls, transport)
+
+    async def open(self) -> None:
+        """Log in and ask which store this is, and at what revision; KvstoreError says why that fails."""
+        try:
+            if self._config.username:
+                await self._authenticate()
+            await self.ping(self._timeout_s)
+        except KvstoreError as exc:
+            if self._config.tls and exc.kind in ("unavailable", "timeout"):
+                reason = await handshake_failure(self.endpoint, self._config, self._timeout_s)
+                if reason:
+                    what, advice = "connect", "see `lazymesh check` for the certificates"
+                    raise self.peer.error("certificate", what, reason, advice) from exc
+            raise
+        self._monitor = asyncio.create_task(
+            self._follow_channel_state(), name=f"etcd channel {self.endpoint}"
+        )
+
+    async def close(self) -> None:
+        """Give the connection up; calls still under way fail with its ``failure``."""
+        self.on_down = None
+        self.fail(KvstoreError(f"etcd {self.endpoint}: the client was closed"))
+        if self._monitor:
+            self._monitor.cancel()
+            await asyncio.gather(self._monitor, return_exceptions=True)
+        await self._channel.close()
+
+    def fail(self, error: KvstoreError) -> None:
+        """Declare the connection down; the first reason stays."""
+        if self.failure is None:
+            self.failure = error
+            if self.on_down:
+                self.on_down(error)
+
+    async def call(
+        self,
+        method: rpc.Method[Request, Response],
+        request: Request,
+        timeout_s: float,
+        what: Callable[[], str],
+    ) -> Response:
+        """Make one unary call; ``what`` says, for a message, what could not be done."""
+        used = self._metadata
+        try:
+            response = await self._unary(method, request, timeout_s)
+        except grpc.RpcError as exc:
+            if not is_stale_auth(exc):
+                raise self.peer.translate(exc, what()) from exc
+            await self.renew_login(used)
+            try:
+                response = await self._unary(method, request, timeout_s)
+            except grpc.RpcError as again:
+                raise self.peer.translate(again, what()) from again
+        self.observe(response.header)
+        return response
+
+    async def stream(
+        self, method: rpc.Method[Request, Response], requests: rpc.Outbox[Request], what: Callable[[], str]
+    ) -> AsyncGenerator[Response, None]:
+        """Open a stream; it never ends well, only by KvstoreError or by being left."""
+        self._check_up()
+        multi = self._channel.stream_stream(method.path, method.encode, method.decode)
+        # A member cut off from its leader would otherwise keep its watches open and silent.
+        call: Any = multi(requests, metadata=(*self._metadata, ("hasleader", "true")))
+        try:
+            async for response in call:
+                self.observe(response.header)
+                yield response
+        except grpc.RpcError as exc:
+            raise self.peer.translate(exc, what()) from exc
+        except asyncio.CancelledError:
+            self._raise_failure_unless_cancelled()
+            raise
+        finally:
+            requests.close()
+            call.cancel()
+        raise self.peer.error("unavailable", what(), "the server ended the stream")
+
+    async def ping(self, timeout_s: float) -> None:
+        """Ask for the server's status, the one call that every user may make."""
+        response = await self.call(rpc.STATUS, pb.StatusRequest(), timeout_s, lambda: "connect")
+        self.version = response.version
+
+    @property
+    def login(self) -> tuple[tuple[str, str], ...]:
+        """The metadata that calls are made with; hand it to :meth:`renew_login` when it is refused."""
+        return self._metadata
+
+    async def renew_login(self, refused: tuple[tuple[str, str], ...]) -> None:
+        """Get a new token, if we log in by password at all and nobody has got one since."""
+        async with self._login_lock:
+            if self._config.username and self._metadata is refused:
+                await self._authenticate()
+
+    def observe(self, header: pb.ResponseHeader) -> None:
+        """Take note of a response's header; KvstoreError when another store has begun to answer."""
+        self.heard_at = time.monotonic()
+        # Answers overtake each other: a lower revision means nothing here, only at the next connect.
+        self.revision = max(self.revision, header.revision)
+        if self.cluster_id == 0:
+            self.cluster_id = header.cluster_id
+        if header.cluster_id != self.cluster_id:
+            self.fail(
+                self.peer.error("unavailable", "go on", "another etcd answers there", "all is read anew")
+            )
+            self._check_up()
+
+    async def _authenticate(self) -> None:
+        request = pb.AuthenticateRequest(
+            name=self._config.username or "", password=self._config.password or ""
+        )
+        try:
+            response = await self._unary(rpc.AUTHENTICATE, request, self._timeout_s)
+        except grpc.RpcError as exc:
+            raise self.peer.translate(exc, f"log in with the password of {self._config.source}") from exc
+        self._metadata = (("token", response.token),)
+        self.login_at = time.monotonic()
+
+    async def _unary(
+        self, method: rpc.Method[Request, Response], request: Request, timeout_s: float
+    ) -> Response:
+        self._check_up()
+        multi = self._calls.get(method.path)
+        if multi is None:
+            multi = self._channel.unary_unary(method.path, method.encode, method.decode)
+            self._calls[method.path] = multi
+        try:
+            response: Response = await multi(request, timeout=timeout_s, metadata=self._metadata)
+        except asyncio.CancelledError:
+            self._raise_failure_unless_cancelled()
+            raise
+        return response
+
+    def _check_up(self) -> None:
+        if self.failure:
+            # A copy: the one exception object would collect the tracebacks of all who meet it.
+            raise KvstoreError(str(self.failure), self.failure.kind)
+
+    def _raise_failure_unless_cancelled(self) -> None:
+        """Tell a closed channel, which cancels its calls, from somebody's cancelling this task."""
+        task = asyncio.current_task()
+        if task is not None and not task.cancelling():
+            self._check_up()
+
+    async def _follow_channel_state(self) -> None:
+        ready = grpc.ChannelConnectivity.READY
+        while self._channel.get_state() is ready:
+            await self._channel.wait_for_state_change(ready)
+        self.fail(self.peer.error("unavailable", "go on", "the connection was lost"))
+
+
+def _who(config: EtcdConfig, cert: bytes | None) -> str:
+    """Say in words whom etcd takes us for."""
+    if config.username:
+        return f"user {config.username!r}"
+    facts = certificate_facts(cert) if cert else None
+    if facts is None:
+        return "no user"
+    expired = ", expired" if facts.not_after.timestamp() < time.time() else ""
+    return f"user {facts.common_name!r} (the certificate's common name{expired})"
+
+
+async def dial(endpoint: Endpoint, config: EtcdConfig, transport: Transport) -> Connection:
+    """Return an open connection; KvstoreError says why there is none."""
+    connection = Connection(endpoint, config, transport)
+    try:
+        await connection.open()
+    except BaseException:
+        await connection.close()
+        raise
+    return connection

@@ -1,0 +1,132 @@
+"""Follows a prefix: tells all there is, then every change, and makes good for what was missed.
+
+List at one revision, watch from the next. When the watch is lost for good (store replaced, compacted,
+cancelled) it lists again, tells what is new, and what has vanished as deleted: mark and sweep over the keys
+it has told of. It keeps those keys with their revisions, never the values; what they mean is the observer's.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from contextlib import aclosing
+from typing import TYPE_CHECKING, Protocol
+
+from lazymesh.errors import KvstoreError
+from lazymesh.kvstore.backoff import Backoff, BackoffLimits
+from lazymesh.kvstore.model import Change, Disconnected
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from lazymesh.kvstore.client import EtcdClient
+    from lazymesh.kvstore.model import ClientEvent, Page, WatchLoss
+
+
+class Observer(Protocol):
+    """Who is told about a prefix; called on the event loop, must not block, must not raise."""
+
+    def on_changes(self, changes: Sequence[Change]) -> None:
+        """Take keys written or (value None) deleted; in the store's order, but for what a listing finds."""
+
+    def on_synced(self) -> None:
+        """Know that the prefix has been told and is followed; after a reconnect, missed changes come next."""
+
+    def on_silent(self, error: KvstoreError) -> None:
+        """Know that contact is lost: what has been told may be out of date until the next on_synced."""
+
+
+class PrefixFollower:
+    """``run`` it as a task; one for each prefix, any number for each client."""
+
+    def __init__(
+        self, client: EtcdClient, prefix: bytes, observer: Observer, backoff: Backoff | None = None
+    ) -> None:
+        self.prefix = prefix
+        self._client = client
+        self._observer = observer
+        self._backoff = backoff or Backoff(BackoffLimits())
+        self._told: dict[bytes, int] = {}
+        """mod_revision of each key that the observer believes to exist."""
+        self._epoch = client.epoch
+        self._ended = asyncio.Event()
+        """Set when the watch is gone and a listing is due."""
+        self._loss: WatchLoss | None = None
+
+    def __len__(self) -> int:
+        return len(self._told)
+
+    async def run(self) -> None:
+        """Follow until cancelled."""
+        self._client.add_listener(self._on_client_event)
+        try:
+            while True:
+                await self._client.wait_connected()
+                try:
+                    await self._follow()
+                except KvstoreError as exc:
+                    self._observer.on_silent(exc)
+                    await asyncio.sleep(self._backoff.next_s())
+        finally:
+            self._client.remove_listener(self._on_client_event)
+
+    async def _follow(self) -> None:
+        """List, then watch until the watch is lost for good."""
+        revision, epoch = await self._list()
+        if epoch != self._client.epoch:
+            # Replaced while it was listed: that revision is none of the new store's.
+            return
+        self._ended.clear()
+        self._loss = None
+        watch_id = self._client.watches.add(self.prefix, self, revision + 1, prefix=True)
+        try:
+            await self._ended.wait()
+        finally:
+            self._client.watches.remove(watch_id)
+        if self._loss and self._loss.kind != "reset":
+            raise self._loss.error
+
+    async def _list(self) -> tuple[int, int]:
+        seen: set[bytes] = set()
+        revision = epoch = 0
+        async with aclosing(self._client.list_prefix(self.prefix)) as pages:
+            async for page in pages:
+                revision, epoch = page.revision, page.epoch
+                self._tell_page(page)
+                seen.update(item.key for item in page.items)
+        gone = [Change(key, None, revision) for key in self._told if key not in seen]
+        if gone:
+            self.on_changes(0, gone)
+        return revision, epoch
+
+    def _tell_page(self, page: Page) -> None:
+        same_store = page.epoch == self._epoch
+        if not same_store:
+            # Another store's revisions say nothing about this one's values, so every key counts as changed.
+            self._told = dict.fromkeys(self._told, 0)
+            self._epoch = page.epoch
+        changes = [Change(*item[:3]) for item in page.items if self._told.get(item.key) != item.mod_revision]
+        if changes:
+            self.on_changes(0, changes)
+
+    def on_changes(self, _watch_id: int, changes: Sequence[Change]) -> None:
+        """Pass changes on, and remember which keys the observer now believes to exist."""
+        for change in changes:
+            if change.value is None:
+                self._told.pop(change.key, None)
+            else:
+                self._told[change.key] = change.mod_revision
+        self._observer.on_changes(changes)
+
+    def on_live(self, _watch_id: int, _revision: int) -> None:
+        """Tell that the prefix is followed (again)."""
+        self._backoff.reset()
+        self._observer.on_synced()
+
+    def on_lost(self, _watch_id: int, loss: WatchLoss) -> None:
+        """Have the prefix listed again."""
+        self._loss = loss
+        self._ended.set()
+
+    def _on_client_event(self, event: ClientEvent) -> None:
+        if isinstance(event, Disconnected):
+            self._observer.on_silent(event.error)

@@ -1,0 +1,140 @@
+"""All watches of one store on one gRPC stream, and what becomes of them when that stream breaks.
+
+A watch outlives connections: it is resumed where it stood. It ends, and its listener is told, only when
+resuming would be wrong (store replaced, revision compacted) or is refused. Which revision to resume at is
+resume.py's to know; that the server is alive is watched over by the supervisor's probe, not by progress
+requests: etcd leaves these unanswered while one watch starts ahead of the store's revision, which after a
+listing is every watch of an idle store.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import re
+import time
+from contextlib import aclosing
+from typing import TYPE_CHECKING
+
+from lazymesh.errors import KvstoreError
+from lazymesh.kvstore import etcd_pb2 as pb
+from lazymesh.kvstore import rpc
+from lazymesh.kvstore.model import Connected, WatchLoss
+from lazymesh.kvstore.resume import Changed, Ended, Ledger, Live
+
+if TYPE_CHECKING:
+    from lazymesh.kvstore.connection import Connection
+    from lazymesh.kvstore.model import ClientEvent, WatchListener
+    from lazymesh.kvstore.resume import Delivery
+    from lazymesh.kvstore.supervisor import Supervisor
+
+FRESH_LOGIN_S = 10.0
+"""A refusal is taken for what it is when the stream's token is younger; etcd's own tokens live 300 s."""
+
+
+class WatchHub:
+    """Adds and removes watches at any time, connected or not."""
+
+    def __init__(self, supervisor: Supervisor, progress_s: float) -> None:
+        self._supervisor = supervisor
+        self._progress_s = progress_s
+        self._ledger = Ledger()
+        self._outbox: rpc.Outbox[pb.WatchRequest] | None = None
+        """Requests of the present stream, None while there is none."""
+        self._wanted = asyncio.Event()
+        supervisor.listeners.append(self._on_client_event)
+
+    def __len__(self) -> int:
+        return len(self._ledger.watches)
+
+    def add(self, key: bytes, listener: WatchListener, start_revision: int, *, prefix: bool = False) -> int:
+        """Watch a key or prefix from a revision on (0: from now) and return the watch's id."""
+        watch = self._ledger.add(key, listener, start_revision, prefix=prefix)
+        if self._outbox:
+            self._outbox.put(self._ledger.create_request(watch))
+        self._wanted.set()
+        return watch.watch_id
+
+    def remove(self, watch_id: int) -> None:
+        """End a watch; nothing more is told of it. An unknown id is one that was lost in the meantime."""
+        if self._ledger.remove(watch_id) and self._outbox:
+            self._outbox.put(pb.WatchRequest(cancel_request=pb.WatchCancelRequest(watch_id=watch_id)))
+
+    async def run(self) -> None:
+        """Keep the stream until cancelled, from the first watch on."""
+        await self._wanted.wait()
+        while True:
+            connection = await self._supervisor.wait_connected()
+            try:
+                await self._follow(connection)
+            except KvstoreError as exc:
+                connection.fail(exc)
+
+    async def _follow(self, connection: Connection) -> None:
+        """Run one stream until it breaks (KvstoreError) or is to be opened anew (return)."""
+        outbox = self._outbox = rpc.Outbox(*self._ledger.start_stream())
+        login, login_at = connection.login, connection.login_at
+        ticker = asyncio.create_task(self._ask_for_progress(connection, outbox), name="etcd watch progress")
+        responses = connection.stream(rpc.WATCH, outbox, lambda: f"keep {len(self)} watches")
+        try:
+            async with aclosing(responses):
+                async for response in responses:
+                    delivery = self._ledger.digest(response)
+                    if isinstance(delivery, Ended) and _token_may_be_stale(delivery, login_at):
+                        self._ledger.restore(delivery.watch)
+                        await connection.renew_login(login)
+                        return
+                    self._deliver(delivery, connection)
+        finally:
+            self._outbox = None
+            ticker.cancel()
+
+    def _deliver(self, delivery: Delivery | None, connection: Connection) -> None:
+        match delivery:
+            case Changed(watch, changes):
+                watch.listener.on_changes(watch.watch_id, changes)
+            case Live(watch, revision):
+                watch.listener.on_live(watch.watch_id, revision)
+            case Ended(watch):
+                watch.listener.on_lost(watch.watch_id, _loss(delivery, connection))
+
+    async def _ask_for_progress(self, connection: Connection, outbox: rpc.Outbox[pb.WatchRequest]) -> None:
+        while reports_are_ordered(connection.version):
+            await asyncio.sleep(self._progress_s)
+            outbox.put(self._ledger.progress_request())
+
+    def _on_client_event(self, event: ClientEvent) -> None:
+        if not isinstance(event, Connected) or not event.reset:
+            return
+        message = (
+            f"etcd {event.endpoint}: the store was replaced or went back in time; all is to be read anew"
+        )
+        loss = WatchLoss("reset", KvstoreError(message))
+        for watch in self._ledger.clear():
+            watch.listener.on_lost(watch.watch_id, loss)
+
+
+def reports_are_ordered(version: str) -> bool:
+    """Say whether the server's report on all watches comes behind the events it covers.
+
+    Before 3.4.25 and 3.5.8 it overtakes them (etcd issue 15220), and resuming from it would skip some. The
+    periodic reports on single watches were always in order.
+    """
+    numbers = tuple(int(number) for number in re.findall(r"\d+", version)[:3])
+    return numbers >= (3, 5, 8) or (3, 4, 25) <= numbers < (3, 5)
+
+
+def _token_may_be_stale(ended: Ended, login_at: float | None) -> bool:
+    # etcd 3.4 calls an expired token on a watch stream just a lack of permission.
+    old = login_at is not None and time.monotonic() - login_at > FRESH_LOGIN_S
+    return ended.refused and (old or "auth token" in ended.reason or "auth store" in ended.reason)
+
+
+def _loss(ended: Ended, connection: Connection) -> WatchLoss:
+    watch, reason = ended.watch, ended.reason.removeprefix("etcdserver: ") or "no reason given"
+    what = f"watch {watch.key.decode(errors='replace')}{'*' if watch.prefix else ''}"
+    if ended.compacted:
+        reason = f"revision {watch.next_revision} is compacted"
+        return WatchLoss("compacted", connection.peer.error("unavailable", what, reason, "it is read anew"))
+    if ended.refused and "permission denied" in reason:
+        return WatchLoss("permission", connection.peer.error("permission", what, reason))
+    return WatchLoss("cancelled", connection.peer.error("unavailable", what, reason, "it is read anew"))

@@ -1,0 +1,68 @@
+"""Etcd's request messages for what we ask, and its answers turned into ours: pure functions, no channel."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from lazymesh.kvstore import etcd_pb2 as pb
+from lazymesh.kvstore.model import KeyValue, ReadResult
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+MAX_TXN_OPS = 128
+"""etcd's default --max-txn-ops."""
+
+
+def prefix_end(prefix: bytes) -> bytes:
+    """Return the end of the range that holds all keys with this prefix."""
+    stem = prefix.rstrip(b"\xff")
+    # Nothing is greater than 0xff...: to etcd, a zero byte as the end means "to the very end".
+    return stem[:-1] + bytes([stem[-1] + 1]) if stem else b"\0"
+
+
+def read_one(key: bytes) -> pb.RangeRequest:
+    """Ask for one key, from the answering member's own state: no round of the cluster's consensus."""
+    return pb.RangeRequest(key=key, serializable=True)
+
+
+def read_batch(keys: Sequence[bytes]) -> pb.TxnRequest:
+    """Ask for several keys at one revision."""
+    return pb.TxnRequest(success=[pb.RequestOp(request_range=read_one(key)) for key in keys])
+
+
+def read_page(prefix: bytes, after: bytes | None, revision: int, limit: int) -> pb.RangeRequest:
+    """Ask for up to ``limit`` keys of the prefix behind the key ``after``; revision 0 is the present."""
+    return pb.RangeRequest(
+        key=prefix if after is None else after + b"\0",
+        range_end=prefix_end(prefix),
+        limit=limit,
+        revision=revision,
+        serializable=True,
+    )
+
+
+def write_batch(writes: Sequence[tuple[bytes, bytes | None]], lease: int) -> pb.TxnRequest:
+    """Put keys, or delete those with value None, all at one revision."""
+    return pb.TxnRequest(success=[_write(key, value, lease) for key, value in writes])
+
+
+def _write(key: bytes, value: bytes | None, lease: int) -> pb.RequestOp:
+    if value is None:
+        return pb.RequestOp(request_delete_range=pb.DeleteRangeRequest(key=key))
+    return pb.RequestOp(request_put=pb.PutRequest(key=key, value=value, lease=lease))
+
+
+def one_of(response: pb.RangeResponse) -> KeyValue | None:
+    """Return the only key-value of a single-key answer, None if the key does not exist."""
+    return key_value(response.kvs[0]) if response.kvs else None
+
+
+def batch_of(response: pb.TxnResponse) -> ReadResult:
+    """Return the answer to :func:`read_batch`."""
+    return ReadResult(response.header.revision, [one_of(op.response_range) for op in response.responses])
+
+
+def key_value(kv: pb.KeyValue) -> KeyValue:
+    """Return ours for etcd's."""
+    return KeyValue(kv.key, kv.value, kv.mod_revision, kv.lease)

@@ -1,0 +1,183 @@
+"""The bookkeeping of many watches on one stream: what to ask for, what has arrived, from where to resume.
+
+Pure: messages in, deliveries out. The stream itself, and telling the listeners, is hub.py's.
+
+Where a watch resumes is the one thing that must never be wrong: one behind the last revision that was
+delivered *whole*. Events of one response may arrive in fragments, so they are held back until the last one.
+Progress reports move a watch along though nothing happened to its key, else it would find its revision
+compacted after a quiet night. A report on all watches at once covers those that the server had when it was
+asked, so it is remembered together with that moment, as a mark in the sequence of watches created.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
+
+from lazymesh.kvstore import etcd_pb2 as pb
+from lazymesh.kvstore.model import Change
+from lazymesh.kvstore.requests import prefix_end
+
+if TYPE_CHECKING:
+    from lazymesh.kvstore.model import WatchListener
+
+ALL_WATCHES = -1
+"""The watch id of a report on all, and of a refused creation."""
+
+
+@dataclass(slots=True)
+class Watch:
+    """One key or prefix being watched."""
+
+    watch_id: int
+    key: bytes
+    prefix: bool
+    next_revision: int
+    """The first revision not delivered yet; 0: whichever comes next, until the server says which that is."""
+    listener: WatchListener
+    mark: int = 0
+    """Its place in the sequence of watches created on the present stream."""
+    pending: list[Change] = field(default_factory=list)
+    """Fragments of a response whose last one has not come."""
+
+
+@dataclass(frozen=True, slots=True)
+class Live:
+    """The server has taken up the watch."""
+
+    watch: Watch
+    revision: int
+
+
+@dataclass(frozen=True, slots=True)
+class Changed:
+    """Whole revisions have arrived for a watch."""
+
+    watch: Watch
+    changes: list[Change]
+
+
+@dataclass(frozen=True, slots=True)
+class Ended:
+    """The server has ended a watch; it is no longer in the ledger."""
+
+    watch: Watch
+    reason: str
+    compacted: bool = False
+    refused: bool = False
+    """It was never taken up."""
+
+
+Delivery = Live | Changed | Ended
+
+
+class Ledger:
+    """All watches of one hub. Watch ids are ours (etcd takes them since 3.4) and never used twice."""
+
+    def __init__(self) -> None:
+        self.watches: dict[int, Watch] = {}
+        self._last_id = 0
+        self._awaiting: deque[int] = deque()
+        """Ids in the order of their creation requests: a refusal comes without an id, but in order."""
+        self._marks = 0
+        self._asked_at = 0
+        self._floor: tuple[int, int] = (0, 0)
+        """(mark, revision) of the last report on all watches of this stream."""
+
+    def add(self, key: bytes, listener: WatchListener, start_revision: int, *, prefix: bool) -> Watch:
+        """Enter a new watch; :meth:`create_request` asks the server for it."""
+        self._last_id += 1
+        watch = Watch(self._last_id, key, prefix, start_revision, listener)
+        self.watches[watch.watch_id] = watch
+        return watch
+
+    def restore(self, watch: Watch) -> None:
+        """Enter a watch again that the server has ended, to be asked for on the next stream."""
+        self.watches[watch.watch_id] = watch
+
+    def remove(self, watch_id: int) -> bool:
+        """Strike a watch; False if there is none."""
+        return self.watches.pop(watch_id, None) is not None
+
+    def clear(self) -> list[Watch]:
+        """Strike all watches and return them."""
+        watches = list(self.watches.values())
+        self.watches.clear()
+        return watches
+
+    def start_stream(self) -> list[pb.WatchRequest]:
+        """Forget the stream before, and return the requests that resume every watch on a new one."""
+        mark, revision = self._floor
+        for watch in self.watches.values():
+            if 0 < watch.mark <= mark:
+                watch.next_revision = max(watch.next_revision, revision + 1)
+            watch.mark = 0
+            watch.pending.clear()
+        self._awaiting.clear()
+        self._marks = self._asked_at = 0
+        self._floor = (0, 0)
+        return [self.create_request(watch) for watch in self.watches.values()]
+
+    def create_request(self, watch: Watch) -> pb.WatchRequest:
+        """Return the request for one watch; it must be sent, and in the order of these calls."""
+        self._marks += 1
+        watch.mark = self._marks
+        self._awaiting.append(watch.watch_id)
+        create = pb.WatchCreateRequest(
+            key=watch.key,
+            range_end=prefix_end(watch.key) if watch.prefix else b"",
+            start_revision=watch.next_revision,
+            watch_id=watch.watch_id,
+            progress_notify=True,
+            fragment=True,
+        )
+        return pb.WatchRequest(create_request=create)
+
+    def progress_request(self) -> pb.WatchRequest:
+        """Return the request for a report on all watches; the one before must be answered or given up."""
+        self._asked_at = self._marks
+        return pb.WatchRequest(progress_request=pb.WatchProgressRequest())
+
+    def digest(self, response: pb.WatchResponse) -> Delivery | None:
+        """Take one response of the stream and return what its listener is to be told, if anything."""
+        watch_id = response.watch_id
+        if response.created:
+            watch_id = self._created(watch_id)
+        elif watch_id == ALL_WATCHES:
+            self._floor = (self._asked_at, response.header.revision)
+            return None
+        watch = self.watches.get(watch_id)
+        if watch is None:
+            # Removed by us in the meantime.
+            return None
+        if response.canceled:
+            del self.watches[watch_id]
+            return Ended(watch, response.cancel_reason, response.compact_revision > 0, response.created)
+        if response.created:
+            # Without a start revision the watch begins behind the store's present one.
+            watch.next_revision = watch.next_revision or response.header.revision + 1
+            return Live(watch, response.header.revision)
+        return _advance(watch, response)
+
+    def _created(self, watch_id: int) -> int:
+        expected = self._awaiting.popleft() if self._awaiting else ALL_WATCHES
+        return expected if watch_id == ALL_WATCHES else watch_id
+
+
+def _advance(watch: Watch, response: pb.WatchResponse) -> Changed | None:
+    if not response.events and not response.fragment and not watch.pending:
+        watch.next_revision = max(watch.next_revision, response.header.revision + 1)
+        return None
+    watch.pending += [_change(event) for event in response.events]
+    if response.fragment:
+        return None
+    changes, watch.pending = watch.pending, []
+    # Not the header's revision: a watch that is catching up has that one still ahead of it.
+    watch.next_revision = max(watch.next_revision, changes[-1].mod_revision + 1)
+    return Changed(watch, changes)
+
+
+def _change(event: pb.Event) -> Change:
+    kv = event.kv
+    return Change(kv.key, None if event.type == pb.Event.DELETE else kv.value, kv.mod_revision)

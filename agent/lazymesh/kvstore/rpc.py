@@ -1,0 +1,91 @@
+"""Etcd's gRPC methods by their paths, with the coders of their messages; and what feeds a stream."""
+
+from __future__ import annotations
+
+import asyncio
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Generic, Protocol, Self, TypeVar
+
+from lazymesh.kvstore import etcd_pb2 as pb
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+
+class Answer(Protocol):
+    """What all of etcd's responses have in common."""
+
+    header: pb.ResponseHeader
+
+
+Item = TypeVar("Item")
+Request_contra = TypeVar("Request_contra", contravariant=True)
+Response = TypeVar("Response", bound=Answer)
+
+
+@dataclass(frozen=True, slots=True)
+class Method(Generic[Request_contra, Response]):
+    """One method: where it is, and the two directions of its messages."""
+
+    path: str
+    encode: Callable[[Request_contra], bytes]
+    decode: Callable[[bytes], Response]
+
+
+class Outbox(Generic[Item]):
+    """The requests of one stream, in the order they are put in.
+
+    grpc leaves its task waiting for the next request when a stream breaks, so closing is part of every end.
+    """
+
+    def __init__(self, *requests: Item) -> None:
+        self._queue: asyncio.Queue[Item | None] = asyncio.Queue()
+        for request in requests:
+            self.put(request)
+
+    def put(self, request: Item) -> None:
+        """Send one more."""
+        self._queue.put_nowait(request)
+
+    def close(self) -> None:
+        """Send no more."""
+        self._queue.put_nowait(None)
+
+    def __aiter__(self) -> Self:
+        return self
+
+    async def __anext__(self) -> Item:
+        request = await self._queue.get()
+        if request is None:
+            raise StopAsyncIteration
+        return request
+
+
+RANGE = Method("/etcdserverpb.KV/Range", pb.RangeRequest.SerializeToString, pb.RangeResponse.FromString)
+PUT = Method("/etcdserverpb.KV/Put", pb.PutRequest.SerializeToString, pb.PutResponse.FromString)
+DELETE_RANGE = Method(
+    "/etcdserverpb.KV/DeleteRange", pb.DeleteRangeRequest.SerializeToString, pb.DeleteRangeResponse.FromString
+)
+TXN = Method("/etcdserverpb.KV/Txn", pb.TxnRequest.SerializeToString, pb.TxnResponse.FromString)
+WATCH = Method("/etcdserverpb.Watch/Watch", pb.WatchRequest.SerializeToString, pb.WatchResponse.FromString)
+LEASE_GRANT = Method(
+    "/etcdserverpb.Lease/LeaseGrant", pb.LeaseGrantRequest.SerializeToString, pb.LeaseGrantResponse.FromString
+)
+LEASE_REVOKE = Method(
+    "/etcdserverpb.Lease/LeaseRevoke",
+    pb.LeaseRevokeRequest.SerializeToString,
+    pb.LeaseRevokeResponse.FromString,
+)
+LEASE_KEEP_ALIVE = Method(
+    "/etcdserverpb.Lease/LeaseKeepAlive",
+    pb.LeaseKeepAliveRequest.SerializeToString,
+    pb.LeaseKeepAliveResponse.FromString,
+)
+STATUS = Method(
+    "/etcdserverpb.Maintenance/Status", pb.StatusRequest.SerializeToString, pb.StatusResponse.FromString
+)
+AUTHENTICATE = Method(
+    "/etcdserverpb.Auth/Authenticate",
+    pb.AuthenticateRequest.SerializeToString,
+    pb.AuthenticateResponse.FromString,
+)

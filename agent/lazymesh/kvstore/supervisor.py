@@ -1,0 +1,208 @@
+"""Keeps one connection to one store: dials the endpoints in turn, backs off, notices silence and replacement.
+
+One connection at a time, never spread over the endpoints: each replica of a clustermesh-apiserver has an etcd
+of its own, with its own cluster id and revisions. Callers either wait for a connection as long as it takes,
+or learn at once why there is none. What is sent over the connection is left to client.py and hub.py.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import math
+import random
+import time
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Protocol
+
+import structlog
+
+from lazymesh.errors import KvstoreError
+from lazymesh.kvstore.backoff import Backoff, BackoffLimits
+from lazymesh.kvstore.connection import Connection, dial
+from lazymesh.kvstore.model import ClientEvent, ClientInfo, Connected, Disconnected
+from lazymesh.kvstore.transport import Transport
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from lazymesh.kvstore.config import Endpoint, EtcdConfig
+
+log = structlog.get_logger()
+
+
+@dataclass(frozen=True, slots=True)
+class Options:
+    """What one client may take its time for; the defaults suit a peer across a continent."""
+
+    transport: Transport = field(default_factory=Transport)
+    backoff: BackoffLimits = field(default_factory=BackoffLimits)
+    silence_s: float = 15.0
+    """After this long without a sign of life the server is asked for one."""
+    probe_timeout_s: float = 10.0
+    """A server that does not give one for this long is given up."""
+    progress_s: float = 60.0
+    """How often idle watches are moved along (on servers that report it in order, see hub.py)."""
+    settled_s: float = 5.0
+    """A connection that lasted this long was a success: the next failure starts the back-off anew."""
+    dice: Callable[[], float] = random.random
+
+
+class Dial(Protocol):
+    """How a connection is made; tests have their own."""
+
+    async def __call__(self, endpoint: Endpoint, config: EtcdConfig, transport: Transport) -> Connection:
+        """Return an open connection or raise KvstoreError."""
+
+
+class Supervisor:
+    """The one connection of a client, as long as there is one, and the store's identity over all of them."""
+
+    def __init__(self, config: EtcdConfig, options: Options, dial: Dial = dial) -> None:
+        self.epoch = 0
+        """Counts the times that the store turned out to be another one, or an older state of the same."""
+        self.listeners: list[Callable[[ClientEvent], None]] = []
+        self._config = config
+        self._options = options
+        self._dial = dial
+        self._backoff = Backoff(options.backoff, options.dice)
+        self._connection: Connection | None = None
+        self._failure: KvstoreError | None = None
+        self._up = asyncio.Event()
+        self._settled = asyncio.Event()
+        """Set when it is known whether there is a connection: not while a round of dialling goes on."""
+        self._attention = asyncio.Event()
+        """Wakes the guard of the connection before its time."""
+        self._turn = 0
+        self._cluster_id: int | None = None
+        self._revision = 0
+        self._version: str | None = None
+        self._connects = 0
+        self._connected_since: float | None = None
+
+    @property
+    def info(self) -> ClientInfo:
+        """What to show of this store."""
+        connection = self._connection
+        return ClientInfo(
+            endpoint=str(connection.endpoint) if connection else None,
+            cluster_id=self._cluster_id,
+            version=self._version,
+            revision=max(self._revision, connection.revision if connection else 0),
+            epoch=self.epoch,
+            connected_since=self._connected_since,
+            reconnects=max(0, self._connects - 1),
+            last_error=str(self._failure) if self._failure else None,
+        )
+
+    async def run(self) -> None:
+        """Keep a connection until cancelled."""
+        while True:
+            connection = await self._dial_round()
+            if connection:
+                await self._keep(connection)
+            await asyncio.sleep(self._backoff.next_s())
+
+    async def connection(self, timeout_s: float) -> Connection:
+        """Return the connection; while the endpoints are being dialled, wait for the outcome."""
+        if self._connection:
+            return self._connection
+        try:
+            async with asyncio.timeout(timeout_s):
+                await self._settled.wait()
+        except TimeoutError as exc:
+            where = " and ".join(str(endpoint) for endpoint in self._config.endpoints)
+            message = (
+                f"etcd {where}: no connection within {timeout_s:g} s; check that it is reachable from here"
+            )
+            raise KvstoreError(message, "timeout") from exc
+        if self._connection:
+            return self._connection
+        failure = self._failure or KvstoreError("unreachable: settled, but neither connection nor failure")
+        # A copy: the one exception object would collect the tracebacks of all who meet it.
+        raise KvstoreError(str(failure), failure.kind)
+
+    async def wait_connected(self) -> Connection:
+        """Return the connection, however long it takes to get one."""
+        while not self._connection:
+            await self._up.wait()
+        return self._connection
+
+    def suspect(self, connection: Connection) -> None:
+        """Have the server asked for a sign of life now: a call has timed out, or failed strangely."""
+        connection.heard_at = -math.inf
+        self._attention.set()
+
+    async def _dial_round(self) -> Connection | None:
+        """Try each endpoint once, beginning behind the last one; None when none answers."""
+        self._settled.clear()
+        for _ in self._config.endpoints:
+            endpoint = self._config.endpoints[self._turn % len(self._config.endpoints)]
+            self._turn += 1
+            try:
+                return await self._dial(endpoint, self._config, self._options.transport)
+            except KvstoreError as exc:
+                self._failure = exc
+                log.debug("etcd endpoint does not answer", endpoint=str(endpoint), error=str(exc))
+        self._settled.set()
+        return None
+
+    async def _keep(self, connection: Connection) -> None:
+        started = time.monotonic()
+        self._adopt(connection)
+        try:
+            while connection.failure is None:
+                await self._guard(connection)
+        finally:
+            await connection.close()
+        if time.monotonic() - started >= self._options.settled_s:
+            self._backoff.reset()
+
+    def _adopt(self, connection: Connection) -> None:
+        """Make it the connection in use, and find out whether its store is the one we knew."""
+        known = self._cluster_id is not None
+        reset = known and (connection.cluster_id != self._cluster_id or connection.revision < self._revision)
+        if reset:
+            self.epoch += 1
+            self._revision = connection.revision
+        self._cluster_id, self._version = connection.cluster_id, connection.version
+        self._connects += 1
+        self._connected_since = time.time()
+        self._connection = connection
+        connection.on_down = self._lose
+        self._up.set()
+        self._settled.set()
+        event = Connected(str(connection.endpoint), connection.cluster_id, connection.revision, reset)
+        log.info("etcd connected", endpoint=event.endpoint, revision=event.revision, reset=reset)
+        self._tell(event)
+
+    def _lose(self, error: KvstoreError) -> None:
+        if self._connection:
+            self._revision = max(self._revision, self._connection.revision)
+        self._connection = self._connected_since = None
+        self._failure = error
+        self._up.clear()
+        self._attention.set()
+        log.warning("etcd disconnected", error=str(error))
+        self._tell(Disconnected(error))
+
+    def _tell(self, event: ClientEvent) -> None:
+        for listener in self.listeners:
+            listener(event)
+
+    async def _guard(self, connection: Connection) -> None:
+        """Sleep while signs of life come in; ask for one when they do not."""
+        quiet_s = connection.heard_at + self._options.silence_s - time.monotonic()
+        try:
+            if quiet_s > 0:
+                self._attention.clear()
+                async with asyncio.timeout(quiet_s):
+                    await self._attention.wait()
+            else:
+                await connection.ping(self._options.probe_timeout_s)
+        except TimeoutError:
+            pass
+        except KvstoreError as exc:
+            # Any other answer, a refusal for one, is a sign of life as well.
+            connection.heard_at = time.monotonic()
+            if exc.kind in ("unavailable", "timeout"):
+                connection.fail(exc)
