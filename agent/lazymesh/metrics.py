@@ -1,28 +1,33 @@
 """Prometheus metrics, and the small HTTP server for /metrics, /healthz and /readyz.
 
 Names are CFP-44921's where it proposed one, else ``lazymesh_<noun>_<unit>``. No label ever holds an address. What the
-kernel counts is read when somebody scrapes.
+kernel counts is read when somebody scrapes. All of it happens on the event loop: what is read there cannot change under
+the reader's hands, and an agent whose loop hangs does not answer /healthz.
 """
 
 from __future__ import annotations
 
-import threading
-from socketserver import ThreadingMixIn
-from typing import TYPE_CHECKING, Any
-from wsgiref.simple_server import WSGIRequestHandler, WSGIServer, make_server
+import asyncio
+import contextlib
+import os
+from typing import TYPE_CHECKING
 
-from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, make_wsgi_app
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
+from prometheus_client.exposition import choose_encoder
 from prometheus_client.registry import Collector
 
 from lazymesh.errors import LazymeshError
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable
-    from wsgiref.types import StartResponse, WSGIEnvironment
 
 RESOLUTION_BUCKETS = (0.0002, 0.0005, 0.001, 0.002, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5)
 """Seconds: from a co-located etcd's answer to the read's time limit."""
+
+REQUEST_LIMIT_S = 5.0
+"""A client that has not finished its request after this long is hung up on."""
+_PLAIN = "text/plain; charset=utf-8"
 
 Sample = tuple[tuple[str, ...], float]
 """Label values, value."""
@@ -96,51 +101,66 @@ class _Reading(Collector):
         return [metric]
 
 
-class _Server(ThreadingMixIn, WSGIServer):
-    daemon_threads = True
-
-
-class _Quiet(WSGIRequestHandler):
-    def log_message(self, *_: Any) -> None:
-        """Scrapes are no news."""
-
-
 class HttpServer:
-    """Serves /metrics, /healthz and /readyz from threads of its own.
+    """Serves /metrics, /healthz and /readyz; one request for each connection.
 
     ready: returns None when ready, else one line saying what is still missing.
     """
 
     def __init__(self, address: tuple[str, int], metrics: Metrics, ready: Callable[[], str | None]) -> None:
-        self._metrics_app = make_wsgi_app(metrics.registry)
+        self._address = address
+        self._registry = metrics.registry
         self._ready = ready
-        host, port = address
-        family = type("_Server6", (_Server,), {"address_family": 10}) if ":" in host else _Server
+        self._server: asyncio.Server | None = None
+
+    async def start(self) -> None:
+        """Listen; LazymeshError when the port is taken or the host is none of ours."""
+        host, port = self._address
         try:
-            self._server: WSGIServer = make_server(
-                host, port, self._serve, server_class=family, handler_class=_Quiet
-            )
+            self._server = await asyncio.start_server(self._serve, host, port)
         except OSError as exc:
+            # asyncio puts the address into strerror once more; a name that means nothing has no errno of its own.
+            why = os.strerror(exc.errno) if exc.errno and exc.errno > 0 else exc.strerror
+            where = f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
             raise LazymeshError(
-                f"cannot serve metrics on {host}:{port}: {exc.strerror}; choose another --metrics-address"
+                f"cannot serve metrics on {where}: {why}; choose another --metrics-address"
             ) from exc
-        threading.Thread(target=self._server.serve_forever, name="metrics", daemon=True).start()
 
-    def close(self) -> None:
+    async def close(self) -> None:
         """Stop listening."""
-        self._server.shutdown()
-        self._server.server_close()
+        if self._server is not None:
+            self._server.close()
 
-    def _serve(self, environ: WSGIEnvironment, start: StartResponse) -> Iterable[bytes]:
-        path = environ.get("PATH_INFO")
+    async def _serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        # ValueError: a line longer than any of a request that we would answer.
+        with contextlib.suppress(OSError, ValueError), contextlib.closing(writer):
+            async with asyncio.timeout(REQUEST_LIMIT_S):
+                path, accept = await _request(reader)
+                status, kind, body = self._answer(path, accept)
+                head = f"HTTP/1.1 {status}\r\nContent-Type: {kind}\r\nContent-Length: {len(body)}\r\n"
+                writer.write(f"{head}Connection: close\r\n\r\n".encode() + body)
+                await writer.drain()
+
+    def _answer(self, path: str, accept: str) -> tuple[str, str, bytes]:
         if path == "/metrics":
-            return self._metrics_app(environ, start)  # type: ignore[no-any-return]
+            encode, kind = choose_encoder(accept)
+            return "200 OK", kind, encode(self._registry)
         missing = self._ready() if path == "/readyz" else None
         if path not in ("/healthz", "/readyz"):
-            status, text = "404 Not Found", "try /metrics, /healthz or /readyz"
-        elif missing:
-            status, text = "503 Service Unavailable", missing
-        else:
-            status, text = "200 OK", "ok"
-        start(status, [("Content-Type", "text/plain; charset=utf-8")])
-        return [text.encode() + b"\n"]
+            return "404 Not Found", _PLAIN, b"try /metrics, /healthz or /readyz\n"
+        if missing:
+            return "503 Service Unavailable", _PLAIN, f"{missing}\n".encode()
+        return "200 OK", _PLAIN, b"ok\n"
+
+
+async def _request(reader: asyncio.StreamReader) -> tuple[str, str]:
+    """Read a request's head; return its path, without what follows a question mark, and its Accept header."""
+    words = (await reader.readline()).decode("latin-1").split()
+    if len(words) < 2:
+        raise ValueError("no request line")
+    accept = ""
+    while line := (await reader.readline()).decode("latin-1").strip():
+        name, _, value = line.partition(":")
+        if name.lower() == "accept":
+            accept = value.strip()
+    return words[1].partition("?")[0], accept

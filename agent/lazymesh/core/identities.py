@@ -48,8 +48,8 @@ def identity_range(cluster_id: int, max_connected_clusters: int) -> IdentityRang
 
 
 def cluster_of_identity(identity: int, max_connected_clusters: int) -> int:
-    """Return the id of the cluster whose range holds the identity; 0 for reserved ones too."""
-    return (identity & (1 << _BITS) - 1) >> _shift(max_connected_clusters)
+    """Return the id of the cluster whose range holds the identity: 0 for reserved ones, no cluster's for node-local."""
+    return identity >> _shift(max_connected_clusters)
 
 
 def check_identity(identity: int, of: IdentityRange) -> str | None:

@@ -46,14 +46,14 @@ class Lifecycle:
             link = self.links[name] = Link(name, self._breaker())
         return link
 
-    def ready(self, event: ClusterReady, now: float) -> None:
+    def ready(self, event: ClusterReady, _now: float) -> None:
         """Let go what waited for the cluster, and read again what is known of it; repeated: nothing new."""
         link = self.link(event.cluster)
         link.breaker.succeeded()
         if link.state is not LinkState.READY:
             link.state = LinkState.READY
             self._backlog.unpark(link)
-            self._read_again(link, now)
+            self._read_again(link)
 
     def silent(self, event: ClusterSilent, now: float) -> None:
         """Keep what is installed, in doubt; whoever waits for an answer is told that none will come."""
@@ -73,7 +73,7 @@ class Lifecycle:
             tracked.forget_states()
         self._doubt_all(link, now)
         if link.state is LinkState.READY:
-            self._read_again(link, now)
+            self._read_again(link)
 
     def gone(self, event: ClusterGone, _now: float) -> None:
         """Evict and forget all that was the cluster's."""
@@ -98,7 +98,7 @@ class Lifecycle:
             if tracked.entry is not None:
                 self._ledger.doubt(tracked, now)
 
-    def _read_again(self, link: Link, now: float) -> None:
+    def _read_again(self, link: Link) -> None:
         cluster = self._judge.table.cluster(link.name)
         if cluster is None:
             return
@@ -106,4 +106,4 @@ class Lifecycle:
             if tracked.fetch is Fetch.IDLE:
                 # In the group that was judged last: a lagging cache must not overrule the owner.
                 known = tracked.spaces in cluster.spaces
-                self._moves.read(tracked, tracked.spaces if known else cluster.spaces[0], now)
+                self._moves.read(tracked, tracked.spaces if known else cluster.spaces[0])

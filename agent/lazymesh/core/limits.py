@@ -33,10 +33,6 @@ _NEGATIVE_TTL = {
 }
 
 
-def _negative_ttl() -> Mapping[Reason, float]:
-    return dict(_NEGATIVE_TTL)
-
-
 @dataclass(frozen=True, slots=True)
 class Limits:
     """How much the resolver may hold, ask and keep; times are seconds."""
@@ -51,7 +47,7 @@ class Limits:
     """Entries of ours in the map: 5 % of Cilium's 512,000."""
     negatives: int = 65_536
     """Absent addresses remembered; beyond it the oldest is forgotten."""
-    negative_ttl: Mapping[Reason, float] = field(default_factory=_negative_ttl)
+    negative_ttl: Mapping[Reason, float] = field(default_factory=lambda: dict(_NEGATIVE_TTL))
     """How long each negative answer stands."""
     breaker_failures: int = 5
     """Failed reads in a row that open a cluster's breaker."""

@@ -77,14 +77,10 @@ class Moves:
             self.report(tracked, "absent", reason)
         self.forget(tracked)
 
-    def read(self, tracked: Tracked, spaces: tuple[Space, ...], now: float) -> None:
-        """Queue a read of the address; if that is one too many, shed."""
-        if tracked.link is None:
-            return
-        self._backlog.put(tracked, tracked.link, spaces, urgent=tracked.waiting)
-        victim = self._backlog.overflow()
-        if victim is not None:
-            self.give_up(victim, Reason.SHED, now)
+    def read(self, tracked: Tracked, spaces: tuple[Space, ...]) -> None:
+        """Queue a read of the address."""
+        if tracked.link is not None:
+            self._backlog.put(tracked, tracked.link, spaces, urgent=tracked.waiting)
 
     def give_up(self, tracked: Tracked, reason: Reason, now: float) -> None:
         """End the read that a miss waits for.
@@ -122,7 +118,7 @@ class Moves:
             self._ledger.name(tracked, 0)
             self.refuse(tracked, Reason.NOT_FOUND, "", now)
         elif tracked.fetch is Fetch.IDLE:
-            self.read(tracked, following, now)
+            self.read(tracked, following)
 
     def install(self, tracked: Tracked, entry: Entry, now: float) -> None:
         """Send an Install; room in the budget is made first."""

@@ -27,7 +27,10 @@ API_VERSION = "cilium.io/v2"
 KIND = "CiliumClusterwideNetworkPolicy"
 
 _ENTITIES = ("all", "world")
-_NULL, _TEXT = "tag:yaml.org,2002:null", "tag:yaml.org,2002:str"
+_NULL = "tag:yaml.org,2002:null"
+_TEXT = "tag:yaml.org,2002:str"
+_MAPPING = "tag:yaml.org,2002:map"
+_LIST = "tag:yaml.org,2002:seq"
 
 
 class _RefusalError(Exception):
@@ -166,7 +169,7 @@ def _constant(node: yaml.Node, parts: dict[str, yaml.Node], name: str, expected:
 
 def _mapping(node: yaml.Node, what: str, known: tuple[str, ...] | None) -> dict[str, yaml.Node]:
     """Return the values by key; ``known`` are the keys that may occur, None: any."""
-    if not isinstance(node, yaml.MappingNode):
+    if not isinstance(node, yaml.MappingNode) or node.tag != _MAPPING:
         _refuse(node, f"{what} must be a mapping")
     parts: dict[str, yaml.Node] = {}
     for key_node, value in node.value:
@@ -180,7 +183,7 @@ def _mapping(node: yaml.Node, what: str, known: tuple[str, ...] | None) -> dict[
 
 
 def _list(node: yaml.Node, what: str) -> list[yaml.Node]:
-    if not isinstance(node, yaml.SequenceNode):
+    if not isinstance(node, yaml.SequenceNode) or node.tag != _LIST:
         _refuse(node, f"{what} must be a list")
     return list(node.value)
 

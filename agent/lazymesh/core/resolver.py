@@ -88,6 +88,8 @@ class Resolver:
         self._moves.out = out
         self._handlers[type(event)](event, now)
         out.extend(self._backlog.reads(now))
+        while (victim := self._backlog.overflow()) is not None:
+            self._moves.give_up(victim, Reason.SHED, now)
         self._mute()
         return out
 
@@ -120,7 +122,7 @@ class Resolver:
         elif link.state is LinkState.SILENT or not link.breaker.admits(now):
             self._moves.refuse(tracked, Reason.CLUSTER_DOWN, "", now)
         else:
-            self._moves.read(tracked, cluster.spaces[0], now)
+            self._moves.read(tracked, cluster.spaces[0])
 
     def _missed_though_installed(self, tracked: Tracked, at: float, now: float) -> None:
         self._ledger.touch(tracked)
@@ -146,7 +148,7 @@ class Resolver:
         landed: dict[Address, Tracked | None] = {}
         for state in answer.states:
             if state.address not in landed:
-                landed[state.address] = self._land(link, state.address, now)
+                landed[state.address] = self._land(link, state.address)
             tracked = landed[state.address]
             if tracked is not None:
                 tracked.learn(state)
@@ -155,7 +157,7 @@ class Resolver:
                 self._take_answer(tracked, link, now)
         self._watch(link, answer.states, landed)
 
-    def _land(self, link: Link, address: Address, now: float) -> Tracked | None:
+    def _land(self, link: Link, address: Address) -> Tracked | None:
         """Close the read of one address; return what is tracked of it if the outcome is of use."""
         spaces = link.reading.pop(address, None)
         tracked = self._moves.tracked.get(address)
@@ -166,7 +168,7 @@ class Resolver:
             tracked.wants = spaces
             return tracked
         if tracked.fetch is Fetch.READING:
-            self._moves.read(tracked, tracked.wants, now)
+            self._moves.read(tracked, tracked.wants)
         return None
 
     def _take_answer(self, tracked: Tracked, link: Link, now: float) -> None:
@@ -198,14 +200,14 @@ class Resolver:
         else:
             link.breaker.failed(now)
         for address in failure.addresses:
-            tracked = self._land(link, address, now)
+            tracked = self._land(link, address)
             if tracked is None:
                 continue
             if tracked.waiting:
                 self._moves.refuse(tracked, Reason.READ_FAILED, failure.kind, now)
             elif self._ledger.doubts(tracked):
                 link.checks_after = now + self._limits.recheck_pause
-                self._moves.read(tracked, tracked.wants, now)
+                self._moves.read(tracked, tracked.wants)
         if link.breaker.state is BreakerState.OPEN and before is not BreakerState.OPEN:
             self._lifecycle.give_up(link, now)
 
@@ -273,7 +275,7 @@ class Resolver:
         self._ledger.doubt(tracked, now)
         cluster = self._judge.table.cluster(link.name)
         if link.state is LinkState.READY and cluster is not None:
-            self._moves.read(tracked, cluster.spaces[0], now)
+            self._moves.read(tracked, cluster.spaces[0])
 
     def _disclaim(self, event: ev.Adopted, why: str) -> None:
         self._moves.out.append(ev.Evict(event.address, why))

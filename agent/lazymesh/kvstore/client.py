@@ -38,7 +38,7 @@ class EtcdClient:
     def __init__(self, config: EtcdConfig, options: Options | None = None) -> None:
         options = options or Options()
         self._supervisor = Supervisor(config, options)
-        self.watches = WatchHub(self._supervisor, options.progress_s)
+        self.watches = WatchHub(self._supervisor, options)
         self._tasks: list[asyncio.Task[None]] = []
 
     async def __aenter__(self) -> Self:

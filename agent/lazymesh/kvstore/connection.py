@@ -30,6 +30,10 @@ Request = TypeVar("Request")
 Response = TypeVar("Response", bound=rpc.Answer)
 
 
+Login = tuple[tuple[str, str], ...]
+"""Metadata that calls are made with: empty, or the token of a login by password."""
+
+
 class Connection:
     """See the module's docstring; made by :func:`dial`."""
 
@@ -49,8 +53,9 @@ class Connection:
         """Called once, when it goes down by itself."""
         self._config = config
         self._timeout_s = transport.dial_timeout_s
-        self._metadata: tuple[tuple[str, str], ...] = ()
-        self._login_lock = asyncio.Lock()
+        self.login: Login = ()
+        """To be handed to :meth:`renew_login` when it is refused."""
+        self._logging_in = asyncio.Lock()
         self._calls: dict[str, Any] = {}
         self._monitor: asyncio.Task[None] | None = None
         tls = read_tls_files(config) if config.tls else None
@@ -78,10 +83,10 @@ class Connection:
         """Give the connection up; calls still under way fail with its ``failure``."""
         self.on_down = None
         self.fail(KvstoreError(f"etcd {self.endpoint}: the client was closed"))
-        if self._monitor:
-            self._monitor.cancel()
-            await asyncio.gather(self._monitor, return_exceptions=True)
         await self._channel.close()
+        if self._monitor:
+            # Closing ends it. Cancelled, it would leave grpc with an answer for an event loop that may be gone.
+            await self._monitor
 
     def fail(self, error: KvstoreError) -> None:
         """Declare the connection down; the first reason stays."""
@@ -98,15 +103,15 @@ class Connection:
         what: Callable[[], str],
     ) -> Response:
         """Make one unary call; ``what`` says, for a message, what could not be done."""
-        used = self._metadata
+        login = self.login
         try:
-            response = await self._unary(method, request, timeout_s)
+            response = await self._unary(method, request, timeout_s, login)
         except grpc.RpcError as exc:
             if not is_stale_auth(exc):
                 raise self.peer.translate(exc, what()) from exc
-            await self.renew_login(used)
+            await self.renew_login(login)
             try:
-                response = await self._unary(method, request, timeout_s)
+                response = await self._unary(method, request, timeout_s, self.login)
             except grpc.RpcError as again:
                 raise self.peer.translate(again, what()) from again
         self.observe(response.header)
@@ -119,7 +124,7 @@ class Connection:
         self._check_up()
         multi = self._channel.stream_stream(method.path, method.encode, method.decode)
         # A member cut off from its leader would otherwise keep its watches open and silent.
-        call: Any = multi(requests, metadata=(*self._metadata, ("hasleader", "true")))
+        call: Any = multi(requests, metadata=(*self.login, ("hasleader", "true")))
         try:
             async for response in call:
                 self.observe(response.header)
@@ -139,15 +144,10 @@ class Connection:
         response = await self.call(rpc.STATUS, pb.StatusRequest(), timeout_s, lambda: "connect")
         self.version = response.version
 
-    @property
-    def login(self) -> tuple[tuple[str, str], ...]:
-        """The metadata that calls are made with; hand it to :meth:`renew_login` when it is refused."""
-        return self._metadata
-
-    async def renew_login(self, refused: tuple[tuple[str, str], ...]) -> None:
+    async def renew_login(self, refused: Login) -> None:
         """Get a new token, if we log in by password at all and nobody has got one since."""
-        async with self._login_lock:
-            if self._config.username and self._metadata is refused:
+        async with self._logging_in:
+            if self._config.username and self.login is refused:
                 await self._authenticate()
 
     def observe(self, header: pb.ResponseHeader) -> None:
@@ -168,14 +168,15 @@ class Connection:
             name=self._config.username or "", password=self._config.password or ""
         )
         try:
-            response = await self._unary(rpc.AUTHENTICATE, request, self._timeout_s)
+            # Without a token: etcd refuses even the login for an expired one.
+            response = await self._unary(rpc.AUTHENTICATE, request, self._timeout_s, ())
         except grpc.RpcError as exc:
             raise self.peer.translate(exc, f"log in with the password of {self._config.source}") from exc
-        self._metadata = (("token", response.token),)
+        self.login = (("token", response.token),)
         self.login_at = time.monotonic()
 
     async def _unary(
-        self, method: rpc.Method[Request, Response], request: Request, timeout_s: float
+        self, method: rpc.Method[Request, Response], request: Request, timeout_s: float, login: Login
     ) -> Response:
         self._check_up()
         multi = self._calls.get(method.path)
@@ -183,7 +184,7 @@ class Connection:
             multi = self._channel.unary_unary(method.path, method.encode, method.decode)
             self._calls[method.path] = multi
         try:
-            response: Response = await multi(request, timeout=timeout_s, metadata=self._metadata)
+            response: Response = await multi(request, timeout=timeout_s, metadata=login)
         except asyncio.CancelledError:
             self._raise_failure_unless_cancelled()
             raise

@@ -25,18 +25,15 @@ if TYPE_CHECKING:
     from lazymesh.kvstore.connection import Connection
     from lazymesh.kvstore.model import ClientEvent, WatchListener
     from lazymesh.kvstore.resume import Delivery
-    from lazymesh.kvstore.supervisor import Supervisor
-
-FRESH_LOGIN_S = 10.0
-"""A refusal is taken for what it is when the stream's token is younger; etcd's own tokens live 300 s."""
+    from lazymesh.kvstore.supervisor import Options, Supervisor
 
 
 class WatchHub:
     """Adds and removes watches at any time, connected or not."""
 
-    def __init__(self, supervisor: Supervisor, progress_s: float) -> None:
+    def __init__(self, supervisor: Supervisor, options: Options) -> None:
         self._supervisor = supervisor
-        self._progress_s = progress_s
+        self._options = options
         self._ledger = Ledger()
         self._outbox: rpc.Outbox[pb.WatchRequest] | None = None
         """Requests of the present stream, None while there is none."""
@@ -79,7 +76,7 @@ class WatchHub:
             async with aclosing(responses):
                 async for response in responses:
                     delivery = self._ledger.digest(response)
-                    if isinstance(delivery, Ended) and _token_may_be_stale(delivery, login_at):
+                    if isinstance(delivery, Ended) and self._token_may_be_stale(delivery, login_at):
                         self._ledger.restore(delivery.watch)
                         await connection.renew_login(login)
                         return
@@ -99,8 +96,13 @@ class WatchHub:
 
     async def _ask_for_progress(self, connection: Connection, outbox: rpc.Outbox[pb.WatchRequest]) -> None:
         while reports_are_ordered(connection.version):
-            await asyncio.sleep(self._progress_s)
+            await asyncio.sleep(self._options.progress_s)
             outbox.put(self._ledger.progress_request())
+
+    def _token_may_be_stale(self, ended: Ended, login_at: float | None) -> bool:
+        # etcd 3.4 calls an expired token on a watch stream just a lack of permission.
+        old = login_at is not None and time.monotonic() - login_at > self._options.fresh_login_s
+        return ended.refused and (old or "auth token" in ended.reason or "auth store" in ended.reason)
 
     def _on_client_event(self, event: ClientEvent) -> None:
         if not isinstance(event, Connected) or not event.reset:
@@ -121,12 +123,6 @@ def reports_are_ordered(version: str) -> bool:
     """
     numbers = tuple(int(number) for number in re.findall(r"\d+", version)[:3])
     return numbers >= (3, 5, 8) or (3, 4, 25) <= numbers < (3, 5)
-
-
-def _token_may_be_stale(ended: Ended, login_at: float | None) -> bool:
-    # etcd 3.4 calls an expired token on a watch stream just a lack of permission.
-    old = login_at is not None and time.monotonic() - login_at > FRESH_LOGIN_S
-    return ended.refused and (old or "auth token" in ended.reason or "auth store" in ended.reason)
 
 
 def _loss(ended: Ended, connection: Connection) -> WatchLoss:

@@ -42,6 +42,8 @@ class Options:
     """A server that does not give one for this long is given up."""
     progress_s: float = 60.0
     """How often idle watches are moved along (on servers that report it in order, see hub.py)."""
+    fresh_login_s: float = 10.0
+    """A refused watch is taken at its word when its stream's token is younger; etcd's tokens live 300 s."""
     settled_s: float = 5.0
     """A connection that lasted this long was a success: the next failure starts the back-off anew."""
     dice: Callable[[], float] = random.random

@@ -24,9 +24,16 @@ STREAM_BACKLOG = 10_000
 class ControlServer:
     """Serves status and the stream of misses."""
 
-    def __init__(self, path: Path, status: Callable[[], dict[str, Any]]) -> None:
+    def __init__(
+        self,
+        path: Path,
+        status: Callable[[], dict[str, Any]],
+        streaming: Callable[[bool], None] = lambda _on: None,
+    ) -> None:
+        """``streaming`` is called with True when the first reader of misses comes, False when the last has left."""
         self._path = path
         self._status = status
+        self._streaming = streaming
         self._streams: set[asyncio.Queue[str]] = set()
         self._server: asyncio.Server | None = None
         self.dropped = 0
@@ -56,11 +63,6 @@ class ControlServer:
             with contextlib.suppress(FileNotFoundError):
                 self._path.unlink()
 
-    @property
-    def has_streams(self) -> bool:
-        """Somebody is listening: lines are worth making."""
-        return bool(self._streams)
-
     def publish(self, line: dict[str, Any]) -> None:
         """Send one object to everyone who streams misses."""
         text = json.dumps(line)
@@ -79,24 +81,20 @@ class ControlServer:
         return True
 
     async def _serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        with contextlib.suppress(ConnectionError, asyncio.CancelledError):
-            line = await reader.readline()
-            try:
-                ask = json.loads(line or b"{}").get("ask")
-            except (json.JSONDecodeError, AttributeError):
-                ask = None
+        with contextlib.suppress(ConnectionError), contextlib.closing(writer):
+            ask = await _asked(reader)
             if ask == "misses":
                 await self._stream(reader, writer)
             elif ask == "status":
                 writer.write(json.dumps(self._status()).encode() + b"\n")
-            elif line:
+            elif ask is not None:
                 writer.write(b'{"error": "ask for status or misses"}\n')
             await writer.drain()
-        writer.close()
 
     async def _stream(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         queue: asyncio.Queue[str] = asyncio.Queue(STREAM_BACKLOG)
         self._streams.add(queue)
+        self._streaming(True)
         gone = asyncio.create_task(reader.read())  # the reader never writes: this returns when it leaves
         try:
             writer.write(b'{"streaming": "misses"}\n')
@@ -111,6 +109,17 @@ class ControlServer:
         finally:
             gone.cancel()
             self._streams.discard(queue)
+            if not self._streams:
+                self._streaming(False)
+
+
+async def _asked(reader: asyncio.StreamReader) -> str | None:
+    """Read what somebody asks for; "" for what makes no sense, None if nothing was asked."""
+    try:
+        line = await reader.readline()
+        return str(json.loads(line)["ask"]) if line else None
+    except (ValueError, TypeError, LookupError, RecursionError):
+        return ""
 
 
 def ask(path: Path, what: str) -> Iterator[dict[str, Any]]:
@@ -120,9 +129,12 @@ def ask(path: Path, what: str) -> Iterator[dict[str, Any]]:
             sock.connect(str(path))
         except OSError as exc:
             raise LazymeshError(
-                f"no agent answers on {path} ({exc.strerror}): start `lazymesh agent`, or name its --socket"
+                f"no agent answers on {path} ({exc.strerror or exc}): start `lazymesh agent`, or name its --socket"
             ) from exc
-        sock.sendall(json.dumps({"ask": what}).encode() + b"\n")
-        with sock.makefile("r", encoding="utf-8") as lines:
-            for line in lines:
-                yield json.loads(line)
+        try:
+            sock.sendall(json.dumps({"ask": what}).encode() + b"\n")
+            with sock.makefile("r", encoding="utf-8") as lines:
+                for line in lines:
+                    yield json.loads(line)
+        except (OSError, ValueError) as exc:
+            raise LazymeshError(f"the agent behind {path} broke off in the middle of its answer: {exc}") from exc

@@ -1,7 +1,8 @@
 """Drives the resolver: feeds it events, carries its commands out with whoever owns them, and counts what happened.
 
 One thread, the event loop's, owns the resolver. Effects that answer at once (an install) go back in as events before
-anything else; a command that raises is a bug and ends the agent, never a packet's fate.
+anything else. What raises here is a bug, or a kernel that refuses what it never refuses: ``fail`` is told, the books
+are closed, and the agent ends. Whoever fed the event (a watch of etcd, the perf ring) gets no exception.
 """
 
 from __future__ import annotations
@@ -65,6 +66,7 @@ class Driver:
         links: Mapping[str, ClusterLink],
         metrics: Metrics,
         mute: Callable[[bool], None],
+        fail: Callable[[Exception], None],
     ) -> None:
         self.muted = False
         self._resolver = resolver
@@ -72,6 +74,8 @@ class Driver:
         self._links = links
         self._metrics = metrics
         self._mute = mute
+        self._fail = fail
+        self._failed = False
         self._events: deque[events.Event] = deque()
         self._busy = False
         self._said = OncePer(QUIET_S)
@@ -94,13 +98,18 @@ class Driver:
         self._run()
 
     def _run(self) -> None:
-        if self._busy:
+        if self._busy or self._failed:
             return
         self._busy = True
         try:
             while self._events:
                 for command in self._resolver.step(self._events.popleft(), time.monotonic()):
                     self._carry_out(command)
+        except Exception as exc:
+            # The resolver may be anywhere between two states: nothing more is decided from it.
+            self._failed = True
+            self._events.clear()
+            self._fail(exc)
         finally:
             self._busy = False
 

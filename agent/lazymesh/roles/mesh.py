@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import time
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import structlog
 
@@ -59,7 +59,9 @@ class Mesh:
         self._feed = feed
         self._state = MeshState(settings.cluster_id, settings.mesh_cidrs)
         self.table = self._state.table()
-        self._in_kernel: dict[Network, int] = {}
+        self._by_hand: frozenset[Network] = frozenset(network for _, network in settings.mesh_cidrs)
+        self._leftovers: set[Network] = set()
+        """CIDRs in the kernel that an earlier life of the agent put there, and nobody claims so far."""
         self._files: dict[str, tuple[ClusterFile, ClusterFile | None]] = {}
         self._tasks: dict[str, asyncio.Task[None]] = {}
         self._complained = OncePer(COMPLAIN_EVERY_S)
@@ -80,7 +82,8 @@ class Mesh:
 
     async def run(self) -> None:
         """Follow the configuration directories until cancelled."""
-        self._in_kernel = self._cidrs.items()
+        self._leftovers = set(self._cidrs.items()) - self._by_hand
+        self._cidrs.apply([(network, 0) for network in self._by_hand], ())
         self._refresh_table()
         try:
             while True:
@@ -181,11 +184,16 @@ class Mesh:
                 self._state.delete_node(link.name, name)
                 continue
             try:
-                refusal = self._state.upsert_node(decode_node(change.value, link.name))
+                node = decode_node(change.value, link.name)
+                refusal = (
+                    self._state.upsert_node(node)
+                    if node.name == name
+                    else f"it calls itself {node.name[:64]!r}"
+                )
             except RecordError as exc:
                 refusal = exc.detail
-                self._state.delete_node(link.name, name)
             if refusal:
+                self._state.delete_node(link.name, name)
                 self._complain(link, "node", name, refusal)
         if self._due is None:
             self._due = asyncio.get_running_loop().call_later(TABLE_DELAY_S, self._refresh_table)
@@ -265,32 +273,24 @@ class Mesh:
             self._due.cancel()
             self._due = None
         table = self._state.table()
-        wanted = self._wanted_cidrs(table.mesh_cidrs())
-        upserts = [(n, c) for n, c in wanted.items() if self._in_kernel.get(n) != c]
-        known_before = self._wanted_cidrs(self.table.mesh_cidrs())
-        deletes = [n for n in known_before if n not in wanted]
-        self._cidrs.apply(upserts, deletes)
-        self._in_kernel.update(upserts)
-        for network in deletes:
-            self._in_kernel.pop(network, None)
-        if table is not self.table:
-            self.table = table
-            self._feed(events.TableChanged(table))
-
-    def _wanted_cidrs(self, claimed: Any) -> dict[Network, int]:
-        """CIDRs given by hand are mesh traffic even while their cluster cannot be reached: policy holds for them."""
-        wanted: dict[Network, int] = {network: 0 for _, network in self._settings.mesh_cidrs}
-        wanted.update(claimed)
-        return wanted
+        if table is self.table:
+            return
+        changes = table.changes_since(self.table)
+        # A CIDR given by hand stays mesh traffic while its cluster cannot be reached: policy holds for it.
+        orphaned = [(network, 0) for network in changes.deleted if network in self._by_hand]
+        self._cidrs.apply(
+            [*changes.written, *orphaned],
+            [network for network in changes.deleted if network not in self._by_hand],
+        )
+        self._leftovers.difference_update(network for network, _ in changes.written)
+        self.table = table
+        self._feed(events.TableChanged(table))
 
     def _sweep(self) -> None:
         """Once all clusters are listed, take out what an earlier life of the agent left behind."""
         self._swept = True
-        wanted = self._wanted_cidrs(self.table.mesh_cidrs())
-        leftovers = [network for network in self._in_kernel if network not in wanted]
-        self._cidrs.apply((), leftovers)
-        for network in leftovers:
-            del self._in_kernel[network]
+        self._cidrs.apply((), self._leftovers)
+        self._leftovers.clear()
         self._enforcement.sweep()
 
 

@@ -1,0 +1,192 @@
+"""The queue: batches, fairness, shedding and muting, seen through the resolver."""
+
+from lazymesh.core.events import ClusterReady, ClusterSilent, Command, Miss, Mute, Read
+from lazymesh.core.limits import Limits
+from lazymesh.core.model import Reason
+from tests.support.playbook import (
+    B1,
+    B2,
+    B3,
+    B4,
+    B5,
+    B6,
+    B7,
+    B8,
+    C1,
+    C2,
+    Play,
+    answered,
+    cache_answered,
+    info,
+    install,
+    mesh,
+    miss,
+    read,
+    record,
+    report,
+    watch,
+)
+
+MANY = [bytes([10, 2, 1 + n // 256, n % 256]) for n in range(300)]
+
+
+def reads(commands: list[Command]) -> list[Read]:
+    """Return the reads among the commands."""
+    return [command for command in commands if isinstance(command, Read)]
+
+
+def play(**kwargs: object) -> Play:
+    """Return a play in which both clusters are ready."""
+    return Play(**kwargs) >> ClusterReady("b") >> ClusterReady("c")  # type: ignore[arg-type]
+
+
+# --- 4: batches ---------------------------------------------------------------------------------------------------
+
+
+def test_lone_misses_go_out_at_once_until_the_window_is_full() -> None:
+    """Nothing waits for company; what comes while eight are in flight goes out together as soon as one is back."""
+    story = play()
+    for address in MANY[:8]:
+        story = story >> miss(address) << read(address)
+    for address in MANY[8:11]:
+        story = story >> miss(address)
+    first = MANY[0]
+    (
+        story
+        >> answered(10, {first: record(first)})
+        << install(first)
+        << watch(first, 10)
+        << read(*MANY[8:11])
+    ).end()
+
+
+def test_a_transaction_never_has_more_keys_than_etcd_takes() -> None:
+    """Two keys for each address of the owner's store, one in the cache."""
+    direct, cached = (
+        Play(),
+        Play(table=mesh([info("b", tuple(info("b").spaces[0][:1]))], [("b", "10.2.0.0/16")])),
+    )
+    for story in (direct, cached):
+        for address in MANY:
+            story.tell(miss(address))
+    assert [len(r.addresses) for r in reads(direct.tell(ClusterReady("b")))] == [64, 64, 64, 64, 44]
+    assert [len(r.addresses) for r in reads(cached.tell(ClusterReady("b")))] == [128, 128, 44]
+
+
+def test_the_window_bounds_what_is_in_flight_for_each_cluster() -> None:
+    """And the other cluster has a window of its own."""
+    story = play(limits=Limits(transactions_in_flight=1))
+    (story >> miss(B1) << read(B1) >> miss(B2) >> miss(C1) << read(C1, cluster="c") >> miss(C2)).end()
+    assert story.resolver.clusters["b"].in_flight == 1
+
+
+def test_ready_clusters_take_turns() -> None:
+    """A cluster with much to read does not send all of it before the others' first."""
+    limits = Limits(keys_per_transaction=2, transactions_in_flight=2)
+    story = play(limits=limits) >> ClusterSilent("b") >> ClusterSilent("c")
+    for address in (B1, B2, C1, C2):
+        story.tell(miss(address))
+    story.tell(ClusterReady("b"))
+    assert story.resolver.clusters["b"].in_flight == 2
+    story = play(limits=Limits(keys_per_transaction=2, transactions_in_flight=1))
+    for address in (B1, B2, B3, C1, C2):
+        story.tell(miss(address))
+    assert reads(story.tell(answered(10, {B1: None}))) == [read(B2)]
+    assert reads(story.tell(answered(10, {C1: None}, cluster="c"))) == [read(C2, cluster="c")]
+
+
+def test_verification_gets_its_share_beside_a_storm_of_misses() -> None:
+    """A quarter of each transaction at least: old entries must not stay unverified as long as misses come."""
+    story = play(limits=Limits(keys_per_transaction=16, transactions_in_flight=1))
+    for address in MANY[:20]:
+        story.tell(miss(address))
+    for _ in range(5):
+        busy = [a for a in MANY[:20] if (view := story.resolver.describe(a)) and view.reading]
+        story.tell(answered(10, {a: record(a) for a in busy[:8]}))
+    story.tell(ClusterSilent("b"))
+    first = reads(story.tell(ClusterReady("b")))
+    for address in MANY[20:40]:
+        story.tell(miss(address))
+    [second] = reads(story.tell(answered(20, {a: record(a) for a in first[0].addresses})))
+    assert len(second.addresses) == 8
+    assert sum(address in MANY[20:40] for address in second.addresses) == 6
+
+
+def test_both_read_groups_of_a_cluster_get_their_turn() -> None:
+    """Misses that keep coming for the cache do not starve those that wait for the owner."""
+    groups = [(info("b").spaces[0][0],), info("b").spaces[0]]
+    table = mesh([info("b", *groups)], [("b", "10.2.0.0/16")])
+    limits = Limits(keys_per_transaction=2, transactions_in_flight=1)
+    story = Play(limits=limits, table=table)
+    for address in (B1, B2, B3, B4, B5):
+        story.tell(miss(address))
+    assert reads(story.tell(ClusterReady("b"))) == [read(B1, B2, spaces=groups[0])]
+    states = cache_answered(10, {B1: None, B2: None})
+    turns = reads(story.tell(states))
+    turns += reads(
+        story.tell(
+            cache_answered(10, {B3: None, B4: None})
+            if turns[0].spaces == groups[0]
+            else answered(9, {B1: None})
+        )
+    )
+    assert {turn.spaces for turn in turns} == set(groups)
+
+
+# --- 3: shedding and muting ---------------------------------------------------------------------------------------
+
+
+def full_window(**kwargs: object) -> Play:
+    """Return a play in which B1 is being read and nothing more goes out; the queue holds four."""
+    story = play(limits=Limits(queue=4, transactions_in_flight=1), **kwargs)
+    return story >> miss(B1) << read(B1)
+
+
+def test_the_oldest_waiting_address_is_shed_when_the_queue_is_full() -> None:
+    """Its packet is the most likely to have given up; the next misses of it are answered for a moment."""
+    story = full_window() >> miss(B2) >> miss(B3) >> miss(B4) << Mute(True) >> miss(B5)
+    (
+        story
+        >> miss(B6, at=1.0)
+        << report(B2, "shed", Reason.SHED, missed_at=0.0)
+        >> miss(B2, at=1.1)
+        << report(B2, "absent", Reason.SHED, missed_at=1.1, cached=True)
+    ).end()
+    assert story.resolver.queued == 4
+
+
+def test_the_kernel_is_muted_at_the_high_mark_and_heard_again_at_the_low_one() -> None:
+    """Each is said once."""
+    story = full_window() >> miss(B2) >> miss(B3) >> miss(B4) << Mute(True) >> miss(B5)
+    assert story.resolver.muted
+    said = story.tell(answered(10, {B1: None}))
+    assert [c for c in said if isinstance(c, Read | Mute)] == [read(B2, B3, B4, B5), Mute(False)]
+    assert not story.resolver.muted
+
+
+def test_a_cluster_that_is_not_ready_mutes_nobody_and_sheds_its_own() -> None:
+    """The others' misses must not pay for its start; among those that wait for it the oldest goes."""
+    story = Play(limits=Limits(queue=4, transactions_in_flight=1)) >> ClusterReady("c")
+    for address in (B1, B2, B3, B4):
+        story = story >> miss(address)
+    story = story >> miss(C1) << read(C1, cluster="c") >> miss(C2)
+    (story << report(B1, "shed", Reason.SHED, missed_at=0.0)).end()
+
+
+def test_a_cluster_that_falls_silent_leaves_the_queue_to_the_others() -> None:
+    """Its waiting addresses are told, and the kernel is heard again."""
+    story = full_window() >> miss(B2) >> miss(B3) >> miss(B4) << Mute(True) >> ClusterSilent("b")
+    story << [report(a, "absent", Reason.CLUSTER_DOWN, missed_at=0.0) for a in (B1, B2, B3, B4)]
+    (story << Mute(False)).end()
+    assert story.resolver.queued == 0
+
+
+def test_every_shed_miss_is_reported_exactly_once() -> None:
+    """Counting the reports is counting the losses."""
+    story = Play(limits=Limits(queue=4))
+    outcomes = [
+        c.outcome
+        for a in (B1, B2, B3, B4, B5, B6, B7, B8)
+        for c in story.tell(Miss(a, miss(a).direction, 7, 0.0))
+    ]
+    assert outcomes == ["shed"] * 4

@@ -1,0 +1,312 @@
+from __future__ import annotations
+
+import ipaddress
+from typing import TYPE_CHECKING
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from lazymesh.core.clusters import AMBIGUOUS, ClusterInfo, ClusterTable, MeshState
+from lazymesh.core.identities import identity_range
+from lazymesh.core.model import Network, Space, parse_address
+from lazymesh.core.records import NodeRecord
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable
+
+IDS = {"a": 1, "b": 2, "c": 3}
+
+
+def cluster(name: str, cluster_id: int | None = None) -> ClusterInfo:
+    """Return a cluster that is read at its owner's store."""
+    number = cluster_id or IDS[name]
+    return ClusterInfo(name, number, identity_range(number, 255), ((Space.PUSHED, Space.PULL_ONLY),))
+
+
+def node(
+    of: str,
+    name: str,
+    *cidrs: str,
+    ips: Iterable[str] = (),
+    region: str | None = None,
+    cluster_id: int | None = None,
+) -> NodeRecord:
+    """Return a node's record."""
+    networks = tuple(ipaddress.ip_network(cidr) for cidr in cidrs)
+    addresses = tuple(map(parse_address, ips))
+    return NodeRecord(name, of, cluster_id or IDS[of], addresses, networks, region)
+
+
+def mesh(*nodes: NodeRecord, explicit: Iterable[tuple[str, str]] = (), clusters: str = "abc") -> MeshState:
+    """Return a mesh of the named clusters with these nodes."""
+    state = MeshState(99, [(of, ipaddress.ip_network(cidr)) for of, cidr in explicit])
+    for name in clusters:
+        assert state.join(cluster(name)) is None
+    for record in nodes:
+        assert state.upsert_node(record) is None
+    return state
+
+
+def owners(state: MeshState, address: str) -> tuple[str, ...]:
+    """Return who claims the textual address."""
+    return state.table().owners(parse_address(address))
+
+
+def cidrs(table: ClusterTable) -> dict[str, int]:
+    """Return the mesh CIDRs as texts, each of which occurs once."""
+    listed = [(str(network), cluster_id) for network, cluster_id in table.mesh_cidrs()]
+    assert len(listed) == len(dict(listed))
+    return dict(listed)
+
+
+@pytest.mark.parametrize(
+    ("state", "address", "expected"),
+    [
+        pytest.param(mesh(node("b", "n", "10.2.0.0/24")), "10.2.0.5", ("b",), id="a pod of a node"),
+        pytest.param(mesh(node("b", "n", "10.2.0.0/24")), "10.2.1.5", (), id="outside every CIDR"),
+        pytest.param(mesh(node("b", "n", "fd00:2::/64")), "fd00:2::5", ("b",), id="IPv6"),
+        pytest.param(mesh(node("b", "n", "::/0")), "10.2.0.5", (), id="the other family never matches"),
+        pytest.param(mesh(node("b", "n", "10.2.0.5/32")), "10.2.0.5", ("b",), id="a single address"),
+        pytest.param(mesh(node("b", "n", "0.0.0.0/0")), "8.8.8.8", ("b",), id="everything"),
+        pytest.param(
+            mesh(node("a", "n", "10.2.0.0/24"), node("b", "n", "10.2.0.0/24")),
+            "10.2.0.5",
+            ("a", "b"),
+            id="the same CIDR in two clusters is ambiguous",
+        ),
+        pytest.param(
+            mesh(node("a", "n", "10.2.0.0/24"), node("b", "n", "10.2.0.0/16")),
+            "10.2.0.5",
+            ("a", "b"),
+            id="a CIDR inside another cluster's is ambiguous too",
+        ),
+        pytest.param(
+            mesh(node("a", "n", "10.2.0.0/24"), node("b", "n", "10.2.0.0/16")),
+            "10.2.1.5",
+            ("b",),
+            id="beside the inner CIDR the outer one has no rival",
+        ),
+        pytest.param(
+            mesh(node("b", "m", "10.2.0.0/24"), node("b", "n", "10.2.0.0/16")),
+            "10.2.0.5",
+            ("b",),
+            id="nested CIDRs of one cluster are not ambiguous",
+        ),
+        pytest.param(
+            mesh(node("b", "n", "10.2.0.0/24"), explicit=[("b", "10.0.0.0/8")]),
+            "10.2.0.5",
+            ("b",),
+            id="--mesh-cidr over the cluster's own nodes",
+        ),
+        pytest.param(
+            mesh(node("b", "n", "10.2.0.0/24"), explicit=[("a", "10.0.0.0/8")]),
+            "10.2.0.5",
+            ("a", "b"),
+            id="--mesh-cidr over another cluster's nodes is ambiguous",
+        ),
+        pytest.param(
+            mesh(explicit=[("a", "10.0.0.0/8")], clusters="b"),
+            "10.2.0.5",
+            (),
+            id="--mesh-cidr of a cluster that is not joined",
+        ),
+    ],
+)
+def test_an_address_belongs_to_every_cluster_that_claims_it(
+    state: MeshState, address: str, expected: tuple[str, ...]
+) -> None:
+    """One name: that is where to ask. Several: ambiguous, nobody is asked."""
+    assert owners(state, address) == expected
+
+
+def test_the_kernel_gets_each_cidr_once_and_id_0_where_ambiguous() -> None:
+    """Its longest-prefix match must answer as the table does."""
+    state = mesh(
+        node("a", "n", "10.1.0.0/24", "10.2.0.0/24"),
+        node("b", "n", "10.2.0.0/16"),
+        node("c", "n", "fd00:3::/64"),
+    )
+    assert cidrs(state.table()) == {
+        "10.1.0.0/24": 1,
+        "10.2.0.0/16": 2,
+        "10.2.0.0/24": AMBIGUOUS,
+        "fd00:3::/64": 3,
+    }
+
+
+def test_a_wide_claim_and_its_withdrawal_reach_all_cidrs_inside() -> None:
+    """Changes are by difference, also for prefixes that nobody touched."""
+    state = mesh(node("a", "n", "10.1.0.0/24", "10.2.0.0/24"), node("c", "n", "172.16.0.0/24"))
+    before = state.table()
+    state.upsert_node(node("b", "wide", "10.2.0.0/16"))
+    claimed = state.table()
+    assert {(str(cidr), n) for cidr, n in claimed.changes_since(before).written} == {
+        ("10.2.0.0/16", 2),
+        ("10.2.0.0/24", AMBIGUOUS),
+    }
+    state.delete_node("b", "wide")
+    changes = state.table().changes_since(claimed)
+    assert [(str(cidr), n) for cidr, n in changes.written] == [("10.2.0.0/24", 1)]
+    assert list(map(str, changes.deleted)) == ["10.2.0.0/16"]
+
+
+def test_a_table_never_changes() -> None:
+    """The resolver may keep one for as long as it likes."""
+    state = mesh(node("b", "n", "10.2.0.0/24", ips=["172.18.0.2"], region="eu"))
+    table = state.table()
+    state.leave("b")
+    assert table.owners(parse_address("10.2.0.5")) == ("b",)
+    assert table.cluster("b") == table.by_id(2) == cluster("b")
+    assert table.region_of(parse_address("172.18.0.2")) == "eu"
+    assert cidrs(table) == {"10.2.0.0/24": 2}
+
+
+def test_nothing_changed_gives_the_same_table() -> None:
+    """A kvstoremesh that restarts rewrites every record; that must cost nothing."""
+    state = mesh(node("b", "n", "10.2.0.0/24"))
+    table = state.table()
+    state.upsert_node(node("b", "n", "10.2.0.0/24"))
+    state.delete_node("b", "unknown")
+    state.delete_node("unknown", "n")
+    state.leave("unknown")
+    assert state.table() is table
+
+
+def test_a_node_that_moves_to_another_cidr_leaves_the_old_one() -> None:
+    """An update is the new record and nothing of the old one."""
+    state = mesh(node("b", "n", "10.2.0.0/24"))
+    state.upsert_node(node("b", "n", "10.2.9.0/24"))
+    assert (owners(state, "10.2.0.5"), owners(state, "10.2.9.5")) == ((), ("b",))
+
+
+def test_a_cidr_handed_to_a_new_node_survives_the_old_node() -> None:
+    """Node pools hand CIDRs and addresses on before the old record is deleted."""
+    state = mesh(
+        node("b", "old", "10.2.0.0/24", ips=["172.18.0.2"], region="eu"),
+        node("b", "new", "10.2.0.0/24", ips=["172.18.0.2"], region="eu"),
+    )
+    state.delete_node("b", "old")
+    assert owners(state, "10.2.0.5") == ("b",)
+    assert state.table().region_of(parse_address("172.18.0.2")) == "eu"
+
+
+def test_a_host_has_a_region_only_if_its_nodes_agree() -> None:
+    """Unknown and contradicting are the same answer: None."""
+    state = mesh(
+        node("a", "n", ips=["172.18.0.2"], region="eu"),
+        node("b", "n", ips=["172.18.0.2", "172.18.0.3"], region="us"),
+        node("c", "n", ips=["172.18.0.4"]),
+    )
+    regions = [state.table().region_of(parse_address(f"172.18.0.{n}")) for n in (2, 3, 4, 5)]
+    assert regions == [None, "us", None, None]
+
+
+def test_a_cluster_that_leaves_takes_its_nodes_and_cidrs_along() -> None:
+    """And is empty when it comes back, but for what the operator said."""
+    state = mesh(node("b", "n", "10.2.0.0/24"), explicit=[("b", "10.99.0.0/16")])
+    state.leave("b")
+    assert (state.table().cluster("b"), cidrs(state.table())) == (None, {})
+    state.join(cluster("b"))
+    assert cidrs(state.table()) == {"10.99.0.0/16": 2}
+
+
+def test_a_cluster_that_joins_again_keeps_its_nodes() -> None:
+    """After a reconnect its description may differ; its nodes are followed by their own keys."""
+    state = mesh(node("b", "n", "10.2.0.0/24"), explicit=[("b", "10.99.0.0/16")])
+    cached = ClusterInfo("b", 2, identity_range(2, 255), ((Space.CACHED,), (Space.PUSHED, Space.PULL_ONLY)))
+    state.join(cached)
+    assert state.table().cluster("b") == cached
+    assert cidrs(state.table()) == {"10.2.0.0/24": 2, "10.99.0.0/16": 2}
+    state.leave("b")
+    assert cidrs(state.table()) == {}
+
+
+def test_a_cluster_under_another_id_starts_anew() -> None:
+    """Cilium drains everything of a peer whose id changed."""
+    state = mesh(node("b", "n", "10.2.0.0/24"), explicit=[("b", "10.99.0.0/16")])
+    before = state.table()
+    assert state.join(cluster("b", 7)) is None
+    assert cidrs(state.table()) == {"10.99.0.0/16": 7}
+    assert state.table().by_id(2) is None
+    assert [(str(cidr), n) for cidr, n in state.table().changes_since(before).written] == [
+        ("10.99.0.0/16", 7)
+    ]
+
+
+@pytest.mark.parametrize(
+    ("cluster_id", "holder"),
+    [pytest.param(1, "a", id="another cluster's"), pytest.param(99, "this", id="our own")],
+)
+def test_a_cluster_with_an_id_that_is_taken_is_refused_and_out(cluster_id: int, holder: str) -> None:
+    """Two clusters under one id would answer for each other's identities."""
+    state = mesh(node("b", "n", "10.2.0.0/24"))
+    assert f"cluster id {cluster_id} is that of {holder}" in (state.join(cluster("b", cluster_id)) or "")
+    assert (state.table().cluster("b"), owners(state, "10.2.0.5")) == (None, ())
+
+
+def test_a_node_that_contradicts_its_cluster_is_refused_and_forgotten() -> None:
+    """Its earlier record is no longer true either."""
+    state = mesh(node("b", "n", "10.2.0.0/24"))
+    assert "cluster id 3" in (state.upsert_node(node("b", "n", "10.2.0.0/24", cluster_id=3)) or "")
+    assert owners(state, "10.2.0.5") == ()
+
+
+def test_a_node_of_a_cluster_that_is_not_joined_is_refused() -> None:
+    """Its answers could not be checked."""
+    assert "not joined" in (mesh(clusters="a").upsert_node(node("b", "n", "10.2.0.0/24")) or "")
+
+
+NETWORKS = st.tuples(st.integers(0, 15), st.integers(28, 32)).map(
+    lambda drawn: ipaddress.ip_network((drawn[0], drawn[1]), strict=False)
+)
+NODES = st.tuples(st.sampled_from("abc"), st.sampled_from("mn"), st.lists(NETWORKS, max_size=3))
+PLAYS = st.lists(
+    st.one_of(
+        NODES.map(lambda drawn: ("upsert", *drawn)),
+        st.tuples(st.just("delete"), st.sampled_from("abc"), st.sampled_from("mn")),
+        st.tuples(st.sampled_from(["leave", "join", "look"]), st.sampled_from("abc")),
+    ),
+    max_size=25,
+)
+
+
+@settings(max_examples=300)
+@given(PLAYS)
+def test_any_play_of_events_ends_where_a_fresh_start_would(play: list[tuple[object, ...]]) -> None:
+    """Incremental building, the differences between tables and the plain definition of ownership agree."""
+    state, model = mesh(explicit=[("a", "0.0.0.8/29")]), dict[tuple[str, str], list[Network]]()
+    joined, kernel, seen = set("abc"), dict[Network, int](), MeshState().table()
+    for what, name, *rest in [*play, ("look", "a")]:
+        assert isinstance(name, str)
+        match what, rest:
+            case "upsert", [str(label), list(networks)]:
+                if name in joined:
+                    model[name, label] = networks
+                state.upsert_node(node(name, label, *map(str, networks)))
+            case "delete", [str(label)]:
+                model.pop((name, label), None)
+                state.delete_node(name, label)
+            case "leave", _:
+                joined.discard(name)
+                model = {key: value for key, value in model.items() if key[0] != name}
+                state.leave(name)
+            case "join", _:
+                joined.add(name)
+                state.join(cluster(name))
+            case _:
+                changes = state.table().changes_since(seen)
+                seen = state.table()
+                kernel.update(changes.written)
+                for network in changes.deleted:
+                    del kernel[network]
+                assert kernel == dict(seen.mesh_cidrs())
+
+    claims = [(key[0], network) for key, networks in model.items() for network in networks]
+    claims += [("a", ipaddress.ip_network("0.0.0.8/29"))] if "a" in joined else []
+    for number in range(16):
+        address = ipaddress.ip_address(number)
+        expected = {name for name, network in claims if address in network}
+        assert seen.owners(address.packed) == tuple(sorted(expected))
+        around = [network for network in kernel if address in network]
+        match_id = kernel[max(around, key=lambda network: network.prefixlen)] if around else None
+        assert match_id == (None if not expected else IDS[min(expected)] if len(expected) == 1 else AMBIGUOUS)

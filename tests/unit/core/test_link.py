@@ -1,0 +1,40 @@
+"""One cluster's lanes: who is taken first, and void reads."""
+
+import pytest
+
+from lazymesh.core.breaker import Breaker
+from lazymesh.core.limits import Limits
+from lazymesh.core.link import Lane, Link
+from lazymesh.core.tracked import Tracked
+from tests.support.playbook import B1, DIRECT
+
+CASES = {
+    "misses alone take all the room": (10, 0, 8, True, (8, 0)),
+    "checks alone take all the room": (0, 10, 8, True, (0, 8)),
+    "checks get a quarter beside many misses": (10, 10, 8, True, (6, 2)),
+    "checks get what few misses leave": (1, 10, 8, True, (1, 7)),
+    "checks that must pause get nothing": (1, 10, 8, False, (1, 0)),
+    "room for one goes to the miss": (5, 5, 1, True, (1, 0)),
+}
+
+
+@pytest.mark.parametrize(("misses", "checks", "room", "with_checks", "taken"), CASES.values(), ids=CASES)
+def test_a_lane_is_emptied_in_fair_parts(
+    misses: int, checks: int, room: int, with_checks: bool, taken: tuple[int, int]
+) -> None:
+    """Oldest first, misses before checks."""
+    lane = Lane()
+    for n in range(misses):
+        lane.misses[bytes([n])] = Tracked(bytes([n]), ())
+    for n in range(checks):
+        lane.checks[bytes([100 + n])] = Tracked(bytes([100 + n]), ())
+    numbers = [tracked.address[0] for tracked in lane.take(room, with_checks)]
+    assert numbers == [*range(taken[0]), *range(100, 100 + taken[1])]
+    assert len(lane) == misses + checks - sum(taken)
+
+
+def test_void_reads_stay_in_flight_without_a_group() -> None:
+    """They still count, but their answer will not."""
+    link = Link("b", Breaker(Limits(), lambda: 1.0), reading={B1: DIRECT})
+    link.void_reads()
+    assert link.reading == {B1: ()}

@@ -1,0 +1,195 @@
+"""The resolver's conversations with the map: results, changes that overtake them, and the budget."""
+
+import pytest
+
+from lazymesh.core.events import ClusterGone, ClusterReady
+from lazymesh.core.limits import Limits
+from lazymesh.core.model import Reason
+from tests.support.playbook import (
+    B1,
+    B2,
+    B3,
+    DATABASE,
+    MAIL,
+    Play,
+    answered,
+    deleted,
+    entry,
+    evict,
+    install,
+    miss,
+    put,
+    read,
+    record,
+    refused,
+    report,
+    stands,
+    unwatch,
+    watch,
+)
+
+
+def sent(**kwargs: object) -> Play:
+    """Return a play in which the Install of B1 is sent and not answered."""
+    story = Play(**kwargs) >> ClusterReady("b") >> miss(B1) << read(B1)  # type: ignore[arg-type]
+    return story >> answered(10, {B1: record(B1)}) << install(B1) << watch(B1, 10)
+
+
+def installed(**kwargs: object) -> Play:
+    """Return a play in which it stands."""
+    return sent(**kwargs) >> stands(B1) << report(B1, "installed", missed_at=0.0)
+
+
+ERRORS = {Reason.NOT_OURS: "absent", Reason.MAP_FULL: "failed", Reason.INSTALL_FAILED: "failed"}
+
+
+@pytest.mark.parametrize(("error", "outcome"), ERRORS.items(), ids=[error.value for error in ERRORS])
+def test_a_refused_install_makes_the_address_absent(error: Reason, outcome: str) -> None:
+    """Nothing is evicted, for nothing of ours is there; a change of the record tries again."""
+    story = sent() >> refused(B1, error) << report(B1, outcome, error, missed_at=0.0)
+    assert story.resolver.owned == 0
+    (story >> put(B1, 11, record(B1, DATABASE)) << install(B1, entry(DATABASE))).end()
+
+
+def test_a_refused_update_evicts_what_stood_before() -> None:
+    """The old identity is known to be wrong: rather none."""
+    (
+        installed()
+        >> put(B1, 11, record(B1, DATABASE))
+        << install(B1, entry(DATABASE))
+        >> refused(B1, Reason.INSTALL_FAILED, entry(DATABASE))
+        << evict(B1, "install-failed")
+        << report(B1, "evicted", Reason.INSTALL_FAILED)
+    ).end()
+
+
+def test_changes_during_an_install_converge_to_the_newest_on_its_result() -> None:
+    """One Install at a time for an address; what was overtaken in between is never written."""
+    (
+        sent()
+        >> put(B1, 11, record(B1, DATABASE))
+        >> put(B1, 12, record(B1, MAIL))
+        >> stands(B1)
+        << report(B1, "installed", missed_at=0.0)
+        << install(B1, entry(MAIL))
+        >> stands(B1, entry(MAIL))
+        << report(B1, "updated")
+    ).end()
+
+
+def test_a_deletion_during_an_install_evicts_without_waiting_for_the_result() -> None:
+    """Commands are carried out in order, so the eviction meets the entry; the late result means nothing."""
+    (
+        sent()
+        >> deleted(B1, 11)
+        << evict(B1, "deleted")
+        << report(B1, "absent", Reason.NOT_FOUND, missed_at=0.0)
+        >> stands(B1)
+    ).end()
+
+
+def test_a_return_during_an_install_waits_for_its_result() -> None:
+    """Deleted and created again while the map was slow."""
+    (
+        sent()
+        >> deleted(B1, 11)
+        << evict(B1, "deleted")
+        << report(B1, "absent", Reason.NOT_FOUND, missed_at=0.0)
+        >> put(B1, 12, record(B1, DATABASE))
+        >> stands(B1)
+        << install(B1, entry(DATABASE))
+        >> stands(B1, entry(DATABASE))
+        << report(B1, "installed")
+    ).end()
+
+
+def test_a_change_during_an_install_that_is_refused_tries_again() -> None:
+    """The newest record has not been refused yet."""
+    (
+        sent()
+        >> put(B1, 11, record(B1, DATABASE))
+        >> refused(B1, Reason.INSTALL_FAILED)
+        << report(B1, "failed", Reason.INSTALL_FAILED, missed_at=0.0)
+        << install(B1, entry(DATABASE))
+    ).end()
+
+
+def test_an_install_answered_after_its_address_was_forgotten_is_not_taken_for_the_next_one() -> None:
+    """Also when the address is back meanwhile: its own Install waits for that answer."""
+    (
+        sent()
+        >> ClusterGone("b")
+        << evict(B1, "cluster-gone")
+        << report(B1, "evicted", detail="cluster-gone", missed_at=0.0)
+        << unwatch(B1)
+        >> ClusterReady("b")
+        >> miss(B1, at=1.0)
+        << read(B1)
+        >> answered(20, {B1: record(B1, DATABASE)})
+        << watch(B1, 20)
+        >> stands(B1)
+        << install(B1, entry(DATABASE))
+        >> stands(B1, entry(DATABASE))
+        << report(B1, "installed", missed_at=1.0)
+    ).end()
+
+
+# --- 13: the budget -----------------------------------------------------------------------------------------------
+
+
+def two_installed() -> Play:
+    """Return a play with a budget of two in which B1 and B2 are installed, in this order."""
+    story = installed(limits=Limits(owned=2)) >> miss(B2) << read(B2) >> answered(10, {B2: record(B2)})
+    return story << install(B2) << watch(B2, 10) >> stands(B2) << report(B2, "installed", missed_at=0.0)
+
+
+def test_the_least_recently_used_entry_makes_room_before_the_next_is_installed() -> None:
+    """Evict first, so that the budget is never exceeded; the victim is forgotten with its watches."""
+    (
+        two_installed()
+        >> miss(B3)
+        << read(B3)
+        >> answered(10, {B3: record(B3)})
+        << evict(B1, "budget")
+        << report(B1, "evicted", detail="budget")
+        << unwatch(B1)
+        << install(B3)
+        << watch(B3, 10)
+    ).end()
+
+
+def test_a_miss_counts_as_use() -> None:
+    """An entry that somebody asked for again is not the first to go."""
+    story = two_installed() >> miss(B1, at=0.1) << report(B1, "installed", missed_at=0.1, cached=True)
+    story = story >> miss(B3) << read(B3) >> answered(10, {B3: record(B3)})
+    (
+        story
+        << evict(B2, "budget")
+        << report(B2, "evicted", detail="budget")
+        << unwatch(B2)
+        << install(B3)
+        << watch(B3, 10)
+    ).end()
+
+
+def test_an_update_needs_no_room() -> None:
+    """It takes the place of its own older entry."""
+    (two_installed() >> put(B1, 11, record(B1, DATABASE)) << install(B1, entry(DATABASE))).end()
+
+
+def test_a_batch_larger_than_the_budget_leaves_its_last_ones() -> None:
+    """Even entries whose Install is not answered make room; they are not watched."""
+    story = Play(limits=Limits(owned=1)) >> miss(B1) >> miss(B2) >> ClusterReady("b") << read(B1, B2)
+    (
+        story
+        >> answered(10, {B1: record(B1), B2: record(B2)})
+        << install(B1)
+        << evict(B1, "budget")
+        << report(B1, "evicted", detail="budget", missed_at=0.0)
+        << install(B2)
+        << watch(B2, 10)
+        >> stands(B1)
+        >> stands(B2)
+        << report(B2, "installed", missed_at=0.0)
+    ).end()
+    assert story.resolver.owned == 1

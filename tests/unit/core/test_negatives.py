@@ -1,0 +1,45 @@
+"""The negative cache: expiry by reason, and the bound."""
+
+from lazymesh.core.limits import Limits
+from lazymesh.core.model import Reason
+from lazymesh.core.negatives import Negatives
+from lazymesh.core.tracked import Tracked
+from tests.support.playbook import B1, B2, B3
+
+LIMITS = Limits(negatives=2)
+
+
+def absent(*addresses: bytes) -> list[Tracked]:
+    """Return addresses to be made absent."""
+    return [Tracked(address, ()) for address in addresses]
+
+
+def test_each_reason_has_its_own_lifetime() -> None:
+    """A later negative may expire before an earlier one."""
+    negatives = Negatives(LIMITS)
+    lasting, brief = absent(B1, B2)
+    negatives.add(lasting, Reason.NOT_FOUND, 0.0)
+    negatives.add(brief, Reason.CLUSTER_DOWN, 5.0)
+    gone = []
+    for tracked in negatives.expired(6.0):
+        negatives.remove(tracked)
+        gone.append(tracked)
+    assert gone == [brief]
+    assert negatives.counts() == {Reason.NOT_FOUND: 1}
+
+
+def test_beyond_the_bound_the_one_that_would_expire_first_goes() -> None:
+    """The least is lost by forgetting it."""
+    negatives = Negatives(LIMITS)
+    first, second, third = absent(B1, B2, B3)
+    negatives.add(first, Reason.NOT_FOUND, 0.0)
+    negatives.add(second, Reason.NO_CLUSTER, 1.0)
+    assert negatives.overflow() is None
+    negatives.add(third, Reason.NOT_FOUND, 2.0)
+    assert negatives.overflow() is second
+    assert len(negatives) == 3
+
+
+def test_every_reason_has_a_lifetime() -> None:
+    """A reason without one would end the agent at its first use."""
+    assert set(LIMITS.negative_ttl) == set(Reason)

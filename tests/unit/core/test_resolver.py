@@ -1,0 +1,679 @@
+"""The resolver's conversations about single addresses: misses, answers, changes, identities, adoption.
+
+What befalls whole clusters is in test_lifecycle, what the map and the budget do in test_moves, queue and batches in
+test_backlog, and everything at once in test_resolver_machine.
+"""
+
+import itertools
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from lazymesh.core.events import (
+    Adopted,
+    ClusterReady,
+    Command,
+    Evict,
+    IdentityGone,
+    IdentityKnown,
+    Install,
+    KeyState,
+    Report,
+    TableChanged,
+)
+from lazymesh.core.limits import Limits
+from lazymesh.core.model import Reason, Space
+from tests.support.playbook import (
+    ALL_IDENTITIES,
+    B1,
+    B2,
+    B3,
+    B_V6,
+    C1,
+    CACHE,
+    CLAIMED_TWICE,
+    DATABASE,
+    DIRECT,
+    MAIL,
+    NODE,
+    STRANGER,
+    WEB,
+    WEB_OF_C,
+    Play,
+    answered,
+    cache_answered,
+    deleted,
+    entry,
+    evict,
+    failed,
+    info,
+    install,
+    mesh,
+    miss,
+    put,
+    read,
+    record,
+    refused,
+    report,
+    stands,
+    unwatch,
+    watch,
+)
+
+TTL = Limits().negative_ttl
+
+
+def play(**kwargs: object) -> Play:
+    """Return a play in which both clusters are ready."""
+    begun = Play(**kwargs)  # type: ignore[arg-type]
+    return begun >> ClusterReady("b") >> ClusterReady("c")
+
+
+def installed(**kwargs: object) -> Play:
+    """Return a play in which the address B1 was missed, read at revision 10 and installed."""
+    return (
+        play(**kwargs)
+        >> miss(B1)
+        << read(B1)
+        >> answered(10, {B1: record(B1)})
+        << install(B1)
+        << watch(B1, 10)
+        >> stands(B1)
+        << report(B1, "installed", missed_at=0.0)
+    )
+
+
+# --- 1, 2: one miss -----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("address", [B1, B_V6], ids=["IPv4", "IPv6"])
+def test_a_miss_is_read_installed_watched_and_reported(address: bytes) -> None:
+    """The whole story of one packet."""
+    (
+        play()
+        >> miss(address, at=3.5)
+        << read(address)
+        >> answered(10, {address: record(address)})
+        << install(address)
+        << watch(address, 10)
+        >> stands(address)
+        << report(address, "installed", missed_at=3.5)
+    ).end()
+
+
+def test_a_record_in_the_pull_only_space_is_as_good() -> None:
+    """A filtered endpoint can be resolved: that is the point of the second space."""
+    (
+        play()
+        >> miss(B1)
+        << read(B1)
+        >> answered(10, pull_only={B1: record(B1)})
+        << install(B1)
+        << watch(B1, 10)
+    ).end()
+
+
+def test_more_misses_while_resolving_cause_no_read_and_no_second_report() -> None:
+    """Single flight; the one report counts from the first miss."""
+    (
+        play()
+        >> miss(B1, at=1.0)
+        << read(B1)
+        >> miss(B1, at=2.0)
+        >> answered(10, {B1: record(B1)})
+        << install(B1)
+        << watch(B1, 10)
+        >> miss(B1, at=3.0)
+        >> stands(B1)
+        << report(B1, "installed", missed_at=1.0)
+    ).end()
+
+
+@pytest.mark.parametrize(
+    ("address", "reason"),
+    [(STRANGER, Reason.NO_CLUSTER), (CLAIMED_TWICE, Reason.AMBIGUOUS)],
+    ids=["none", "two"],
+)
+def test_an_address_without_exactly_one_owner_is_not_read(address: bytes, reason: Reason) -> None:
+    """Nobody, or nobody in particular, could be asked; the answer is cached."""
+    (
+        play()
+        >> miss(address, at=1.0)
+        << report(address, "absent", reason, missed_at=1.0, cluster=None)
+        >> miss(address, at=2.0)
+        << report(address, "absent", reason, missed_at=2.0, cluster=None, cached=True)
+    ).end()
+
+
+# --- 5: read groups and judgement ---------------------------------------------------------------------------------
+
+
+def cached_play(**kwargs: object) -> Play:
+    """Return a play in which cluster b is read from the cache first, then from its own store."""
+    return Play(table=mesh([info("b", CACHE, DIRECT), info("c")]), **kwargs) >> ClusterReady("b")  # type: ignore[arg-type]
+
+
+def test_what_the_cache_holds_is_not_asked_of_the_owner() -> None:
+    """The first group that holds a record ends the search."""
+    (
+        cached_play()
+        >> miss(B1)
+        << read(B1, spaces=CACHE)
+        >> cache_answered(10, {B1: record(B1)})
+        << install(B1)
+        << watch(B1, 10, Space.CACHED)
+    ).end()
+
+
+def beyond_the_cache() -> Play:
+    """Return a cached play in which B1 was found, at revision 500, in the owner's store only."""
+    return (
+        cached_play()
+        >> miss(B1)
+        << read(B1, spaces=CACHE)
+        >> cache_answered(10, {B1: None})
+        << watch(B1, 10, Space.CACHED)
+        << read(B1)
+        >> answered(500, {B1: record(B1)})
+        << install(B1)
+        << watch(B1, 500)
+        >> stands(B1)
+        << report(B1, "installed", missed_at=0.0)
+    )
+
+
+def test_what_the_cache_lacks_is_asked_of_the_owner() -> None:
+    """Every key that was read is watched, the empty one too."""
+    beyond_the_cache().end()
+
+
+def test_a_cache_that_lags_behind_does_not_overrule_the_owner() -> None:
+    """The owner's word is the newer one whatever the cache's revision numbers are: the stores do not share them."""
+    stale = record(B1, DATABASE)
+    (beyond_the_cache() >> put(B1, 11, stale, Space.CACHED) >> put(B1, 9999, stale, Space.CACHED)).end()
+
+
+def test_a_record_deleted_from_the_cache_is_evicted_and_then_asked_of_the_owner() -> None:
+    """The entry goes first: by now the address may be another pod's."""
+    (
+        cached_play()
+        >> miss(B1)
+        << read(B1, spaces=CACHE)
+        >> cache_answered(10, {B1: record(B1)})
+        << install(B1)
+        << watch(B1, 10, Space.CACHED)
+        >> stands(B1)
+        << report(B1, "installed", missed_at=0.0)
+        >> deleted(B1, 11, Space.CACHED)
+        << evict(B1, "deleted")
+        << report(B1, "evicted", Reason.NOT_FOUND)
+        << read(B1)
+        >> answered(500, pull_only={B1: record(B1)})
+        << install(B1)
+        << watch(B1, 500)
+    ).end()
+
+
+NOT_INSTALLABLE = {
+    "garbage": (b"{", Reason.MALFORMED),
+    "another address's record": (record(B2), Reason.MALFORMED),
+    "identity of another cluster": (record(B1, WEB_OF_C), Reason.FORGED),
+    "reserved identity": (record(B1, 2), Reason.FORGED),
+    "identity zero": (record(B1, 0), Reason.FORGED),
+    "node-local identity": (record(B1, 0x01000001), Reason.FORGED),
+    "identity nobody told us of": (record(B1, 131999), Reason.UNKNOWN_IDENTITY),
+}
+
+
+@pytest.mark.parametrize(("value", "reason"), NOT_INSTALLABLE.values(), ids=NOT_INSTALLABLE)
+def test_a_record_that_must_not_be_installed_makes_the_address_absent(value: bytes, reason: Reason) -> None:
+    """Nothing reaches the map, the reason is reported, and the keys are watched all the same."""
+    started = play() >> miss(B1) << read(B1)
+    said = started.tell(answered(10, {B1: value}))
+    assert [c for c in said if not isinstance(c, Report)] == watch(B1, 10)
+    assert [(c.outcome, c.reason) for c in said if isinstance(c, Report)] == [("absent", reason)]
+
+
+def test_a_record_for_another_region_is_out_of_scope() -> None:
+    """It is absent here, and watched, should the exporter think again."""
+    table = mesh(regions=[(NODE, "south")])
+    (
+        play(table=table, region="north")
+        >> miss(B1)
+        << read(B1)
+        >> answered(10, {B1: record(B1, scope="regional")})
+        << report(B1, "absent", Reason.OUT_OF_SCOPE, missed_at=0.0)
+        << watch(B1, 10)
+    ).end()
+
+
+# --- 6, 7: negative answers ---------------------------------------------------------------------------------------
+
+
+def not_found() -> Play:
+    """Return a play in which B1 was looked for at revision 10 and is not there."""
+    return (
+        play()
+        >> miss(B1, at=1.0)
+        << read(B1)
+        >> answered(10, {B1: None})
+        << report(B1, "absent", Reason.NOT_FOUND, missed_at=1.0)
+        << watch(B1, 10)
+    )
+
+
+def test_a_negative_answer_is_watched_and_cached() -> None:
+    """The next miss is answered without a read."""
+    (
+        not_found() >> miss(B1, at=2.0) << report(B1, "absent", Reason.NOT_FOUND, missed_at=2.0, cached=True)
+    ).end()
+
+
+def test_a_publication_cancels_a_negative_answer_at_once() -> None:
+    """No miss is needed; the watches stay in use."""
+    (not_found() >> put(B1, 11) << install(B1) >> stands(B1) << report(B1, "installed")).end()
+
+
+def test_an_expired_negative_answer_is_forgotten_with_its_watches() -> None:
+    """And the next miss reads again."""
+    (not_found().later(TTL[Reason.NOT_FOUND]) << unwatch(B1) >> miss(B1, at=40.0) << read(B1)).end()
+
+
+def test_a_miss_does_not_wait_for_the_tick_that_forgets_an_expired_answer() -> None:
+    """Between two ticks a miss may find a negative answer whose time is over."""
+    late = not_found()
+    late.now += TTL[Reason.NOT_FOUND]
+    (late >> miss(B1, at=31.0) << unwatch(B1) << read(B1)).end()
+
+
+def test_a_failed_read_is_not_watched_and_soon_forgotten() -> None:
+    """The kind of failure is in the report."""
+    story = (
+        play()
+        >> miss(B1, at=1.0)
+        << read(B1)
+        >> failed(B1, kind="permission")
+        << report(B1, "failed", Reason.READ_FAILED, missed_at=1.0, detail="permission")
+        >> miss(B1, at=1.1)
+        << report(B1, "absent", Reason.READ_FAILED, missed_at=1.1, cached=True)
+    )
+    (story.later(TTL[Reason.READ_FAILED]) >> miss(B1, at=3.0) << read(B1)).end()
+
+
+def test_the_oldest_negative_answers_are_forgotten_first_when_there_are_too_many() -> None:
+    """Absence is bounded too, and so are the watches that it keeps."""
+    (
+        play(limits=Limits(negatives=2))
+        >> miss(B1)
+        << read(B1)
+        >> miss(B2)
+        << read(B2)
+        >> miss(B3)
+        << read(B3)
+        >> answered(10, {B1: None, B2: None})
+        << report(B1, "absent", Reason.NOT_FOUND, missed_at=0.0)
+        << report(B2, "absent", Reason.NOT_FOUND, missed_at=0.0)
+        << watch(B1, 10)
+        << watch(B2, 10)
+        >> answered(10, {B3: None})
+        << report(B3, "absent", Reason.NOT_FOUND, missed_at=0.0)
+        << unwatch(B1)
+        << watch(B3, 10)
+    ).end()
+
+
+# --- 8: changes ---------------------------------------------------------------------------------------------------
+
+
+def test_a_deleted_record_is_evicted_and_may_come_back() -> None:
+    """The pod goes, the entry goes; the pod returns, the entry returns, by the same watch."""
+    (
+        installed()
+        >> deleted(B1, 11)
+        << evict(B1, "deleted")
+        << report(B1, "evicted", Reason.NOT_FOUND)
+        >> put(B1, 12)
+        << install(B1)
+        >> stands(B1)
+        << report(B1, "installed")
+    ).end()
+
+
+def test_a_reused_address_gets_the_new_identity() -> None:
+    """One Install replaces the entry: there is no moment without one."""
+    (
+        installed()
+        >> put(B1, 11, record(B1, DATABASE))
+        << install(B1, entry(DATABASE))
+        >> stands(B1, entry(DATABASE))
+        << report(B1, "updated")
+    ).end()
+
+
+def test_a_record_that_turns_bad_is_evicted_for_its_reason() -> None:
+    """A peer that suddenly claims another cluster's identity loses its entry."""
+    (
+        installed()
+        >> put(B1, 11, record(B1, 2))
+        << evict(B1, "forged")
+        << report(B1, "evicted", Reason.FORGED, detail="identity 2 is reserved")
+    ).end()
+
+
+def test_an_endpoint_that_moves_to_the_other_space_keeps_its_entry() -> None:
+    """Publish there, delete here, in this order: the map never changes."""
+    (installed() >> put(B1, 11, space=Space.PULL_ONLY) >> deleted(B1, 12)).end()
+
+
+def test_older_and_repeated_states_change_nothing() -> None:
+    """A watch replays what the read has seen, and something older still."""
+    (installed() >> put(B1, 10, record(B1, DATABASE)) >> deleted(B1, 9)).end()
+
+
+def test_changes_of_keys_that_are_not_watched_are_ignored() -> None:
+    """They come from watches given up meanwhile."""
+    (play() >> put(B1, 11) >> miss(B1) << read(B1) >> put(B1, 11)).end()
+
+
+LIFE_OF_A_KEY = (
+    KeyState(B1, Space.PUSHED, None, 11),
+    KeyState(B1, Space.PUSHED, record(B1, DATABASE), 12),
+    KeyState(B1, Space.PUSHED, None, 13),
+    KeyState(B1, Space.PUSHED, record(B1, MAIL), 14),
+)
+
+
+@given(order=st.permutations(LIFE_OF_A_KEY + LIFE_OF_A_KEY[1:3]), slow=st.booleans())
+def test_deletes_and_creates_delivered_in_any_order_converge(order: list[KeyState], slow: bool) -> None:
+    """Whatever order and however often, what was true last is what stands; however late the map answers."""
+    story = installed()
+    held: list[Install] = []
+    world: dict[bytes, object] = {B1: entry()}
+
+    def carry_out(commands: list[Command]) -> None:
+        for command in commands:
+            if isinstance(command, Install):
+                world[command.address] = command.entry
+                held.append(command)
+            elif isinstance(command, Evict):
+                world.pop(command.address, None)
+
+    def answer_installs() -> None:
+        while held:
+            done = held.pop(0)
+            carry_out(story.tell(stands(done.address, done.entry)))
+
+    for state in order:
+        carry_out(story.tell(put(B1, state.as_of, state.value) if state.value else deleted(B1, state.as_of)))
+        if not slow:
+            answer_installs()
+    answer_installs()
+    assert world == {B1: entry(MAIL)}
+
+
+# --- 9: identities ------------------------------------------------------------------------------------------------
+
+
+def test_an_address_waits_for_its_identity() -> None:
+    """The record may come before the labels; the labels then bring the entry, without a read."""
+    early = play(identities=()) >> miss(B1) << read(B1) >> answered(10, {B1: record(B1)})
+    early << report(B1, "absent", Reason.UNKNOWN_IDENTITY, missed_at=0.0) << watch(B1, 10)
+    early.identities.add(WEB)
+    (
+        early
+        >> IdentityKnown(DATABASE)
+        >> IdentityKnown(WEB)
+        << install(B1)
+        >> stands(B1)
+        << report(B1, "installed")
+    ).end()
+
+
+def test_a_withdrawn_identity_takes_its_entries_along() -> None:
+    """And gives them back when it returns."""
+    story = installed()
+    story.identities.discard(WEB)
+    (
+        story
+        >> IdentityGone(WEB)
+        << evict(B1, "unknown-identity")
+        << report(B1, "evicted", Reason.UNKNOWN_IDENTITY)
+    )
+    story.identities.add(WEB)
+    (story >> IdentityKnown(WEB) << install(B1) >> stands(B1) << report(B1, "installed")).end()
+
+
+def test_a_withdrawn_identity_touches_no_entry_of_another() -> None:
+    """The index follows the address from identity to identity."""
+    story = installed() >> put(B1, 11, record(B1, DATABASE)) << install(B1, entry(DATABASE))
+    story >> stands(B1, entry(DATABASE)) << report(B1, "updated")
+    story.identities.discard(WEB)
+    (story >> IdentityGone(WEB)).end()
+
+
+def test_an_identity_that_comes_back_does_not_bring_back_what_was_deleted_meanwhile() -> None:
+    """The address is absent for another reason by then."""
+    story = installed() >> deleted(B1, 11) << evict(B1, "deleted") << report(B1, "evicted", Reason.NOT_FOUND)
+    (story >> IdentityGone(WEB) >> IdentityKnown(WEB)).end()
+
+
+# --- 10: the table ------------------------------------------------------------------------------------------------
+
+
+def test_an_address_that_changes_hands_is_evicted() -> None:
+    """The next packet finds its new owner."""
+    theirs = mesh(networks=[("c", "10.2.0.0/16")])
+    (
+        installed()
+        >> TableChanged(theirs)
+        << evict(B1, "no-cluster")
+        << report(B1, "evicted", detail="no-cluster")
+        << unwatch(B1)
+        >> miss(B1, at=1.0)
+        << read(B1, cluster="c")
+    ).end()
+
+
+def test_an_address_claimed_by_two_from_now_on_is_evicted_as_ambiguous() -> None:
+    """Who claims more must not win."""
+    (
+        installed()
+        >> TableChanged(mesh(networks=[("b", "10.2.0.0/16"), ("c", "10.2.0.0/24")]))
+        << evict(B1, "ambiguous")
+        << report(B1, "evicted", detail="ambiguous")
+        << unwatch(B1)
+    ).end()
+
+
+def test_a_table_that_changes_elsewhere_changes_nothing_here() -> None:
+    """Nodes come and go all day."""
+    (installed() >> TableChanged(mesh(networks=[("b", "10.2.0.0/16"), ("c", "10.77.0.0/16")]))).end()
+
+
+def test_a_stranger_that_gets_an_owner_is_resolved_by_the_next_miss() -> None:
+    """No-cluster and ambiguous are forgotten as soon as they are no longer so."""
+    (
+        play()
+        >> miss(STRANGER)
+        << report(STRANGER, "absent", Reason.NO_CLUSTER, missed_at=0.0, cluster=None)
+        >> TableChanged(mesh(networks=[("b", "192.0.2.0/24")]))
+        >> miss(STRANGER, at=1.0)
+        << read(STRANGER)
+    ).end()
+
+
+def test_a_miss_under_way_follows_its_address_to_the_new_owner() -> None:
+    """It is asked again there, and still reported once, from the first miss on; the old answer means nothing."""
+    (
+        play()
+        >> miss(B1, at=1.0)
+        << read(B1)
+        >> TableChanged(mesh(networks=[("c", "10.2.0.0/16")]))
+        << read(B1, cluster="c")
+        >> answered(10, {B1: record(B1)})
+        >> answered(7, {B1: record(B1, WEB_OF_C)}, cluster="c")
+        << install(B1, entry(WEB_OF_C), cluster_id=3)
+        << watch(B1, 7, cluster="c")
+        >> stands(B1, entry(WEB_OF_C))
+        << report(B1, "installed", missed_at=1.0, cluster="c")
+    ).end()
+
+
+# --- 12: adoption -------------------------------------------------------------------------------------------------
+
+
+def adopted() -> Play:
+    """Return a play that begins with the entry B1 of an earlier life, in doubt."""
+    return Play() >> Adopted(B1, entry(), "b")
+
+
+def test_an_adopted_entry_is_verified_when_its_cluster_is_ready() -> None:
+    """It serves all the time; nothing is written if it is still true."""
+    story = adopted()
+    assert not story.resolver.describe(B1).verified
+    (story >> ClusterReady("b") << read(B1) >> answered(10, {B1: record(B1)}) << watch(B1, 10)).end()
+    assert story.resolver.describe(B1).verified
+
+
+def test_an_adopted_entry_is_updated_if_its_address_was_reused() -> None:
+    """The earlier life's identity is replaced, not removed first."""
+    (
+        adopted()
+        >> ClusterReady("b")
+        << read(B1)
+        >> answered(10, {B1: record(B1, DATABASE)})
+        << install(B1, entry(DATABASE))
+        << watch(B1, 10)
+        >> stands(B1, entry(DATABASE))
+        << report(B1, "updated")
+    ).end()
+
+
+def test_an_adopted_entry_is_evicted_if_its_record_is_gone() -> None:
+    """The pod went while the agent was down."""
+    (
+        adopted()
+        >> ClusterReady("b")
+        << read(B1)
+        >> answered(10, {B1: None})
+        << evict(B1, "deleted")
+        << report(B1, "evicted", Reason.NOT_FOUND)
+        << watch(B1, 10)
+    ).end()
+
+
+def test_an_adopted_entry_outlives_an_empty_cache() -> None:
+    """Its record may be in the owner's store alone: the last group decides."""
+    (
+        Play(table=mesh([info("b", CACHE, DIRECT)], networks=[("b", "10.2.0.0/16")]))
+        >> Adopted(B1, entry(), "b")
+        >> ClusterReady("b")
+        << read(B1, spaces=CACHE)
+        >> cache_answered(10, {B1: None})
+        << watch(B1, 10, Space.CACHED)
+        << read(B1)
+        >> answered(500, pull_only={B1: record(B1)})
+        << watch(B1, 500)
+    ).end()
+
+
+def test_an_adopted_entry_whose_cluster_never_answers_expires() -> None:
+    """Ten minutes on an earlier life's word are enough."""
+    story = adopted().later(599.9)
+    (story.later(0.1) << evict(B1, "expired") << report(B1, "evicted", detail="expired")).end()
+
+
+@pytest.mark.parametrize(
+    ("address", "cluster", "why"),
+    [(B1, None, "cluster-gone"), (C1, "b", "no-cluster"), (CLAIMED_TWICE, "b", "ambiguous")],
+    ids=["cluster not configured", "address of another cluster", "address of two clusters"],
+)
+def test_an_entry_that_cannot_be_ours_any_more_is_not_adopted(
+    address: bytes, cluster: str | None, why: str
+) -> None:
+    """What an earlier life installed may have lost its owner since."""
+    (
+        Play()
+        >> Adopted(address, entry(), cluster)
+        << evict(address, why)
+        << report(address, "evicted", detail=why, cluster=cluster)
+    ).end()
+
+
+def test_an_entry_adopted_before_the_nodes_are_listed_stays_when_they_are() -> None:
+    """At start the table knows no CIDR yet: that nobody owns the address means nothing then."""
+    story = Play(table=mesh(networks=())) >> Adopted(B1, entry(), "b") >> TableChanged(mesh())
+    (story >> ClusterReady("b") << read(B1)).end()
+
+
+def test_a_miss_that_came_before_the_adoption_wins() -> None:
+    """What it leads to is newer than the journal."""
+    (
+        play()
+        >> miss(B1)
+        << read(B1)
+        >> Adopted(B1, entry(), "b")
+        << evict(B1, "expired")
+        << report(B1, "evicted", detail="expired")
+        >> answered(10, {B1: record(B1)})
+        << install(B1)
+        << watch(B1, 10)
+        >> Adopted(B1, entry(), "b")
+    ).end()
+
+
+def test_an_identity_withdrawn_before_verification_takes_the_adopted_entry_along() -> None:
+    """It is known by what the map holds, though no record was read yet."""
+    (
+        adopted()
+        >> IdentityGone(WEB)
+        << evict(B1, "unknown-identity")
+        << report(B1, "evicted", Reason.UNKNOWN_IDENTITY)
+    ).end()
+
+
+# --- 15: entries that vanish --------------------------------------------------------------------------------------
+
+
+def test_a_miss_of_an_installed_address_puts_the_entry_back() -> None:
+    """Somebody removed it; at most once a second we insist."""
+    story = installed()
+    story.now = 1.0
+    (
+        story
+        >> miss(B1, at=0.9)
+        << install(B1)
+        >> stands(B1)
+        << report(B1, "installed", missed_at=0.9, detail="the entry had vanished")
+        >> miss(B1, at=1.0)
+        << report(B1, "installed", missed_at=1.0, cached=True)
+    ).end()
+
+
+def test_a_miss_signalled_just_before_the_entry_stood_is_answered() -> None:
+    """Its packet may be held, so it needs a report of its own; nothing is written."""
+    (installed() >> miss(B1, at=0.001) << report(B1, "installed", missed_at=0.001, cached=True)).end()
+
+
+def test_a_miss_during_an_update_is_answered_by_its_result() -> None:
+    """The Install under way will do for both."""
+    (
+        installed()
+        >> put(B1, 11, record(B1, DATABASE))
+        << install(B1, entry(DATABASE))
+        >> miss(B1, at=0.5)
+        >> miss(B1, at=0.6)
+        >> refused(B1, Reason.MAP_FULL, entry(DATABASE))
+        << evict(B1, "map-full")
+        << report(B1, "evicted", Reason.MAP_FULL, missed_at=0.5)
+    ).end()
+
+
+def test_all_events_have_a_handler() -> None:
+    """Every kind of event that the shell may send is understood, also about clusters never heard of."""
+    story = Play(identities=ALL_IDENTITIES)
+    strangers = [answered(1, {B1: None}, cluster="z"), failed(B1, cluster="z"), stands(B1)]
+    for event in itertools.chain(strangers, [put(B1, 1), IdentityKnown(5), IdentityGone(5)]):
+        story >> event
+    story.end()
