@@ -1,6 +1,6 @@
 """What a user can set, as frozen values: the command line makes them, the roles read them, nothing below knows them.
 
-Every option exists as a flag, as ``LAZYMESH_AGENT_<OPTION>`` in the environment and as a key of the YAML file given by
+Every option exists as a flag, as ``LAZYMESH_<OPTION>`` in the environment and as a key of the YAML file given by
 ``--config``; click resolves the three in that order. Here stand only the values, checked once.
 """
 
@@ -80,7 +80,7 @@ class AgentSettings:
     datapath: DatapathSettings
     policy: Path | None = None
     shadow: bool = False
-    """Resolve and report, write nothing into the ipcache."""
+    """Resolve and report; write nothing into the ipcache, enforce nothing, drop nothing."""
     cleanup: bool = False
     """Leave no pin, filter or entry behind when stopped."""
     socket: Path = DEFAULT_SOCKET

@@ -100,7 +100,11 @@ _path = click.Path(path_type=Path)
     show_default=True,
     help="Miss signals per second and interface; 0: no limit.",
 )
-@click.option("--shadow", is_flag=True, help="Resolve and report, but write nothing into the ipcache.")
+@click.option(
+    "--shadow",
+    is_flag=True,
+    help="Resolve and report; write nothing into the ipcache, enforce nothing, drop nothing.",
+)
 @click.option("--cleanup", is_flag=True, help="When stopped, leave no pin, no filter and no entry behind.")
 @bpffs_option
 @socket_option

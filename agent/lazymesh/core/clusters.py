@@ -211,6 +211,10 @@ class MeshState:
             self._forget(cluster, node)
             self._table = None
 
+    def node_names(self, cluster: str) -> set[str]:
+        """Return the names of the cluster's nodes."""
+        return set(self._nodes.get(cluster, ()))
+
     def table(self) -> ClusterTable:
         """Return the present state; the same object as last time if nothing was changed since."""
         if self._table is None:

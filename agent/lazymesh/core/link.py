@@ -20,6 +20,10 @@ if TYPE_CHECKING:
     from lazymesh.core.tracked import Tracked
 
 
+VOID: tuple[Space, ...] = ()
+"""In place of a read group: the answer of this read is worth nothing, it may be older than what was known."""
+
+
 class LinkState(enum.Enum):
     """Whether the cluster's addresses can be judged; the value is the word in status and metrics."""
 
@@ -63,7 +67,7 @@ class Link:
     """Every tracked address that is resolved with this cluster."""
     reading: dict[Address, tuple[Space, ...]] = field(default_factory=dict)
     """What is in flight; outlives the address itself, so that forgetting an address never doubles its read.
-    An empty group: the read was sent to a store that no longer is, its answer is void."""
+    VOID stands for a read that was sent to a store that no longer is, or for an address that was forgotten."""
     lanes: dict[tuple[Space, ...], Lane] = field(default_factory=dict)
     checks_after: float = -math.inf
     """No checks are sent before: the last one failed."""
@@ -71,4 +75,4 @@ class Link:
     def void_reads(self) -> None:
         """Make the answers of all reads in flight worthless: they may carry revisions of a replaced store."""
         for address in self.reading:
-            self.reading[address] = ()
+            self.reading[address] = VOID

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 
 from lazymesh.core.events import Command, Evict, Install, InstallResult, Report, Unwatch
 from lazymesh.core.judge import Judge, Refusal
-from lazymesh.core.link import LinkState
+from lazymesh.core.link import VOID, LinkState
 from lazymesh.core.model import Reason
 from lazymesh.core.records import entry_of
 from lazymesh.core.tracked import Fetch, Phase, Tracked
@@ -58,6 +58,9 @@ class Moves:
         if link is not None:
             if tracked.fetch is Fetch.QUEUED:
                 self._backlog.remove(tracked, link)
+            elif tracked.fetch is Fetch.READING:
+                # Who misses the address again must not be given what is older than what we forget here.
+                link.reading[tracked.address] = VOID
             if tracked.watched:
                 self.out.append(Unwatch(link.name, tracked.address))
             del link.members[tracked.address]
@@ -102,14 +105,13 @@ class Moves:
             self._settle_without_record(tracked, cluster, now)
             return
         verdict = self._judge.verdict(value, tracked.address, cluster)
-        self._ledger.name(tracked, verdict.identity)
         if isinstance(verdict, Refusal):
+            self._ledger.name(tracked, verdict.identity)
             self.refuse(tracked, verdict.reason, verdict.detail, now)
-            return
-        entry = entry_of(verdict)
-        if tracked.address in self._ledger.unanswered:
+        elif tracked.address in self._ledger.unanswered:
             tracked.again = True
-        elif tracked.entry != entry:
+        elif tracked.entry != (entry := entry_of(verdict)):
+            self._ledger.name(tracked, verdict.identity)
             self.install(tracked, entry, now)
 
     def _settle_without_record(self, tracked: Tracked, cluster: ClusterInfo, now: float) -> None:

@@ -54,14 +54,25 @@ class Datapath:
         self.pins = pins
         self._maps: list[libbpf.Map] = []
         self._programs: list[int] = []
-        self.ipcache = IpcacheMap(self._open(IPCACHE), pins.path(IPCACHE))
+        try:
+            self._open_pins()
+        except DatapathError:
+            self.close()
+            raise
+
+    def _open_pins(self) -> None:
+        self.ipcache = IpcacheMap(self._open(IPCACHE), self.pins.path(IPCACHE))
         self.journal = Journal(self._open("lm_owned"))
         self.mesh_cidrs = MeshCidrs(self._open("lm_mesh_cidrs"))
         self.policy = PolicyMap(self._open("lm_policy"))
         self.config = ConfigMap(self._open("lm_config"))
         self.counters = CounterMap(self._open("lm_counters"))
         self.signals = self._open(SIGNALS)
-        self._programs = [libbpf.open_pin(pins.path(name)) for name in PROGRAMS]
+        for name in PROGRAMS:
+            try:
+                self._programs.append(libbpf.open_pin(self.pins.path(name)))
+            except OSError as exc:
+                raise DatapathError(f"cannot open the program at {self.pins.path(name)}: {exc.strerror}") from exc
 
     def program(self, direction: Direction) -> tuple[str, int]:
         """Return name and file descriptor of the program for interfaces of that direction."""

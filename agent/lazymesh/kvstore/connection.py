@@ -30,6 +30,8 @@ Request = TypeVar("Request")
 Response = TypeVar("Response", bound=rpc.Answer)
 
 
+_CLOSE_GRACE_S = 0.1
+
 Login = tuple[tuple[str, str], ...]
 """Metadata that calls are made with: empty, or the token of a login by password."""
 
@@ -85,8 +87,9 @@ class Connection:
         self.fail(KvstoreError(f"etcd {self.endpoint}: the client was closed"))
         await self._channel.close()
         if self._monitor:
-            # Closing ends it. Cancelled, it would leave grpc with an answer for an event loop that may be gone.
-            await self._monitor
+            # Closing ends it, but not always. Cancelled, it leaves grpc with an answer for an event loop that may be gone.
+            await asyncio.wait([self._monitor], timeout=_CLOSE_GRACE_S)
+            self._monitor.cancel()
 
     def fail(self, error: KvstoreError) -> None:
         """Declare the connection down; the first reason stays."""

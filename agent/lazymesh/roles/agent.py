@@ -14,7 +14,7 @@ import random
 import signal
 import time
 import zlib
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import structlog
 
@@ -84,14 +84,20 @@ class Agent:
         self._policy_tag = policy_tag
         self._metrics = Metrics()
         self._stop = asyncio.Event()
+        self._failure: Exception | None = None
+        self._unexpected = 0
         self._adopted: list[tuple[Address, Entry, int]] = []
         self._started = time.monotonic()
 
     async def run(self) -> None:
         """Start everything in the order in which it depends on each other, wait, stop in the other order."""
+        self._heed_signals()
         pins = Pins.under(self._settings.datapath.bpffs)
         check_bpffs(pins.directory.parent)
-        pins.directory.mkdir(mode=0o700, exist_ok=True)
+        try:
+            pins.directory.mkdir(mode=0o700, exist_ok=True)
+        except OSError as exc:
+            raise DatapathError(f"cannot make {pins.directory}: {exc.strerror}") from exc
         lock = pins.lock()
         try:
             datapath = await asyncio.to_thread(load, pins, self._settings.datapath.ipcache_size)
@@ -117,6 +123,7 @@ class Agent:
         resolver = Resolver(limits, mesh.table, mesh.identities, settings.mesh.region, random.random)
         writer = Shadow() if settings.shadow else installer
         driver = Driver(resolver, writer, mesh.links, self._metrics, datapath.config.mute)
+        driver.fail = self._fail
         if not settings.shadow:
             self._adopted = list(installer.adopt())
         follower = InterfaceFollower(
@@ -124,7 +131,11 @@ class Agent:
         )
         attached = asyncio.Event()
         reader = SignalReader(datapath.signals, driver.on_signals)
-        control = ControlServer(settings.socket, lambda: status.describe())  # noqa: PLW0108 (made in the next line)
+        control = ControlServer(
+            settings.socket,
+            lambda: status.describe(),  # noqa: PLW0108 (made in the next line)
+            lambda on: setattr(driver, "publish", control.publish if on else None),
+        )
         status = Status(
             Parts(
                 settings,
@@ -141,13 +152,18 @@ class Agent:
             )
         )
         export(self._metrics, status)
-        driver.publish = control.publish
+        self._metrics.collect_counter(
+            "lazymesh_unexpected_errors", "Errors that nobody expected; each is in the log", (),
+            lambda: [((), self._unexpected)],
+        )  # fmt: skip
         async with contextlib.AsyncExitStack() as stack:
             stack.callback(reader.close)
             await control.start()
             stack.push_async_callback(control.close)
             if settings.metrics_address is not None:
-                stack.callback(HttpServer(settings.metrics_address, self._metrics, status.not_ready).close)
+                server = HttpServer(settings.metrics_address, self._metrics, status.not_ready)
+                await server.start()
+                stack.push_async_callback(server.close)
             reader.start()
             await self._run_parts(
                 mesh.run(), follower.run(attached), self._tick(driver), self._hand_out(mesh, driver, limits)
@@ -155,9 +171,6 @@ class Agent:
 
     async def _run_parts(self, *parts: Coroutine[None, None, None]) -> None:
         """Run until told to stop, or until one part fails: then its error is ours."""
-        loop = asyncio.get_running_loop()
-        for number in (signal.SIGTERM, signal.SIGINT):
-            loop.add_signal_handler(number, self._stop.set)
         tasks = [asyncio.create_task(part) for part in parts]
         stopped = asyncio.create_task(self._stop.wait())
         try:
@@ -170,16 +183,36 @@ class Agent:
             for task in tasks:
                 task.cancel()
             await asyncio.gather(*tasks, stopped, return_exceptions=True)
+        if self._failure is not None:
+            raise self._failure
         log.info("stopped")
 
+    def _heed_signals(self) -> None:
+        """Take SIGTERM from the first moment on, so that --cleanup holds even if it comes while we compile."""
+        loop = asyncio.get_running_loop()
+        for number in (signal.SIGTERM, signal.SIGINT):
+            loop.add_signal_handler(number, self._stop.set)
+        loop.set_exception_handler(self._on_unexpected)
+
+    def _fail(self, error: Exception) -> None:
+        """End the agent with this error."""
+        self._failure = self._failure or error
+        self._stop.set()
+
+    def _on_unexpected(self, _loop: asyncio.AbstractEventLoop, context: dict[str, Any]) -> None:
+        """Log and count what would have gone to stderr in a form of asyncio's own."""
+        self._unexpected += 1
+        log.error("unexpected", what=context["message"], exc_info=context.get("exception"))
+
     def _configure(self, datapath: Datapath) -> None:
-        settings = self._settings.datapath
+        settings, shadow = self._settings.datapath, self._settings.shadow
         datapath.config.write(
             DatapathConfig(
                 interface_rate=settings.signal_rate,
                 global_rate=4 * settings.signal_rate,
-                drop_missed=settings.drop_missed,
-                enforced=self._policy.enforced if self._policy else frozenset(),
+                # Where no entry is ever written, policy and dropping would cut everybody off.
+                drop_missed=settings.drop_missed and not shadow,
+                enforced=self._policy.enforced if self._policy and not shadow else frozenset(),
                 policy_tag=self._policy_tag,
             )
         )

@@ -56,6 +56,10 @@ class Shadow:
         return False
 
 
+def _no_one_to_tell(error: Exception) -> None:
+    raise error
+
+
 class Driver:
     """Connects resolver, links, installer and whoever wants to hear of outcomes."""
 
@@ -66,7 +70,6 @@ class Driver:
         links: Mapping[str, ClusterLink],
         metrics: Metrics,
         mute: Callable[[bool], None],
-        fail: Callable[[Exception], None],
     ) -> None:
         self.muted = False
         self._resolver = resolver
@@ -74,12 +77,13 @@ class Driver:
         self._links = links
         self._metrics = metrics
         self._mute = mute
-        self._fail = fail
         self._failed = False
         self._events: deque[events.Event] = deque()
         self._busy = False
         self._said = OncePer(QUIET_S)
         self._directions = [metrics.signals.labels(direction.name.lower()) for direction in Direction]
+        self.fail: Callable[[Exception], None] = _no_one_to_tell
+        """Told, once, that the driver has ended by this error."""
         self.publish: Callable[[dict[str, Any]], None] | None = None
         """Takes one object per outcome while somebody streams misses; None while nobody does."""
 
@@ -109,7 +113,7 @@ class Driver:
             # The resolver may be anywhere between two states: nothing more is decided from it.
             self._failed = True
             self._events.clear()
-            self._fail(exc)
+            self.fail(exc)
         finally:
             self._busy = False
 

@@ -23,7 +23,7 @@ from lazymesh.kvstore.follower import PrefixFollower
 from lazymesh.kvstore.model import Connected
 
 if TYPE_CHECKING:
-    from collections.abc import Coroutine, Sequence
+    from collections.abc import Callable, Coroutine, Sequence
 
     from lazymesh.core.model import Address
     from lazymesh.core.records import ClusterConfig
@@ -65,6 +65,9 @@ class LinkObserver(Protocol):
     def on_silent(self, link: ClusterLink) -> None:
         """The store does not answer."""
 
+    def on_relisting(self, link: ClusterLink) -> None:
+        """All nodes and identities will be told from the start: what is not told until on_listed is no more."""
+
 
 @dataclass(frozen=True, slots=True)
 class LinkConfig:
@@ -80,7 +83,7 @@ class LinkConfig:
 
 
 class ClusterLink:
-    """Runs one cluster; ``state`` is for people: connecting, incomplete, listing, ready, silent, refused."""
+    """Runs one cluster; ``state`` is for people: connecting, incomplete, listing, ready, silent, refused, crashed."""
 
     def __init__(self, config: LinkConfig, observer: LinkObserver) -> None:
         self.name = config.name
@@ -92,6 +95,8 @@ class ClusterLink:
         """The first attempt to reach it is over, well or ill."""
         self.nodes_prefix = b""
         self.identities_prefix = b""
+        self.read_problem: str | None = None
+        """Why the last read of addresses failed, None when it did not."""
         self.refused_total: dict[str, int] = {"node": 0, "identity": 0, "cluster-config": 0}
         self._observer = observer
         self._primary = EtcdClient(config.primary)
@@ -101,6 +106,7 @@ class ClusterLink:
         self._watches: dict[Address, dict[Space, int]] = {}
         self._stale = asyncio.Event()
         self._tasks: set[asyncio.Task[None]] = set()
+        self._failure: asyncio.Future[None] | None = None
         self._rewatch: asyncio.TimerHandle | None = None
 
     @property
@@ -119,27 +125,49 @@ class ClusterLink:
         return (len(self._followers[0]), len(self._followers[1])) if self._followers else (0, 0)
 
     async def run(self) -> None:
-        """Keep the link until cancelled."""
+        """Keep the link until cancelled; what raises in a callback of ours is raised here."""
+        self._failure = asyncio.get_running_loop().create_future()
         async with contextlib.AsyncExitStack() as stack:
             await stack.enter_async_context(self._primary)
             if self._remote:
                 await stack.enter_async_context(self._remote)
                 self._remote.add_listener(self._on_remote_event)
             self._primary.add_listener(self._on_primary_event)
-            stack.callback(self._stop_tasks)
-            while True:
+            stack.push_async_callback(self._stop_tasks)
+            while not self._failure.done():
                 self._stale.clear()
                 config = await self._complete()
                 if config is not None:
                     await self._follow(config)
                 else:
                     await asyncio.sleep(RETRY_S)
+        self._failure.result()
+
+    def guard(self, tell: Callable[[], None]) -> None:
+        """Call on behalf of a watch or a connection, which many share and no exception of ours must end."""
+        try:
+            tell()
+        except Exception as exc:
+            self.fail(exc)
+
+    def fail(self, error: BaseException) -> None:
+        """End the link: something is wrong with us, not with the store."""
+        if self._failure is not None and not self._failure.done():
+            self._failure.set_exception(error)
+            self._failure.exception()  # seen: it may come when nobody waits any more
+            self._stale.set()
 
     # --- reads and watches of single addresses ----------------------------------------------------------------------
 
     def read(self, command: events.Read) -> None:
-        """Read the keys of some addresses; the answer comes as an event."""
-        self._start(self._read(command))
+        """Read the keys of some addresses; the answer comes as an event, in any case: the resolver counts on it."""
+        task = self._start(self._read(command))
+        task.add_done_callback(lambda done: self._read_ended(done, command))
+
+    def _read_ended(self, task: asyncio.Task[None], command: events.Read) -> None:
+        # Cancelled when the link ends, perhaps before it ran at all.
+        if task.cancelled() or task.exception() is not None:
+            self._observer.on_event(events.ReadFailed(self.name, command.addresses, "unavailable"))
 
     async def _read(self, command: events.Read) -> None:
         pairs = [(address, space) for address in command.addresses for space in command.spaces]
@@ -147,12 +175,10 @@ class ClusterLink:
         try:
             result = await client.read_many([keys.ip_key(s, a, self.name) for a, s in pairs], READ_TIMEOUT_S)
         except KvstoreError as exc:
-            self.problem = str(exc)
+            self.read_problem = str(exc)
             self._observer.on_event(events.ReadFailed(self.name, command.addresses, exc.kind))
             return
-        except asyncio.CancelledError:  # the link ends; the resolver is owed an answer to every read
-            self._observer.on_event(events.ReadFailed(self.name, command.addresses, "unavailable"))
-            raise
+        self.read_problem = None
         states = tuple(
             events.KeyState(address, space, None if found is None else found.value, result.revision)
             for (address, space), found in zip(pairs, result.values, strict=True)
@@ -260,18 +286,23 @@ class ClusterLink:
         self.nodes_prefix = keys.nodes_prefix(config.cached, self.name)
         self.identities_prefix = keys.identities_prefix(config.cached, self.name)
         if [f.prefix for f in self._followers] != [self.nodes_prefix, self.identities_prefix]:
+            self._observer.on_relisting(self)
             self._followers = [
                 PrefixFollower(self._primary, prefix, _PrefixObserver(self, prefix))
                 for prefix in (self.nodes_prefix, self.identities_prefix)
             ]
         self._synced.clear()
         tasks = [asyncio.create_task(follower.run()) for follower in self._followers]
+        stale = asyncio.create_task(self._stale.wait())
         try:
-            await self._stale.wait()
+            await asyncio.wait([*tasks, stale], return_when=asyncio.FIRST_COMPLETED)
         finally:
-            for task in tasks:
+            for task in (*tasks, stale):
                 task.cancel()
-            await asyncio.gather(*tasks, return_exceptions=True)
+            ended = await asyncio.gather(*tasks, stale, return_exceptions=True)
+        for error in ended:
+            if isinstance(error, Exception):
+                raise error
         self._reset()
 
     def on_prefix_changes(self, prefix: bytes, changes: Sequence[Change]) -> None:
@@ -305,7 +336,8 @@ class ClusterLink:
 
     def _on_primary_event(self, event: ClientEvent) -> None:
         if not isinstance(event, Connected):
-            self._fall_silent(event.error)
+            error = event.error
+            self.guard(lambda: self._fall_silent(error))
         elif event.reset:
             log.warning(
                 "the store was replaced, or went back in time", cluster=self.name, endpoint=event.endpoint
@@ -325,16 +357,24 @@ class ClusterLink:
                     return
             await asyncio.sleep(RETRY_S)
 
-    def _start(self, work: Coroutine[None, None, None]) -> None:
+    def _start(self, work: Coroutine[None, None, None]) -> asyncio.Task[None]:
         task = asyncio.create_task(work)
         self._tasks.add(task)
-        task.add_done_callback(self._tasks.discard)
+        task.add_done_callback(self._ended)
+        return task
 
-    def _stop_tasks(self) -> None:
+    def _ended(self, task: asyncio.Task[None]) -> None:
+        self._tasks.discard(task)
+        if not task.cancelled() and (error := task.exception()) is not None:
+            self.fail(error)
+
+    async def _stop_tasks(self) -> None:
         if self._rewatch is not None:
             self._rewatch.cancel()
-        for task in self._tasks:
+            self._rewatch = None
+        for task in list(self._tasks):
             task.cancel()
+        await asyncio.gather(*self._tasks, return_exceptions=True)
 
 
 @dataclass(frozen=True, slots=True)
@@ -347,10 +387,10 @@ class _KeyListener:
         """Nothing hangs on it: the read before it told the key's state."""
 
     def on_changes(self, _watch_id: int, changes: Sequence[Change]) -> None:
-        self.link.on_key_changed(self.address, self.space, changes)
+        self.link.guard(lambda: self.link.on_key_changed(self.address, self.space, changes))
 
     def on_lost(self, _watch_id: int, loss: WatchLoss) -> None:
-        self.link.on_key_lost(self.address, self.space, loss)
+        self.link.guard(lambda: self.link.on_key_lost(self.address, self.space, loss))
 
 
 @dataclass(frozen=True, slots=True)
@@ -359,10 +399,10 @@ class _PrefixObserver:
     prefix: bytes
 
     def on_changes(self, changes: Sequence[Change]) -> None:
-        self.link.on_prefix_changes(self.prefix, changes)
+        self.link.guard(lambda: self.link.on_prefix_changes(self.prefix, changes))
 
     def on_synced(self) -> None:
-        self.link.on_prefix_synced(self.prefix)
+        self.link.guard(lambda: self.link.on_prefix_synced(self.prefix))
 
     def on_silent(self, error: KvstoreError) -> None:
-        self.link.on_prefix_silent(error)
+        self.link.guard(lambda: self.link.on_prefix_silent(error))

@@ -16,7 +16,7 @@ from lazymesh.core import events, keys
 from lazymesh.core.clusters import ClusterInfo, MeshState
 from lazymesh.core.identities import check_identity, check_labels, identity_range
 from lazymesh.core.records import RecordError, decode_identity, decode_node
-from lazymesh.errors import SettingsError
+from lazymesh.errors import DatapathError, SettingsError
 from lazymesh.roles.configdir import LOOK_EVERY_S, ClusterFile, read_directory
 from lazymesh.roles.link import ClusterLink, LinkConfig
 from lazymesh.roles.logs import OncePer
@@ -36,6 +36,11 @@ log = structlog.get_logger()
 TABLE_DELAY_S = 0.02
 """Node records that come in a burst make one new table, not one each."""
 COMPLAIN_EVERY_S = 600.0
+RESTART_S = 5.0
+"""A link that ended by a bug of ours, or because a map of ours is full, is started again after this long."""
+RETRY_TABLE_S = 1.0
+"""Between attempts to write pod CIDRs that the kernel would not take."""
+_NOTHING: tuple[set[str], set[int]] = (set(), set())
 
 
 class Mesh:
@@ -65,6 +70,12 @@ class Mesh:
         self._files: dict[str, tuple[ClusterFile, ClusterFile | None]] = {}
         self._tasks: dict[str, asyncio.Task[None]] = {}
         self._complained = OncePer(COMPLAIN_EVERY_S)
+        self.problem: str | None = None
+        """Why the pod CIDRs in the kernel are not those of ``table``, None when they are."""
+        self.crashes: dict[str, int] = {}
+        """How often each cluster's link has ended by itself."""
+        self._untold: dict[str, tuple[set[str], set[int]]] = {}
+        """While a cluster is listed from the start: nodes and identities known from before and not told again."""
         self._due: asyncio.TimerHandle | None = None
         self._swept = False
         self.joined = asyncio.Event()
@@ -120,18 +131,25 @@ class Mesh:
     def _configure(self, name: str, pair: tuple[ClusterFile, ClusterFile | None]) -> None:
         file, remote = pair
         error = file.error or (remote.error if remote else None)
-        self._stop(name)
         if error or file.config is None:
+            # Perhaps half written: a link that runs is worth more than an order that cannot be read.
             self.file_errors[name] = error or "no configuration"
-            log.error("cluster configuration refused", cluster=name, error=error)
+            log.error("cluster configuration refused", cluster=name, error=error, kept=name in self.links)
             return
         self.file_errors.pop(name, None)
-        link = ClusterLink(LinkConfig(name, file.config, remote.config if remote else None), self)
-        self.links[name] = link
-        task = asyncio.create_task(link.run(), name=f"cluster {name}")
-        task.add_done_callback(_report_crash)
-        self._tasks[name] = task
+        self._start(LinkConfig(name, file.config, remote.config if remote else None))
         log.info("cluster configured", cluster=name)
+
+    def _start(self, config: LinkConfig) -> None:
+        """Start a link, in place of the one that runs."""
+        link = ClusterLink(config, self)
+        before = self.links.get(config.name)
+        link.tried = before is not None and before.tried  # readiness is not lost by new certificates
+        self._stop(config.name)
+        self.links[config.name] = link
+        task = asyncio.create_task(link.run(), name=f"cluster {config.name}")
+        task.add_done_callback(lambda ended: self._link_ended(link, ended))
+        self._tasks[config.name] = task
 
     def _stop(self, name: str) -> None:
         """End a link; what it told stays until its successor, or _remove, says otherwise."""
@@ -142,9 +160,26 @@ class Mesh:
             self._feed(events.ClusterSilent(name))
             self._feed(events.StoreReset(name))  # its key watches go with it
 
+    def _link_ended(self, link: ClusterLink, task: asyncio.Task[None]) -> None:
+        """Start a link again that ended by itself: one cluster's strange records must cost the others nothing."""
+        if not self._current(link) or task.cancelled() or (error := task.exception()) is None:
+            return
+        link.state, link.problem, link.tried = "crashed", f"{type(error).__name__}: {error}", True
+        self.crashes[link.name] = self.crashes.get(link.name, 0) + 1
+        log.error("cluster link crashed", cluster=link.name, error=link.problem, exc_info=error)
+        self._feed(events.ClusterSilent(link.name))
+        self._feed(events.StoreReset(link.name))
+        again = lambda: self._start(link.config) if self._current(link) else None  # noqa: E731
+        task.get_loop().call_later(RESTART_S, again)
+
+    def _current(self, link: ClusterLink) -> bool:
+        """Tell whether this link runs for its cluster: one that was replaced may still have a last word."""
+        return self.links.get(link.name) is link
+
     def _remove(self, name: str) -> None:
         self._stop(name)
         self.file_errors.pop(name, None)
+        self._untold.pop(name, None)
         info = self.table.cluster(name)
         self._feed(events.ClusterGone(name))
         if info is not None:
@@ -158,6 +193,8 @@ class Mesh:
         self, link: ClusterLink, config: ClusterConfig, spaces: tuple[tuple[Space, ...], ...]
     ) -> str | None:
         """Let the cluster join, unless its id or the mesh's size contradict ours."""
+        if not self._current(link):
+            return "its configuration has changed"
         ours = self._settings.max_connected_clusters
         if config.max_connected_clusters != ours:
             return f"it says max-connected-clusters {config.max_connected_clusters}, ours is {ours}"
@@ -176,10 +213,14 @@ class Mesh:
 
     def on_nodes(self, link: ClusterLink, changes: Sequence[Change]) -> None:
         """Take nodes in; the table follows in a moment."""
+        if not self._current(link):
+            return
+        untold = self._untold.get(link.name, _NOTHING)[0]
         for change in changes:
             name = keys.node_of_key(change.key, link.nodes_prefix)
             if name is None:
                 continue
+            untold.discard(name)
             if change.value is None:
                 self._state.delete_node(link.name, name)
                 continue
@@ -196,16 +237,20 @@ class Mesh:
                 self._state.delete_node(link.name, name)
                 self._complain(link, "node", name, refusal)
         if self._due is None:
-            self._due = asyncio.get_running_loop().call_later(TABLE_DELAY_S, self._refresh_table)
+            self._due = asyncio.get_running_loop().call_later(TABLE_DELAY_S, self._refresh_due)
 
     def on_identities(self, link: ClusterLink, changes: Sequence[Change]) -> None:
         """Judge identities, then make them known; a withdrawn one loses its entries before its rights."""
+        if not self._current(link):
+            return
+        untold = self._untold.get(link.name, _NOTHING)[1]
         known: list[int] = []
         gone: list[int] = []
         for change in changes:
             identity = keys.identity_of_key(change.key, link.identities_prefix)
             if identity is None:
                 continue
+            untold.discard(identity)
             if change.value is not None and self._judge(link, identity, change.value):
                 known.append(identity)
             elif identity in self.identities and self._belongs(link, identity):
@@ -222,6 +267,12 @@ class Mesh:
 
     def on_listed(self, link: ClusterLink) -> None:
         """The cluster can be judged: its CIDRs first, then its addresses."""
+        if not self._current(link):
+            return
+        nodes, identities = self._untold.pop(link.name, _NOTHING)
+        for name in nodes:
+            self._state.delete_node(link.name, name)
+        self._forget_identities(list(identities))
         self._refresh_table()
         self._feed(events.ClusterReady(link.name))
         if not self._swept and self.complete:
@@ -229,7 +280,15 @@ class Mesh:
 
     def on_silent(self, link: ClusterLink) -> None:
         """Entries stay, for a while."""
-        self._feed(events.ClusterSilent(link.name))
+        if self._current(link):
+            self._feed(events.ClusterSilent(link.name))
+
+    def on_relisting(self, link: ClusterLink) -> None:
+        """Note what an earlier link told: what this one does not tell again went while nobody looked."""
+        info = self.table.cluster(link.name)
+        if info is not None and self._current(link):
+            identities = {identity for identity in self.identities if identity in info.identities}
+            self._untold[link.name] = self._state.node_names(link.name), identities
 
     def _belongs(self, link: ClusterLink, identity: int) -> bool:
         info = self.table.cluster(link.name)
@@ -267,6 +326,15 @@ class Mesh:
 
     # --- pod CIDRs --------------------------------------------------------------------------------------------------
 
+    def _refresh_due(self) -> None:
+        try:
+            self._refresh_table()
+        except DatapathError as exc:
+            self.problem = str(exc)
+            if self._complained("table", time.monotonic()):
+                log.error("pod CIDRs", error=str(exc))
+            self._due = asyncio.get_running_loop().call_later(RETRY_TABLE_S, self._refresh_due)
+
     def _refresh_table(self) -> None:
         """Put the present table in force, in the kernel and in the resolver."""
         if self._due is not None:
@@ -283,7 +351,7 @@ class Mesh:
             [network for network in changes.deleted if network not in self._by_hand],
         )
         self._leftovers.difference_update(network for network, _ in changes.written)
-        self.table = table
+        self.table, self.problem = table, None
         self._feed(events.TableChanged(table))
 
     def _sweep(self) -> None:
@@ -292,8 +360,3 @@ class Mesh:
         self._cidrs.apply((), self._leftovers)
         self._leftovers.clear()
         self._enforcement.sweep()
-
-
-def _report_crash(task: asyncio.Task[None]) -> None:
-    if not task.cancelled() and (error := task.exception()):
-        task.get_loop().call_exception_handler({"message": f"{task.get_name()} crashed", "exception": error})

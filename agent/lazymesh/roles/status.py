@@ -74,7 +74,7 @@ class Status:
                 "interfaces": {
                     name: d.name.lower() for name, d in sorted(self.parts.follower.attached.items())
                 },
-                "onMiss": "drop" if settings.datapath.drop_missed else "pass",
+                "onMiss": "drop" if settings.datapath.drop_missed and not settings.shadow else "pass",
                 "policy": str(settings.policy) if settings.policy else "none",
                 "mapId": self.parts.datapath.ipcache.map_id,
                 "packets": {d.name.lower(): self.packets(d) for d in Direction},
@@ -108,7 +108,7 @@ class Status:
             "name": name,
             "id": info.cluster_id if info else None,
             "state": link.state if link else "refused",
-            "problem": link.problem if link else self.parts.mesh.file_errors.get(name),
+            "problem": (link and (link.problem or link.read_problem)) or self.parts.mesh.file_errors.get(name),
             "nodes": nodes,
             "identities": identities,
             "watchedKeys": link.watched_keys if link else 0,
@@ -125,9 +125,13 @@ class Status:
             yield "no interface carries the program: does --interface match any?"
         if self.parts.driver.muted:
             yield "signals are muted: misses come faster than they can be resolved"
+        if self.parts.mesh.problem:
+            yield f"the pod CIDRs in force are out of date: {self.parts.mesh.problem}"
         for name, link in sorted(self.parts.mesh.links.items()):
             if link.state != "ready":
                 yield f"cluster {name} is {link.state}: {link.problem or 'not listed yet'}"
+            elif link.read_problem:
+                yield f"cluster {name}: the last read failed: {link.read_problem}"
         for name, error in sorted(self.parts.mesh.file_errors.items()):
             yield f"cluster {name}: {error}"
 
@@ -175,11 +179,15 @@ def export(metrics: Metrics, status: Status) -> None:
     )  # fmt: skip
     metrics.collect_gauge(
         "lazymesh_cluster_ready", "1 while the cluster's nodes and identities are listed and followed", ("cluster",),
-        lambda: [((name,), float(link.state == "ready")) for name, link in list(status.parts.mesh.links.items())],
+        lambda: [((name,), float(link.state == "ready")) for name, link in status.parts.mesh.links.items()],
     )  # fmt: skip
     metrics.collect_counter(
         "lazymesh_store_reconnects", "Reconnects to a cluster's store", ("cluster",),
-        lambda: [((name,), link.client.info.reconnects) for name, link in list(status.parts.mesh.links.items())],
+        lambda: [((name,), link.client.info.reconnects) for name, link in status.parts.mesh.links.items()],
+    )  # fmt: skip
+    metrics.collect_counter(
+        "lazymesh_cluster_link_crashes", "Links to clusters that ended by themselves and were started again",
+        ("cluster",), lambda: [((name,), n) for name, n in status.parts.mesh.crashes.items()],
     )  # fmt: skip
     metrics.collect_counter(
         "lazymesh_records_refused", "Node, identity and cluster-config records refused", ("cluster", "kind"),
@@ -188,6 +196,6 @@ def export(metrics: Metrics, status: Status) -> None:
 
 
 def _refused(status: Status) -> Iterator[Sample]:
-    for name, link in list(status.parts.mesh.links.items()):
+    for name, link in status.parts.mesh.links.items():
         for kind, count in link.refused_total.items():
             yield (name, kind), count
