@@ -1,0 +1,28 @@
+.DEFAULT_GOAL := help
+.PHONY: help setup check format test unit datapath mesh demo clean
+
+PYTEST = .venv/bin/python -m pytest
+
+help: ## show this list
+	@grep -hE '^[a-z ]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 26
+
+setup: ## install what is needed; the program is then .venv/bin/lazymesh
+	@scripts/setup
+
+check: ## style, format, types, direction of imports
+	@scripts/check
+
+format: setup ## rewrite the Python code in the house style
+	@.venv/bin/ruff check --quiet --fix . ; .venv/bin/ruff format .
+
+test: ## the checks and every test this machine can run
+	@scripts/test
+
+unit datapath mesh: setup ## tests of one tier: unit, datapath or mesh
+	@$(PYTEST) tests/$@
+
+demo: ## two clusters in network namespaces, without and with lazymesh
+	@scripts/demo
+
+clean: ## remove .venv, caches and build leftovers
+	@rm -rf .venv .cache .*_cache .hypothesis build dist agent/*.egg-info

@@ -1,0 +1,215 @@
+"""The demo: the same traffic from a pod to remote pods in a sync gap, first without, then with lazymesh.
+
+Both times the same program enforces the same policy (egress denied, except to ``app=server``), and none of
+the remote pods is in the ipcache yet. Without: the agent knows no cluster to ask, so the peers stay unknown
+and policy drops their packets, as it does while a record is on its way. With: the first packet misses, and
+the agent fetches the record.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import os
+import sys
+import time
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from tests.support.lab import REMOTE_CIDRS, Lab, remote_address
+from tests.support.namespaces import tidy_signals
+from tests.support.traffic import Exchange, Probe, probe
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Sequence
+
+Numbers = dict[str, Any]
+_BEGAN = time.monotonic()
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What is sent where; both runs get the same."""
+
+    connections: int
+    on_miss: str | None
+
+    @property
+    def probe(self) -> Probe:
+        """What the client does; it starts one at a time, so that its own work is not measured."""
+        return Probe(tcp=self.tcp, udp=self.udp, stagger=min(0.002, 1 / self.connections))
+
+    @property
+    def tcp(self) -> tuple[str, ...]:
+        """The peers of the TCP connections, IPv4 and IPv6 in turn."""
+        return tuple(remote_address(number, 6 if number % 2 else 4) for number in range(self.connections))
+
+    @property
+    def udp(self) -> tuple[str, ...]:
+        """The peers of the UDP exchanges: others, because a peer misses only once."""
+        start = self.connections
+        return tuple(remote_address(number, 6 if number % 2 else 4) for number in range(start, 2 * start))
+
+
+def main() -> int:
+    """Run the demo; 0 if it showed what it promises, 1 if not, 3 if it could not run."""
+    options = parse_arguments()
+    if os.geteuid() != 0:
+        return fail("needs root, for network namespaces and BPF")
+    plan = Plan(options.connections, options.on_miss)
+    try:
+        with tidy_signals():
+            results = run(plan)
+    except KeyboardInterrupt:
+        say("interrupted; everything it made is removed")
+        return 130
+    except (OSError, RuntimeError) as error:
+        return fail(str(error))
+    print(json.dumps(results) if options.output == "json" else table(results))
+    return 0 if shows_the_difference(results) else 1
+
+
+def parse_arguments() -> argparse.Namespace:
+    """Read the command line."""
+    parser = argparse.ArgumentParser(
+        prog="scripts/demo", description="Two clusters in network namespaces, without and with lazymesh."
+    )
+    parser.add_argument("-o", "--output", choices=("table", "json"), default="table")
+    parser.add_argument(
+        "--connections", type=count, default=20, metavar="N", help="of each protocol (default: 20)"
+    )
+    parser.add_argument("--on-miss", choices=("pass", "hold", "drop"), help="the agent's option of that name")
+    return parser.parse_args()
+
+
+def count(text: str) -> int:
+    """Read a number of connections."""
+    number = int(text)
+    if not 1 <= number <= 400:
+        raise argparse.ArgumentTypeError("give 1 to 400")
+    return number
+
+
+def run(plan: Plan) -> Numbers:
+    """Build the lab, send the traffic twice, and return what came of it."""
+    say("building two clusters in network namespaces, with an etcd")
+    with Lab(pods=1) as lab:
+        lab.publish_many([*plan.tcp, *plan.udp])
+        without, _ = run_once(lab, plan, "without lazymesh's resolver", resolver=False)
+        with_it, ipcache = run_once(lab, plan, "with lazymesh", resolver=True)
+        say("cleaning up")
+    return {"without": without, "with": with_it, "ipcache": ipcache}
+
+
+def run_once(lab: Lab, plan: Plan, words: str, *, resolver: bool) -> tuple[Numbers, dict[str, int]]:
+    """Send the traffic past a fresh agent; return the numbers, and the ipcache's size before and after."""
+    say(f"{words}: starting the agent")
+    if resolver:
+        agent = lab.start_agent("--cleanup", *(("--on-miss", plan.on_miss) if plan.on_miss else ()))
+    else:
+        cidrs = [word for cidr in REMOTE_CIDRS for word in ("--mesh-cidr", f"{lab.remote_name}={cidr}")]
+        agent = lab.start_agent("--cleanup", "--on-miss", "pass", *cidrs, config=lab.no_config)
+    before = len(lab.ipcache())
+    say(f"{words}: {plan.connections} TCP connections, {plan.connections} UDP exchanges")
+    exchanges = probe(lab.pods[0].namespace, plan.probe)
+    after = len(lab.ipcache())
+    agent.stop()
+    return summarize(exchanges), {"before": before, "after": after}
+
+
+def summarize(exchanges: Sequence[Exchange]) -> Numbers:
+    """Count and rank what the client saw."""
+    tcp = [exchange for exchange in exchanges if exchange.protocol == "tcp"]
+    udp = [exchange for exchange in exchanges if exchange.protocol == "udp"]
+    return {
+        "tcp": {"attempted": len(tcp), "connected": answered(tcp), **round_trips(tcp)},
+        "udp": {"sent": len(udp), "answered": answered(udp), **round_trips(udp)},
+    }
+
+
+def answered(exchanges: Sequence[Exchange]) -> int:
+    """Count those whose peer answered at all."""
+    return sum(exchange.ok for exchange in exchanges)
+
+
+def round_trips(exchanges: Sequence[Exchange]) -> Numbers:
+    """Return the first packets' and the later round trips' percentiles."""
+    first = [exchange.first_ms for exchange in exchanges if exchange.first_ms is not None]
+    steady = [value for exchange in exchanges for value in exchange.steady_ms]
+    return {"first_ms": percentiles(first), "steady_ms": percentiles(steady)}
+
+
+def percentiles(values: Sequence[float]) -> dict[str, float | None]:
+    """Return p50 and p99 by nearest rank, None where there is nothing to rank."""
+    ranked = sorted(values)
+    return {
+        f"p{percent}": round(ranked[math.ceil(percent / 100 * len(ranked)) - 1], 3) if ranked else None
+        for percent in (50, 99)
+    }
+
+
+def shows_the_difference(results: Numbers) -> bool:
+    """Tell whether nothing passed without, and everything with."""
+    without, with_it = results["without"], results["with"]
+    return (
+        without["tcp"]["connected"] == without["udp"]["answered"] == 0
+        and with_it["tcp"]["connected"] == with_it["tcp"]["attempted"]
+        and with_it["udp"]["answered"] == with_it["udp"]["sent"]
+    )
+
+
+def table(results: Numbers) -> str:
+    """Draw the results for a person."""
+    runs = (results["without"], results["with"])
+    sides: list[tuple[str, Callable[[Numbers], str]]] = [
+        ("TCP connections made", lambda r: f"{r['tcp']['connected']} of {r['tcp']['attempted']}"),
+        ("  first packet, p50 / p99", lambda r: milliseconds(r["tcp"]["first_ms"])),
+        ("  then, p50 / p99", lambda r: milliseconds(r["tcp"]["steady_ms"])),
+        ("UDP exchanges answered", lambda r: f"{r['udp']['answered']} of {r['udp']['sent']}"),
+        ("  first packet, p50 / p99", lambda r: milliseconds(r["udp"]["first_ms"])),
+        ("  then, p50 / p99", lambda r: milliseconds(r["udp"]["steady_ms"])),
+    ]
+    rows = [(name, *(show(r) for r in runs)) for name, show in sides]
+    entries = results["ipcache"]
+    rows += [
+        ("ipcache entries before", "", str(entries["before"])),
+        ("ipcache entries after", "", str(entries["after"])),
+    ]
+    lines = [f"{name:<28}{without:>22}{with_it:>24}" for name, without, with_it in rows]
+    head = f"{'pod to remote pods, sync gap':<28}{'WITHOUT LAZYMESH':>22}{'WITH LAZYMESH':>24}"
+    verdict = (
+        "Without: dropped by policy. With: slow at first, then normal."
+        if shows_the_difference(results)
+        else "Not as promised: without lazymesh nothing should pass, with it everything should."
+    )
+    return "\n".join(
+        [head, "-" * len(head), *lines, "", verdict, "First packet: until its answer, repeats included."]
+    )
+
+
+def milliseconds(ranks: dict[str, float | None]) -> str:
+    """Format a pair of percentiles."""
+    if ranks["p50"] is None or ranks["p99"] is None:
+        return "-"
+    return f"{short(ranks['p50'])} / {short(ranks['p99'])} ms"
+
+
+def short(value: float) -> str:
+    """Format with about three digits."""
+    return f"{value:.0f}" if value >= 100 else f"{value:.3g}"
+
+
+def say(words: str) -> None:
+    """Tell the person what is going on."""
+    print(f"demo: {time.monotonic() - _BEGAN:4.1f} s  {words}", file=sys.stderr, flush=True)
+
+
+def fail(words: str) -> int:
+    """Say why it could not run."""
+    print(f"demo: {words}", file=sys.stderr)
+    return 3
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,122 @@
+"""The folder is the tier: marks tests by it, and says what a machine lacks to run them.
+
+A missing need skips the test with the need named. Under CI (``CI=true``) the same skip is a failure: a
+pipeline that silently runs nothing looks green.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib.util
+import os
+import shutil
+import signal
+import subprocess
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import pytest
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator
+
+TESTS = Path(__file__).parent
+
+PATIENCE_SECONDS = 120
+"""For one test; a hanging one must fail by name instead of taking the whole run with it."""
+
+SKIPS_ALLOWED_IN_CI = {
+    "/dev/kvm": "rented build machines have no nested virtualisation",
+}
+"""Needs that a build machine may lack, each with the reason."""
+
+
+def _is_root() -> bool:
+    return os.geteuid() == 0
+
+
+def _has_bcc() -> bool:
+    return importlib.util.find_spec("bcc") is not None
+
+
+def _has_etcd() -> bool:
+    return shutil.which("etcd") is not None
+
+
+def _can_make_namespaces() -> bool:
+    attempt = ["unshare", "--net", "true"]
+    return _is_root() and subprocess.run(attempt, check=False, capture_output=True).returncode == 0
+
+
+def _has_kvm() -> bool:
+    return os.access("/dev/kvm", os.R_OK | os.W_OK)
+
+
+NEEDS: dict[str, tuple[str, Callable[[], bool]]] = {
+    "root": ("run as root", _is_root),
+    "bcc": ("install python3-bpfcc", _has_bcc),
+    "etcd": ("install etcd-server", _has_etcd),
+    "network namespaces": ("allow this container to make network namespaces", _can_make_namespaces),
+    "/dev/kvm": ("run on a machine with virtualisation", _has_kvm),
+}
+
+TIERS: dict[str, tuple[str, ...]] = {
+    "unit": (),
+    "datapath": ("root", "bcc"),
+    "mesh": ("root", "bcc", "etcd", "network namespaces"),
+    "vm": ("root", "/dev/kvm"),
+}
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Declare the tier that pyproject.toml does not name, and the mark for a single test's further needs."""
+    config.addinivalue_line("markers", "vm: a kernel of its own, booted with KVM")
+    config.addinivalue_line("markers", "needs(name, ...): what this one test needs beyond its tier")
+    config.addinivalue_line(
+        "markers", f"patience(seconds): how long this test may take, if not {PATIENCE_SECONDS}"
+    )
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Mark each test with the folder it lives in."""
+    for item in items:
+        if item.path.is_relative_to(TESTS):
+            tier = item.path.relative_to(TESTS).parts[0]
+            if tier in TIERS:
+                item.add_marker(tier)
+
+
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    """Skip what cannot run here, or fail if this is a build machine."""
+    needs = [need for tier, wanted in TIERS.items() if item.get_closest_marker(tier) for need in wanted]
+    needs += [need for mark in item.iter_markers("needs") for need in mark.args]
+    lacking = [need for need in needs if not _met(need)]
+    if not lacking:
+        return
+    words = "; ".join(f"needs {need}: {NEEDS[need][0]}" for need in lacking)
+    if os.environ.get("CI") == "true" and not SKIPS_ALLOWED_IN_CI.keys() >= set(lacking):
+        pytest.fail(f"{words} (a skip anywhere else, a failure under CI)", pytrace=False)
+    pytest.skip(words)
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_call(item: pytest.Item) -> Iterator[None]:
+    """End a test that hangs."""
+    mark = item.get_closest_marker("patience")
+    seconds = mark.args[0] if mark else PATIENCE_SECONDS
+
+    def give_up(_number: int, _frame: object) -> None:
+        pytest.fail(f"still not done after {seconds} s")
+
+    before = signal.signal(signal.SIGALRM, give_up)
+    signal.setitimer(signal.ITIMER_REAL, seconds)
+    try:
+        return (yield)
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, before)
+
+
+@functools.cache
+def _met(need: str) -> bool:
+    return NEEDS[need][1]()
