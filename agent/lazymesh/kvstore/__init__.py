@@ -5,3 +5,8 @@
 the two long stories that are told with it: mirroring a prefix, and keeping what was written alive. ``model``
 has the values and protocols of them all.
 """
+
+import os
+
+# grpc's C core writes lines of its own to stderr, in the middle of a JSON log; what they say is in our errors.
+os.environ.setdefault("GRPC_VERBOSITY", "NONE")

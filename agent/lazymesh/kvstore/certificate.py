@@ -71,12 +71,23 @@ def _time(tag: int, content: bytes) -> datetime:
     return datetime.strptime(content.decode("ascii"), layout).replace(tzinfo=UTC)
 
 
-async def handshake_failure(endpoint: Endpoint, config: EtcdConfig, timeout_s: float) -> str | None:
-    """Try one handshake and return why TLS fails, in a few words; None when TLS is not what fails."""
+@dataclass(frozen=True, slots=True)
+class HandshakeFailure:
+    """Why there is no TLS connection, and what to do about it, in a few words each."""
+
+    reason: str
+    advice: str
+
+
+async def handshake_failure(
+    endpoint: Endpoint, config: EtcdConfig, timeout_s: float
+) -> HandshakeFailure | None:
+    """Try one handshake and return why it fails; None when TLS is not what fails."""
     try:
         context = _context(config)
     except (OSError, ssl.SSLError) as exc:
-        return f"the TLS files do not fit together ({_words(exc)}); check those named in {config.source}"
+        reason = f"the TLS files do not fit together ({_words(exc)})"
+        return HandshakeFailure(reason, f"check those named in {config.source}")
     try:
         async with asyncio.timeout(timeout_s):
             return await _handshake(endpoint, context, config)
@@ -95,7 +106,9 @@ def _context(config: EtcdConfig) -> ssl.SSLContext:
     return context
 
 
-async def _handshake(endpoint: Endpoint, context: ssl.SSLContext, config: EtcdConfig) -> str | None:
+async def _handshake(
+    endpoint: Endpoint, context: ssl.SSLContext, config: EtcdConfig
+) -> HandshakeFailure | None:
     writer = None
     try:
         reader, writer = await asyncio.open_connection(
@@ -104,20 +117,16 @@ async def _handshake(endpoint: Endpoint, context: ssl.SSLContext, config: EtcdCo
         # With TLS 1.3 a refusal of our certificate arrives only after our side of the handshake is done.
         await reader.read(1)
     except ssl.SSLCertVerificationError as exc:
-        ca_file = config.ca_file or "trusted-ca-file"
-        return f"its certificate is refused here: {exc.verify_message}; check {ca_file}"
+        reason = f"the server's certificate is refused: {exc.verify_message.rstrip('.')}"
+        return HandshakeFailure(reason, f"check it against {config.ca_file or 'trusted-ca-file'}")
     except ssl.SSLError as exc:
-        return f"it refuses us in the TLS handshake: {_words(exc)}; check {_client_side(config)}"
+        ours = f"client certificate {config.cert_file}" if config.cert_file else "missing cert-file"
+        reason = f"the server ends the TLS handshake: {_words(exc)}"
+        return HandshakeFailure(reason, f"check the {ours} in {config.source}")
     finally:
         if writer is not None:
             writer.close()
     return None
-
-
-def _client_side(config: EtcdConfig) -> str:
-    return (
-        f"the client certificate {config.cert_file}" if config.cert_file else "whether it wants a cert-file"
-    )
 
 
 def _words(exc: OSError) -> str:

@@ -30,8 +30,6 @@ Request = TypeVar("Request")
 Response = TypeVar("Response", bound=rpc.Answer)
 
 
-_CLOSE_GRACE_S = 0.1
-
 Login = tuple[tuple[str, str], ...]
 """Metadata that calls are made with: empty, or the token of a login by password."""
 
@@ -59,7 +57,6 @@ class Connection:
         """To be handed to :meth:`renew_login` when it is refused."""
         self._logging_in = asyncio.Lock()
         self._calls: dict[str, Any] = {}
-        self._monitor: asyncio.Task[None] | None = None
         tls = read_tls_files(config) if config.tls else None
         self.peer = Peer(str(endpoint), _who(config, tls.cert if tls else None))
         self._channel = open_channel(endpoint, tls, transport)
@@ -72,24 +69,16 @@ class Connection:
             await self.ping(self._timeout_s)
         except KvstoreError as exc:
             if self._config.tls and exc.kind in ("unavailable", "timeout"):
-                reason = await handshake_failure(self.endpoint, self._config, self._timeout_s)
-                if reason:
-                    what, advice = "connect", "see `lazymesh check` for the certificates"
-                    raise self.peer.error("certificate", what, reason, advice) from exc
+                tls = await handshake_failure(self.endpoint, self._config, self._timeout_s)
+                if tls:
+                    raise self.peer.error("certificate", "connect", tls.reason, tls.advice) from exc
             raise
-        self._monitor = asyncio.create_task(
-            self._follow_channel_state(), name=f"etcd channel {self.endpoint}"
-        )
 
     async def close(self) -> None:
         """Give the connection up; calls still under way fail with its ``failure``."""
         self.on_down = None
         self.fail(KvstoreError(f"etcd {self.endpoint}: the client was closed"))
         await self._channel.close()
-        if self._monitor:
-            # Closing ends it, but not always. Cancelled, it leaves grpc with an answer for an event loop that may be gone.
-            await asyncio.wait([self._monitor], timeout=_CLOSE_GRACE_S)
-            self._monitor.cancel()
 
     def fail(self, error: KvstoreError) -> None:
         """Declare the connection down; the first reason stays."""
@@ -106,7 +95,7 @@ class Connection:
         what: Callable[[], str],
     ) -> Response:
         """Make one unary call; ``what`` says, for a message, what could not be done."""
-        login = self.login
+        login, floor = self.login, self.revision
         try:
             response = await self._unary(method, request, timeout_s, login)
         except grpc.RpcError as exc:
@@ -117,7 +106,7 @@ class Connection:
                 response = await self._unary(method, request, timeout_s, self.login)
             except grpc.RpcError as again:
                 raise self.peer.translate(again, what()) from again
-        self.observe(response.header)
+        self._observe(response.header, floor)
         return response
 
     async def stream(
@@ -125,12 +114,13 @@ class Connection:
     ) -> AsyncGenerator[Response, None]:
         """Open a stream; it never ends well, only by KvstoreError or by being left."""
         self._check_up()
+        floor = self.revision
         multi = self._channel.stream_stream(method.path, method.encode, method.decode)
         # A member cut off from its leader would otherwise keep its watches open and silent.
         call: Any = multi(requests, metadata=(*self.login, ("hasleader", "true")))
         try:
             async for response in call:
-                self.observe(response.header)
+                self._observe(response.header, floor)
                 yield response
         except grpc.RpcError as exc:
             raise self.peer.translate(exc, what()) from exc
@@ -153,17 +143,24 @@ class Connection:
             if self._config.username and self.login is refused:
                 await self._authenticate()
 
-    def observe(self, header: pb.ResponseHeader) -> None:
-        """Take note of a response's header; KvstoreError when another store has begun to answer."""
+    def check_channel(self) -> None:
+        """Go down if the channel has lost its transport: by itself, the next call would get it another one."""
+        if self._channel.get_state() is not grpc.ChannelConnectivity.READY:
+            self.fail(self.peer.error("unavailable", "go on", "the connection was lost"))
+
+    def _observe(self, header: pb.ResponseHeader, floor: int) -> None:
+        """Take note of a response's header; KvstoreError when it is not the store of the ones before.
+
+        ``floor`` is the revision known when the request was sent, or the stream opened. Answers overtake each
+        other, so only that one tells a store that went back; the next connect finds out for sure.
+        """
         self.heard_at = time.monotonic()
-        # Answers overtake each other: a lower revision means nothing here, only at the next connect.
         self.revision = max(self.revision, header.revision)
-        if self.cluster_id == 0:
-            self.cluster_id = header.cluster_id
-        if header.cluster_id != self.cluster_id:
-            self.fail(
-                self.peer.error("unavailable", "go on", "another etcd answers there", "all is read anew")
-            )
+        self.cluster_id = self.cluster_id or header.cluster_id
+        # The end of a compacted watch comes with revision 0.
+        if header.cluster_id != self.cluster_id or 0 < header.revision < floor:
+            reason, advice = "another store answers there", "all is read anew"
+            self.fail(self.peer.error("unavailable", "go on", reason, advice))
             self._check_up()
 
     async def _authenticate(self) -> None:
@@ -203,12 +200,6 @@ class Connection:
         task = asyncio.current_task()
         if task is not None and not task.cancelling():
             self._check_up()
-
-    async def _follow_channel_state(self) -> None:
-        ready = grpc.ChannelConnectivity.READY
-        while self._channel.get_state() is ready:
-            await self._channel.wait_for_state_change(ready)
-        self.fail(self.peer.error("unavailable", "go on", "the connection was lost"))
 
 
 def _who(config: EtcdConfig, cert: bytes | None) -> str:

@@ -10,9 +10,6 @@ from lazymesh.kvstore.model import KeyValue, ReadResult
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-MAX_TXN_OPS = 128
-"""etcd's default --max-txn-ops."""
-
 
 def prefix_end(prefix: bytes) -> bytes:
     """Return the end of the range that holds all keys with this prefix."""

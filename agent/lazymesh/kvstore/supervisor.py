@@ -8,6 +8,7 @@ or learn at once why there is none. What is sent over the connection is left to 
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import math
 import random
 import time
@@ -28,6 +29,9 @@ if TYPE_CHECKING:
     from lazymesh.kvstore.config import Endpoint, EtcdConfig
 
 log = structlog.get_logger()
+
+CHANNEL_CHECK_S = 2.0
+"""How soon a connection with nothing under way is found closed by the server; a watch notices at once."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -193,16 +197,16 @@ class Supervisor:
 
     async def _guard(self, connection: Connection) -> None:
         """Sleep while signs of life come in; ask for one when they do not."""
+        connection.check_channel()
         quiet_s = connection.heard_at + self._options.silence_s - time.monotonic()
         try:
             if quiet_s > 0:
                 self._attention.clear()
-                async with asyncio.timeout(quiet_s):
-                    await self._attention.wait()
-            else:
+                with contextlib.suppress(TimeoutError):
+                    async with asyncio.timeout(min(quiet_s, CHANNEL_CHECK_S)):
+                        await self._attention.wait()
+            elif connection.failure is None:
                 await connection.ping(self._options.probe_timeout_s)
-        except TimeoutError:
-            pass
         except KvstoreError as exc:
             # Any other answer, a refusal for one, is a sign of life as well.
             connection.heard_at = time.monotonic()

@@ -1,0 +1,44 @@
+"""Who a certificate says we are, read without any library for it."""
+
+from __future__ import annotations
+
+from datetime import UTC, datetime
+
+import pytest
+
+from lazymesh.kvstore.certificate import CertificateFacts, certificate_facts
+
+REMOTE = b"""\
+-----BEGIN CERTIFICATE-----
+MIIBozCCAUmgAwIBAgIULGiJe+c6L+ZQYBEE8n5LnZKZZ78wCgYIKoZIzj0EAwIw
+IDENMAsGA1UECgwEZXRjZDEPMA0GA1UEAwwGcmVtb3RlMB4XDTI2MTEyMTA2MDky
+NVoXDTM2MTExODA2MDkyNVowIDENMAsGA1UECgwEZXRjZDEPMA0GA1UEAwwGcmVt
+b3RlMFkwEwYHKoZIzj0CAQYIKoZIzj0DAQcDQgAEn3uvS+O0w5v3pobTCVnf8zh5
+HWaWLChP3T2fOaB4PS9D+uQMI1/uYC1yP+GZ47nMGc6D/yuuBuJ17+/jmnLL86Nh
+MF8wHQYDVR0OBBYEFO95N+OITOp0tkrPymLt8rAkVu5FMB8GA1UdIwQYMBaAFO95
+N+OITOp0tkrPymLt8rAkVu5FMA8GA1UdEwEB/wQFMAMBAf8wDAYDVR0RBAUwA4IB
+eDAKBggqhkjOPQQDAgNIADBFAiEA/QlH7xKPx/N6j6HU3tMIWnwDR8vXZhTsLwVj
+xqZ2k/ICIA8BEOMvSjR1OIXjZhGQrsttyMnIu9mM/C9bM7BAscul
+-----END CERTIFICATE-----
+"""
+"""Made by openssl: O=etcd, CN=remote, self-signed."""
+
+
+def test_common_name_and_end_are_read_from_the_first_certificate() -> None:
+    """The common name is the etcd user; a chain behind the certificate does not matter."""
+    not_after = datetime(2036, 11, 18, 6, 9, 25, tzinfo=UTC)
+    assert certificate_facts(b"some words\n" + REMOTE + REMOTE) == CertificateFacts("remote", not_after)
+
+
+@pytest.mark.parametrize("size", range(0, len(REMOTE) - 60, 40))
+def test_broken_file_has_no_facts_and_breaks_nothing(size: int) -> None:
+    """Cut anywhere, it is not worth an exception: the handshake will tell what is wrong with it."""
+    cut = REMOTE[:size]
+    assert certificate_facts(cut) is None
+    assert certificate_facts(cut + b"\n-----END CERTIFICATE-----\n") is None
+
+
+def test_file_without_certificate_has_no_facts() -> None:
+    """A key in the place of a certificate, for one."""
+    assert certificate_facts(b"") is None
+    assert certificate_facts(b"-----BEGIN CERTIFICATE-----\nAAAA\n-----END CERTIFICATE-----") is None

@@ -1,0 +1,60 @@
+"""Requests and answers: ranges, batches in order, pages behind the last key."""
+
+from __future__ import annotations
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from lazymesh.kvstore import etcd_pb2 as pb
+from lazymesh.kvstore import requests
+from lazymesh.kvstore.model import KeyValue
+
+
+@pytest.mark.parametrize(
+    ("prefix", "end"),
+    [(b"cilium/state/", b"cilium/state0"), (b"a\xff", b"b"), (b"\xff\xff", b"\0"), (b"", b"\0")],
+    ids=["text", "ends in 255", "nothing is greater", "everything"],
+)
+def test_end_of_a_prefix_is_the_next_key_that_lacks_it(prefix: bytes, end: bytes) -> None:
+    """A zero byte means to etcd that the range has no end."""
+    assert requests.prefix_end(prefix) == end
+
+
+@given(prefix=st.binary(min_size=1, max_size=6), rest=st.binary(max_size=4))
+def test_range_of_a_prefix_holds_every_key_that_has_it(prefix: bytes, rest: bytes) -> None:
+    """No key with the prefix lies at or behind the end of its range."""
+    end = requests.prefix_end(prefix)
+    assert end == b"\0" or prefix + rest < end
+    assert end == b"\0" or not end.startswith(prefix)
+
+
+def test_batch_asks_for_each_key_without_consensus_and_answers_in_order() -> None:
+    """All reads are serializable, and a missing key keeps its place."""
+    request = requests.read_batch([b"a", b"b"])
+    assert [op.request_range.key for op in request.success] == [b"a", b"b"]
+    assert all(op.request_range.serializable for op in request.success)
+    found = pb.RangeResponse(kvs=[pb.KeyValue(key=b"b", value=b"v", mod_revision=7, lease=3)])
+    answer = pb.TxnResponse(
+        header=pb.ResponseHeader(revision=9),
+        responses=[pb.ResponseOp(response_range=pb.RangeResponse()), pb.ResponseOp(response_range=found)],
+    )
+    result = requests.batch_of(answer)
+    assert result.revision == 9
+    assert result.values == [None, KeyValue(b"b", b"v", 7, 3)]
+
+
+def test_next_page_begins_behind_the_last_key_at_the_same_revision() -> None:
+    """The smallest key behind another is that key and a zero byte."""
+    first = requests.read_page(b"p/", None, 0, 100)
+    assert (first.key, first.range_end, first.revision) == (b"p/", b"p0", 0)
+    second = requests.read_page(b"p/", b"p/9", 12, 100)
+    assert (second.key, second.range_end, second.revision) == (b"p/9\0", b"p0", 12)
+
+
+def test_write_batch_deletes_where_there_is_no_value() -> None:
+    """An empty value is a value, None is a deletion; the lease goes to what is put."""
+    put, empty, delete = requests.write_batch([(b"a", b"1"), (b"b", b""), (b"c", None)], lease=5).success
+    assert (put.request_put.key, put.request_put.value, put.request_put.lease) == (b"a", b"1", 5)
+    assert empty.WhichOneof("request") == "request_put"
+    assert delete.request_delete_range.key == b"c"

@@ -1,0 +1,146 @@
+"""From where watches resume: never past what was not delivered whole, never behind what was reported."""
+
+from __future__ import annotations
+
+import pytest
+
+from lazymesh.kvstore import etcd_pb2 as pb
+from lazymesh.kvstore.model import Change
+from lazymesh.kvstore.resume import ALL_WATCHES, Changed, Ended, Ledger, Live
+
+
+class Deaf:
+    """A listener that the ledger must not call."""
+
+
+def ledger_with(*keys: bytes, start: int = 10) -> Ledger:
+    """Return a ledger on a fresh stream on which the server has taken up a watch for each key."""
+    ledger = Ledger()
+    for key in keys:
+        ledger.add(key, Deaf(), start, prefix=False)  # type: ignore[arg-type]
+    for request in ledger.start_stream():
+        ledger.digest(response(request.create_request.watch_id, revision=start, created=True))
+    return ledger
+
+
+def response(watch_id: int, revision: int, *events: pb.Event, **fields: object) -> pb.WatchResponse:
+    """Return a response as etcd sends it."""
+    header = pb.ResponseHeader(revision=revision)
+    return pb.WatchResponse(header=header, watch_id=watch_id, events=events, **fields)  # type: ignore[arg-type]
+
+
+def put(key: bytes, revision: int) -> pb.Event:
+    """Return the event of one key written."""
+    return pb.Event(type=pb.Event.PUT, kv=pb.KeyValue(key=key, value=b"v", mod_revision=revision))
+
+
+def resumed_at(ledger: Ledger) -> list[int]:
+    """Return the start revisions that the next stream would ask for."""
+    return [request.create_request.start_revision for request in ledger.start_stream()]
+
+
+def test_resumes_behind_the_last_event_not_behind_the_header() -> None:
+    """A watch that is catching up is told the store's revision, which is ahead of its own."""
+    ledger = ledger_with(b"a")
+    assert ledger.digest(response(1, 50, put(b"a", 12), put(b"a", 13))) == Changed(
+        ledger.watches[1], [Change(b"a", b"v", 12), Change(b"a", b"v", 13)]
+    )
+    assert resumed_at(ledger) == [14]
+
+
+def test_fragments_are_delivered_together_or_not_at_all() -> None:
+    """A stream that breaks between two fragments leaves the watch where it was."""
+    ledger = ledger_with(b"a")
+    assert ledger.digest(response(1, 20, put(b"a", 20), fragment=True)) is None
+    assert resumed_at(ledger) == [10]
+    assert ledger.digest(response(1, 20, put(b"a", 20), fragment=True)) is None
+    delivered = ledger.digest(response(1, 20, put(b"b", 20)))
+    assert isinstance(delivered, Changed)
+    assert [change.key for change in delivered.changes] == [b"a", b"b"]
+    assert resumed_at(ledger) == [21]
+
+
+def test_delete_event_has_no_value() -> None:
+    """None tells a deletion from an empty value."""
+    ledger = ledger_with(b"a")
+    gone = pb.Event(type=pb.Event.DELETE, kv=pb.KeyValue(key=b"a", mod_revision=11))
+    assert ledger.digest(response(1, 11, gone)) == Changed(ledger.watches[1], [Change(b"a", None, 11)])
+
+
+def test_progress_of_one_watch_moves_that_one() -> None:
+    """A quiet key must not be resumed at a revision compacted long ago."""
+    ledger = ledger_with(b"a", b"b")
+    assert ledger.digest(response(1, 70)) is None
+    assert resumed_at(ledger) == [71, 10]
+
+
+def test_progress_of_all_moves_those_that_were_there_when_it_was_asked_for() -> None:
+    """A watch added after the question may be catching up behind the reported revision."""
+    ledger = ledger_with(b"a")
+    ledger.progress_request()
+    late = ledger.add(b"b", Deaf(), 30, prefix=False)  # type: ignore[arg-type]
+    ledger.create_request(late)
+    assert ledger.digest(response(ALL_WATCHES, 90)) is None
+    assert resumed_at(ledger) == [91, 30]
+
+
+def test_progress_never_moves_a_watch_back() -> None:
+    """A watch may start ahead of the store."""
+    ledger = ledger_with(b"a", start=100)
+    ledger.digest(response(1, 60))
+    assert resumed_at(ledger) == [100]
+
+
+def test_watch_from_now_on_is_resumed_from_when_it_was_taken_up() -> None:
+    """Revision 0 means now once, and not again after each reconnect."""
+    ledger = ledger_with(b"a", start=0)
+    ledger.clear()
+    watch = ledger.add(b"b", Deaf(), 0, prefix=False)  # type: ignore[arg-type]
+    ledger.create_request(watch)
+    assert ledger.digest(response(watch.watch_id, 40, created=True)) == Live(watch, 40)
+    assert resumed_at(ledger) == [41]
+
+
+@pytest.mark.parametrize("answered_id", [ALL_WATCHES, 2], ids=["etcd 3.5", "etcd 3.4"])
+def test_refusal_finds_its_watch_by_the_order_of_creation(answered_id: int) -> None:
+    """Newer etcds do not say which creation they refuse."""
+    ledger = Ledger()
+    for key in (b"a", b"b", b"c"):
+        ledger.add(key, Deaf(), 5, prefix=False)  # type: ignore[arg-type]
+    ledger.start_stream()
+    ledger.digest(response(1, 5, created=True))
+    refusal = response(
+        answered_id, 5, created=True, canceled=True, cancel_reason="etcdserver: permission denied"
+    )
+    ended = ledger.digest(refusal)
+    assert isinstance(ended, Ended)
+    assert (ended.watch.key, ended.refused, ended.compacted) == (b"b", True, False)
+    assert set(ledger.watches) == {1, 3}
+    assert isinstance(ledger.digest(response(3, 5, created=True)), Live)
+
+
+def test_compacted_watch_ends() -> None:
+    """Its missing revisions cannot be had any more."""
+    ledger = ledger_with(b"a")
+    ended = ledger.digest(response(1, 80, canceled=True, compact_revision=60))
+    assert isinstance(ended, Ended)
+    assert ended.compacted
+    assert resumed_at(ledger) == []
+
+
+def test_events_of_a_removed_watch_are_ignored() -> None:
+    """They were on their way when it was removed."""
+    ledger = ledger_with(b"a")
+    assert ledger.remove(1)
+    assert ledger.digest(response(1, 20, put(b"a", 20))) is None
+    assert not ledger.remove(1)
+
+
+def test_prefix_watch_asks_for_its_range_and_key_watch_for_the_key() -> None:
+    """Both want fragments and progress reports."""
+    ledger = Ledger()
+    for prefix in (True, False):
+        ledger.add(b"p/", Deaf(), 5, prefix=prefix)  # type: ignore[arg-type]
+    wide, narrow = (request.create_request for request in ledger.start_stream())
+    assert (wide.range_end, narrow.range_end) == (b"p0", b"")
+    assert all((create.fragment, create.progress_notify) == (True, True) for create in (wide, narrow))
