@@ -27,7 +27,8 @@ class Backlog:
         self._limits = limits
         self._running: OrderedDict[Address, Tracked] = OrderedDict()
         self._parked: OrderedDict[Address, Tracked] = OrderedDict()
-        self._busy: dict[str, Link] = {}
+        self.busy: dict[str, Link] = {}
+        """The ready clusters for which something waits, by name."""
 
     def __len__(self) -> int:
         """Return how many missed addresses wait, for clusters ready or not."""
@@ -57,7 +58,7 @@ class Backlog:
             lane = link.lanes[spaces] = Lane()
         ready = link.state is LinkState.READY
         if ready:
-            self._busy[link.name] = link
+            self.busy[link.name] = link
         if urgent:
             lane.misses[address] = tracked
             (self._running if ready else self._parked)[address] = tracked
@@ -85,18 +86,18 @@ class Backlog:
 
     def park(self, link: Link) -> None:
         """Keep the cluster's addresses back: it is not ready."""
-        self._busy.pop(link.name, None)
+        self.busy.pop(link.name, None)
         _transfer(link, self._running, self._parked)
 
     def unpark(self, link: Link) -> None:
         """Let the cluster's addresses go: it is ready."""
-        self._busy[link.name] = link
+        self.busy[link.name] = link
         _transfer(link, self._parked, self._running)
 
     def reads(self, now: float) -> list[Read]:
         """Return all reads that can be sent now, in rounds of one for each cluster: all get their turn."""
         reads: list[Read] = []
-        going = list(self._busy.values())
+        going = list(self.busy.values())
         while going:
             going = [link for link in going if self._read(link, now, reads)]
         return reads
@@ -111,7 +112,7 @@ class Backlog:
                 break
         else:
             if not any(link.lanes.values()):
-                del self._busy[link.name]
+                del self.busy[link.name]
             return False
         # To the end of the row: the other lane is asked first next time.
         link.lanes[spaces] = link.lanes.pop(spaces)

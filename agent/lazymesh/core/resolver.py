@@ -87,10 +87,12 @@ class Resolver:
         out: list[ev.Command] = []
         self._moves.out = out
         self._handlers[type(event)](event, now)
-        out.extend(self._backlog.reads(now))
-        while (victim := self._backlog.overflow()) is not None:
-            self._moves.give_up(victim, Reason.SHED, now)
-        self._mute()
+        if self._backlog.busy:
+            out += self._backlog.reads(now)
+        # What still waits now has to fit. Most of the time nothing waits, and this is asked at every event.
+        if self._muted or self._backlog:
+            self._shed(now)
+            self._mute()
         return out
 
     # --- misses ---------------------------------------------------------------------------------------------
@@ -219,8 +221,6 @@ class Resolver:
         # What is not watched comes from a watch given up meanwhile, perhaps of a store that no longer is.
         if state.space not in tracked.watched or not tracked.learn(state):
             return
-        if state.space not in tracked.spaces:
-            return
         if tracked.entry is not None and tracked.newest() is None:
             # At once, even if the next group may still hold the record: by now the address may be another's.
             self._moves.refuse(tracked, Reason.NOT_FOUND, "", now)
@@ -288,6 +288,10 @@ class Resolver:
             self._moves.drop(tracked, "expired", None)
 
     # --- odds and ends --------------------------------------------------------------------------------------
+
+    def _shed(self, now: float) -> None:
+        while (victim := self._backlog.overflow()) is not None:
+            self._moves.give_up(victim, Reason.SHED, now)
 
     def _mute(self) -> None:
         share = self._backlog.level / self._limits.queue

@@ -1,4 +1,4 @@
-"""The judgement of one record: may it become an entry here?"""
+"""The judgement of one record, whether it may become an entry here."""
 
 import pytest
 

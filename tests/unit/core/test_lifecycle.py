@@ -18,13 +18,17 @@ from tests.support.playbook import (
     B2,
     B3,
     C1,
+    CACHE,
     DATABASE,
+    DIRECT,
     Play,
     answered,
+    cache_answered,
     deleted,
     entry,
     evict,
     failed,
+    info,
     install,
     mesh,
     miss,
@@ -161,6 +165,13 @@ def test_a_reset_store_is_read_anew_with_new_watches_and_without_old_revisions()
     ).end()
 
 
+def test_an_entry_that_could_not_be_read_after_a_reset_is_read_again() -> None:
+    """It is in doubt, and nothing watches it until an answer comes."""
+    story = installed() >> StoreReset("b") << unwatch(B1) << read(B1) >> failed(B1, kind="timeout")
+    assert not story.resolver.describe(B1).verified
+    (story.later(1) << read(B1) >> answered(3, {B1: record(B1)}) << watch(B1, 3)).end()
+
+
 def test_a_reset_during_silence_waits_for_the_new_store_to_be_filled() -> None:
     """An apiserver that restarts begins with an empty store: "not found" would evict the living."""
     (
@@ -194,7 +205,8 @@ def test_an_answer_of_the_old_store_is_void_after_a_reset() -> None:
 
 def test_a_change_of_the_old_store_is_ignored_after_a_reset() -> None:
     """No watch of it is left."""
-    (installed() >> StoreReset("b") << unwatch(B1) << read(B1) >> put(B1, 99999, record(B1, DATABASE))).end()
+    story = installed() >> StoreReset("b") << unwatch(B1) << read(B1) >> put(B1, 99999, record(B1, DATABASE))
+    (story >> answered(3, {B1: record(B1)}) << watch(B1, 3)).end()
 
 
 def test_negative_answers_are_read_again_after_a_reset() -> None:
@@ -226,6 +238,16 @@ def test_a_read_in_flight_is_joined_by_the_reading_after_silence() -> None:
         >> ClusterSilent("b")
         >> ClusterReady("b")
     ).end()
+
+
+def test_after_silence_the_owner_is_asked_again_and_not_the_cache_that_lacked_the_record() -> None:
+    """A cache that lags would bring back what the owner has long replaced."""
+    table = mesh([info("b", CACHE, DIRECT)], [("b", "10.2.0.0/16")])
+    story = Play(table=table) >> ClusterReady("b") >> miss(B1) << read(B1, spaces=CACHE)
+    story = story >> cache_answered(10, {B1: None}) << watch(B1, 10, *CACHE) << read(B1)
+    story = story >> answered(500, {B1: record(B1)}) << install(B1) << watch(B1, 500)
+    story = story >> stands(B1) << report(B1, "installed", missed_at=0.0)
+    (story >> ClusterSilent("b") >> ClusterReady("b") << read(B1) >> answered(501, {B1: record(B1)})).end()
 
 
 def test_many_entries_are_read_again_in_full_batches() -> None:

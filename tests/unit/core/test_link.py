@@ -4,7 +4,7 @@ import pytest
 
 from lazymesh.core.breaker import Breaker
 from lazymesh.core.limits import Limits
-from lazymesh.core.link import Lane, Link
+from lazymesh.core.link import VOID, Lane, Link
 from lazymesh.core.tracked import Tracked
 from tests.support.playbook import B1, DIRECT
 
@@ -37,4 +37,4 @@ def test_void_reads_stay_in_flight_without_a_group() -> None:
     """They still count, but their answer will not."""
     link = Link("b", Breaker(Limits(), lambda: 1.0), reading={B1: DIRECT})
     link.void_reads()
-    assert link.reading == {B1: ()}
+    assert link.reading == {B1: VOID}

@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 from lazymesh.core.events import (
     Adopted,
     ClusterReady,
+    ClusterSilent,
     Command,
     Evict,
     IdentityGone,
@@ -285,6 +286,15 @@ def test_a_miss_does_not_wait_for_the_tick_that_forgets_an_expired_answer() -> N
     late = not_found()
     late.now += TTL[Reason.NOT_FOUND]
     (late >> miss(B1, at=31.0) << unwatch(B1) << read(B1)).end()
+
+
+def test_a_forgotten_address_is_not_given_an_answer_older_than_what_it_knew() -> None:
+    """A re-read was in flight when its watch told of the deletion and the negative answer expired."""
+    story = installed() >> ClusterSilent("b") >> ClusterReady("b") << read(B1)
+    story = story >> deleted(B1, 20) << evict(B1, "deleted") << report(B1, "evicted", Reason.NOT_FOUND)
+    story = story.later(TTL[Reason.NOT_FOUND]) << unwatch(B1) >> miss(B1, at=40.0)
+    story = story >> answered(19, {B1: record(B1)}) << read(B1) >> answered(21, {B1: None})
+    (story << report(B1, "absent", Reason.NOT_FOUND, missed_at=40.0) << watch(B1, 21)).end()
 
 
 def test_a_failed_read_is_not_watched_and_soon_forgotten() -> None:
