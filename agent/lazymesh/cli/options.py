@@ -23,7 +23,7 @@ class SettingsCommand(click.Command):
                 param.show_envvar = True
 
 
-def _read_config(ctx: click.Context, _param: click.Parameter, path: Path | None) -> None:
+def _read_config(ctx: click.Context, me: click.Parameter, path: Path | None) -> None:
     """Make the file's keys the defaults of this command's options."""
     if path is None:
         return
@@ -35,7 +35,7 @@ def _read_config(ctx: click.Context, _param: click.Parameter, path: Path | None)
         raise SettingsError(f"--config {path}: not YAML: {' '.join(str(exc).split())}") from exc
     if not isinstance(content, dict):
         raise SettingsError(f"--config {path}: expected `option: value` lines")
-    names = {param.opts[0].removeprefix("--"): param.name for param in ctx.command.params if param.opts}
+    names = {param.opts[0].removeprefix("--"): param.name for param in ctx.command.params if param is not me}
     unknown = sorted(str(key) for key in content if key not in names)
     if unknown:
         raise SettingsError(

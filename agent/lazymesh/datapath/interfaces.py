@@ -130,7 +130,8 @@ class InterfaceFollower:
             if name not in names:
                 raise DatapathError(f"no interface {name} here: `ip link` lists what there is")
         for link in links:
-            await self._consider(link, strict, again=True)
+            named = link.get("ifname") in self.selection.exact_names()
+            await self._consider(link, strict and named, again=True)
 
     async def _consider(self, link: Any, strict: bool, again: bool = False) -> None:
         """Bring one interface's attachment up to date with its name (a pod's device may be renamed into place).

@@ -12,6 +12,7 @@ import contextlib
 import os
 import random
 import signal
+import socket
 import time
 import zlib
 from typing import TYPE_CHECKING, Any
@@ -19,14 +20,13 @@ from typing import TYPE_CHECKING, Any
 import structlog
 
 from lazymesh.core import events
-from lazymesh.core.limits import Limits
 from lazymesh.core.policy import PolicyEngine
 from lazymesh.core.policyfile import parse_policy
-from lazymesh.core.resolver import Resolver
+from lazymesh.core.resolver import Limits, Resolver
 from lazymesh.datapath.installer import Installer
 from lazymesh.datapath.interfaces import InterfaceFollower, InterfaceSelection, detach_everywhere
 from lazymesh.datapath.maps import DatapathConfig, kernel_honours_noexist
-from lazymesh.datapath.pins import Pins, check_bpffs
+from lazymesh.datapath.pins import IPCACHE, Pins, check_bpffs
 from lazymesh.datapath.program import load
 from lazymesh.datapath.signals import SignalReader
 from lazymesh.errors import DatapathError, LazymeshError, SettingsError
@@ -80,11 +80,18 @@ class Agent:
 
     def __init__(self, settings: AgentSettings, policy: Policy | None, policy_tag: int) -> None:
         self._settings = settings
+        self._selection = InterfaceSelection(settings.datapath.interfaces, settings.datapath.uplinks)
         self._policy = policy
         self._policy_tag = policy_tag
         self._metrics = Metrics()
         self._stop = asyncio.Event()
         self._failure: Exception | None = None
+        self._fresh = False
+        """No earlier life of the agent has left a map here."""
+        self._touched = False
+        """We may have attached to something."""
+        self._attached = False
+        """We have attached to everything that was there."""
         self._unexpected = 0
         self._adopted: list[tuple[Address, Entry, int]] = []
         self._started = time.monotonic()
@@ -98,7 +105,9 @@ class Agent:
             pins.directory.mkdir(mode=0o700, exist_ok=True)
         except OSError as exc:
             raise DatapathError(f"cannot make {pins.directory}: {exc.strerror}") from exc
+        self._check_interfaces()
         lock = pins.lock()
+        self._fresh = not pins.path(IPCACHE).exists()
         try:
             datapath = await asyncio.to_thread(load, pins, self._settings.datapath.ipcache_size)
             try:
@@ -106,7 +115,8 @@ class Agent:
             finally:
                 datapath.close()
         finally:
-            if self._settings.cleanup:
+            # A first start that fails half-way leaves no program behind that denies what nobody resolves.
+            if self._settings.cleanup or (self._fresh and not self._attached):
                 await self._clean_up(pins)
             os.close(lock)
 
@@ -126,9 +136,7 @@ class Agent:
         driver.fail = self._fail
         if not settings.shadow:
             self._adopted = list(installer.adopt())
-        follower = InterfaceFollower(
-            datapath, InterfaceSelection(settings.datapath.interfaces, settings.datapath.uplinks)
-        )
+        follower = InterfaceFollower(datapath, self._selection)
         attached = asyncio.Event()
         reader = SignalReader(datapath.signals, driver.on_signals)
         control = ControlServer(
@@ -165,6 +173,8 @@ class Agent:
                 await server.start()
                 stack.push_async_callback(server.close)
             reader.start()
+            stack.callback(lambda: setattr(self, "_attached", attached.is_set()))
+            self._touched = True
             await self._run_parts(
                 mesh.run(), follower.run(attached), self._tick(driver), self._hand_out(mesh, driver, limits)
             )
@@ -186,6 +196,14 @@ class Agent:
         if self._failure is not None:
             raise self._failure
         log.info("stopped")
+
+    def _check_interfaces(self) -> None:
+        """Look for the interfaces named exactly before a second is spent on compiling."""
+        for name in self._selection.exact_names():
+            try:
+                socket.if_nametoindex(name)
+            except OSError as exc:
+                raise DatapathError(f"no interface {name} here: `ip link` lists what there is") from exc
 
     def _heed_signals(self) -> None:
         """Take SIGTERM from the first moment on, so that --cleanup holds even if it comes while we compile."""
@@ -242,11 +260,13 @@ class Agent:
         await asyncio.Event().wait()
 
     async def _clean_up(self, pins: Pins) -> None:
-        """Leave the node as it was before us."""
-        try:
-            interfaces = await detach_everywhere()
-        except LazymeshError as exc:
-            log.error("clean-up", error=str(exc))
-            interfaces = []
+        """Leave the node as it was before us; filters that cannot be ours (another agent's, by its own pins) stay."""
+        interfaces: list[str] = []
+        if self._touched or not self._fresh:
+            try:
+                interfaces = await detach_everywhere()
+            except LazymeshError as exc:
+                log.error("clean-up", error=str(exc))
         pins.remove()
-        log.info("cleaned up", detached=interfaces)
+        if interfaces:
+            log.info("cleaned up", detached=interfaces)

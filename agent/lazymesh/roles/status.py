@@ -13,8 +13,7 @@ if TYPE_CHECKING:
     import asyncio
     from collections.abc import Iterator
 
-    from lazymesh.core.limits import Limits
-    from lazymesh.core.resolver import Resolver
+    from lazymesh.core.resolver import Limits, Resolver
     from lazymesh.datapath.interfaces import InterfaceFollower
     from lazymesh.datapath.program import Datapath
     from lazymesh.datapath.signals import SignalReader

@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+
 from lazymesh.core.clusters import AMBIGUOUS, ClusterInfo, ClusterTable, MeshState
 from lazymesh.core.identities import identity_range
 from lazymesh.core.model import Network, Space, parse_address

@@ -3,6 +3,7 @@ from __future__ import annotations
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+
 from lazymesh.core import keys
 from lazymesh.core.model import Space, format_address, parse_address
 

@@ -3,6 +3,7 @@ from __future__ import annotations
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+
 from lazymesh.core.model import Direction
 from lazymesh.core.policy import (
     Operator,

@@ -6,6 +6,7 @@ import textwrap
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+
 from lazymesh.core.policy import Operator, Policy, Requirement, Rules, Selector
 from lazymesh.core.policyfile import parse_policy
 from lazymesh.errors import SettingsError

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+
 from lazymesh.core.keys import address_text
 from lazymesh.core.model import Entry, Reason, parse_address
 from lazymesh.core.records import (

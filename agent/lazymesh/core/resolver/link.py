@@ -15,9 +15,9 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from lazymesh.core.breaker import Breaker
     from lazymesh.core.model import Address, Space
-    from lazymesh.core.tracked import Tracked
+    from lazymesh.core.resolver.breaker import Breaker
+    from lazymesh.core.resolver.tracked import Tracked
 
 
 VOID: tuple[Space, ...] = ()

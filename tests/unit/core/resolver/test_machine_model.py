@@ -39,11 +39,11 @@ from lazymesh.core.events import (
     Unwatch,
     Watch,
 )
-from lazymesh.core.judge import Judge
-from lazymesh.core.limits import Limits
 from lazymesh.core.model import Entry, Reason, Space
 from lazymesh.core.records import IpRecord, decode_pair, entry_of
 from lazymesh.core.resolver import Resolver
+from lazymesh.core.resolver.judge import Judge
+from lazymesh.core.resolver.limits import Limits
 from tests.support.playbook import (
     ALL_IDENTITIES,
     B1,

@@ -10,19 +10,19 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from lazymesh.core.events import Unwatch
-from lazymesh.core.link import Link, LinkState
 from lazymesh.core.model import Reason
-from lazymesh.core.tracked import Fetch
+from lazymesh.core.resolver.link import Link, LinkState
+from lazymesh.core.resolver.tracked import Fetch
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-    from lazymesh.core.backlog import Backlog
-    from lazymesh.core.breaker import Breaker
     from lazymesh.core.events import ClusterGone, ClusterReady, ClusterSilent, StoreReset
-    from lazymesh.core.judge import Judge
-    from lazymesh.core.ledger import Ledger
-    from lazymesh.core.moves import Moves
+    from lazymesh.core.resolver.backlog import Backlog
+    from lazymesh.core.resolver.breaker import Breaker
+    from lazymesh.core.resolver.judge import Judge
+    from lazymesh.core.resolver.ledger import Ledger
+    from lazymesh.core.resolver.moves import Moves
 
 
 class Lifecycle:

@@ -1,8 +1,8 @@
 """The books over our entries: use, doubt, identities."""
 
-from lazymesh.core.ledger import Ledger
-from lazymesh.core.limits import Limits
-from lazymesh.core.tracked import Tracked
+from lazymesh.core.resolver.ledger import Ledger
+from lazymesh.core.resolver.limits import Limits
+from lazymesh.core.resolver.tracked import Tracked
 from tests.support.playbook import B1, B2, B3, DATABASE, WEB, entry
 
 LIMITS = Limits(owned=2, stale_after=600.0)

@@ -23,8 +23,8 @@ from lazymesh.core.events import (
     Report,
     TableChanged,
 )
-from lazymesh.core.limits import Limits
 from lazymesh.core.model import Reason, Space
+from lazymesh.core.resolver.limits import Limits
 from tests.support.playbook import (
     ALL_IDENTITIES,
     B1,

@@ -3,8 +3,8 @@
 import pytest
 
 from lazymesh.core.events import ClusterGone, ClusterReady
-from lazymesh.core.limits import Limits
 from lazymesh.core.model import Reason
+from lazymesh.core.resolver.limits import Limits
 from tests.support.playbook import (
     B1,
     B2,

@@ -3,8 +3,8 @@
 from hypothesis import given
 from hypothesis import strategies as st
 
-from lazymesh.core.breaker import ALLOWED, Breaker, BreakerState
-from lazymesh.core.limits import Limits
+from lazymesh.core.resolver.breaker import ALLOWED, Breaker, BreakerState
+from lazymesh.core.resolver.limits import Limits
 
 LIMITS = Limits(breaker_failures=3, backoff_first=1.0, backoff_most=30.0)
 

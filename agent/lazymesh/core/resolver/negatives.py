@@ -14,9 +14,9 @@ from lazymesh.core.model import Reason
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
-    from lazymesh.core.limits import Limits
     from lazymesh.core.model import Address
-    from lazymesh.core.tracked import Tracked
+    from lazymesh.core.resolver.limits import Limits
+    from lazymesh.core.resolver.tracked import Tracked
 
 
 class Negatives:

@@ -1,9 +1,9 @@
 """The negative cache: expiry by reason, and the bound."""
 
-from lazymesh.core.limits import Limits
 from lazymesh.core.model import Reason
-from lazymesh.core.negatives import Negatives
-from lazymesh.core.tracked import Tracked
+from lazymesh.core.resolver.limits import Limits
+from lazymesh.core.resolver.negatives import Negatives
+from lazymesh.core.resolver.tracked import Tracked
 from tests.support.playbook import B1, B2, B3
 
 LIMITS = Limits(negatives=2)

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-    from lazymesh.core.limits import Limits
+    from lazymesh.core.resolver.limits import Limits
 
 
 class BreakerState(enum.Enum):

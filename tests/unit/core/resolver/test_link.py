@@ -2,10 +2,10 @@
 
 import pytest
 
-from lazymesh.core.breaker import Breaker
-from lazymesh.core.limits import Limits
-from lazymesh.core.link import VOID, Lane, Link
-from lazymesh.core.tracked import Tracked
+from lazymesh.core.resolver.breaker import Breaker
+from lazymesh.core.resolver.limits import Limits
+from lazymesh.core.resolver.link import VOID, Lane, Link
+from lazymesh.core.resolver.tracked import Tracked
 from tests.support.playbook import B1, DIRECT
 
 CASES = {

@@ -2,7 +2,7 @@
 
 from lazymesh.core.events import ClusterReady, ClusterSilent
 from lazymesh.core.model import Reason, Space
-from lazymesh.core.views import AddressView, ClusterView
+from lazymesh.core.resolver.views import AddressView, ClusterView
 from tests.support.playbook import (
     B1,
     B2,

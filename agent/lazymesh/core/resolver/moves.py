@@ -10,19 +10,19 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from lazymesh.core.events import Command, Evict, Install, InstallResult, Report, Unwatch
-from lazymesh.core.judge import Judge, Refusal
-from lazymesh.core.link import VOID, LinkState
 from lazymesh.core.model import Reason
 from lazymesh.core.records import entry_of
-from lazymesh.core.tracked import Fetch, Phase, Tracked
+from lazymesh.core.resolver.judge import Judge, Refusal
+from lazymesh.core.resolver.link import VOID, LinkState
+from lazymesh.core.resolver.tracked import Fetch, Phase, Tracked
 
 if TYPE_CHECKING:
-    from lazymesh.core.backlog import Backlog
     from lazymesh.core.clusters import ClusterInfo
-    from lazymesh.core.ledger import Ledger
-    from lazymesh.core.link import Link
     from lazymesh.core.model import Address, Entry, Space
-    from lazymesh.core.negatives import Negatives
+    from lazymesh.core.resolver.backlog import Backlog
+    from lazymesh.core.resolver.ledger import Ledger
+    from lazymesh.core.resolver.link import Link
+    from lazymesh.core.resolver.negatives import Negatives
 
 _OUTCOMES = {
     Reason.READ_FAILED: "failed",

@@ -17,25 +17,25 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from lazymesh.core import events as ev
-from lazymesh.core.backlog import Backlog
-from lazymesh.core.breaker import Breaker, BreakerState
-from lazymesh.core.judge import Judge
-from lazymesh.core.ledger import Ledger
-from lazymesh.core.lifecycle import Lifecycle
-from lazymesh.core.link import LinkState
 from lazymesh.core.model import Reason
-from lazymesh.core.moves import Moves
-from lazymesh.core.negatives import Negatives
-from lazymesh.core.tracked import Fetch, Phase, Tracked
-from lazymesh.core.views import AddressView, ClusterView, view_of_address, view_of_cluster
+from lazymesh.core.resolver.backlog import Backlog
+from lazymesh.core.resolver.breaker import Breaker, BreakerState
+from lazymesh.core.resolver.judge import Judge
+from lazymesh.core.resolver.ledger import Ledger
+from lazymesh.core.resolver.lifecycle import Lifecycle
+from lazymesh.core.resolver.link import LinkState
+from lazymesh.core.resolver.moves import Moves
+from lazymesh.core.resolver.negatives import Negatives
+from lazymesh.core.resolver.tracked import Fetch, Phase, Tracked
+from lazymesh.core.resolver.views import AddressView, ClusterView, view_of_address, view_of_cluster
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Container
 
     from lazymesh.core.clusters import ClusterTable
-    from lazymesh.core.limits import Limits
-    from lazymesh.core.link import Link
     from lazymesh.core.model import Address
+    from lazymesh.core.resolver.limits import Limits
+    from lazymesh.core.resolver.link import Link
 
 
 def _no_jitter() -> float:

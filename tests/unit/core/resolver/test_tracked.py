@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 
 from lazymesh.core.events import KeyState
 from lazymesh.core.model import Space
-from lazymesh.core.tracked import ALLOWED, Phase, Tracked
+from lazymesh.core.resolver.tracked import ALLOWED, Phase, Tracked
 from tests.support.playbook import B1, CACHE, DIRECT
 
 

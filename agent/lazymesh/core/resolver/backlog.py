@@ -11,13 +11,13 @@ from collections import OrderedDict
 from typing import TYPE_CHECKING
 
 from lazymesh.core.events import Read
-from lazymesh.core.link import Lane, Link, LinkState
-from lazymesh.core.tracked import Fetch
+from lazymesh.core.resolver.link import Lane, Link, LinkState
+from lazymesh.core.resolver.tracked import Fetch
 
 if TYPE_CHECKING:
-    from lazymesh.core.limits import Limits
     from lazymesh.core.model import Address, Space
-    from lazymesh.core.tracked import Tracked
+    from lazymesh.core.resolver.limits import Limits
+    from lazymesh.core.resolver.tracked import Tracked
 
 
 class Backlog:

@@ -16,8 +16,8 @@ from lazymesh.core.model import Reason
 
 if TYPE_CHECKING:
     from lazymesh.core.events import KeyState
-    from lazymesh.core.link import Link
     from lazymesh.core.model import Address, Entry, Space
+    from lazymesh.core.resolver.link import Link
 
 
 class Phase(enum.Enum):

@@ -5,12 +5,12 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from lazymesh.core.tracked import Fetch, Phase
+from lazymesh.core.resolver.tracked import Fetch, Phase
 
 if TYPE_CHECKING:
-    from lazymesh.core.link import Link
     from lazymesh.core.model import Entry, Reason, Space
-    from lazymesh.core.tracked import Tracked
+    from lazymesh.core.resolver.link import Link
+    from lazymesh.core.resolver.tracked import Tracked
 
 
 @dataclass(frozen=True, slots=True)

@@ -2,9 +2,9 @@
 
 import pytest
 
-from lazymesh.core.judge import Judge, Refusal
 from lazymesh.core.model import Reason
 from lazymesh.core.records import IpRecord
+from lazymesh.core.resolver.judge import Judge, Refusal
 from tests.support.playbook import B1, B2, NODE, OTHER_NODE, WEB, WEB_OF_C, info, mesh, record
 
 FAR_NODE = "172.18.0.66"

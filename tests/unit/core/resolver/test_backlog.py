@@ -1,8 +1,8 @@
 """The queue: batches, fairness, shedding and muting, seen through the resolver."""
 
 from lazymesh.core.events import ClusterReady, ClusterSilent, Command, Miss, Mute, Read
-from lazymesh.core.limits import Limits
 from lazymesh.core.model import Reason
+from lazymesh.core.resolver.limits import Limits
 from tests.support.playbook import (
     B1,
     B2,

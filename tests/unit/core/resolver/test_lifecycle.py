@@ -11,8 +11,8 @@ from lazymesh.core.events import (
     StoreReset,
     TableChanged,
 )
-from lazymesh.core.limits import Limits
 from lazymesh.core.model import Reason
+from lazymesh.core.resolver.limits import Limits
 from tests.support.playbook import (
     B1,
     B2,

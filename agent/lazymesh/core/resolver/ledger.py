@@ -13,9 +13,9 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
-    from lazymesh.core.limits import Limits
     from lazymesh.core.model import Address, Entry
-    from lazymesh.core.tracked import Tracked
+    from lazymesh.core.resolver.limits import Limits
+    from lazymesh.core.resolver.tracked import Tracked
 
 
 class Ledger:
