@@ -27,10 +27,10 @@ from lazymesh.core.events import (
     Watch,
 )
 from lazymesh.core.identities import identity_range
-from lazymesh.core.limits import Limits
 from lazymesh.core.model import Direction, Entry, Reason, Space, format_address, parse_address
 from lazymesh.core.records import NodeRecord, decode_pair, entry_of
 from lazymesh.core.resolver import Resolver
+from lazymesh.core.resolver.limits import Limits
 
 if TYPE_CHECKING:
     from collections.abc import Iterable

@@ -151,7 +151,9 @@ class InterfaceFollower:
             return
         try:
             if link["ifi_type"] != _ARPHRD_ETHER:
-                raise DatapathError(f"{name} is no Ethernet interface, which is all that lazymesh can read so far")
+                raise DatapathError(
+                    f"{name} is no Ethernet interface, which is all that lazymesh can read so far"
+                )
             await self._attach(index, direction)
         except (DatapathError, NetlinkError) as exc:
             if isinstance(exc, NetlinkError) and exc.code in (errno.ENODEV, errno.EINVAL) and not strict:
@@ -198,7 +200,8 @@ async def detach_everywhere() -> list[str]:
     cleaned = []
     async with AsyncIPRoute() as ipr:
         for link in [link async for link in await ipr.link("dump")]:
-            with contextlib.suppress(NetlinkError):  # an interface may go at any moment, and its filters with it
+            # An interface may go at any moment, and its filters with it.
+            with contextlib.suppress(NetlinkError):
                 if await _clean(ipr, link["index"]):
                     cleaned.append(link.get("ifname"))
     return cleaned

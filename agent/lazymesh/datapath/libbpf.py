@@ -12,11 +12,14 @@ import ctypes
 import errno
 import functools
 import os
-from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from pathlib import Path
+from typing import TYPE_CHECKING
 
 from lazymesh.errors import DatapathError
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator
+    from pathlib import Path
 
 BPF_ANY = 0
 BPF_NOEXIST = 1
@@ -282,7 +285,10 @@ class PerfBuffer:
         self.fd = _checked(self._lib.perf_buffer__epoll_fd(self._buffer))
 
     def consume(self) -> None:
-        """Hand every waiting record to on_sample. (perf_buffer__poll would miss what a full edge left behind.)"""
+        """Hand every waiting record to on_sample, CPU by CPU: in order of time only within one.
+
+        perf_buffer__poll would miss what a full edge left behind.
+        """
         _checked(self._lib.perf_buffer__consume(self._buffer))
 
     def close(self) -> None:

@@ -91,11 +91,15 @@ class IpcacheMap:
         try:
             return self._map.delete(abi.pack_address_key(address))
         except OSError as exc:
-            raise DatapathError(f"cannot delete from the ipcache map at {self._path}: {exc.strerror}") from exc
+            raise DatapathError(
+                f"cannot delete from the ipcache map at {self._path}: {exc.strerror}"
+            ) from exc
 
     def _update(self, address: Address, entry: Entry, flags: int) -> bool:
         if not self.writable:
-            raise DatapathError(f"{self._path} is of Cilium <= 1.17 (12-byte values): lazymesh only reads those")
+            raise DatapathError(
+                f"{self._path} is of Cilium <= 1.17 (12-byte values): lazymesh only reads those"
+            )
         try:
             self._map.update(abi.pack_address_key(address), abi.pack_entry(entry), flags)
         except OSError as exc:
@@ -165,7 +169,10 @@ class MeshCidrs:
 
     def items(self) -> dict[Network, int]:
         """Return what is in force: CIDR to cluster id."""
-        return {abi.unpack_key(key)[0]: abi.MeshCidr.from_buffer_copy(v).cluster_id for key, v in self._map.items()}
+        return {
+            abi.unpack_key(key)[0]: abi.MeshCidr.from_buffer_copy(v).cluster_id
+            for key, v in self._map.items()
+        }
 
     def apply(self, upserts: Iterable[tuple[Network, int]], deletes: Iterable[Network]) -> None:
         """Bring the map up to date by a difference: additions first, so that no address falls out in between."""
@@ -236,7 +243,9 @@ class ConfigMap:
             enforced=sum(1 << direction for direction in config.enforced),
             policy_tag=config.policy_tag,
         )
-        raw.interface_interval_ns, raw.interface_burst_ns = _bucket(config.interface_rate, config.interface_burst)
+        raw.interface_interval_ns, raw.interface_burst_ns = _bucket(
+            config.interface_rate, config.interface_burst
+        )
         raw.global_interval_ns, raw.global_burst_ns = _bucket(config.global_rate, config.global_burst)
         self._map.update(self._SLOT, bytes(raw))
 

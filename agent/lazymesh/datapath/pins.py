@@ -58,7 +58,9 @@ class Pins:
         try:
             self.directory.mkdir(mode=0o700, exist_ok=True)
         except OSError as exc:
-            raise DatapathError(f"cannot make {self.directory}: {exc.strerror} (lazymesh runs as root)") from exc
+            raise DatapathError(
+                f"cannot make {self.directory}: {exc.strerror} (lazymesh runs as root)"
+            ) from exc
         for name, expected in expected_layouts(ipcache_size).items():
             path = self.path(name)
             if not path.exists():
@@ -98,7 +100,9 @@ class Pins:
 
 def check_bpffs(path: Path) -> None:
     """Raise DatapathError unless the path is a mounted BPF file system."""
-    kinds = {_unescape(line.split()[4]): line.split(" - ")[1].split()[0] for line in _mounts() if " - " in line}
+    kinds = {
+        _unescape(line.split()[4]): line.split(" - ")[1].split()[0] for line in _mounts() if " - " in line
+    }
     if not path.is_dir() or kinds.get(str(path.resolve())) != "bpf":
         raise DatapathError(
             f"{path} is no BPF file system: run `mount -t bpf bpf {path}`, or name another one with --bpffs"

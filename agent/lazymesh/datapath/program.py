@@ -27,7 +27,7 @@ def load(pins: Pins, ipcache_size: int = IPCACHE_SIZE) -> Datapath:
     pins.prepare(ipcache_size)
     request = json.dumps({"pins": str(pins.directory), "ipcache_size": ipcache_size})
     try:
-        done = subprocess.run(  # noqa: S603 (our own interpreter, our own module)
+        done = subprocess.run(  # our own interpreter, our own module
             [sys.executable, "-m", "lazymesh.datapath.loader"],
             input=request,
             capture_output=True,
@@ -36,7 +36,9 @@ def load(pins: Pins, ipcache_size: int = IPCACHE_SIZE) -> Datapath:
             check=False,
         )
     except subprocess.TimeoutExpired as exc:
-        raise DatapathError(f"compiling the datapath took more than {LOAD_TIMEOUT_S} s: is this node overloaded?") from exc
+        raise DatapathError(
+            f"compiling the datapath took more than {LOAD_TIMEOUT_S} s: is this node overloaded?"
+        ) from exc
     try:
         answer = json.loads(done.stdout)
     except json.JSONDecodeError as exc:
@@ -72,7 +74,9 @@ class Datapath:
             try:
                 self._programs.append(libbpf.open_pin(self.pins.path(name)))
             except OSError as exc:
-                raise DatapathError(f"cannot open the program at {self.pins.path(name)}: {exc.strerror}") from exc
+                raise DatapathError(
+                    f"cannot open the program at {self.pins.path(name)}: {exc.strerror}"
+                ) from exc
 
     def program(self, direction: Direction) -> tuple[str, int]:
         """Return name and file descriptor of the program for interfaces of that direction."""

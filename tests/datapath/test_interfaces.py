@@ -1,0 +1,398 @@
+"""Programs on real interfaces, in a namespace of the test's own: they come, go, are renamed, and have other tenants."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import errno
+import json
+import time
+from contextlib import asynccontextmanager
+from typing import TYPE_CHECKING, Any
+
+import pytest
+
+from lazymesh.core.model import Direction
+from lazymesh.datapath.interfaces import InterfaceFollower, InterfaceSelection, detach_everywhere
+from lazymesh.errors import DatapathError
+from tests.datapath.conftest import open_descriptors
+from tests.support import packets
+from tests.support.packets import Flow
+from tests.support.prog_run import Tap
+
+if TYPE_CHECKING:
+    from collections.abc import AsyncIterator, Callable, Coroutine
+
+    from lazymesh.datapath.program import Datapath
+    from tests.datapath.conftest import Bench
+    from tests.support.namespaces import Namespace
+
+EGRESS, INGRESS = Direction
+PODS = InterfaceSelection(pods=("lxc+",), uplinks=("eth0",))
+HOOKS = ("ingress", "egress")
+
+
+def veth(*names: str) -> list[str]:
+    """Return ip commands that make veth pairs; the other end of x is peer-x."""
+    return [f"link add {name} type veth peer name peer-{name}" for name in names]
+
+
+def filters(node: Namespace, name: str, hook: str = "ingress") -> list[str]:
+    """Return the names of the BPF filters on an interface, in the order they run."""
+    listed = json.loads(node.run("tc", "-j", "filter", "show", "dev", name, hook, check=False) or "[]")
+    return [item["options"]["bpf_name"] for item in listed if "bpf_name" in item.get("options", {})]
+
+
+def has_clsact(node: Namespace, name: str) -> bool:
+    """Tell whether the interface has the qdisc that filters hang on."""
+    listed = json.loads(node.run("tc", "-j", "qdisc", "show", "dev", name))
+    return any(qdisc["kind"] == "clsact" for qdisc in listed)
+
+
+async def until(condition: Callable[[], bool], seconds: float = 5) -> float:
+    """Poll until a condition holds; returns how long that took."""
+    start = time.monotonic()
+    while not condition():
+        assert time.monotonic() < start + seconds, "it never happened"
+        await asyncio.sleep(0.002)
+    return time.monotonic() - start
+
+
+@asynccontextmanager
+async def following(follower: InterfaceFollower) -> AsyncIterator[InterfaceFollower]:
+    """Follow interfaces until the block ends; what goes wrong at the start is raised."""
+    ready = asyncio.Event()
+    work = asyncio.create_task(follower.run(ready))
+    waiting = asyncio.create_task(ready.wait())
+    await asyncio.wait({work, waiting}, return_when=asyncio.FIRST_COMPLETED)
+    waiting.cancel()
+    try:
+        if work.done():
+            work.result()
+        yield follower
+        assert not work.done()
+    finally:
+        work.cancel()
+        with contextlib.suppress(asyncio.CancelledError, DatapathError):
+            await work
+
+
+def inside(node: Namespace, story: Callable[[], Coroutine[Any, Any, None]]) -> None:
+    """Run a story in an event loop inside the namespace."""
+    node.call(lambda: asyncio.run(story()))
+
+
+async def make(node: Namespace, *lines: str) -> None:
+    """Run ip commands inside while the loop goes on."""
+    await asyncio.to_thread(node.ip, lines)
+
+
+def test_selected_interfaces_get_the_program_of_their_direction(loaded: Datapath, node: Namespace) -> None:
+    """Exact names and patterns, pods and uplinks; nothing on anybody else."""
+    node.ip(veth("eth0", "lxc1", "lxc22", "other", "lx"))
+
+    async def story() -> None:
+        async with following(InterfaceFollower(loaded, PODS)) as follower:
+            assert follower.attached == {"eth0": INGRESS, "lxc1": EGRESS, "lxc22": EGRESS}
+            assert follower.stats.attached_total == 3
+
+    inside(node, story)
+    assert {name: filters(node, name) for name in ("eth0", "lxc1", "lxc22", "other", "lx", "peer-lxc1")} == {
+        "eth0": ["lm_from_uplink"],
+        "lxc1": ["lm_from_pod"],
+        "lxc22": ["lm_from_pod"],
+        "other": [],
+        "lx": [],
+        "peer-lxc1": [],
+    }
+    assert filters(node, "lxc1", "egress") == []
+
+
+def test_programs_stay_when_the_agent_goes(loaded: Datapath, node: Namespace) -> None:
+    """Traffic goes on through them; the next agent puts its own in their place, once."""
+    node.ip(veth("eth0"))
+
+    async def story() -> None:
+        for _ in range(3):
+            async with following(InterfaceFollower(loaded, PODS)) as follower:
+                assert follower.attached == {"eth0": INGRESS}
+            assert await asyncio.to_thread(filters, node, "eth0") == ["lm_from_uplink"]
+
+    inside(node, story)
+
+
+def test_packet_of_an_interface_reaches_the_program(bench: Bench, node: Namespace) -> None:
+    """Not only listed by tc: a frame that comes in is counted."""
+    bench.mesh({packets.PODS_OF_B[4]: 2})
+    with Tap(node, bench.datapath.pins.path("lm_from_pod")) as tap:
+        node.run("tc", "filter", "del", "dev", "tap0", "ingress")
+        tap.receive(Flow().udp())
+        assert bench.counts(EGRESS) == {}
+
+        async def story() -> None:
+            async with following(InterfaceFollower(bench.datapath, InterfaceSelection(pods=("tap0",)))):
+                tap.receive(Flow().udp())
+
+        inside(node, story)
+    assert bench.counts(EGRESS) == {"missed": 1, "lost": 1}
+
+
+@pytest.mark.parametrize("role", ["pods", "uplinks"])
+def test_exact_name_that_is_missing_is_an_error(loaded: Datapath, node: Namespace, role: str) -> None:
+    """A typo must not look like a quiet network; a pattern may match nothing yet."""
+    selection = InterfaceSelection(**{role: ("lxc+", "eth9")})
+
+    async def story() -> None:
+        with pytest.raises(DatapathError, match="no interface eth9 here: `ip link` lists what there is"):
+            async with following(InterfaceFollower(loaded, selection)):
+                pass
+
+    inside(node, story)
+
+
+def test_exact_name_that_is_no_ethernet_is_an_error(loaded: Datapath, node: Namespace) -> None:
+    """Our parser starts at an Ethernet header."""
+
+    async def story() -> None:
+        with pytest.raises(DatapathError, match="cannot attach to lo: lo is no Ethernet interface"):
+            async with following(InterfaceFollower(loaded, InterfaceSelection(pods=("lo",)))):
+                pass
+
+    inside(node, story)
+
+
+def test_pattern_that_matches_another_kind_passes_it_over(loaded: Datapath, node: Namespace) -> None:
+    """A pattern names nobody, so nobody's kind is the user's mistake: counted, logged, not fatal."""
+    node.ip(veth("lxc1"))
+
+    async def story() -> None:
+        async with following(InterfaceFollower(loaded, InterfaceSelection(pods=("l+",)))) as follower:
+            assert follower.attached == {"lxc1": EGRESS}
+            assert follower.stats.attach_errors_total == 1
+
+    inside(node, story)
+
+
+def test_uplink_that_matches_a_pod_pattern_is_an_uplink(loaded: Datapath, node: Namespace) -> None:
+    """The exact word of the user beats the pattern."""
+    node.ip(veth("eth0", "eth1"))
+
+    async def story() -> None:
+        selection = InterfaceSelection(pods=("eth+",), uplinks=("eth0",))
+        async with following(InterfaceFollower(loaded, selection)) as follower:
+            assert follower.attached == {"eth0": INGRESS, "eth1": EGRESS}
+
+    inside(node, story)
+
+
+def test_hundred_pods_come_and_go(loaded: Datapath, node: Namespace) -> None:
+    """Each carries the program within 200 ms, is forgotten when it goes, and nothing is left behind."""
+    names = [f"lxc{number}" for number in range(100)]
+
+    async def story() -> None:
+        async with following(InterfaceFollower(loaded, InterfaceSelection(pods=("lxc+",)))) as follower:
+            before = open_descriptors()
+            for name in names[:40]:
+                await make(node, *veth(name))
+                assert await until(lambda name=name: name in follower.attached) < 0.2  # type: ignore[misc]
+            await make(node, *veth(*names[40:]))
+            assert await until(lambda: len(follower.attached) == 100) < 0.2
+            assert set(await asyncio.to_thread(filters, node, names[99])) == {"lm_from_pod"}
+            for name in names[:10]:
+                await make(node, f"link del {name}")
+                assert await until(lambda name=name: name not in follower.attached) < 0.2  # type: ignore[misc]
+            await make(node, *(f"link del {name}" for name in names[10:]))
+            await until(lambda: follower.attached == {})
+            assert follower.stats.attached_total == 100
+            assert follower.stats.attach_errors_total == 0
+            assert len(follower._attached) == 0
+            assert open_descriptors() == before
+
+    inside(node, story)
+
+
+def test_pod_that_goes_at_once_is_no_error(loaded: Datapath, node: Namespace) -> None:
+    """Interfaces that are gone before we answer are neither counted nor logged as failures."""
+
+    async def story() -> None:
+        async with following(InterfaceFollower(loaded, InterfaceSelection(pods=("lxc+",)))) as follower:
+            for _ in range(20):
+                node.ip([*veth("lxc1"), "link del lxc1"])  # in one go, with the loop held up
+            await make(node, *veth("lxc2"))
+            await until(lambda: "lxc2" in follower.attached)
+            assert follower.attached == {"lxc2": EGRESS}
+            assert follower.stats.attach_errors_total == 0
+
+    inside(node, story)
+
+
+def test_rename_into_and_out_of_the_pattern_is_followed(loaded: Datapath, node: Namespace) -> None:
+    """Container runtimes make a device under one name and give it another."""
+    node.ip(veth("eth0", "tmp1"))
+
+    async def story() -> None:
+        async with following(InterfaceFollower(loaded, PODS)) as follower:
+            assert set(follower.attached) == {"eth0"}
+            await make(node, "link set tmp1 name lxc1")
+            await until(lambda: "lxc1" in follower.attached)
+            await make(node, "link set lxc1 name lxc2")
+            await until(lambda: set(follower.attached) == {"eth0", "lxc2"})
+            assert await asyncio.to_thread(filters, node, "lxc2") == ["lm_from_pod"]
+            await make(node, "link set lxc2 name tmp2")
+            await until(lambda: set(follower.attached) == {"eth0"})
+            await until_gone(node, "tmp2")
+
+    inside(node, story)
+
+
+async def until_gone(node: Namespace, name: str) -> None:
+    """Wait until no filter is left on an interface."""
+    deadline = time.monotonic() + 2
+    while await asyncio.to_thread(filters, node, name):
+        assert time.monotonic() < deadline, "the filter stayed"
+
+
+def test_pod_that_becomes_an_uplink_changes_its_program(loaded: Datapath, node: Namespace) -> None:
+    """The direction goes with the name."""
+    node.ip(veth("eth0"))
+
+    async def story() -> None:
+        async with following(InterfaceFollower(loaded, PODS)) as follower:
+            await make(node, "link set eth0 name lxc0")
+            await until(lambda: follower.attached == {"lxc0": EGRESS})
+            assert await asyncio.to_thread(filters, node, "lxc0") == ["lm_from_pod"]
+
+    inside(node, story)
+
+
+def test_leaving_a_bridge_is_no_farewell(loaded: Datapath, node: Namespace) -> None:
+    """The kernel tells it as a deletion, of the bridge's port and not of the interface."""
+    node.ip([*veth("eth0", "lxc1"), "link add br0 type bridge"])
+
+    async def story() -> None:
+        async with following(InterfaceFollower(loaded, PODS)) as follower:
+            await make(node, "link set lxc1 master br0", "link set lxc1 nomaster", *veth("lxc2"))
+            await until(lambda: "lxc2" in follower.attached)
+            assert set(follower.attached) == {"eth0", "lxc1", "lxc2"}
+            assert follower.stats.attached_total == 3, "nothing was attached twice"
+
+    inside(node, story)
+
+
+def test_lost_messages_are_made_up_for(loaded: Datapath, node: Namespace) -> None:
+    """While the loop is held up the kernel's queue overflows: list again, attach what was missed."""
+    node.ip(veth("eth0", "busy"))
+
+    async def story() -> None:
+        async with following(InterfaceFollower(loaded, PODS)) as follower:
+            node.ip([f"link set busy mtu {1_000 + number}" for number in range(1_500)])  # the loop waits
+            node.ip(veth("lxc1"))
+            await until(lambda: "lxc1" in follower.attached)
+            assert follower.stats.resyncs_total >= 1
+            await make(node, *veth("lxc2"))
+            await until(lambda: "lxc2" in follower.attached)
+
+    inside(node, story)
+
+
+def test_listing_again_repairs_what_was_taken_off(
+    loaded: Datapath, node: Namespace, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """After lost messages we trust no memory: every selected interface gets its program once more."""
+    node.ip(veth("eth0", "lxc1"))
+
+    async def story() -> None:
+        trouble = asyncio.Event()
+        follow = InterfaceFollower._follow
+
+        async def troubled(self: InterfaceFollower, monitor: Any) -> None:
+            if not trouble.is_set():
+                await trouble.wait()
+                raise OSError(errno.ENOBUFS, "No buffer space available")
+            await follow(self, monitor)
+
+        monkeypatch.setattr(InterfaceFollower, "_follow", troubled)
+        async with following(InterfaceFollower(loaded, PODS)) as follower:
+            await asyncio.to_thread(node.run, "tc", "qdisc", "del", "dev", "lxc1", "clsact")
+            await make(node, "link del eth0")
+            trouble.set()
+            await until(lambda: "eth0" not in follower.attached)
+            await until_attached(node, "lxc1", ["lm_from_pod"])
+            assert follower.attached == {"lxc1": EGRESS}
+
+    inside(node, story)
+
+
+async def until_attached(node: Namespace, name: str, expected: list[str]) -> None:
+    """Wait until an interface carries exactly these filters."""
+    deadline = time.monotonic() + 2
+    while await asyncio.to_thread(filters, node, name) != expected:
+        assert time.monotonic() < deadline, "never attached"
+
+
+def add_theirs(node: Namespace, datapath: Datapath, name: str, hook: str, *place: str) -> None:
+    """Attach a filter as somebody else; our own pinned program serves as theirs."""
+    pinned = ("bpf", "direct-action", "object-pinned", datapath.pins.path("lm_from_uplink"))
+    node.run("tc", "filter", "add", "dev", name, hook, *place, *pinned)
+
+
+def leave(node: Namespace) -> list[str]:
+    """Take everything of ours off, inside the namespace."""
+    return node.call(lambda: asyncio.run(detach_everywhere()))
+
+
+def attach_once(node: Namespace, datapath: Datapath, selection: InterfaceSelection) -> None:
+    """Attach, and let the agent go."""
+
+    async def story() -> None:
+        async with following(InterfaceFollower(datapath, selection)):
+            pass
+
+    inside(node, story)
+
+
+def test_leaving_takes_off_everything_of_ours(loaded: Datapath, node: Namespace) -> None:
+    """Filters and the qdiscs that nobody else uses; a second time there is nothing to do."""
+    node.ip(veth("eth0", "lxc1", "other"))
+    attach_once(node, loaded, PODS)
+    assert sorted(leave(node)) == ["eth0", "lxc1"]
+    assert [name for name in ("eth0", "lxc1", "other") if has_clsact(node, name) or filters(node, name)] == []
+    assert leave(node) == []
+
+
+@pytest.mark.parametrize("hook", HOOKS)
+def test_filters_of_others_stay(loaded: Datapath, node: Namespace, hook: str) -> None:
+    """On either hook of the same interface, with the qdisc that they hang on, in their order."""
+    node.ip(veth("lxc1"))
+    node.run("tc", "qdisc", "add", "dev", "lxc1", "clsact")
+    add_theirs(node, loaded, "lxc1", hook, "prio", "1", "handle", "1")
+    attach_once(node, loaded, InterfaceSelection(pods=("lxc+",)))
+    expected = ["lm_from_uplink", "lm_from_pod"] if hook == "ingress" else ["lm_from_pod"]
+    assert [name.partition(":")[0] for name in filters(node, "lxc1")] == expected
+
+    assert leave(node) == ["lxc1"]
+
+    assert len(filters(node, "lxc1", hook)) == 1
+    assert has_clsact(node, "lxc1")
+
+
+def test_filter_of_others_at_our_priority_is_not_taken_for_ours(loaded: Datapath, node: Namespace) -> None:
+    """Priority is no name: only our handle at our priority is us."""
+    node.ip(veth("lxc1", "lxc2"))
+    for name in ("lxc1", "lxc2"):
+        node.run("tc", "qdisc", "add", "dev", name, "clsact")
+        add_theirs(node, loaded, name, "ingress", "prio", "49000", "handle", "5")
+    attach_once(node, loaded, InterfaceSelection(pods=("lxc1",)))
+    assert len(filters(node, "lxc1")) == 2
+
+    assert leave(node) == ["lxc1"]
+
+    assert [len(filters(node, name)) for name in ("lxc1", "lxc2")] == [1, 1]
+
+
+def test_qdisc_of_others_is_used_and_left(loaded: Datapath, node: Namespace) -> None:
+    """An interface without us is not touched, though it has an empty qdisc."""
+    node.ip(veth("other"))
+    node.run("tc", "qdisc", "add", "dev", "other", "clsact")
+    assert leave(node) == []
+    assert has_clsact(node, "other")

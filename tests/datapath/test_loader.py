@@ -1,0 +1,124 @@
+"""The loader's process: JSON in, one JSON object out, every failure one line that says what to do."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from typing import TYPE_CHECKING
+
+import pytest
+
+from lazymesh.datapath.pins import Pins
+from tests.datapath.conftest import mounted_bpffs
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+    from pathlib import Path
+
+NO_CAPABILITIES = ("setpriv", "--bounding-set=-all", "--inh-caps=-all")
+
+
+@pytest.fixture(scope="module")
+def place() -> Iterator[Pins]:
+    """Return a prepared directory for pins."""
+    with mounted_bpffs() as bpffs:
+        pins = Pins.under(bpffs)
+        pins.prepare(100)
+        yield pins
+
+
+def answer(
+    place: Pins, preamble: str = "", size: int = 100, wrapper: tuple[str, ...] = ()
+) -> dict[str, object]:
+    """Run the loader, after some lines of Python that break something, and return what it says."""
+    code = f"{preamble}\nfrom lazymesh.datapath import loader\nloader.main()"
+    request = json.dumps({"pins": str(place.directory), "ipcache_size": size})
+    done = subprocess.run(
+        [*wrapper, sys.executable, "-c", code],
+        input=request,
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=60,
+    )
+    assert done.returncode == 0, done.stderr
+    (line,) = done.stdout.splitlines()
+    said: dict[str, object] = json.loads(line)
+    return said
+
+
+def complaint(said: dict[str, object]) -> str:
+    """Return the error, which must be one line and all there is."""
+    assert list(said) == ["error"]
+    text = said["error"]
+    assert isinstance(text, str)
+    assert "\n" not in text
+    assert "Traceback" not in text
+    return text
+
+
+def test_load_says_ok_and_pins_everything(place: Pins) -> None:
+    """Maps, both programs, and the map of signals."""
+    assert answer(place) == {"ok": True}
+    assert len(list(place.directory.iterdir())) == 12
+    place.remove()
+    place.prepare(100)
+
+
+def test_missing_bcc_names_the_package(place: Pins) -> None:
+    """It comes from the distribution, and only its interpreter sees it."""
+    said = complaint(answer(place, "import sys; sys.modules['bcc'] = None"))
+    assert said.startswith("the Python package bcc is missing: install python3-bpfcc")
+    assert "--system-site-packages" in said
+
+
+def test_missing_headers_name_the_package(place: Pins) -> None:
+    """Those of any kernel will do."""
+    preamble = (
+        "from pathlib import Path\nfrom lazymesh.datapath import headers, loader\n"
+        "loader.find_headers = lambda: headers.find_headers(Path('/nowhere'))"
+    )
+    assert complaint(answer(place, preamble)).startswith(
+        "no kernel headers found, which BCC needs to compile"
+    )
+
+
+def test_missing_capability_is_the_kernel_s_word(place: Pins) -> None:
+    """Root in a container that may not load programs."""
+    said = complaint(answer(place, wrapper=NO_CAPABILITIES))
+    assert said.startswith("BCC could not load the datapath: ")
+    assert "Operation not permitted" in said
+
+
+def test_map_that_the_kernel_refuses_is_named(place: Pins) -> None:
+    """An ipcache without elements stands for every map that cannot be made."""
+    said = complaint(answer(place, size=0))
+    assert said.startswith("BCC could not load the datapath: ")
+    assert "Invalid argument" in said
+
+
+def test_broken_source_shows_the_compiler_s_first_error(place: Pins, tmp_path: Path) -> None:
+    """Not its last line, which only counts the errors."""
+    broken = tmp_path / "bpf"
+    broken.mkdir()
+    (broken / "lazymesh.c").write_text("int lm_from_pod(struct __sk_buff *skb) { return nonsense; }\n")
+    preamble = (
+        "import pathlib\nfrom lazymesh.datapath import loader\n"
+        f"loader.resources.files = lambda _: pathlib.Path({str(tmp_path)!r})"
+    )
+    said = complaint(answer(place, preamble))
+    assert "error: use of undeclared identifier 'nonsense'" in said
+
+
+def test_size_that_differs_stops_before_any_program_is_pinned(place: Pins) -> None:
+    """A mirror that does not fit the compiled struct would write rubbish into a live map."""
+    preamble = (
+        "from lazymesh.datapath import abi, loader\n"
+        "loader._TABLES = {'lm_ipcache': (abi.IpcacheKey, abi.IpcacheEntryV1)}"
+    )
+    said = complaint(answer(place, preamble))
+    assert said.startswith("lm_ipcache: IpcacheEntryV1 is 12 bytes here and 24 in the compiled program")
+    assert not place.path("lm_from_pod").exists()
+    place.remove()
+    place.prepare(100)

@@ -1,0 +1,207 @@
+"""The directory under the BPF file system: what may be there, who holds it, what is left of it."""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import subprocess
+import sys
+from typing import TYPE_CHECKING
+
+import pytest
+
+from lazymesh.datapath import abi, libbpf, pins
+from lazymesh.datapath.libbpf import Map, MapLayout
+from lazymesh.datapath.pins import Pins, check_bpffs, expected_layouts
+from lazymesh.errors import DatapathError
+from tests.datapath.conftest import open_descriptors
+from tests.support.prog_run import load_empty_program
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+    from tests.datapath.conftest import Bench
+
+SIZE = 1_000
+
+
+def pin_map(path: Path, layout: MapLayout) -> None:
+    """Leave a map behind, as another life of lazymesh would."""
+    made = Map.create("lm_test", layout)
+    libbpf.pin(made.fd, path)
+    made.close()
+
+
+@pytest.mark.parametrize("struct", ["key", "value"])
+def test_expected_sizes_are_those_of_the_structs(struct: str) -> None:
+    """The table of layouts repeats numbers that the header decides."""
+    sizes = {name: getattr(layout, f"{struct}_size") for name, layout in expected_layouts(SIZE).items()}
+    structs = {
+        "key": {
+            "lm_ipcache": abi.IpcacheKey,
+            "lm_mesh_cidrs": abi.IpcacheKey,
+            "lm_owned": abi.IpcacheKey,
+            "lm_dedup": abi.DedupKey,
+            "lm_policy": abi.PolicyKey,
+            "lm_flows": abi.FlowKey,
+        },
+        "value": {
+            "lm_ipcache": abi.IpcacheEntry,
+            "lm_mesh_cidrs": abi.MeshCidr,
+            "lm_owned": abi.Owned,
+            "lm_config": abi.Config,
+            "lm_counters": abi.Counters,
+            "lm_flows": abi.Flow,
+        },
+    }[struct]
+    assert {name: sizes[name] for name in structs} == {
+        name: ctypes.sizeof(mirror) for name, mirror in structs.items()
+    }
+
+
+def test_loaded_maps_have_the_expected_layouts(bench: Bench) -> None:
+    """What the program made is what a later load will insist on."""
+    size = bench.datapath.ipcache.max_entries
+    assert {name: opened.layout for name, opened in bench.maps.items()} == expected_layouts(size)
+
+
+def test_place_that_is_no_bpf_file_system_is_told_how_to_become_one(tmp_path: Path) -> None:
+    """Also one that does not exist."""
+    for path in (tmp_path, tmp_path / "nowhere"):
+        expected = rf"{path} is no BPF file system: run `mount -t bpf bpf {path}`.*--bpffs"
+        with pytest.raises(DatapathError, match=expected):
+            Pins.under(path).prepare(SIZE)
+
+
+def test_mount_point_may_have_blanks_in_its_name(tmp_path: Path) -> None:
+    """The kernel's list of mounts writes them as octal numbers."""
+    directory = tmp_path / "a b\\c"
+    directory.mkdir()
+    subprocess.run(["mount", "-t", "bpf", "bpf", directory], check=True)
+    try:
+        check_bpffs(directory)
+    finally:
+        subprocess.run(["umount", directory], check=True)
+
+
+def test_fresh_directory_is_ours_alone(bpffs: Path) -> None:
+    """Nobody but root reads pins, and preparing twice does no harm."""
+    place = Pins.under(bpffs)
+    for _ in range(2):
+        place.prepare(SIZE)
+    assert place.directory == bpffs / "lazymesh"
+    assert place.directory.stat().st_mode & 0o777 == 0o700
+
+
+def test_pins_of_this_version_are_accepted(bpffs: Path) -> None:
+    """That is how entries outlive an agent."""
+    place = Pins.under(bpffs)
+    place.prepare(SIZE)
+    for name, layout in expected_layouts(SIZE).items():
+        pin_map(place.path(name), layout)
+    place.prepare(SIZE)
+
+
+@pytest.mark.parametrize("name", expected_layouts(SIZE))
+def test_pin_of_another_layout_is_refused_by_name(bpffs: Path, name: str) -> None:
+    """Attaching over it would read and write nonsense; the message says which map and what to do."""
+    place = Pins.under(bpffs)
+    place.prepare(SIZE)
+    pin_map(place.path(name), MapLayout(libbpf.MAP_TYPE_HASH, 4, 12, 77, 0))
+    with pytest.raises(DatapathError) as caught:
+        place.prepare(SIZE)
+    message = str(caught.value)
+    assert message.startswith(
+        f"{place.path(name)} has another layout (type 1, key 4B, value 12B, max_entries 77,"
+    )
+    assert "remove" in message
+    assert "--cleanup" in message
+    assert "\n" not in message
+
+
+def test_another_ipcache_size_is_another_layout(bpffs: Path) -> None:
+    """A map cannot grow: the entries have to go first."""
+    place = Pins.under(bpffs)
+    place.prepare(SIZE)
+    pin_map(place.path("lm_ipcache"), expected_layouts(SIZE)["lm_ipcache"])
+    with pytest.raises(DatapathError, match=r"max_entries 1000.*ours:.*max_entries 2000"):
+        place.prepare(2 * SIZE)
+
+
+def test_program_in_place_of_a_map_is_refused(bpffs: Path) -> None:
+    """Whatever stands there, it is one line that names it."""
+    place = Pins.under(bpffs)
+    place.prepare(SIZE)
+    program = load_empty_program()
+    libbpf.pin(program, place.path("lm_config"))
+    os.close(program)
+    with pytest.raises(DatapathError, match=r"lm_config (is no BPF map|has another layout)"):
+        place.prepare(SIZE)
+
+
+def test_who_may_not_write_there_is_told_so(bpffs: Path) -> None:
+    """One line, no traceback: the commonest mistake is a missing sudo."""
+    code = (
+        "import sys\nfrom pathlib import Path\nfrom lazymesh.datapath.pins import Pins\n"
+        "from lazymesh.errors import DatapathError\n"
+        "try:\n    Pins.under(Path(sys.argv[1])).prepare(10)\nexcept DatapathError as exc:\n    print(exc)\n"
+    )
+    bpffs.chmod(0o755)
+    nobody = ["setpriv", "--bounding-set=-all", "--inh-caps=-all", "--reuid=65534", "--clear-groups"]
+    done = subprocess.run(
+        [*nobody, sys.executable, "-c", code, bpffs], capture_output=True, text=True, check=False
+    )
+    assert done.stdout == f"cannot make {bpffs}/lazymesh: Permission denied (lazymesh runs as root)\n", (
+        done.stderr
+    )
+
+
+def test_second_agent_finds_the_directory_taken(bpffs: Path) -> None:
+    """Two agents would evict each other's entries; when the first is gone the second may."""
+    place = Pins.under(bpffs)
+    place.prepare(SIZE)
+    first = place.lock()
+    with pytest.raises(
+        DatapathError, match=r"another lazymesh agent holds .*/lazymesh: stop it first.*--bpffs"
+    ):
+        place.lock()
+    os.close(first)
+    os.close(place.lock())
+
+
+def test_refused_lock_keeps_no_descriptor(bpffs: Path) -> None:
+    """Or waiting for the other agent to end would wait for ever."""
+    place = Pins.under(bpffs)
+    place.prepare(SIZE)
+    first = place.lock()
+    before = open_descriptors()
+    for _ in range(3):
+        with pytest.raises(DatapathError):
+            place.lock()
+    assert open_descriptors() == before
+    os.close(first)
+
+
+def test_remove_leaves_nothing_of_ours(bpffs: Path) -> None:
+    """Maps, programs and the directory; twice does no harm."""
+    place = Pins.under(bpffs)
+    place.prepare(SIZE)
+    for name, layout in expected_layouts(SIZE).items():
+        pin_map(place.path(name), layout)
+    pin_map(place.path(pins.SIGNALS), expected_layouts(SIZE)["lm_config"])
+    for name in pins.PROGRAMS:
+        program = load_empty_program()
+        libbpf.pin(program, place.path(name))
+        os.close(program)
+    for _ in range(2):
+        place.remove()
+    assert not place.directory.exists()
+
+
+def test_remove_leaves_what_is_not_ours(bpffs: Path) -> None:
+    """Somebody else's pin in our directory stays, and so does the directory."""
+    place = Pins.under(bpffs)
+    place.prepare(SIZE)
+    pin_map(place.path("somebody_else_s"), expected_layouts(SIZE)["lm_config"])
+    place.remove()
+    assert [path.name for path in place.directory.iterdir()] == ["somebody_else_s"]

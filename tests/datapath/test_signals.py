@@ -1,0 +1,465 @@
+"""From a miss in the kernel to a signal in the event loop: its bytes, how often, what is counted when there is none."""
+
+from __future__ import annotations
+
+import asyncio
+import struct
+import threading
+import time
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from lazymesh.core.model import Direction, Entry, EntryFlag, format_address
+from lazymesh.datapath import abi
+from lazymesh.datapath.libbpf import PerfBuffer
+from lazymesh.datapath.signals import SignalReader
+from tests.support import packets
+from tests.support.packets import INTERNET, NODE_B, POD_A1, POD_B1, POD_B2, Flow, Host, pod_of_b
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator
+
+    from tests.datapath.conftest import Bench
+    from tests.support.namespaces import Namespace
+
+EGRESS, INGRESS = Direction
+CAUSES = ("signalled", "suppressed_dedup", "suppressed_rate", "muted", "lost")
+UNLIMITED = {"interface_rate": 0, "global_rate": 0}
+
+
+@pytest.fixture
+def mesh(bench: Bench) -> Bench:
+    """Return a datapath where every pod of cluster b misses."""
+    bench.mesh({packets.PODS_OF_B[4]: 2, packets.PODS_OF_B[6]: 2})
+    return bench
+
+
+@contextmanager
+def reading(bench: Bench, pages: int = 16) -> Iterator[list[bytes]]:
+    """Read raw records; they are in the list when the block ends."""
+    records: list[bytes] = []
+    ring = PerfBuffer(bench.datapath.signals, pages, records.append)
+    try:
+        yield records
+        ring.consume()
+    finally:
+        ring.close()
+
+
+def signals_in(records: list[bytes]) -> list[abi.Signal]:
+    """Return the signals in order of time; rings of several CPUs are read one after the other."""
+    signals = [abi.unpack_signal(record) for record in records]
+    assert None not in signals
+    return sorted((signal for signal in signals if signal), key=lambda signal: signal.ktime_ns)
+
+
+def assert_every_miss_is_accounted_for(bench: Bench) -> None:
+    """Check the equation of DESIGN section 5, in both directions."""
+    for direction in Direction:
+        counts = bench.counts(direction)
+        assert sum(counts.get(cause, 0) for cause in CAUSES) == counts.get("missed", 0), counts
+
+
+def wait_for(condition: Callable[[], bool], seconds: float = 5) -> None:
+    """Poll until a condition holds."""
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < deadline, "it never happened"
+        time.sleep(0.001)
+
+
+@pytest.mark.parametrize("direction", list(Direction), ids=["egress", "ingress"])
+@pytest.mark.parametrize("version", [4, 6])
+def test_signal_has_the_bytes_that_the_header_says(bench: Bench, version: int, direction: Direction) -> None:
+    """Signal number first, the address in network order: 10.1.0.164 arrives as 10.1.0.164."""
+    bench.mesh({packets.PODS_OF_A[version]: 513})
+    before = time.monotonic_ns()
+    with reading(bench) as records:
+        bench.send(direction, Flow(POD_A1, direction, version, pod=POD_B1).udp())
+    (record,) = records
+
+    *head, address, pad, ktime = struct.unpack_from("=IBBHI16sIQ", record)
+    assert head == [3, 1 if version == 4 else 2, direction, 513, 1]
+    assert address == POD_A1.address(version).ljust(16, b"\0")
+    assert pad == 0
+    assert before <= ktime <= time.monotonic_ns()
+    assert any(record[40:]) is False
+    signal = abi.unpack_signal(record)
+    assert signal == abi.Signal(POD_A1.address(version), direction, 513, 1, ktime)
+    assert format_address(signal.address) == ("10.1.0.164" if version == 4 else "fd00:1::a4")
+
+
+def test_cluster_of_the_longest_mesh_cidr_is_named(mesh: Bench) -> None:
+    """A narrower CIDR of another cluster wins, one that two clusters claim (0) too."""
+    mesh.mesh({"10.2.7.0/24": 3, "10.2.128.0/17": 0})
+    with reading(mesh) as records:
+        for peer in (POD_B1, POD_B2, pod_of_b(1)):
+            mesh.send(EGRESS, Flow(peer).udp())
+    assert [signal.cluster_id for signal in signals_in(records)] == [2, 3, 0]
+
+
+def test_miss_outside_the_mesh_names_no_cluster(bench: Bench) -> None:
+    """A pod CIDR entry with a tunnel endpoint is a miss though we have no CIDR for it: cluster 0."""
+    tunnelled = Entry(2, NODE_B.address(4), 0, EntryFlag.HAS_TUNNEL_EP)
+    bench.entries({packets.NODE_PODS_OF_B[4]: tunnelled})
+    with reading(bench) as records:
+        bench.send(EGRESS, Flow().udp())
+    assert [signal.cluster_id for signal in signals_in(records)] == [0]
+
+
+def test_address_is_signalled_once_and_again_after_its_interval(mesh: Bench) -> None:
+    """A hundred packets are one question; a packet after the re-arm interval asks again."""
+    mesh.configure(rearm_s=0.1)
+    with reading(mesh) as records:
+        mesh.send(EGRESS, Flow().udp(), repeat=100)
+        assert mesh.counts(EGRESS) == {"missed": 100, "signalled": 1, "suppressed_dedup": 99}
+
+        def asked_again() -> bool:
+            mesh.send(EGRESS, Flow().udp())
+            return mesh.counts(EGRESS)["signalled"] == 2
+
+        wait_for(asked_again)
+    first, second = (signal.ktime_ns for signal in signals_in(records))
+    assert second - first >= 100_000_000
+    assert_every_miss_is_accounted_for(mesh)
+
+
+@pytest.mark.parametrize("seconds", [0.5, 1.0, 60.0, 3_600.0])
+def test_interval_is_lengthened_by_chance_up_to_a_quarter(mesh: Bench, seconds: float) -> None:
+    """Addresses that miss together do not miss together again."""
+    mesh.configure(rearm_s=seconds, **UNLIMITED)
+    before = time.monotonic_ns()
+    with reading(mesh):
+        for number in range(64):
+            mesh.send(EGRESS, Flow(pod_of_b(number)).udp())
+    after = time.monotonic_ns()
+    silent_until = [int.from_bytes(value, "little") for _, value in mesh.maps["lm_dedup"].items()]
+    assert len(silent_until) == 64
+    assert min(silent_until) >= before + seconds * 1e9 * 0.999
+    assert max(silent_until) <= after + seconds * 1.25e9
+    assert max(silent_until) - min(silent_until) > seconds * 1e9 / 10
+
+
+def test_address_that_misses_both_ways_is_signalled_once(mesh: Bench) -> None:
+    """Who it belongs to does not depend on the direction."""
+    with reading(mesh) as records:
+        mesh.send(EGRESS, Flow().udp())
+        mesh.send(INGRESS, Flow(direction=INGRESS).udp())
+    assert len(records) == 1
+    assert mesh.counts(INGRESS) == {"missed": 1, "suppressed_dedup": 1}
+
+
+def test_families_do_not_share_an_interval(bench: Bench) -> None:
+    """An IPv6 address that starts with the bytes of an IPv4 one is another address."""
+    twin = Host("a twin", "10.2.0.5", "a02:5::")
+    bench.mesh({packets.WORLD[4]: 2, packets.WORLD[6]: 2})
+    with reading(bench) as records:
+        for version in (4, 6):
+            bench.send(EGRESS, Flow(twin, version=version).udp())
+    assert len(records) == 2
+
+
+@pytest.fixture
+def two_ports(node: Namespace) -> tuple[Namespace, int, int]:
+    """Return a namespace and the indexes of two devices in it."""
+    node.ip(["link add one index 101 type veth peer name two index 102"])
+    return node, 101, 102
+
+
+def send_to_many(bench: Bench, ifindex: int, numbers: range) -> None:
+    """Send a packet to each of these pods of cluster b, from one interface."""
+    for number in numbers:
+        bench.send(EGRESS, Flow(pod_of_b(number)).udp(), ifindex=ifindex)
+
+
+def test_noisy_interface_uses_up_its_own_tokens_only(
+    mesh: Bench, two_ports: tuple[Namespace, int, int]
+) -> None:
+    """A pod that scans the mesh is cut off at its burst; its neighbour's first misses are signalled."""
+    node, one, two = two_ports
+    mesh.configure(interface_rate=1, interface_burst=10, global_rate=0)
+    with reading(mesh) as records:
+        node.call(send_to_many, mesh, one, range(50))
+        assert mesh.counts(EGRESS) == {"missed": 50, "signalled": 10, "suppressed_rate": 40}
+        node.call(send_to_many, mesh, two, range(50, 58))
+        assert mesh.counts(EGRESS) == {"missed": 58, "signalled": 18, "suppressed_rate": 40}
+    assert [signal.ifindex for signal in signals_in(records)] == [one] * 10 + [two] * 8
+
+
+def test_all_interfaces_together_keep_the_global_limit(
+    mesh: Bench, two_ports: tuple[Namespace, int, int]
+) -> None:
+    """However many interfaces there are, the agent gets no more than it can take."""
+    node, one, two = two_ports
+    mesh.configure(interface_rate=0, global_rate=1, global_burst=15)
+    with reading(mesh) as records:
+        node.call(send_to_many, mesh, one, range(10))
+        node.call(send_to_many, mesh, two, range(10, 30))
+    assert len(records) == 15
+    assert mesh.counts(EGRESS) == {"missed": 30, "signalled": 15, "suppressed_rate": 15}
+
+
+def test_address_that_found_no_token_is_not_silenced(mesh: Bench) -> None:
+    """Its next packet asks as soon as there is a token, long before the re-arm interval is over."""
+    mesh.configure(rearm_s=60, interface_rate=5, interface_burst=1, global_rate=0)
+    with reading(mesh) as records:
+        mesh.send(EGRESS, Flow(pod_of_b(1)).udp())
+        mesh.send(EGRESS, Flow(pod_of_b(2)).udp())
+        assert mesh.counts(EGRESS) == {"missed": 2, "signalled": 1, "suppressed_rate": 1}
+
+        def signalled() -> bool:
+            mesh.send(EGRESS, Flow(pod_of_b(2)).udp())
+            return mesh.counts(EGRESS)["signalled"] == 2
+
+        wait_for(signalled)
+    assert len(records) == 2
+    assert_every_miss_is_accounted_for(mesh)
+
+
+def test_tokens_come_back_at_the_rate_that_was_set(mesh: Bench) -> None:
+    """A bucket of 1,000 per second is full again a few milliseconds later, and lets no more through than it says."""
+    mesh.configure(rearm_s=0, interface_rate=1_000, interface_burst=5, global_rate=0)
+    frame = Flow().udp()
+    with reading(mesh):
+        start = time.monotonic()
+        for _ in range(10):
+            before = mesh.counts(EGRESS).get("signalled", 0)
+            mesh.send(EGRESS, frame, repeat=5)
+            assert mesh.counts(EGRESS)["signalled"] == before + 5, "the whole burst"
+            mesh.send(EGRESS, frame, repeat=100)
+            time.sleep(0.006)
+        seconds = time.monotonic() - start
+    assert mesh.counts(EGRESS)["signalled"] <= 5 + seconds * 1_000 + 1
+    assert_every_miss_is_accounted_for(mesh)
+
+
+def test_muted_program_counts_and_is_silent(mesh: Bench) -> None:
+    """The flag stops signals at once; when it goes down nothing is left of it, not even an interval."""
+    with reading(mesh) as records:
+        mesh.datapath.config.mute(True)
+        mesh.send(EGRESS, Flow().udp(), repeat=10)
+        assert mesh.counts(EGRESS) == {"missed": 10, "muted": 10}
+        mesh.datapath.config.mute(False)
+        mesh.send(EGRESS, Flow().udp())
+    assert len(records) == 1
+    assert mesh.counts(EGRESS) == {"missed": 11, "muted": 10, "signalled": 1}
+
+
+def test_mute_changes_no_other_setting_and_new_settings_end_it(mesh: Bench) -> None:
+    """Overload must not switch a policy off, and a fresh start must not stay deaf."""
+    mesh.configure(rearm_s=7, drop_missed=True, enforced=frozenset(Direction))
+    before = bytes(mesh.datapath.config.read())
+    mesh.datapath.config.mute(True)
+    assert mesh.datapath.config.read().muted == 1
+    mesh.datapath.config.mute(False)
+    assert bytes(mesh.datapath.config.read()) == before
+    mesh.datapath.config.mute(True)
+    mesh.configure()
+    assert mesh.datapath.config.read().muted == 0
+
+
+def test_signal_without_a_reader_is_lost_and_asked_again(mesh: Bench) -> None:
+    """A dead agent arms no interval: the first packet after its restart is signalled."""
+    mesh.send(EGRESS, Flow().udp(), repeat=3)
+    assert mesh.counts(EGRESS) == {"missed": 3, "lost": 3}
+    with reading(mesh) as records:
+        mesh.send(EGRESS, Flow().udp())
+    assert len(records) == 1
+    assert mesh.counts(EGRESS) == {"missed": 4, "lost": 3, "signalled": 1}
+
+
+def test_full_ring_loses_signals_by_count(mesh: Bench) -> None:
+    """What does not fit is counted in the kernel, and what is signalled is read: nothing in between."""
+    mesh.configure(**UNLIMITED)
+    with reading(mesh, pages=1) as records:
+        send_to_many(mesh, 0, range(1_000))
+    counts = mesh.counts(EGRESS)
+    assert counts["lost"] > 0
+    assert counts["signalled"] == len(records) > 0
+    assert_every_miss_is_accounted_for(mesh)
+
+
+def test_dropped_misses_are_signalled_like_any(mesh: Bench) -> None:
+    """Otherwise a dropped peer would stay dropped for ever."""
+    mesh.configure(drop_missed=True)
+    with reading(mesh) as records:
+        mesh.send(EGRESS, Flow().udp())
+    assert len(records) == 1
+
+
+@pytest.mark.parametrize("version", [4, 6])
+@pytest.mark.parametrize("peer", [INTERNET, POD_B1], ids=["the internet", "a synced peer"])
+def test_a_quarter_million_packets_raise_no_signal(mesh: Bench, peer: Host, version: int) -> None:
+    """One million in all: what is not a miss never wakes the agent, however much of it there is."""
+    mesh.entries({packets.WORLD[version]: Entry(2), POD_B1.prefix(version): Entry(131_073)})
+    with reading(mesh) as records:
+        mesh.send(EGRESS, Flow(peer, version=version).udp(), repeat=250_000)
+    assert records == []
+    assert mesh.counts(EGRESS) == {"hit" if peer is POD_B1 else "not_mesh": 250_000}
+
+
+async def test_reader_receives_exactly_what_was_signalled(mesh: Bench) -> None:
+    """Through the event loop, in batches, with nothing added and nothing left behind."""
+    mesh.configure(**UNLIMITED)
+    batches: list[list[abi.Signal]] = []
+    reader = SignalReader(mesh.datapath.signals, batches.append)
+    mesh.send(EGRESS, Flow(pod_of_b(999)).udp())  # before the loop looks
+    reader.start()
+    try:
+        for start in range(0, 400, 40):
+            await asyncio.to_thread(send_to_many, mesh, 0, range(start, start + 40))
+        await asyncio.to_thread(wait_for, lambda: sum(map(len, batches)) >= 401)
+    finally:
+        reader.close()
+    expected = {pod_of_b(number).address(4) for number in (999, *range(400))}
+    assert {signal.address for batch in batches for signal in batch} == expected
+    assert sum(map(len, batches)) == mesh.counts(EGRESS)["signalled"] == 401
+    assert reader.invalid == 0
+    assert all(batches)
+
+
+async def test_closed_reader_leaves_the_kernel_without_one(mesh: Bench) -> None:
+    """Signals after it count as lost, and a second reader takes over where it stopped."""
+    received: list[abi.Signal] = []
+    for expected in ("signalled", "lost", "signalled"):
+        mesh.forget_counts()
+        mesh.maps["lm_dedup"].delete_many([key for key, _ in mesh.maps["lm_dedup"].items()])
+        reader = SignalReader(mesh.datapath.signals, received.extend) if expected == "signalled" else None
+        if reader:
+            reader.start()
+        mesh.send(EGRESS, Flow().udp())
+        await asyncio.sleep(0.01)
+        if reader:
+            reader.close()
+        assert mesh.counts(EGRESS) == {"missed": 1, expected: 1}
+    assert len(received) == 2
+
+
+def test_record_that_is_no_signal_is_told_apart() -> None:
+    """Too short, another number, another family or direction: not ours to understand."""
+    good = struct.pack("=IBBHI16sIQ", 3, 1, 0, 2, 7, POD_B1.v4.encode().ljust(16), 0, 5)
+    assert abi.unpack_signal(good + bytes(4)) is not None
+    for bad in (
+        good[:-1],
+        b"",
+        b"\x02" + good[1:],
+        good[:4] + b"\x03" + good[5:],
+        good[:5] + b"\x02" + good[6:],
+    ):
+        assert abi.unpack_signal(bad) is None
+
+
+def test_two_processors_count_every_miss(mesh: Bench) -> None:
+    """The equation holds exactly when both CPUs miss the same addresses at the same time."""
+    mesh.configure(rearm_s=0.0001, interface_rate=50_000, global_rate=60_000)
+    frames = [Flow(pod_of_b(number)).udp() for number in range(4)]
+
+    def flood() -> None:
+        for frame in frames * 25:
+            mesh.send(EGRESS, frame, repeat=200)
+
+    with reading(mesh, pages=256) as records:
+        threads = [threading.Thread(target=flood) for _ in range(2)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+    assert mesh.counts(EGRESS)["missed"] == 2 * 100 * 200
+    assert mesh.counts(EGRESS)["signalled"] == len(records)
+    assert_every_miss_is_accounted_for(mesh)
+
+
+@dataclass(frozen=True)
+class Send:
+    """A burst of packets of one peer."""
+
+    number: int
+    direction: Direction
+    version: int
+    repeat: int
+
+
+@dataclass(frozen=True)
+class Configure:
+    """New settings."""
+
+    rearm_s: float
+    interface_rate: int
+    interface_burst: int
+    global_rate: int
+    global_burst: int
+    drop_missed: bool
+
+
+@dataclass(frozen=True)
+class Mute:
+    """The flag goes up or down."""
+
+    on: bool
+
+
+@dataclass(frozen=True)
+class Reader:
+    """A reader comes, or goes."""
+
+    here: bool
+
+
+STEPS = st.one_of(
+    st.builds(
+        Send,
+        st.integers(0, 5),
+        st.sampled_from(list(Direction)),
+        st.sampled_from([4, 6]),
+        st.sampled_from([1, 2, 50, 400]),
+    ),
+    st.builds(
+        Configure,
+        st.sampled_from([0.0, 0.0005, 1.0]),
+        st.sampled_from([0, 1, 2_000]),
+        st.integers(1, 20),
+        st.sampled_from([0, 1, 2_000]),
+        st.integers(1, 20),
+        st.booleans(),
+    ),
+    st.builds(Mute, st.booleans()),
+    st.builds(Reader, st.booleans()),
+)
+
+
+@settings(max_examples=200, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(steps=st.lists(STEPS, max_size=30))
+def test_every_miss_is_counted_by_exactly_one_cause(shared_bench: Bench, steps: list[object]) -> None:
+    """Whatever happens in whatever order, the causes add up to the misses, and signalled is what readers read."""
+    bench = shared_bench
+    bench.wipe()
+    bench.mesh({packets.PODS_OF_B[4]: 2, packets.PODS_OF_B[6]: 2})
+    records: list[bytes] = []
+    ring: PerfBuffer | None = None
+    sent = 0
+    for step in steps:
+        match step:
+            case Send(number, direction, version, repeat):
+                bench.send(direction, Flow(pod_of_b(number), direction, version).udp(), repeat=repeat)
+                sent += repeat
+            case Configure():
+                bench.configure(**vars(step))
+            case Mute(on):
+                bench.datapath.config.mute(on)
+            case Reader(here):
+                if ring:
+                    ring.consume()
+                    ring.close()
+                ring = PerfBuffer(bench.datapath.signals, 1, records.append) if here else None
+    if ring:
+        ring.consume()
+        ring.close()
+    assert_every_miss_is_accounted_for(bench)
+    counts = [bench.counts(direction) for direction in Direction]
+    assert sum(count.get("missed", 0) for count in counts) == sent
+    assert sum(count.get("signalled", 0) for count in counts) == len(records)
