@@ -13,16 +13,13 @@
 #include "include/lazymesh_abi.h"
 #include "include/maps.h"
 #include "include/parse.h"
+#include "include/hold.h"
+#include "include/policy.h"
 
 #define WORLD_ID 2
 #define WORLD_IPV4_ID 9
 #define WORLD_IPV6_ID 10
 #define SCOPE_LOCAL 1 /* top byte of identities that only mean something on this node (CIDR and FQDN policy) */
-
-#define SECOND 1000000000ULL
-#define FLOW_LIFETIME (60 * SECOND)
-#define FLOW_LIFETIME_TCP (8000 * SECOND) /* Cilium's defaults */
-#define FLOW_LIFETIME_CLOSED (10 * SECOND)
 
 enum miss {
 	MISS_NO,
@@ -65,8 +62,11 @@ static __always_inline int take_token(u32 bucket, u64 interval_ns, u64 burst_ns,
 	return 1;
 }
 
-/* Signal the miss, or count why not: exactly one counter beside `missed` moves. */
-static __always_inline void report_miss(struct __sk_buff *skb, struct lm_packet *packet, int direction,
+/*
+ * Signal the miss, or count why not: exactly one counter beside `missed` moves. Returns whether an answer is on its
+ * way: 1 when it was signalled, and for an address signalled a moment ago as long as packets of it are still held.
+ */
+static __always_inline int report_miss(struct __sk_buff *skb, struct lm_packet *packet, int direction,
 					u16 cluster_id, struct lm_config *config, struct lm_counters *counters)
 {
 	struct lm_dedup_key dedup = {};
@@ -76,20 +76,20 @@ static __always_inline void report_miss(struct __sk_buff *skb, struct lm_packet 
 	counters->missed++;
 	if (config->muted) {
 		counters->muted++;
-		return;
+		return 0;
 	}
 	__builtin_memcpy(dedup.addr, packet->peer.addr, sizeof(dedup.addr));
 	dedup.family = packet->peer.family;
 	silent_until = lm_dedup.lookup(&dedup);
 	if (silent_until && now < *silent_until) {
 		counters->suppressed_dedup++;
-		return;
+		return config->on_miss == LM_ON_MISS_HOLD && hold_pending(packet);
 	}
 	/* ifindex is never 0, so key 0 is free for the bucket of all interfaces together */
 	if (!take_token(skb->ifindex, config->interface_interval_ns, config->interface_burst_ns, now) ||
 	    !take_token(0, config->global_interval_ns, config->global_burst_ns, now)) {
 		counters->suppressed_rate++;
-		return;
+		return 0;
 	}
 	until = now + config->rearm_ns + (config->rearm_ns >> 10) * (bpf_get_prandom_u32() >> 24);
 	lm_dedup.update(&dedup, &until);
@@ -104,109 +104,15 @@ static __always_inline void report_miss(struct __sk_buff *skb, struct lm_packet 
 	if (lm_signals.perf_submit(skb, &miss, sizeof(miss))) {
 		counters->lost++;
 		lm_dedup.delete(&dedup);
-	} else {
-		counters->signalled++;
+		return 0;
 	}
-}
-
-static __always_inline void flow_key_of(struct lm_packet *packet, struct lm_ports *ports, int initiator,
-					struct lm_flow_key *key)
-{
-	__builtin_memcpy(key->local, packet->local, sizeof(key->local));
-	__builtin_memcpy(key->peer, packet->peer.addr, sizeof(key->peer));
-	key->local_port = ports->local;
-	key->peer_port = ports->peer;
-	key->family = packet->peer.family;
-	key->protocol = packet->protocol;
-	key->initiator = initiator;
-}
-
-static __always_inline int flow_alive(const struct lm_flow *flow, u8 protocol, u64 now)
-{
-	u64 lifetime = flow->closing == LM_FLOW_CLOSED ? FLOW_LIFETIME_CLOSED
-		       : protocol == IPPROTO_TCP	? FLOW_LIFETIME_TCP
-							: FLOW_LIFETIME;
-
-	return now - flow->seen_ns < lifetime;
-}
-
-/* One more packet of a live flow. A closed one is not kept alive by what still comes. */
-static __always_inline void touch_flow(struct lm_flow *flow, const struct lm_ports *ports, u64 now)
-{
-	if (flow->closing == LM_FLOW_CLOSED)
-		return;
-	flow->seen_ns = now;
-	flow->closing |= ports->closing;
-}
-
-/* Does the packet answer a flow that policy allowed the other way round? */
-static __always_inline int is_reply(struct lm_flow_key *key, struct lm_ports *ports, u64 now)
-{
-	struct lm_flow *flow;
-
-	if (!ports->answers)
-		return 0;
-	flow = lm_flows.lookup(key);
-	if (!flow || !flow_alive(flow, key->protocol, now))
-		return 0;
-	touch_flow(flow, ports, now);
+	counters->signalled++;
 	return 1;
-}
-
-static __always_inline void remember_flow(struct lm_flow_key *key, struct lm_ports *ports, u64 now)
-{
-	struct lm_flow fresh = {.seen_ns = now, .closing = ports->closing}, *flow = lm_flows.lookup(key);
-
-	/* A SYN starts over: the ports of a closed connection may be used again. */
-	if (flow && !ports->syn && flow_alive(flow, key->protocol, now))
-		touch_flow(flow, ports, now);
-	else
-		lm_flows.update(key, &fresh);
-}
-
-/*
- * The standalone policy: replies of allowed flows pass, then the peer's identity decides. Later fragments pass with
- * their first one: without it they are never put together.
- */
-static __always_inline int judge(struct __sk_buff *skb, struct lm_packet *packet, int direction, u32 identity,
-				 struct lm_config *config, struct lm_counters *counters)
-{
-	struct lm_policy_key policy = {.identity = identity, .direction = direction};
-	struct lm_flow_key key = {};
-	struct lm_ports ports = {};
-	u64 now = bpf_ktime_get_ns();
-	int has_ports;
-
-	if (packet->peer.family == IPCACHE_FAMILY_IPV6 && parse_extensions(skb, packet))
-		packet->protocol = 0xff;
-	has_ports = !parse_ports(skb, direction, packet, &ports);
-
-	if (has_ports) {
-		flow_key_of(packet, &ports, !direction, &key);
-		if (is_reply(&key, &ports, now)) {
-			counters->policy_reply++;
-			return TC_ACT_UNSPEC;
-		}
-		key.initiator = direction;
-	}
-	if (!(config->enforced & (1 << direction)) || lm_policy.lookup(&policy)) {
-		if (has_ports && ports.opens)
-			remember_flow(&key, &ports, now);
-		counters->policy_allow++;
-		return TC_ACT_UNSPEC;
-	}
-	if (packet->later_fragment) {
-		counters->policy_fragment++;
-		return TC_ACT_UNSPEC;
-	}
-	if (has_ports)
-		lm_flows.delete(&key); /* allowed once, not any more: its replies end too */
-	counters->policy_deny++;
-	return TC_ACT_SHOT;
 }
 
 static __always_inline int handle(struct __sk_buff *skb, int direction)
 {
+	struct lm_hold_counters *hold_counters;
 	struct lm_packet packet = {};
 	struct ipcache_entry *entry;
 	struct lm_mesh_cidr *mesh;
@@ -214,12 +120,15 @@ static __always_inline int handle(struct __sk_buff *skb, int direction)
 	struct lm_config *config;
 	enum miss miss;
 	u32 zero = 0, slot = direction;
-	int parsed;
+	int parsed, arrived = 0, awaited;
 
 	config = lm_config.lookup(&zero);
 	counters = lm_counters.lookup(&slot);
-	if (!config || !counters)
+	hold_counters = lm_hold_count.lookup(&zero);
+	if (!config || !counters || !hold_counters)
 		return TC_ACT_UNSPEC; /* array elements always exist: for the verifier */
+	if (config->hold_cookie && skb->mark >> 16 == config->hold_cookie)
+		arrived = arrive(skb, hold_counters);
 	parsed = parse_addresses(skb, direction, &packet);
 	if (parsed) {
 		counters->not_parsed++;
@@ -230,6 +139,10 @@ static __always_inline int handle(struct __sk_buff *skb, int direction)
 	}
 	entry = lm_ipcache.lookup(&packet.peer);
 	miss = miss_of(entry);
+	/* A hit stays behind the held packets of its address. */
+	if (miss == MISS_NO && config->hold_cookie && !arrived && hold_pending(&packet) &&
+	    park(skb, &packet, direction, 1, hold_counters))
+		return TC_ACT_STOLEN;
 	if (miss == MISS_NO && !config->enforced) {
 		counters->hit++;
 		return TC_ACT_UNSPEC;
@@ -237,14 +150,18 @@ static __always_inline int handle(struct __sk_buff *skb, int direction)
 	mesh = lm_mesh_cidrs.lookup(&packet.peer);
 	if (miss == MISS_NO) {
 		counters->hit++;
-	} else if (mesh || miss == MISS_YES) {
-		report_miss(skb, &packet, direction, mesh ? mesh->cluster_id : 0, config, counters);
+	} else if (!mesh && miss == MISS_IF_MESH) {
+		counters->not_mesh++;
+	} else if (arrived) {
+		counters->missed_again++;
+	} else {
+		awaited = report_miss(skb, &packet, direction, mesh ? mesh->cluster_id : 0, config, counters);
 		if (config->on_miss == LM_ON_MISS_DROP) {
 			counters->missed_drop++;
 			return TC_ACT_SHOT;
 		}
-	} else {
-		counters->not_mesh++;
+		if (awaited && config->on_miss == LM_ON_MISS_HOLD && park(skb, &packet, direction, 0, hold_counters))
+			return TC_ACT_STOLEN;
 	}
 	if (!mesh || !config->enforced)
 		return TC_ACT_UNSPEC;

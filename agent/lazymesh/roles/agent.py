@@ -25,7 +25,8 @@ from lazymesh.core.policyfile import parse_policy
 from lazymesh.core.resolver import Resolver
 from lazymesh.datapath.installer import Installer
 from lazymesh.datapath.interfaces import InterfaceFollower, InterfaceSelection, detach_everywhere
-from lazymesh.datapath.maps import DatapathConfig, kernel_honours_noexist
+from lazymesh.datapath.holdmaps import HoldControl, HoldCounterMap, HoldLimits
+from lazymesh.datapath.maps import DatapathConfig, OnMiss, kernel_honours_noexist
 from lazymesh.datapath.pins import Pins, check_bpffs
 from lazymesh.datapath.program import load
 from lazymesh.datapath.signals import SignalReader
@@ -35,6 +36,7 @@ from lazymesh.roles.configdir import check_directories
 from lazymesh.roles.control import ControlServer
 from lazymesh.roles.driver import Driver, Shadow
 from lazymesh.roles.enforcement import Enforcement
+from lazymesh.roles.holding import Holding, HoldSettings
 from lazymesh.roles.mesh import Mesh
 from lazymesh.roles.status import Parts, Status, export
 
@@ -129,6 +131,9 @@ class Agent:
         follower = InterfaceFollower(
             datapath, InterfaceSelection(settings.datapath.interfaces, settings.datapath.uplinks)
         )
+        holding = Holding(datapath, HoldControl(datapath.pins.directory), self._hold_settings())
+        if settings.datapath.on_miss == "hold" and not settings.shadow:
+            holding.wanted.set()
         attached = asyncio.Event()
         reader = SignalReader(datapath.signals, driver.on_signals)
         control = ControlServer(
@@ -144,6 +149,8 @@ class Agent:
                 resolver,
                 driver,
                 follower,
+                holding,
+                HoldCounterMap(datapath.pins.directory),
                 reader,
                 control,
                 limits,
@@ -156,6 +163,7 @@ class Agent:
             "lazymesh_unexpected_errors", "Errors that nobody expected; each is in the log", (),
             lambda: [((), self._unexpected)],
         )  # fmt: skip
+        driver.release = holding.answer
         async with contextlib.AsyncExitStack() as stack:
             stack.callback(reader.close)
             await control.start()
@@ -166,7 +174,11 @@ class Agent:
                 stack.push_async_callback(server.close)
             reader.start()
             await self._run_parts(
-                mesh.run(), follower.run(attached), self._tick(driver), self._hand_out(mesh, driver, limits)
+                mesh.run(),
+                follower.run(attached),
+                self._tick(driver),
+                self._hand_out(mesh, driver, limits),
+                holding.run(),
             )
 
     async def _run_parts(self, *parts: Coroutine[None, None, None]) -> None:
@@ -210,12 +222,16 @@ class Agent:
             DatapathConfig(
                 interface_rate=settings.signal_rate,
                 global_rate=4 * settings.signal_rate,
-                # Where no entry is ever written, policy and dropping would cut everybody off.
-                drop_missed=settings.drop_missed and not shadow,
+                # Where no entry is ever written, policy, holding and dropping would cut everybody off.
+                on_miss=OnMiss.PASS if shadow else OnMiss[settings.on_miss.upper()],
                 enforced=self._policy.enforced if self._policy and not shadow else frozenset(),
                 policy_tag=self._policy_tag,
             )
         )
+
+    def _hold_settings(self) -> HoldSettings:
+        settings = self._settings.datapath
+        return HoldSettings(HoldLimits(), settings.hold_limit_s, settings.drop_on_timeout)
 
     async def _tick(self, driver: Driver) -> None:
         while True:

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from lazymesh import __version__
 from lazymesh.core.model import Direction
+from lazymesh.datapath.maps import OnMiss
 
 if TYPE_CHECKING:
     import asyncio
@@ -15,12 +16,14 @@ if TYPE_CHECKING:
 
     from lazymesh.core.limits import Limits
     from lazymesh.core.resolver import Resolver
+    from lazymesh.datapath.holdmaps import HoldCounterMap
     from lazymesh.datapath.interfaces import InterfaceFollower
     from lazymesh.datapath.program import Datapath
     from lazymesh.datapath.signals import SignalReader
     from lazymesh.metrics import Metrics, Sample
     from lazymesh.roles.control import ControlServer
     from lazymesh.roles.driver import Driver
+    from lazymesh.roles.holding import Holding
     from lazymesh.roles.mesh import Mesh
     from lazymesh.settings import AgentSettings
 
@@ -35,6 +38,8 @@ class Parts:
     resolver: Resolver
     driver: Driver
     follower: InterfaceFollower
+    holding: Holding
+    hold_counters: HoldCounterMap
     reader: SignalReader
     control: ControlServer
     limits: Limits
@@ -74,7 +79,8 @@ class Status:
                 "interfaces": {
                     name: d.name.lower() for name, d in sorted(self.parts.follower.attached.items())
                 },
-                "onMiss": "drop" if settings.datapath.drop_missed and not settings.shadow else "pass",
+                "onMiss": OnMiss(self.parts.datapath.config.read().on_miss).name.lower(),
+                "holding": self.parts.holding.state,
                 "policy": str(settings.policy) if settings.policy else "none",
                 "mapId": self.parts.datapath.ipcache.map_id,
                 "packets": {d.name.lower(): self.packets(d) for d in Direction},
@@ -138,6 +144,27 @@ class Status:
 
 def export(metrics: Metrics, status: Status) -> None:
     """Register everything that is read at scrape time."""
+    metrics.collect_counter(
+        "lazymesh_held_packets",
+        "Parked packets by what became of them (bpf/include/lazymesh_abi.h, struct lm_hold_counters)",
+        ("fate",),
+        lambda: [((name,), n) for name, n in status.parts.hold_counters.kernel().items()],
+    )
+    metrics.collect_counter(
+        "lazymesh_released_packets",
+        "Packets that the holder gave back, by cause (struct lm_holder_stats)",
+        ("cause",),
+        lambda: [((name,), n) for name, n in status.parts.hold_counters.holder().items()],
+    )
+    metrics.collect_counter(
+        "lazymesh_holder_restarts", "Holder processes that died", (), lambda: [((), status.parts.holding.restarts)]
+    )
+    metrics.collect_counter(
+        "lazymesh_hold_answers_dropped",
+        "Answers that a holder which does not listen never got",
+        (),
+        lambda: [((), status.parts.holding.answers_dropped)],
+    )
     metrics.collect_counter(
         "lazymesh_packets", "Packets by direction and what became of them (bpf/include/lazymesh_abi.h)",
         ("direction", "verdict"),

@@ -1,0 +1,160 @@
+"""The agent's side of holding: keeps a holder process, tells it the answers, and shows the kernel that we live.
+
+Where holding is not possible the agent says so once and runs as with ``--on-miss pass``.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import json
+import secrets
+import socket
+import subprocess
+import sys
+import time
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import structlog
+
+from lazymesh.core.hold import Cause
+from lazymesh.datapath.interfaces import prepare_tap
+from lazymesh.datapath.tap import NAME
+from lazymesh.errors import DatapathError
+
+if TYPE_CHECKING:
+    from lazymesh.core.model import Address
+    from lazymesh.datapath.holdmaps import HoldControl, HoldLimits
+    from lazymesh.datapath.program import Datapath
+
+log = structlog.get_logger()
+
+BEAT_S = 0.03
+"""A third of what the kernel waits for before it parks nothing more."""
+RESTART_S = 1.0
+ANSWERS_PER_DATAGRAM = 1_000
+
+_CAUSE_BYTE = {Cause.INSTALLED: b"\x00", Cause.NEGATIVE: b"\x01"}
+
+
+@dataclass(frozen=True, slots=True)
+class HoldSettings:
+    """What a user may say about holding."""
+
+    limits: HoldLimits
+    limit_s: float = 0.25
+    """After this long a packet is let go without an answer."""
+    drop_on_timeout: bool = False
+
+
+class Holding:
+    """Owns the holder process; ``state`` is for people: off, starting, on, or why not."""
+
+    def __init__(self, datapath: Datapath, control: HoldControl, settings: HoldSettings) -> None:
+        self.state = "off"
+        self.restarts = 0
+        self.answers_dropped = 0
+        """Answers that a holder that does not listen never got; its packets go after the time limit."""
+        self.wanted = asyncio.Event()
+        """Set once somebody wants packets held; until then there is no holder."""
+        self._datapath = datapath
+        self._control = control
+        self._settings = settings
+        self._socket: socket.socket | None = None
+        self._answers: list[bytes] = []
+        self._flush_due = False
+
+    async def run(self) -> None:
+        """Keep a holder until cancelled; then it gives everything back and ends."""
+        await self.wanted.wait()
+        self.state = "starting"
+        beat = asyncio.create_task(self._beat())
+        try:
+            while True:
+                began = time.monotonic()
+                try:
+                    await self._one_life()
+                except (DatapathError, OSError) as exc:
+                    if self.state != str(exc):
+                        log.warning("cannot hold packets; missed ones are passed on", error=str(exc))
+                    self.state = str(exc)
+                else:
+                    self.restarts += 1
+                    self.state = "the holder died and is started again"
+                    log.error("the holder died; packets it held are lost, missed ones are passed on meanwhile")
+                await asyncio.sleep(max(0.0, RESTART_S - (time.monotonic() - began)))
+        finally:
+            beat.cancel()
+
+    def answer(self, address: Address, cause: Cause) -> None:
+        """Let the packets go that wait for this address."""
+        if self._socket is None:
+            return
+        family = b"\x01" if len(address) == 4 else b"\x02"
+        self._answers.append(_CAUSE_BYTE[cause] + family + address.ljust(16, b"\0"))
+        if not self._flush_due:
+            # One datagram for all answers of this turn of the loop.
+            self._flush_due = True
+            asyncio.get_running_loop().call_soon(self._flush)
+
+    def _flush(self) -> None:
+        answers, self._answers, self._flush_due = self._answers, [], False
+        for at in range(0, len(answers), ANSWERS_PER_DATAGRAM):
+            part = answers[at : at + ANSWERS_PER_DATAGRAM]
+            try:
+                if self._socket is not None:
+                    self._socket.send(b"a" + b"".join(part))
+            except OSError:  # full, because it hangs, or gone: the time limit or its end lets the packets go
+                self.answers_dropped += len(part)
+
+    async def _beat(self) -> None:
+        while True:
+            self._control.beat(time.monotonic_ns())
+            await asyncio.sleep(BEAT_S)
+
+    async def _one_life(self) -> None:
+        """Start a holder and stay until it has ended; DatapathError when it cannot begin."""
+        ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        with ours:
+            process = subprocess.Popen(  # noqa: S603, ASYNC220 (our own interpreter and module; a fork, no wait)
+                [sys.executable, "-m", "lazymesh.roles.holder", str(theirs.fileno()), str(self._datapath.pins.directory)],
+                pass_fds=(theirs.fileno(),),
+                stdin=subprocess.DEVNULL,
+                start_new_session=True,  # Ctrl-C is for the agent, which tells it
+            )
+            theirs.close()
+            ours.setblocking(False)
+            try:
+                await self._handshake(ours)
+                self._socket = ours
+                self.state = "on"
+                await asyncio.get_running_loop().sock_recv(ours, 1)
+            except ConnectionError:
+                return
+            finally:
+                self._socket = None
+                with contextlib.suppress(OSError):
+                    ours.send(b"q")
+                ours.close()
+                await asyncio.to_thread(_wait_for, process)
+
+    async def _handshake(self, ours: socket.socket) -> None:
+        datagram = await asyncio.get_running_loop().sock_recv(ours, 65_536)
+        if datagram[:1] != b"u":
+            raise DatapathError(datagram[1:].decode() or "the holder ended without a word")
+        ifindex = json.loads(datagram[1:])["ifindex"]
+        await prepare_tap(self._datapath, ifindex, NAME)
+        self._control.set_limits(self._settings.limits)
+        self._datapath.config.change(hold_cookie=secrets.randbelow(0xFFFF) + 1)
+        words = {"limit_s": self._settings.limit_s, "drop_on_timeout": self._settings.drop_on_timeout}
+        ours.send(b"c" + json.dumps(words).encode())
+        ours.send(b"g")
+
+
+def _wait_for(process: subprocess.Popen[bytes]) -> None:
+    try:
+        process.wait(timeout=2)
+    except subprocess.TimeoutExpired:
+        process.kill()
+        process.wait()
