@@ -63,10 +63,10 @@ static __always_inline int take_token(u32 bucket, u64 interval_ns, u64 burst_ns,
 }
 
 /*
- * Signal the miss, or count why not: exactly one counter beside `missed` moves. Returns whether an answer is on its
- * way: 1 when it was signalled, and for an address signalled a moment ago as long as packets of it are still held.
+ * Signal the miss, or count why not: exactly one counter beside `missed` moves. Returns why the packet may be
+ * held, if it may: an answer is on its way.
  */
-static __always_inline int report_miss(struct __sk_buff *skb, struct lm_packet *packet, int direction,
+static __always_inline enum hold report_miss(struct __sk_buff *skb, struct lm_packet *packet, int direction,
 					u16 cluster_id, struct lm_config *config, struct lm_counters *counters)
 {
 	struct lm_dedup_key dedup = {};
@@ -76,20 +76,20 @@ static __always_inline int report_miss(struct __sk_buff *skb, struct lm_packet *
 	counters->missed++;
 	if (config->muted) {
 		counters->muted++;
-		return 0;
+		return HOLD_NOT;
 	}
 	__builtin_memcpy(dedup.addr, packet->peer.addr, sizeof(dedup.addr));
 	dedup.family = packet->peer.family;
 	silent_until = lm_dedup.lookup(&dedup);
 	if (silent_until && now < *silent_until) {
 		counters->suppressed_dedup++;
-		return config->on_miss == LM_ON_MISS_HOLD && hold_pending(packet);
+		return config->hold_cookie && hold_pending(packet) ? HOLD_BEHIND : HOLD_NOT;
 	}
 	/* ifindex is never 0, so key 0 is free for the bucket of all interfaces together */
 	if (!take_token(skb->ifindex, config->interface_interval_ns, config->interface_burst_ns, now) ||
 	    !take_token(0, config->global_interval_ns, config->global_burst_ns, now)) {
 		counters->suppressed_rate++;
-		return 0;
+		return HOLD_NOT;
 	}
 	until = now + config->rearm_ns + (config->rearm_ns >> 10) * (bpf_get_prandom_u32() >> 24);
 	lm_dedup.update(&dedup, &until);
@@ -104,10 +104,10 @@ static __always_inline int report_miss(struct __sk_buff *skb, struct lm_packet *
 	if (lm_signals.perf_submit(skb, &miss, sizeof(miss))) {
 		counters->lost++;
 		lm_dedup.delete(&dedup);
-		return 0;
+		return HOLD_NOT;
 	}
 	counters->signalled++;
-	return 1;
+	return HOLD_FIRST;
 }
 
 static __always_inline int handle(struct __sk_buff *skb, int direction)
@@ -120,7 +120,8 @@ static __always_inline int handle(struct __sk_buff *skb, int direction)
 	struct lm_config *config;
 	enum miss miss;
 	u32 zero = 0, slot = direction;
-	int parsed, arrived = 0, awaited;
+	enum hold hold = HOLD_NOT;
+	int parsed, arrived = 0;
 
 	config = lm_config.lookup(&zero);
 	counters = lm_counters.lookup(&slot);
@@ -141,7 +142,7 @@ static __always_inline int handle(struct __sk_buff *skb, int direction)
 	miss = miss_of(entry);
 	/* A hit stays behind the held packets of its address. */
 	if (miss == MISS_NO && config->hold_cookie && !arrived && hold_pending(&packet) &&
-	    park(skb, &packet, direction, 1, hold_counters))
+	    park(skb, &packet, direction, HOLD_GATED, hold_counters))
 		return TC_ACT_STOLEN;
 	if (miss == MISS_NO && !config->enforced) {
 		counters->hit++;
@@ -155,12 +156,13 @@ static __always_inline int handle(struct __sk_buff *skb, int direction)
 	} else if (arrived) {
 		counters->missed_again++;
 	} else {
-		awaited = report_miss(skb, &packet, direction, mesh ? mesh->cluster_id : 0, config, counters);
+		hold = report_miss(skb, &packet, direction, mesh ? mesh->cluster_id : 0, config, counters);
 		if (config->on_miss == LM_ON_MISS_DROP) {
 			counters->missed_drop++;
 			return TC_ACT_SHOT;
 		}
-		if (awaited && config->on_miss == LM_ON_MISS_HOLD && park(skb, &packet, direction, 0, hold_counters))
+		if (hold != HOLD_NOT && config->on_miss == LM_ON_MISS_HOLD &&
+		    park(skb, &packet, direction, hold, hold_counters))
 			return TC_ACT_STOLEN;
 	}
 	if (!mesh || !config->enforced)

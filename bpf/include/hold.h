@@ -20,6 +20,13 @@
 #define HOLD_SIZE_MAX 65535 /* the TAP segments anything larger, and segments would share one token */
 #define HOLD_STALE_NS 100000000ULL
 
+enum hold {
+	HOLD_NOT,
+	HOLD_FIRST,  /* its miss was signalled just now: the answer will come */
+	HOLD_BEHIND, /* a miss like others of its address that still wait */
+	HOLD_GATED,  /* a hit: parked only to stay behind them */
+};
+
 struct hold_token {
 	__u8 magic[2];
 	__be16 slot[2]; /* big endian, high half first */
@@ -87,7 +94,7 @@ static __always_inline int hold_take_rate(struct lm_outstanding *interface, cons
 
 /* Why this packet may not be parked; the counter to move, or NULL when it may. */
 static __always_inline __u64 *hold_refusal(struct __sk_buff *skb, const struct lm_hold_control *control,
-					 struct hold_account *account, __u8 protocol, int gated,
+					 struct hold_account *account, __u8 protocol, enum hold hold,
 					 u64 now, struct lm_hold_counters *counters)
 {
 	if (!control->tap_ifindex)
@@ -111,13 +118,14 @@ static __always_inline __u64 *hold_refusal(struct __sk_buff *skb, const struct l
 	    account->interface->bytes + skb->len > control->interface_bytes ||
 	    account->total->bytes + skb->len > control->total_bytes)
 		return &counters->refused_bytes;
-	if (!gated && !hold_take_rate(account->interface, control, now))
+	/* The rate is of addresses, not packets: what waits already has been paid for. */
+	if (hold == HOLD_FIRST && !hold_take_rate(account->interface, control, now))
 		return &counters->refused_rate;
 	return NULL;
 }
 
 /* Fill the slot in and put its number on the frame. */
-static __always_inline int hold_label(struct __sk_buff *skb, const struct lm_packet *packet, int direction, int gated,
+static __always_inline int hold_label(struct __sk_buff *skb, const struct lm_packet *packet, int direction, enum hold hold,
 				      u64 now, u32 id, struct lm_slot *slot)
 {
 	struct hold_token token = {.magic = {HOLD_TOKEN_0, HOLD_TOKEN_1},
@@ -133,7 +141,7 @@ static __always_inline int hold_label(struct __sk_buff *skb, const struct lm_pac
 	__builtin_memcpy(slot->addr, packet->peer.addr, sizeof(slot->addr));
 	slot->family = packet->peer.family;
 	slot->direction = direction;
-	slot->gated = gated;
+	slot->gated = hold == HOLD_GATED;
 	slot->state = LM_SLOT_PARKED;
 	return bpf_skb_store_bytes(skb, ETH_ALEN, &token, sizeof(token), 0);
 }
@@ -142,7 +150,7 @@ static __always_inline int hold_label(struct __sk_buff *skb, const struct lm_pac
  * Park the packet: 1 when a clone of it is in the TAP and this one is to be dropped, 0 when it goes on as it is.
  * clone_redirect tells whether the ring took it, so a holder that died costs nothing but the attempt.
  */
-static __always_inline int park(struct __sk_buff *skb, const struct lm_packet *packet, int direction, int gated,
+static __always_inline int park(struct __sk_buff *skb, const struct lm_packet *packet, int direction, enum hold hold,
 				struct lm_hold_counters *counters)
 {
 	u32 zero = 0, bucket = hold_bucket_of(packet->peer.addr), ifindex = skb->ifindex, id, length = skb->len;
@@ -155,7 +163,7 @@ static __always_inline int park(struct __sk_buff *skb, const struct lm_packet *p
 	control = lm_hold_control.lookup(&zero);
 	if (!control || hold_account_of(bucket, ifindex, &account))
 		return 0;
-	refused = hold_refusal(skb, control, &account, packet->protocol, gated, now, counters);
+	refused = hold_refusal(skb, control, &account, packet->protocol, hold, now, counters);
 	if (refused) {
 		(*refused)++;
 		return 0;
@@ -168,9 +176,9 @@ static __always_inline int park(struct __sk_buff *skb, const struct lm_packet *p
 	if (!slot)
 		return 0; /* user space fills the queue with valid numbers only */
 	hold_count(&account, 1, length);
-	if (!hold_label(skb, packet, direction, gated, now, id, slot)) {
+	if (!hold_label(skb, packet, direction, hold, now, id, slot)) {
 		if (!bpf_clone_redirect(skb, control->tap_ifindex, 0)) {
-			if (gated)
+			if (hold == HOLD_GATED)
 				counters->gated++;
 			else
 				counters->held++;

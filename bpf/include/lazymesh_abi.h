@@ -128,7 +128,7 @@ enum lm_slot_state {
 	LM_SLOT_DISCARD = 3,   /* the holder's word: drop it when it comes by */
 };
 
-#define LM_HOLD_SLOTS 8192
+#define LM_HOLD_SLOTS 16384
 #define LM_HOLD_BUCKETS 65536
 
 /* What a parked packet cannot carry itself. Read by the holder through a memory map. */
@@ -150,7 +150,7 @@ struct lm_slot {
 struct lm_hold_control {
 	__u64 agent_beat_ns;  /* the agent: ktime of its last sign of life */
 	__u64 holder_beat_ns; /* the holder: the same */
-	__u64 interface_interval_ns; /* rate of new holds of one interface, as in lm_config */
+	__u64 interface_interval_ns; /* rate of newly held addresses of one interface, as in lm_config */
 	__u64 interface_burst_ns;
 	__s64 address_packets; /* bounds of what may be out at once */
 	__s64 address_bytes;

@@ -19,12 +19,12 @@ class HoldLimits:
 
     address_packets: int = 64
     address_bytes: int = 1 << 20
-    interface_packets: int = 1_024
+    interface_packets: int = 4_096
     interface_bytes: int = 4 << 20
     total_bytes: int = 16 << 20
     """All the memory that parked packets may take."""
-    interface_rate: int = 1_000
-    """New holds per second and interface: what keeps one scanning pod from taking the holder's time."""
+    interface_rate: int = 2_000
+    """Newly held addresses per second and interface: what keeps one scanning pod from taking the holder's time."""
     interface_burst: int = 1_024
 
 

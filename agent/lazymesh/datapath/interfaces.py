@@ -31,7 +31,7 @@ _PRIORITY, _HANDLE, _ETH_P_ALL = 49_000, 0x1A2E, 3
 """A place of our own on the hook: Cilium's filters are priority 1, handle 1 (cilium-formats 8.1)."""
 _ARPHRD_ETHER = 1
 _ROOT = 0xFFFFFFFF
-_TAP_RING = 8_192 + 1_000
+_TAP_RING = 16_384
 _AF_BRIDGE = 7
 """The family of messages about a bridge's ports: leaving a bridge is told as an RTM_DELLINK of this family."""
 

@@ -35,13 +35,13 @@ def expected_layouts(ipcache_size: int) -> dict[str, MapLayout]:
         "lm_rate": MapLayout(libbpf.MAP_TYPE_LRU_HASH, 4, 8, 4_096, 0),
         "lm_policy": MapLayout(libbpf.MAP_TYPE_HASH, 8, 4, 262_144, lazy),
         "lm_flows": MapLayout(libbpf.MAP_TYPE_LRU_HASH, 40, 16, 65_536, 0),
-        "lm_slots": MapLayout(libbpf.MAP_TYPE_ARRAY, 4, 56, 8_192, mapped),
+        "lm_slots": MapLayout(libbpf.MAP_TYPE_ARRAY, 4, 56, 16_384, mapped),
         "lm_hold_control": MapLayout(libbpf.MAP_TYPE_ARRAY, 4, 80, 1, mapped),
         "lm_hold_bucket": MapLayout(libbpf.MAP_TYPE_ARRAY, 4, 24, 65_536, 0),
         "lm_hold_if": MapLayout(libbpf.MAP_TYPE_HASH, 4, 24, 4_096, lazy),
         "lm_hold_total": MapLayout(libbpf.MAP_TYPE_ARRAY, 4, 24, 1, 0),
         "lm_hold_count": MapLayout(libbpf.MAP_TYPE_PERCPU_ARRAY, 4, 128, 1, 0),
-        "lm_hold_free": MapLayout(libbpf.MAP_TYPE_QUEUE, 0, 4, 8_192, 0),
+        "lm_hold_free": MapLayout(libbpf.MAP_TYPE_QUEUE, 0, 4, 16_384, 0),
         "lm_holder_stats": MapLayout(libbpf.MAP_TYPE_ARRAY, 4, 72, 1, mapped),
     }
 

@@ -156,7 +156,7 @@ class Driver:
             link.read(command)
 
     def _report(self, report: events.Report) -> None:
-        if self.release is not None:
+        if self.release is not None and report.outcome != "evicted":
             self.release(report.address, Cause.INSTALLED if report.outcome in _GOOD else Cause.NEGATIVE)
         latency = None if report.missed_at is None else max(0.0, time.monotonic() - report.missed_at)
         reason = report.reason.value if report.reason else None
