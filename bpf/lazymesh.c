@@ -110,6 +110,29 @@ static __always_inline enum hold report_miss(struct __sk_buff *skb, struct lm_pa
 	return HOLD_FIRST;
 }
 
+/* The open window: a packet of an address without an entry went on as world. */
+static __always_inline void note_window(struct __sk_buff *skb, const struct lm_packet *packet, int direction)
+{
+	struct lm_dedup_key key = {};
+	struct lm_window fresh = {}, *window;
+	u64 now = bpf_ktime_get_ns();
+
+	__builtin_memcpy(key.addr, packet->peer.addr, sizeof(key.addr));
+	key.family = packet->peer.family;
+	window = lm_windows.lookup(&key);
+	if (window) {
+		window->last_ns = now;
+		__sync_fetch_and_add(&window->packets, 1);
+		__sync_fetch_and_add(&window->bytes, skb->len);
+		return;
+	}
+	fresh.first_ns = fresh.last_ns = now;
+	fresh.packets = 1;
+	fresh.bytes = skb->len;
+	fresh.direction = direction;
+	lm_windows.update(&key, &fresh);
+}
+
 static __always_inline int handle(struct __sk_buff *skb, int direction)
 {
 	struct lm_hold_counters *hold_counters;
@@ -121,7 +144,7 @@ static __always_inline int handle(struct __sk_buff *skb, int direction)
 	enum miss miss;
 	u32 zero = 0, slot = direction;
 	enum hold hold = HOLD_NOT;
-	int parsed, arrived = 0;
+	int parsed, verdict, missed = 0, arrived = 0;
 
 	config = lm_config.lookup(&zero);
 	counters = lm_counters.lookup(&slot);
@@ -155,7 +178,9 @@ static __always_inline int handle(struct __sk_buff *skb, int direction)
 		counters->not_mesh++;
 	} else if (arrived) {
 		counters->missed_again++;
+		missed = 1;
 	} else {
+		missed = 1;
 		hold = report_miss(skb, &packet, direction, mesh ? mesh->cluster_id : 0, config, counters);
 		if (config->on_miss == LM_ON_MISS_DROP) {
 			counters->missed_drop++;
@@ -165,9 +190,13 @@ static __always_inline int handle(struct __sk_buff *skb, int direction)
 		    park(skb, &packet, direction, hold, hold_counters))
 			return TC_ACT_STOLEN;
 	}
-	if (!mesh || !config->enforced)
-		return TC_ACT_UNSPEC;
-	return judge(skb, &packet, direction, miss == MISS_NO ? entry->sec_identity : WORLD_ID, config, counters);
+	verdict = TC_ACT_UNSPEC;
+	if (mesh && config->enforced)
+		verdict = judge(skb, &packet, direction, miss == MISS_NO ? entry->sec_identity : WORLD_ID, config,
+				counters);
+	if (missed && verdict != TC_ACT_SHOT)
+		note_window(skb, &packet, direction);
+	return verdict;
 }
 
 int lm_from_pod(struct __sk_buff *skb)

@@ -82,6 +82,16 @@ struct lm_dedup_key {
 	__u32 family;
 };
 
+/* How much went through as world for an address that had no entry; the key is an lm_dedup_key. */
+struct lm_window {
+	__u64 first_ns;
+	__u64 last_ns;
+	__u64 packets;
+	__u64 bytes;
+	__u32 direction;
+	__u32 pad;
+};
+
 struct lm_policy_key {
 	__u32 identity; /* 2 (world) stands for every peer without an identity of its own */
 	__u32 direction;
@@ -205,6 +215,7 @@ _Static_assert(sizeof(struct lm_config) == 64, "lm_config has a hole");
 _Static_assert(sizeof(struct lm_counters) == 120, "lm_counters has a hole");
 _Static_assert(sizeof(struct lm_mesh_cidr) == 4, "lm_mesh_cidr has a hole");
 _Static_assert(sizeof(struct lm_dedup_key) == 20, "lm_dedup_key has a hole");
+_Static_assert(sizeof(struct lm_window) == 40, "lm_window has a hole");
 _Static_assert(sizeof(struct lm_policy_key) == 8, "lm_policy_key has a hole");
 _Static_assert(sizeof(struct lm_flow_key) == 40, "lm_flow_key has a hole");
 _Static_assert(sizeof(struct lm_flow) == 16, "lm_flow has a hole");

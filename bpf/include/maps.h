@@ -31,6 +31,9 @@ LM_PINNED("percpu_array", u32, struct lm_counters, lm_counters, 2, 0);
 /* Value: until when (ktime) the address stays silent. Eviction costs one more signal, nothing else. */
 LM_PINNED("lru_hash", struct lm_dedup_key, u64, lm_dedup, 65536, 0);
 
+/* Written by the programs, closed and removed by the agent once the address has its entry. */
+LM_PINNED("lru_hash", struct lm_dedup_key, struct lm_window, lm_windows, 16384, 0);
+
 /* Value: the bucket's theoretical arrival time (GCRA). Key: ifindex, or 0 for the global bucket. */
 LM_PINNED("lru_hash", u32, u64, lm_rate, 4096, 0);
 

@@ -100,8 +100,8 @@ class HoldQueues:
             _, address, first = self._deadlines.popleft()
             queue = self._queues.get(address)
             if queue is not None and queue[0] is first:
-                for item in self.answer(address, Cause.TIMEOUT, now):
-                    returns.append(Return(item.frame, item.cause, self.drop_on_timeout))
+                late = self.answer(address, Cause.TIMEOUT, now)
+                returns += [Return(item.frame, item.cause, self.drop_on_timeout) for item in late]
         return returns
 
     def next_deadline(self) -> float | None:

@@ -128,6 +128,19 @@ class DedupKey(ctypes.Structure):
     _fields_ = (("addr", c_uint8 * 16), ("family", c_uint32))
 
 
+class Window(ctypes.Structure):
+    """struct lm_window: what went through as world."""
+
+    _fields_ = (
+        ("first_ns", c_uint64),
+        ("last_ns", c_uint64),
+        ("packets", c_uint64),
+        ("bytes", c_uint64),
+        ("direction", c_uint32),
+        ("pad", c_uint32),
+    )
+
+
 class PolicyKey(ctypes.Structure):
     """struct lm_policy_key."""
 
@@ -266,6 +279,7 @@ STRUCTS: Mapping[str, type[ctypes.Structure]] = {
     "lm_counters": Counters,
     "lm_mesh_cidr": MeshCidr,
     "lm_dedup_key": DedupKey,
+    "lm_window": Window,
     "lm_policy_key": PolicyKey,
     "lm_flow_key": FlowKey,
     "lm_flow": Flow,
@@ -286,6 +300,7 @@ _KEY = struct.Struct("=IHBB16s")
 _ENTRY = struct.Struct("=I16sHBB")
 _ENTRY_V1 = struct.Struct("=I4sHBB")
 _OWNED = struct.Struct("=24s24sHHI")
+_DEDUP_KEY = struct.Struct("=16sI")
 _MISS = struct.Struct("=IBBHI16sIQ")
 
 
@@ -379,6 +394,18 @@ def unpack_signal(raw: bytes) -> Signal | None:
         return None
     address = addr[:4] if family == FAMILY_IPV4 else addr
     return Signal(address, Direction(direction), cluster_id, ifindex, ktime_ns)
+
+
+def pack_dedup_key(address: Address) -> bytes:
+    """Return the key of one address in the maps that are no LPM tries."""
+    family = FAMILY_IPV4 if len(address) == 4 else FAMILY_IPV6
+    return _DEDUP_KEY.pack(address, family)
+
+
+def address_of_dedup_key(raw: bytes) -> Address:
+    """Return the address in such a key."""
+    addr, family = _DEDUP_KEY.unpack(raw)
+    return bytes(addr[:4]) if family == FAMILY_IPV4 else bytes(addr)
 
 
 def pack_policy_key(direction: Direction, identity: int) -> bytes:

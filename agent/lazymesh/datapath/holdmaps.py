@@ -43,7 +43,13 @@ class HoldControl:
     def set_limits(self, limits: HoldLimits) -> None:
         """Put bounds in force."""
         words = self._words
-        for name in ("address_packets", "address_bytes", "interface_packets", "interface_bytes", "total_bytes"):
+        for name in (
+            "address_packets",
+            "address_bytes",
+            "interface_packets",
+            "interface_bytes",
+            "total_bytes",
+        ):
             setattr(words, name, getattr(limits, name))
         interval = 1_000_000_000 // limits.interface_rate if limits.interface_rate else 0
         words.interface_burst_ns = max(limits.interface_burst - 1, 0) * interval
@@ -60,9 +66,9 @@ class HoldCounterMap:
     def kernel(self) -> dict[str, int]:
         """Return struct lm_hold_counters, summed over CPUs."""
         copies = (abi.HoldCounters * possible_cpus()).from_buffer_copy(self._kernel.lookup(bytes(4)) or b"")
-        return {name: sum(getattr(copy, name) for copy in copies) for name, _ in abi.HoldCounters._fields_}
+        return {name: sum(getattr(copy, name) for copy in copies) for name, *_ in abi.HoldCounters._fields_}
 
     def holder(self) -> dict[str, int]:
         """Return struct lm_holder_stats."""
         stats = abi.HolderStats.from_buffer_copy(self._holder.lookup(bytes(4)) or b"")
-        return {name: getattr(stats, name) for name, _ in abi.HolderStats._fields_}
+        return {name: getattr(stats, name) for name, *_ in abi.HolderStats._fields_}

@@ -153,7 +153,9 @@ class InterfaceFollower:
             return
         try:
             if link["ifi_type"] != _ARPHRD_ETHER:
-                raise DatapathError(f"{name} is no Ethernet interface, which is all that lazymesh can read so far")
+                raise DatapathError(
+                    f"{name} is no Ethernet interface, which is all that lazymesh can read so far"
+                )
             await self._attach(index, direction)
         except (DatapathError, NetlinkError) as exc:
             if isinstance(exc, NetlinkError) and exc.code in (errno.ENODEV, errno.EINVAL) and not strict:
@@ -200,7 +202,9 @@ async def detach_everywhere() -> list[str]:
     cleaned = []
     async with AsyncIPRoute() as ipr:
         for link in [link async for link in await ipr.link("dump")]:
-            with contextlib.suppress(NetlinkError):  # an interface may go at any moment, and its filters with it
+            with contextlib.suppress(
+                NetlinkError
+            ):  # an interface may go at any moment, and its filters with it
                 if await _clean(ipr, link["index"]):
                     cleaned.append(link.get("ifname"))
     return cleaned
@@ -222,7 +226,7 @@ async def prepare_tap(datapath: Datapath, index: int, name: str) -> None:
     """Make the holder's TAP fit for parked packets and nothing else, then bring it up; DatapathError if that fails."""
     try:
         # Silent before it is up: no address, no router solicitation, nothing of its own.
-        Path(f"/proc/sys/net/ipv6/conf/{name}/disable_ipv6").write_text("1", encoding="ascii")
+        Path(f"/proc/sys/net/ipv6/conf/{name}/disable_ipv6").write_text("1", encoding="ascii")  # noqa: ASYNC240 (memory)
     except OSError:
         log.debug("no IPv6 here to switch off", interface=name)
     (out, out_fd), (back, back_fd) = datapath.hold_programs()

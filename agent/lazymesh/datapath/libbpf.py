@@ -12,11 +12,14 @@ import ctypes
 import errno
 import functools
 import os
-from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from pathlib import Path
 
 from lazymesh.errors import DatapathError
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from pathlib import Path
+    from collections.abc import Callable, Iterator
 
 BPF_ANY = 0
 BPF_NOEXIST = 1

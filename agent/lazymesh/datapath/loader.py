@@ -29,6 +29,7 @@ _TABLES: dict[str, tuple[type[ctypes.Structure] | None, type[ctypes.Structure] |
     "lm_config": (None, abi.Config),
     "lm_counters": (None, abi.Counters),
     "lm_dedup": (abi.DedupKey, None),
+    "lm_windows": (abi.DedupKey, abi.Window),
     "lm_policy": (abi.PolicyKey, None),
     "lm_flows": (abi.FlowKey, abi.Flow),
     "lm_slots": (None, abi.Slot),
@@ -53,7 +54,12 @@ def load(pins: Path, ipcache_size: int) -> None:
         ) from exc
     _raise_memlock()
     with resources.as_file(resources.files("lazymesh") / "bpf") as source:
-        flags = [f"-I{source}", f'-DLM_PIN_DIR="{pins}"', f"-DLM_IPCACHE_SIZE={ipcache_size}", "-Wno-macro-redefined"]
+        flags = [
+            f"-I{source}",
+            f'-DLM_PIN_DIR="{pins}"',
+            f"-DLM_IPCACHE_SIZE={ipcache_size}",
+            "-Wno-macro-redefined",
+        ]
         try:
             bpf = BPF(text=one_text(source / "lazymesh.c"), cflags=flags)
             programs = {name: bpf.load_func(name, BPF.SCHED_CLS) for name in (*PROGRAMS, *HOLD_PROGRAMS)}
@@ -123,7 +129,10 @@ def main() -> None:
     request = json.load(sys.stdin)
     answer: dict[str, object] = {"ok": True}
     # BCC, clang and the verifier talk on file descriptor 2: kept, and only shown (one line of it) when they fail.
-    with tempfile.TemporaryFile() as words, tempfile.TemporaryDirectory(prefix="lazymesh-headers-") as scratch:
+    with (
+        tempfile.TemporaryFile() as words,
+        tempfile.TemporaryDirectory(prefix="lazymesh-headers-") as scratch,
+    ):
         os.dup2(words.fileno(), 2)
         try:
             headers = find_headers()

@@ -11,6 +11,7 @@ import errno
 from dataclasses import dataclass, fields
 from typing import TYPE_CHECKING
 
+from lazymesh.core.audit import Window
 from lazymesh.core.model import Address, Direction, Entry, Network
 from lazymesh.datapath import abi
 from lazymesh.datapath.libbpf import (
@@ -92,11 +93,15 @@ class IpcacheMap:
         try:
             return self._map.delete(abi.pack_address_key(address))
         except OSError as exc:
-            raise DatapathError(f"cannot delete from the ipcache map at {self._path}: {exc.strerror}") from exc
+            raise DatapathError(
+                f"cannot delete from the ipcache map at {self._path}: {exc.strerror}"
+            ) from exc
 
     def _update(self, address: Address, entry: Entry, flags: int) -> bool:
         if not self.writable:
-            raise DatapathError(f"{self._path} is of Cilium <= 1.17 (12-byte values): lazymesh only reads those")
+            raise DatapathError(
+                f"{self._path} is of Cilium <= 1.17 (12-byte values): lazymesh only reads those"
+            )
         try:
             self._map.update(abi.pack_address_key(address), abi.pack_entry(entry), flags)
         except OSError as exc:
@@ -166,7 +171,10 @@ class MeshCidrs:
 
     def items(self) -> dict[Network, int]:
         """Return what is in force: CIDR to cluster id."""
-        return {abi.unpack_key(key)[0]: abi.MeshCidr.from_buffer_copy(v).cluster_id for key, v in self._map.items()}
+        return {
+            abi.unpack_key(key)[0]: abi.MeshCidr.from_buffer_copy(v).cluster_id
+            for key, v in self._map.items()
+        }
 
     def apply(self, upserts: Iterable[tuple[Network, int]], deletes: Iterable[Network]) -> None:
         """Bring the map up to date by a difference: additions first, so that no address falls out in between."""
@@ -175,6 +183,33 @@ class MeshCidrs:
             self._map.delete_many([abi.pack_network_key(network) for network in deletes])
         except OSError as exc:
             raise DatapathError(f"cannot write the mesh CIDRs: {exc.strerror}") from exc
+
+
+class WindowMap:
+    """What went through as world for addresses that had no entry."""
+
+    def __init__(self, bpf_map: Map) -> None:
+        self._map = bpf_map
+
+    def take(self, address: Address) -> Window | None:
+        """Close the window of an address: return what it let through and forget it."""
+        key = abi.pack_dedup_key(address)
+        raw = self._map.lookup(key)
+        if raw is None:
+            return None
+        self._map.delete(key)
+        return _window(address, raw)
+
+    def items(self) -> Iterator[Window]:
+        """Yield the windows that are open."""
+        for key, raw in self._map.items():
+            yield _window(abi.address_of_dedup_key(key), raw)
+
+
+def _window(address: Address, raw: bytes) -> Window:
+    found = abi.Window.from_buffer_copy(raw)
+    direction = Direction(found.direction)
+    return Window(address, direction, found.first_ns / 1e9, found.last_ns / 1e9, found.packets, found.bytes)
 
 
 class PolicyMap:
@@ -246,7 +281,9 @@ class ConfigMap:
             enforced=sum(1 << direction for direction in config.enforced),
             policy_tag=config.policy_tag,
         )
-        raw.interface_interval_ns, raw.interface_burst_ns = _bucket(config.interface_rate, config.interface_burst)
+        raw.interface_interval_ns, raw.interface_burst_ns = _bucket(
+            config.interface_rate, config.interface_burst
+        )
         raw.global_interval_ns, raw.global_burst_ns = _bucket(config.global_rate, config.global_burst)
         self._map.update(self._SLOT, bytes(raw))
 

@@ -32,6 +32,7 @@ def expected_layouts(ipcache_size: int) -> dict[str, MapLayout]:
         "lm_config": MapLayout(libbpf.MAP_TYPE_ARRAY, 4, 64, 1, 0),
         "lm_counters": MapLayout(libbpf.MAP_TYPE_PERCPU_ARRAY, 4, 120, 2, 0),
         "lm_dedup": MapLayout(libbpf.MAP_TYPE_LRU_HASH, 20, 8, 65_536, 0),
+        "lm_windows": MapLayout(libbpf.MAP_TYPE_LRU_HASH, 20, 40, 16_384, 0),
         "lm_rate": MapLayout(libbpf.MAP_TYPE_LRU_HASH, 4, 8, 4_096, 0),
         "lm_policy": MapLayout(libbpf.MAP_TYPE_HASH, 8, 4, 262_144, lazy),
         "lm_flows": MapLayout(libbpf.MAP_TYPE_LRU_HASH, 40, 16, 65_536, 0),
@@ -67,7 +68,9 @@ class Pins:
         try:
             self.directory.mkdir(mode=0o700, exist_ok=True)
         except OSError as exc:
-            raise DatapathError(f"cannot make {self.directory}: {exc.strerror} (lazymesh runs as root)") from exc
+            raise DatapathError(
+                f"cannot make {self.directory}: {exc.strerror} (lazymesh runs as root)"
+            ) from exc
         for name, expected in expected_layouts(ipcache_size).items():
             path = self.path(name)
             if not path.exists():
@@ -107,7 +110,9 @@ class Pins:
 
 def check_bpffs(path: Path) -> None:
     """Raise DatapathError unless the path is a mounted BPF file system."""
-    kinds = {_unescape(line.split()[4]): line.split(" - ")[1].split()[0] for line in _mounts() if " - " in line}
+    kinds = {
+        _unescape(line.split()[4]): line.split(" - ")[1].split()[0] for line in _mounts() if " - " in line
+    }
     if not path.is_dir() or kinds.get(str(path.resolve())) != "bpf":
         raise DatapathError(
             f"{path} is no BPF file system: run `mount -t bpf bpf {path}`, or name another one with --bpffs"

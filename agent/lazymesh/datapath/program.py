@@ -9,7 +9,16 @@ import sys
 from typing import TYPE_CHECKING
 
 from lazymesh.datapath import libbpf
-from lazymesh.datapath.maps import ConfigMap, CounterMap, IpcacheMap, Journal, MeshCidrs, PolicyMap, open_map
+from lazymesh.datapath.maps import (
+    ConfigMap,
+    CounterMap,
+    IpcacheMap,
+    Journal,
+    MeshCidrs,
+    PolicyMap,
+    WindowMap,
+    open_map,
+)
 from lazymesh.datapath.pins import HOLD_PROGRAMS, IPCACHE, PROGRAMS, SIGNALS
 from lazymesh.errors import DatapathError
 
@@ -27,7 +36,7 @@ def load(pins: Pins, ipcache_size: int = IPCACHE_SIZE) -> Datapath:
     pins.prepare(ipcache_size)
     request = json.dumps({"pins": str(pins.directory), "ipcache_size": ipcache_size})
     try:
-        done = subprocess.run(  # noqa: S603 (our own interpreter, our own module)
+        done = subprocess.run(
             [sys.executable, "-m", "lazymesh.datapath.loader"],
             input=request,
             capture_output=True,
@@ -36,7 +45,9 @@ def load(pins: Pins, ipcache_size: int = IPCACHE_SIZE) -> Datapath:
             check=False,
         )
     except subprocess.TimeoutExpired as exc:
-        raise DatapathError(f"compiling the datapath took more than {LOAD_TIMEOUT_S} s: is this node overloaded?") from exc
+        raise DatapathError(
+            f"compiling the datapath took more than {LOAD_TIMEOUT_S} s: is this node overloaded?"
+        ) from exc
     try:
         answer = json.loads(done.stdout)
     except json.JSONDecodeError as exc:
@@ -64,6 +75,7 @@ class Datapath:
         self.ipcache = IpcacheMap(self._open(IPCACHE), self.pins.path(IPCACHE))
         self.journal = Journal(self._open("lm_owned"))
         self.mesh_cidrs = MeshCidrs(self._open("lm_mesh_cidrs"))
+        self.windows = WindowMap(self._open("lm_windows"))
         self.policy = PolicyMap(self._open("lm_policy"))
         self.config = ConfigMap(self._open("lm_config"))
         self.counters = CounterMap(self._open("lm_counters"))
@@ -72,7 +84,9 @@ class Datapath:
             try:
                 self._programs[name] = libbpf.open_pin(self.pins.path(name))
             except OSError as exc:
-                raise DatapathError(f"cannot open the program at {self.pins.path(name)}: {exc.strerror}") from exc
+                raise DatapathError(
+                    f"cannot open the program at {self.pins.path(name)}: {exc.strerror}"
+                ) from exc
 
     def program(self, direction: Direction) -> tuple[str, int]:
         """Return name and file descriptor of the program for interfaces of that direction."""

@@ -23,22 +23,23 @@ from lazymesh.core.limits import Limits
 from lazymesh.core.policy import PolicyEngine
 from lazymesh.core.policyfile import parse_policy
 from lazymesh.core.resolver import Resolver
+from lazymesh.datapath.holdmaps import HoldControl, HoldCounterMap, HoldLimits
 from lazymesh.datapath.installer import Installer
 from lazymesh.datapath.interfaces import InterfaceFollower, InterfaceSelection, detach_everywhere
-from lazymesh.datapath.holdmaps import HoldControl, HoldCounterMap, HoldLimits
 from lazymesh.datapath.maps import DatapathConfig, OnMiss, kernel_honours_noexist
 from lazymesh.datapath.pins import Pins, check_bpffs
 from lazymesh.datapath.program import load
 from lazymesh.datapath.signals import SignalReader
 from lazymesh.errors import DatapathError, LazymeshError, SettingsError
 from lazymesh.metrics import HttpServer, Metrics
+from lazymesh.roles.auditing import Auditor
 from lazymesh.roles.configdir import check_directories
 from lazymesh.roles.control import ControlServer
 from lazymesh.roles.driver import Driver, Shadow
 from lazymesh.roles.enforcement import Enforcement
 from lazymesh.roles.holding import Holding, HoldSettings
 from lazymesh.roles.mesh import Mesh
-from lazymesh.roles.status import Parts, Status, export
+from lazymesh.roles.status import Parts, Status, export, export_audit
 
 if TYPE_CHECKING:
     from collections.abc import Coroutine
@@ -133,12 +134,17 @@ class Agent:
         )
         holding = Holding(datapath, HoldControl(datapath.pins.directory), self._hold_settings())
         if settings.datapath.on_miss == "hold" and not settings.shadow:
-            holding.wanted.set()
+            holding.want()
+        auditor = Auditor(datapath.windows, engine, resolver)
         attached = asyncio.Event()
         reader = SignalReader(datapath.signals, driver.on_signals)
         control = ControlServer(
             settings.socket,
-            lambda: status.describe(),  # noqa: PLW0108 (made in the next line)
+            {
+                "status": lambda _request: status.describe(),
+                "audit": lambda request: {"windows": auditor.describe(float(request["since"]))},
+                "on-miss": lambda request: self._switch_on_miss(datapath, holding, request["action"]),
+            },
             lambda on: setattr(driver, "publish", control.publish if on else None),
         )
         status = Status(
@@ -164,6 +170,8 @@ class Agent:
             lambda: [((), self._unexpected)],
         )  # fmt: skip
         driver.release = holding.answer
+        driver.installed = auditor.installed
+        export_audit(self._metrics, auditor.log)
         async with contextlib.AsyncExitStack() as stack:
             stack.callback(reader.close)
             await control.start()
@@ -179,6 +187,7 @@ class Agent:
                 self._tick(driver),
                 self._hand_out(mesh, driver, limits),
                 holding.run(),
+                auditor.run(),
             )
 
     async def _run_parts(self, *parts: Coroutine[None, None, None]) -> None:
@@ -228,6 +237,16 @@ class Agent:
                 policy_tag=self._policy_tag,
             )
         )
+
+    def _switch_on_miss(self, datapath: Datapath, holding: Holding, action: str) -> dict[str, Any]:
+        """Change what becomes of missed packets, at once."""
+        if self._settings.shadow and action != "pass":
+            return {"error": "in shadow mode missed packets are always passed on"}
+        datapath.config.change(on_miss=OnMiss[action.upper()])
+        if action == "hold":
+            holding.want()
+        log.info("on miss", action=action)
+        return {"onMiss": action}
 
     def _hold_settings(self) -> HoldSettings:
         settings = self._settings.datapath

@@ -92,6 +92,9 @@ class Driver:
         self.release: Callable[[Address, Cause], None] | None = None
         """Lets packets go that are held for an address: it is answered."""
 
+        self.installed: Callable[[Address], None] | None = None
+        """Told of addresses that have their entry now."""
+
     def on_signals(self, signals: list[Signal]) -> None:
         """Take the misses of one wake-up."""
         for signal in signals:
@@ -156,6 +159,8 @@ class Driver:
             link.read(command)
 
     def _report(self, report: events.Report) -> None:
+        if self.installed is not None and report.outcome in _GOOD and not report.cached:
+            self.installed(report.address)
         if self.release is not None and report.outcome != "evicted":
             self.release(report.address, Cause.INSTALLED if report.outcome in _GOOD else Cause.NEGATIVE)
         latency = None if report.missed_at is None else max(0.0, time.monotonic() - report.missed_at)

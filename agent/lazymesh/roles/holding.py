@@ -56,8 +56,7 @@ class Holding:
         self.restarts = 0
         self.answers_dropped = 0
         """Answers that a holder that does not listen never got; its packets go after the time limit."""
-        self.wanted = asyncio.Event()
-        """Set once somebody wants packets held; until then there is no holder."""
+        self._wanted = asyncio.Event()
         self._datapath = datapath
         self._control = control
         self._settings = settings
@@ -65,10 +64,15 @@ class Holding:
         self._answers: list[bytes] = []
         self._flush_due = False
 
+    def want(self) -> None:
+        """Have a holder from now on."""
+        if not self._wanted.is_set():
+            self.state = "starting"
+            self._wanted.set()
+
     async def run(self) -> None:
         """Keep a holder until cancelled; then it gives everything back and ends."""
-        await self.wanted.wait()
-        self.state = "starting"
+        await self._wanted.wait()
         beat = asyncio.create_task(self._beat())
         try:
             while True:
@@ -82,7 +86,9 @@ class Holding:
                 else:
                     self.restarts += 1
                     self.state = "the holder died and is started again"
-                    log.error("the holder died; packets it held are lost, missed ones are passed on meanwhile")
+                    log.error(
+                        "the holder died; packets it held are lost, missed ones are passed on meanwhile"
+                    )
                 await asyncio.sleep(max(0.0, RESTART_S - (time.monotonic() - began)))
         finally:
             beat.cancel()
@@ -118,7 +124,13 @@ class Holding:
         ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         with ours:
             process = subprocess.Popen(  # noqa: S603, ASYNC220 (our own interpreter and module; a fork, no wait)
-                [sys.executable, "-m", "lazymesh.roles.holder", str(theirs.fileno()), str(self._datapath.pins.directory)],
+                [
+                    sys.executable,
+                    "-m",
+                    "lazymesh.roles.holder",
+                    str(theirs.fileno()),
+                    str(self._datapath.pins.directory),
+                ],
                 pass_fds=(theirs.fileno(),),
                 stdin=subprocess.DEVNULL,
                 start_new_session=True,  # Ctrl-C is for the agent, which tells it

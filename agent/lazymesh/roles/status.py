@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     import asyncio
     from collections.abc import Iterator
 
+    from lazymesh.core.audit import AuditLog
     from lazymesh.core.limits import Limits
     from lazymesh.core.resolver import Resolver
     from lazymesh.datapath.holdmaps import HoldCounterMap
@@ -58,6 +59,8 @@ class Status:
         """Return what readiness still waits for, None when ready."""
         if not self.parts.attached.is_set():
             return "programs are not attached yet"
+        if self.parts.holding.state == "starting":
+            return "the holder is not up yet"
         waiting = [name for name, link in self.parts.mesh.links.items() if not link.tried]
         return f"clusters not listed yet: {', '.join(sorted(waiting))}" if waiting else None
 
@@ -114,7 +117,8 @@ class Status:
             "name": name,
             "id": info.cluster_id if info else None,
             "state": link.state if link else "refused",
-            "problem": (link and (link.problem or link.read_problem)) or self.parts.mesh.file_errors.get(name),
+            "problem": (link and (link.problem or link.read_problem))
+            or self.parts.mesh.file_errors.get(name),
             "nodes": nodes,
             "identities": identities,
             "watchedKeys": link.watched_keys if link else 0,
@@ -157,7 +161,10 @@ def export(metrics: Metrics, status: Status) -> None:
         lambda: [((name,), n) for name, n in status.parts.hold_counters.holder().items()],
     )
     metrics.collect_counter(
-        "lazymesh_holder_restarts", "Holder processes that died", (), lambda: [((), status.parts.holding.restarts)]
+        "lazymesh_holder_restarts",
+        "Holder processes that died",
+        (),
+        lambda: [((), status.parts.holding.restarts)],
     )
     metrics.collect_counter(
         "lazymesh_hold_answers_dropped",
@@ -220,6 +227,16 @@ def export(metrics: Metrics, status: Status) -> None:
         "lazymesh_records_refused", "Node, identity and cluster-config records refused", ("cluster", "kind"),
         lambda: list(_refused(status)),
     )  # fmt: skip
+
+
+def export_audit(metrics: Metrics, log: AuditLog) -> None:
+    """Register the sums of the open window."""
+    for name, text, read in (
+        ("lazymesh_open_windows", "Open windows closed so far", lambda: log.windows_total),
+        ("lazymesh_open_window_packets", "Packets that went through as world", lambda: log.packets_total),
+        ("lazymesh_open_window_seconds", "Time that addresses were open as world", lambda: log.seconds_total),
+    ):
+        metrics.collect_counter(name, text, (), lambda read=read: [((), read())])  # type: ignore[misc]
 
 
 def _refused(status: Status) -> Iterator[Sample]:
