@@ -67,11 +67,12 @@ static __always_inline int take_token(u32 bucket, u64 interval_ns, u64 burst_ns,
  * held, if it may: an answer is on its way.
  */
 static __always_inline enum hold report_miss(struct __sk_buff *skb, struct lm_packet *packet, int direction,
-					u16 cluster_id, struct lm_config *config, struct lm_counters *counters)
+					u16 cluster_id, u64 now, struct lm_config *config,
+					struct lm_counters *counters)
 {
 	struct lm_dedup_key dedup = {};
 	struct ipcache_miss miss = {};
-	u64 now = bpf_ktime_get_ns(), *silent_until, until;
+	u64 *silent_until, until;
 
 	counters->missed++;
 	if (config->muted) {
@@ -83,7 +84,7 @@ static __always_inline enum hold report_miss(struct __sk_buff *skb, struct lm_pa
 	silent_until = lm_dedup.lookup(&dedup);
 	if (silent_until && now < *silent_until) {
 		counters->suppressed_dedup++;
-		return config->hold_cookie && hold_pending(packet) ? HOLD_BEHIND : HOLD_NOT;
+		return config->hold_cookie && hold_pending(packet, 0) ? HOLD_BEHIND : HOLD_NOT;
 	}
 	/* ifindex is never 0, so key 0 is free for the bucket of all interfaces together */
 	if (!take_token(skb->ifindex, config->interface_interval_ns, config->interface_burst_ns, now) ||
@@ -108,6 +109,16 @@ static __always_inline enum hold report_miss(struct __sk_buff *skb, struct lm_pa
 	}
 	counters->signalled++;
 	return HOLD_FIRST;
+}
+
+/* The miss is answered: should the entry vanish again, that is a new one, to be signalled at once. */
+static __always_inline void rearm(const struct lm_packet *packet)
+{
+	struct lm_dedup_key dedup = {};
+
+	__builtin_memcpy(dedup.addr, packet->peer.addr, sizeof(dedup.addr));
+	dedup.family = packet->peer.family;
+	lm_dedup.delete(&dedup);
 }
 
 /* The open window: a packet of an address without an entry went on as world. */
@@ -145,6 +156,7 @@ static __always_inline int handle(struct __sk_buff *skb, int direction)
 	u32 zero = 0, slot = direction;
 	enum hold hold = HOLD_NOT;
 	int parsed, verdict, missed = 0, arrived = 0;
+	u64 now;
 
 	config = lm_config.lookup(&zero);
 	counters = lm_counters.lookup(&slot);
@@ -164,9 +176,11 @@ static __always_inline int handle(struct __sk_buff *skb, int direction)
 	entry = lm_ipcache.lookup(&packet.peer);
 	miss = miss_of(entry);
 	/* A hit stays behind the held packets of its address. */
-	if (miss == MISS_NO && config->hold_cookie && !arrived && hold_pending(&packet) &&
-	    park(skb, &packet, direction, HOLD_GATED, hold_counters))
+	if (miss == MISS_NO && config->hold_cookie && !arrived && hold_pending(&packet, HOLD_GATE_NS) &&
+	    park(skb, &packet, direction, HOLD_GATED, bpf_ktime_get_ns(), hold_counters))
 		return TC_ACT_STOLEN;
+	if (arrived && miss == MISS_NO)
+		rearm(&packet);
 	if (miss == MISS_NO && !config->enforced) {
 		counters->hit++;
 		return TC_ACT_UNSPEC;
@@ -179,15 +193,20 @@ static __always_inline int handle(struct __sk_buff *skb, int direction)
 	} else if (arrived) {
 		counters->missed_again++;
 		missed = 1;
+		if (config->on_miss == LM_ON_MISS_DROP) {
+			counters->missed_drop++;
+			return TC_ACT_SHOT;
+		}
 	} else {
 		missed = 1;
-		hold = report_miss(skb, &packet, direction, mesh ? mesh->cluster_id : 0, config, counters);
+		now = bpf_ktime_get_ns();
+		hold = report_miss(skb, &packet, direction, mesh ? mesh->cluster_id : 0, now, config, counters);
 		if (config->on_miss == LM_ON_MISS_DROP) {
 			counters->missed_drop++;
 			return TC_ACT_SHOT;
 		}
 		if (hold != HOLD_NOT && config->on_miss == LM_ON_MISS_HOLD &&
-		    park(skb, &packet, direction, hold, hold_counters))
+		    park(skb, &packet, direction, hold, now, hold_counters))
 			return TC_ACT_STOLEN;
 	}
 	verdict = TC_ACT_UNSPEC;

@@ -19,18 +19,19 @@
 #define HOLD_TOKEN_1 0x4c
 #define HOLD_SIZE_MAX 65535 /* the TAP segments anything larger, and segments would share one token */
 #define HOLD_STALE_NS 100000000ULL
+#define HOLD_GATE_NS 50000000ULL
 
-enum hold {
-	HOLD_NOT,
-	HOLD_FIRST,  /* its miss was signalled just now: the answer will come */
-	HOLD_BEHIND, /* a miss like others of its address that still wait */
-	HOLD_GATED,  /* a hit: parked only to stay behind them */
-};
-
+/* The generation keeps a frame that comes late from passing for the next one of its slot. */
 struct hold_token {
 	__u8 magic[2];
-	__be16 slot[2]; /* big endian, high half first */
+	__be16 generation;
+	__be16 slot;
 } __attribute__((packed));
+
+static __always_inline __be16 hold_generation_of(const struct lm_slot *slot)
+{
+	return bpf_htons(slot->parked_ns >> 10);
+}
 
 static __always_inline u32 hold_bucket_of(const __be32 *a)
 {
@@ -65,30 +66,36 @@ static __always_inline void hold_count(struct hold_account *account, s64 packets
 	__sync_fetch_and_add(&account->total->bytes, bytes);
 }
 
-/* Is anything of this address (or one that shares its bucket) on its way through the holder? */
-static __always_inline int hold_pending(const struct lm_packet *packet)
+/*
+ * Is anything of this address (or one that shares its bucket) on its way through the holder? Only for a while after the
+ * last signalled one: a stream so fast that some of it is always on the way would else take the detour for ever.
+ */
+static __always_inline int hold_pending(const struct lm_packet *packet, u64 grace_ns)
 {
+	struct lm_hold_control *control;
 	struct lm_outstanding *out;
 	u32 key = 0;
 
 	out = lm_hold_total.lookup(&key);
 	if (!out || !out->packets)
 		return 0;
+	control = lm_hold_control.lookup(&key);
 	key = hold_bucket_of(packet->peer.addr);
 	out = lm_hold_bucket.lookup(&key);
-	return out && (s64)out->packets > 0;
+	return control && out && out->packets > 0 &&
+	       (s64)(bpf_ktime_get_ns() - out->moment) < (s64)(control->limit_ns + grace_ns);
 }
 
 /* One free hold from the interface's own rate (GCRA, as take_token; the account is the bucket). */
 static __always_inline int hold_take_rate(struct lm_outstanding *interface, const struct lm_hold_control *control, u64 now)
 {
-	u64 next = interface->arrival > now ? interface->arrival : now;
+	u64 next = interface->moment > now ? interface->moment : now;
 
 	if (!control->interface_interval_ns)
 		return 1;
 	if (next - now > control->interface_burst_ns)
 		return 0;
-	interface->arrival = next + control->interface_interval_ns;
+	interface->moment = next + control->interface_interval_ns;
 	return 1;
 }
 
@@ -129,7 +136,7 @@ static __always_inline int hold_label(struct __sk_buff *skb, const struct lm_pac
 				      u64 now, u32 id, struct lm_slot *slot)
 {
 	struct hold_token token = {.magic = {HOLD_TOKEN_0, HOLD_TOKEN_1},
-				   .slot = {bpf_htons(id >> 16), bpf_htons(id & 0xffff)}};
+				   .slot = bpf_htons(id)};
 
 	if (bpf_skb_load_bytes(skb, ETH_ALEN, slot->source_mac, ETH_ALEN))
 		return -1;
@@ -141,28 +148,31 @@ static __always_inline int hold_label(struct __sk_buff *skb, const struct lm_pac
 	__builtin_memcpy(slot->addr, packet->peer.addr, sizeof(slot->addr));
 	slot->family = packet->peer.family;
 	slot->direction = direction;
-	slot->gated = hold == HOLD_GATED;
+	slot->hold = hold;
 	slot->state = LM_SLOT_PARKED;
+	token.generation = hold_generation_of(slot);
 	return bpf_skb_store_bytes(skb, ETH_ALEN, &token, sizeof(token), 0);
 }
 
 /*
  * Park the packet: 1 when a clone of it is in the TAP and this one is to be dropped, 0 when it goes on as it is.
- * clone_redirect tells whether the ring took it, so a holder that died costs nothing but the attempt.
+ * clone_redirect tells whether the ring took it, so a holder that died costs nothing but the attempt. The time is that
+ * of the signal, before which no answer to it can be.
  */
 static __always_inline int park(struct __sk_buff *skb, const struct lm_packet *packet, int direction, enum hold hold,
-				struct lm_hold_counters *counters)
+				u64 now, struct lm_hold_counters *counters)
 {
 	u32 zero = 0, bucket = hold_bucket_of(packet->peer.addr), ifindex = skb->ifindex, id, length = skb->len;
 	struct hold_account account = {};
 	struct lm_hold_control *control;
 	struct lm_slot *slot;
-	u64 now = bpf_ktime_get_ns();
 	__u64 *refused;
 
 	control = lm_hold_control.lookup(&zero);
-	if (!control || hold_account_of(bucket, ifindex, &account))
+	if (!control || hold_account_of(bucket, ifindex, &account)) {
+		counters->park_failed++; /* more interfaces than lm_hold_if has room for */
 		return 0;
+	}
 	refused = hold_refusal(skb, control, &account, packet->protocol, hold, now, counters);
 	if (refused) {
 		(*refused)++;
@@ -176,6 +186,8 @@ static __always_inline int park(struct __sk_buff *skb, const struct lm_packet *p
 	if (!slot)
 		return 0; /* user space fills the queue with valid numbers only */
 	hold_count(&account, 1, length);
+	if (hold == HOLD_FIRST)
+		account.bucket->moment = now;
 	if (!hold_label(skb, packet, direction, hold, now, id, slot)) {
 		if (!bpf_clone_redirect(skb, control->tap_ifindex, 0)) {
 			if (hold == HOLD_GATED)
@@ -223,12 +235,14 @@ static __always_inline int arrive(struct __sk_buff *skb, struct lm_hold_counters
 static __always_inline struct lm_slot *hold_slot_of(struct __sk_buff *skb, u32 *id)
 {
 	struct hold_token token;
+	struct lm_slot *slot;
 
 	if (bpf_skb_load_bytes(skb, ETH_ALEN, &token, sizeof(token)) || token.magic[0] != HOLD_TOKEN_0 ||
 	    token.magic[1] != HOLD_TOKEN_1)
 		return NULL;
-	*id = (u32)bpf_ntohs(token.slot[0]) << 16 | bpf_ntohs(token.slot[1]);
-	return lm_slots.lookup(id);
+	*id = bpf_ntohs(token.slot);
+	slot = lm_slots.lookup(id);
+	return slot && token.generation == hold_generation_of(slot) ? slot : NULL;
 }
 
 /* TAP egress: nothing but parked packets enters the ring, whatever the stack thinks this interface is. */
@@ -239,6 +253,19 @@ int lm_hold_out(struct __sk_buff *skb)
 
 	slot = hold_slot_of(skb, &id);
 	return slot && slot->state == LM_SLOT_PARKED ? TC_ACT_OK : TC_ACT_SHOT;
+}
+
+/*
+ * The TAP's own filter, behind everything that cuts packets up: pieces share one token, and only one of them would find
+ * its way back. Dropped here, they make clone_redirect fail, and the packet goes on whole.
+ */
+int lm_hold_whole(struct __sk_buff *skb)
+{
+	struct lm_slot *slot;
+	u32 id = 0;
+
+	slot = hold_slot_of(skb, &id);
+	return slot && slot->length == skb->len ? skb->len : 0;
 }
 
 /* TAP ingress: what the holder writes goes to the interface it was taken from, or is dropped if it says so. */

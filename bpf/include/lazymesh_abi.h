@@ -138,6 +138,14 @@ enum lm_slot_state {
 	LM_SLOT_DISCARD = 3,   /* the holder's word: drop it when it comes by */
 };
 
+/* Why a packet is held. */
+enum hold {
+	HOLD_NOT,
+	HOLD_FIRST,  /* its miss was signalled just now: the answer will come */
+	HOLD_BEHIND, /* a miss like others of its address that still wait */
+	HOLD_GATED,  /* a hit: parked only to stay behind them */
+};
+
 #define LM_HOLD_SLOTS 16384
 #define LM_HOLD_BUCKETS 65536
 
@@ -152,7 +160,7 @@ struct lm_slot {
 	__u8 source_mac[6];
 	__u8 family;
 	__u8 direction;
-	__u32 gated; /* a hit, parked only to stay behind held packets of its address */
+	__u32 hold;  /* enum hold */
 	__u32 state; /* enum lm_slot_state */
 };
 
@@ -162,6 +170,7 @@ struct lm_hold_control {
 	__u64 holder_beat_ns; /* the holder: the same */
 	__u64 interface_interval_ns; /* rate of newly held addresses of one interface, as in lm_config */
 	__u64 interface_burst_ns;
+	__u64 limit_ns; /* the longest that a packet waits */
 	__s64 address_packets; /* bounds of what may be out at once */
 	__s64 address_bytes;
 	__s64 interface_packets;
@@ -174,7 +183,7 @@ struct lm_hold_control {
 struct lm_outstanding {
 	__s64 packets;
 	__s64 bytes;
-	__u64 arrival; /* an interface's token bucket */
+	__u64 moment; /* an interface's token bucket; an address': when a packet with a signal of its own was last parked */
 };
 
 /* One copy per CPU. held + gated = returned + discarded + still out, at every quiet moment. */
@@ -221,7 +230,7 @@ _Static_assert(sizeof(struct lm_flow_key) == 40, "lm_flow_key has a hole");
 _Static_assert(sizeof(struct lm_flow) == 16, "lm_flow has a hole");
 _Static_assert(sizeof(struct lm_owned) == 56, "lm_owned has a hole");
 _Static_assert(sizeof(struct lm_slot) == 56, "lm_slot has a hole");
-_Static_assert(sizeof(struct lm_hold_control) == 80, "lm_hold_control has a hole");
+_Static_assert(sizeof(struct lm_hold_control) == 88, "lm_hold_control has a hole");
 _Static_assert(sizeof(struct lm_outstanding) == 24, "lm_outstanding has a hole");
 _Static_assert(sizeof(struct lm_hold_counters) == 128, "lm_hold_counters has a hole");
 _Static_assert(sizeof(struct lm_holder_stats) == 72, "lm_holder_stats has a hole");

@@ -27,3 +27,5 @@ def on_miss(action: str, socket: Path) -> None:
     if "error" in answer:
         raise click.ClickException(answer["error"])
     click.echo(f"on miss: {answer['onMiss']}")
+    if action == "hold" and answer["problem"]:
+        click.echo(f"Nothing is held, missed packets are passed on: {answer['problem']}", err=True)

@@ -1,25 +1,34 @@
 """The holder's queues: which parked packet goes back, when, and in which order. Pure: frames in, returns out.
 
 A packet waits for the answer to its address, at most the time limit; an answer, good or bad, lets all of that address
-go in the order in which they came. What comes for an address that was answered a moment ago does not wait: the kernel
-had parked it before it could see the answer. A *gated* packet is a hit that was parked only to stay behind held ones;
-it waits if some of its address still do.
+go in the order in which they came. Answers carry the time from which they hold: a packet whose miss is younger was
+signalled anew, because its entry has vanished again, and waits for an answer of its own.
 """
 
 from __future__ import annotations
 
 import enum
-from collections import OrderedDict, deque
+import heapq
+from collections import OrderedDict
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
-LATE_S = 0.005
-"""A packet parked this shortly after its address's answer was parked by a program that could not know of it yet."""
-REMEMBER_S = 1.0
-"""How long answers are remembered: longer than any packet needs from the kernel to here."""
+REMEMBER_S = 2.0
+"""How long answers are remembered: longer than the kernel keeps an address silent, which is 1.25 s at most."""
+
+
+class Why(enum.IntEnum):
+    """Why a packet was parked (enum hold in lazymesh_abi.h)."""
+
+    FIRST = 1
+    """Its miss was signalled: an answer will come."""
+    BEHIND = 2
+    """It missed while others of its address were held, and was not signalled itself."""
+    GATED = 3
+    """It was a hit, parked only to stay behind held packets."""
 
 
 class Cause(enum.Enum):
@@ -39,9 +48,9 @@ class Frame:
 
     slot: int
     address: bytes
-    """The slot's 16 address bytes; IPv4 and IPv6 never share a queue, the family is the 17th."""
+    """The family, then the slot's 16 address bytes."""
     parked_at: float
-    gated: bool
+    why: Why
     data: bytes | memoryview
 
 
@@ -63,9 +72,10 @@ class HoldQueues:
     """How long a packet waits at most."""
     drop_on_timeout: bool = False
     _queues: dict[bytes, list[Frame]] = field(default_factory=dict)
-    _deadlines: deque[tuple[float, bytes, Frame]] = field(default_factory=deque)
-    """One for each queue's first packet, in time order: the limit is the same for all."""
-    _answered: OrderedDict[bytes, float] = field(default_factory=OrderedDict)
+    _deadlines: list[tuple[float, bytes, int]] = field(default_factory=list)
+    """A heap: until when, address and slot of a queue's first packet. (Not the packet: it may be long gone by then.)"""
+    _answered: OrderedDict[bytes, tuple[float, bool]] = field(default_factory=OrderedDict)
+    """From when on, and whether what comes late is to be discarded."""
 
     def __len__(self) -> int:
         """How many packets wait."""
@@ -77,37 +87,43 @@ class HoldQueues:
         if queue is not None:
             queue.append(frame)
             return None
-        if frame.gated:
+        if frame.why is Why.GATED:
             return Return(frame, Cause.GATED)
-        if frame.parked_at <= self._answered.get(frame.address, -1.0) + LATE_S:
-            return Return(frame, Cause.LATE)
-        self._queues[frame.address] = [frame]
-        self._deadlines.append((frame.parked_at + self.limit_s, frame.address, frame))
+        since, discard = self._answered.get(frame.address, (-REMEMBER_S, False))
+        # Nobody was asked for one that came behind: if its address is answered, nothing more will be said.
+        patience = REMEMBER_S if frame.why is Why.BEHIND else 0.0
+        if since > 0 and frame.parked_at <= since + patience:
+            return Return(frame, Cause.LATE, discard)
+        self._wait(frame.address, [frame])
         return None
 
-    def answer(self, address: bytes, cause: Cause, now: float) -> list[Return]:
-        """Let all packets of an address go: it is answered."""
-        self._answered[address] = now
-        self._answered.move_to_end(address)
-        while self._answered and next(iter(self._answered.values())) < now - REMEMBER_S:
-            self._answered.popitem(last=False)
-        return [Return(frame, cause) for frame in self._queues.pop(address, ())]
+    def answer(self, address: bytes, cause: Cause, since: float) -> list[Return]:
+        """Let the packets of an address go: this is answered, from that moment on."""
+        self._remember(address, since, discard=False)
+        queue = self._queues.pop(address, [])
+        fresh = next(
+            (i for i, f in enumerate(queue) if f.why is Why.FIRST and f.parked_at > since), len(queue)
+        )
+        if fresh < len(queue):
+            self._wait(address, queue[fresh:])
+        return [Return(frame, cause) for frame in queue[:fresh]]
 
     def expire(self, now: float) -> list[Return]:
-        """Let go what has waited too long."""
+        """Let go what has waited too long, and what came behind it."""
         returns: list[Return] = []
         while self._deadlines and self._deadlines[0][0] <= now:
-            _, address, first = self._deadlines.popleft()
-            queue = self._queues.get(address)
-            if queue is not None and queue[0] is first:
-                late = self.answer(address, Cause.TIMEOUT, now)
-                returns += [Return(item.frame, item.cause, self.drop_on_timeout) for item in late]
+            _, address, slot = heapq.heappop(self._deadlines)
+            if self._is_first(address, slot):
+                self._remember(address, now, self.drop_on_timeout)
+                returns += [
+                    Return(frame, Cause.TIMEOUT, self.drop_on_timeout) for frame in self._queues.pop(address)
+                ]
         return returns
 
     def next_deadline(self) -> float | None:
         """Return when expire is due, None while nothing waits."""
-        while self._deadlines and not self._waits(*self._deadlines[0][1:]):
-            self._deadlines.popleft()
+        while self._deadlines and not self._is_first(*self._deadlines[0][1:]):
+            heapq.heappop(self._deadlines)
         return self._deadlines[0][0] if self._deadlines else None
 
     def drain(self) -> Iterator[Return]:
@@ -117,6 +133,16 @@ class HoldQueues:
                 yield Return(frame, Cause.SHUTDOWN)
         self._deadlines.clear()
 
-    def _waits(self, address: bytes, first: Frame) -> bool:
+    def _wait(self, address: bytes, frames: list[Frame]) -> None:
+        self._queues[address] = frames
+        heapq.heappush(self._deadlines, (frames[0].parked_at + self.limit_s, address, frames[0].slot))
+
+    def _is_first(self, address: bytes, slot: int) -> bool:
         queue = self._queues.get(address)
-        return queue is not None and queue[0] is first
+        return queue is not None and queue[0].slot == slot
+
+    def _remember(self, address: bytes, since: float, discard: bool) -> None:
+        self._answered[address] = (since, discard)
+        self._answered.move_to_end(address)
+        while next(iter(self._answered.values()))[0] < since - REMEMBER_S:
+            self._answered.popitem(last=False)

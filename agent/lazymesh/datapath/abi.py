@@ -193,12 +193,14 @@ class Slot(ctypes.Structure):
         ("source_mac", c_uint8 * 6),
         ("family", c_uint8),
         ("direction", c_uint8),
-        ("gated", c_uint32),
+        ("hold", c_uint32),
         ("state", c_uint32),
     )
 
 
 SLOT_FREE, SLOT_PARKED, SLOT_RETURNING, SLOT_DISCARD = range(4)
+HOLD_FIRST, HOLD_BEHIND, HOLD_GATED = range(1, 4)
+"""enum hold: why a slot's packet was parked."""
 
 
 class HoldControl(ctypes.Structure):
@@ -209,6 +211,7 @@ class HoldControl(ctypes.Structure):
         ("holder_beat_ns", c_uint64),
         ("interface_interval_ns", c_uint64),
         ("interface_burst_ns", c_uint64),
+        ("limit_ns", c_uint64),
         ("address_packets", c_int64),
         ("address_bytes", c_int64),
         ("interface_packets", c_int64),
@@ -222,7 +225,7 @@ class HoldControl(ctypes.Structure):
 class Outstanding(ctypes.Structure):
     """struct lm_outstanding."""
 
-    _fields_ = (("packets", c_int64), ("bytes", c_int64), ("arrival", c_uint64))
+    _fields_ = (("packets", c_int64), ("bytes", c_int64), ("moment", c_uint64))
 
 
 class HoldCounters(ctypes.Structure):

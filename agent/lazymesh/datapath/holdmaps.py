@@ -40,9 +40,14 @@ class HoldControl:
         """Show the kernel that the agent lives."""
         self._words.agent_beat_ns = now_ns
 
-    def set_limits(self, limits: HoldLimits) -> None:
-        """Put bounds in force."""
+    def holder_beat(self) -> int:
+        """Return when the holder last showed that it lives, in ns of the monotonic clock."""
+        return int(self._words.holder_beat_ns)
+
+    def set_limits(self, limits: HoldLimits, limit_s: float) -> None:
+        """Put bounds in force, and how long a packet waits at most."""
         words = self._words
+        words.limit_ns = int(limit_s * 1e9)
         for name in (
             "address_packets",
             "address_bytes",

@@ -19,7 +19,7 @@ from typing import Any
 
 from lazymesh.datapath import abi, libbpf
 from lazymesh.datapath.headers import find_headers, merge_headers
-from lazymesh.datapath.pins import HOLD_PROGRAMS, PROGRAMS, SIGNALS
+from lazymesh.datapath.pins import HOLD_FILTER, HOLD_PROGRAMS, PROGRAMS, SIGNALS
 from lazymesh.errors import DatapathError
 
 _TABLES: dict[str, tuple[type[ctypes.Structure] | None, type[ctypes.Structure] | None]] = {
@@ -44,7 +44,7 @@ _TABLES: dict[str, tuple[type[ctypes.Structure] | None, type[ctypes.Structure] |
 
 
 def load(pins: Path, ipcache_size: int) -> None:
-    """Compile bpf/lazymesh.c, load both programs, check sizes, pin everything under ``pins``."""
+    """Compile bpf/lazymesh.c, load the programs, check sizes, pin everything under ``pins``."""
     try:
         from bcc import BPF  # noqa: PLC0415 (the import alone costs a tenth of a second and 70 MB)
     except ImportError as exc:
@@ -63,6 +63,7 @@ def load(pins: Path, ipcache_size: int) -> None:
         try:
             bpf = BPF(text=one_text(source / "lazymesh.c"), cflags=flags)
             programs = {name: bpf.load_func(name, BPF.SCHED_CLS) for name in (*PROGRAMS, *HOLD_PROGRAMS)}
+            programs[HOLD_FILTER] = bpf.load_func(HOLD_FILTER, BPF.SOCKET_FILTER)
         except Exception as exc:  # bcc raises nothing narrower
             raise DatapathError(f"BCC could not load the datapath: {exc}") from exc
     _check_sizes(bpf)

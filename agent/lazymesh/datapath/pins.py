@@ -18,6 +18,7 @@ if TYPE_CHECKING:
 
 PROGRAMS = ("lm_from_pod", "lm_from_uplink")
 HOLD_PROGRAMS = ("lm_hold_out", "lm_hold_back")
+HOLD_FILTER = "lm_hold_whole"
 SIGNALS = "lm_signals"
 IPCACHE = "lm_ipcache"
 
@@ -37,7 +38,7 @@ def expected_layouts(ipcache_size: int) -> dict[str, MapLayout]:
         "lm_policy": MapLayout(libbpf.MAP_TYPE_HASH, 8, 4, 262_144, lazy),
         "lm_flows": MapLayout(libbpf.MAP_TYPE_LRU_HASH, 40, 16, 65_536, 0),
         "lm_slots": MapLayout(libbpf.MAP_TYPE_ARRAY, 4, 56, 16_384, mapped),
-        "lm_hold_control": MapLayout(libbpf.MAP_TYPE_ARRAY, 4, 80, 1, mapped),
+        "lm_hold_control": MapLayout(libbpf.MAP_TYPE_ARRAY, 4, 88, 1, mapped),
         "lm_hold_bucket": MapLayout(libbpf.MAP_TYPE_ARRAY, 4, 24, 65_536, 0),
         "lm_hold_if": MapLayout(libbpf.MAP_TYPE_HASH, 4, 24, 4_096, lazy),
         "lm_hold_total": MapLayout(libbpf.MAP_TYPE_ARRAY, 4, 24, 1, 0),
@@ -89,7 +90,7 @@ class Pins:
 
     def remove(self) -> None:
         """Unpin everything that is ours; maps and programs go with their last user."""
-        for name in (*PROGRAMS, *HOLD_PROGRAMS, SIGNALS, *expected_layouts(0)):
+        for name in (*PROGRAMS, *HOLD_PROGRAMS, HOLD_FILTER, SIGNALS, *expected_layouts(0)):
             with contextlib.suppress(FileNotFoundError):
                 self.path(name).unlink()
         with contextlib.suppress(OSError):

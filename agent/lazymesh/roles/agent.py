@@ -246,7 +246,7 @@ class Agent:
         if action == "hold":
             holding.want()
         log.info("on miss", action=action)
-        return {"onMiss": action}
+        return {"onMiss": action, "holding": holding.state, "problem": holding.problem}
 
     def _hold_settings(self) -> HoldSettings:
         settings = self._settings.datapath

@@ -4,7 +4,7 @@ Started by the agent, in a session of its own, with one end of a socket pair; it
 has given everything back. So a crash of the agent loses no parked packet, and a crash of the holder only those in its
 hands: the next packet is not parked any more. It reads maps and the TAP, and imports neither BCC, gRPC nor pyroute2.
 
-Datagrams, first byte: ``a`` answers (agent to holder: 18 bytes each, cause, family, address), ``c`` settings and ``g``
+Datagrams, first byte: ``a`` answers (agent to holder: cause, family and address, since when), ``c`` settings and ``g``
 go (JSON), ``q`` quit; ``u`` up (holder to agent, JSON), ``e`` error (one line).
 """
 
@@ -17,14 +17,16 @@ import mmap
 import os
 import selectors
 import socket
+import struct
 import sys
 import time
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from lazymesh.core.hold import Cause, Frame, HoldQueues, Return
+from lazymesh.core.hold import Cause, Frame, HoldQueues, Return, Why
 from lazymesh.datapath import abi
-from lazymesh.datapath.libbpf import Map
+from lazymesh.datapath.libbpf import Map, open_pin
+from lazymesh.datapath.pins import HOLD_FILTER
 from lazymesh.datapath.tap import READ_SIZE, VNET_HEADER, Tap, open_tap
 from lazymesh.errors import DatapathError
 
@@ -38,12 +40,14 @@ LOST_AFTER_S = 1.0
 """A packet that was given back this long ago and did not arrive never will."""
 DRAIN_S = 0.02
 """What is in the ring when parking ends is read for this long."""
+FORGET_S = 60.0
+"""So often the accounts of interfaces that are gone are closed."""
 RUNT = 60
 """Length of the frame that stands for one that is dropped."""
 
 CAUSES = (Cause.INSTALLED, Cause.NEGATIVE)
 """What an answer may say, by its byte."""
-ANSWER_SIZE = 18
+ANSWER = struct.Struct("=B17sd")
 
 
 class Mapped:
@@ -84,13 +88,15 @@ def reset(pins: Path, mapped: Mapped) -> None:
 class Holder:
     """The loop between TAP, queues and agent."""
 
-    def __init__(self, tap: Tap, mapped: Mapped, agent: socket.socket) -> None:
+    def __init__(self, tap: Tap, pins: Path, mapped: Mapped, agent: socket.socket) -> None:
         self._tap = tap
         self._mapped = mapped
         self._agent = agent
         self._queues = HoldQueues()
         self._written: list[tuple[float, int, int]] = []
         """Given back: when, slot, and the slot's time of parking, which tells whether it has been used again."""
+        self._interfaces = Map.pinned(pins / "lm_hold_if")
+        self._next_sweep = self._next_forget = 0.0
         self._ending = False
 
     def run(self) -> None:
@@ -98,7 +104,6 @@ class Holder:
         selector = selectors.DefaultSelector()
         selector.register(self._tap.fd, selectors.EVENT_READ, self._read_tap)
         selector.register(self._agent, selectors.EVENT_READ, self._read_agent)
-        next_sweep = 0.0
         while not self._ending:
             now = time.monotonic()
             self._mapped.control.holder_beat_ns = time.monotonic_ns()
@@ -108,10 +113,16 @@ class Holder:
                 key.data()
             now = time.monotonic()
             self._give_back(self._queues.expire(now))
-            if now >= next_sweep:
-                self._sweep(now)
-                next_sweep = now + SWEEP_S
+            self._tidy(now)
         self._end()
+
+    def _tidy(self, now: float) -> None:
+        if now >= self._next_sweep:
+            self._sweep(now)
+            self._next_sweep = now + SWEEP_S
+        if now >= self._next_forget:
+            self._forget_interfaces()
+            self._next_forget = now + FORGET_S
 
     def _read_tap(self) -> None:
         for _ in range(READS_PER_TURN):
@@ -127,13 +138,13 @@ class Holder:
 
     def _frame(self, data: bytes) -> Frame | None:
         """Return the parked packet in what was read; its slot's number stands in place of its source MAC."""
-        number = int.from_bytes(data[VNET_HEADER + 8 : VNET_HEADER + 12], "big")
+        number = int.from_bytes(data[VNET_HEADER + 10 : VNET_HEADER + 12], "big")
         if number >= len(self._mapped.slots):
             self._mapped.stats.strays += 1
             return None
         slot = self._mapped.slots[number]
         key = bytes((slot.family,)) + bytes(slot.addr)
-        return Frame(number, key, slot.parked_ns / 1e9, bool(slot.gated), data)
+        return Frame(number, key, slot.parked_ns / 1e9, Why(slot.hold), data)
 
     def _read_agent(self) -> None:
         with contextlib.suppress(BlockingIOError):
@@ -149,10 +160,8 @@ class Holder:
         if kind in (b"", b"q"):
             self._ending = True
         elif kind == b"a":
-            now = time.monotonic()
-            for at in range(0, len(body), ANSWER_SIZE):
-                cause = CAUSES[body[at]]
-                self._give_back(self._queues.answer(body[at + 1 : at + ANSWER_SIZE], cause, now))
+            for cause, address, since in ANSWER.iter_unpack(body):
+                self._give_back(self._queues.answer(address, CAUSES[cause], since))
         elif kind == b"c":
             settings = json.loads(body)
             self._queues.limit_s = settings["limit_s"]
@@ -175,8 +184,9 @@ class Holder:
 
     def _discard(self, number: int) -> None:
         """Have the kernel uncount and drop a packet: a runt with its token stands for it."""
-        self._mapped.slots[number].state = abi.SLOT_DISCARD
-        token = b"\x02\x4c" + number.to_bytes(4, "big")
+        slot = self._mapped.slots[number]
+        slot.state = abi.SLOT_DISCARD
+        token = struct.pack(">2sHH", b"\x02\x4c", slot.parked_ns >> 10 & 0xFFFF, number)
         self._write(bytes(VNET_HEADER) + b"\x02" + bytes(5) + token + b"\x08\x00" + bytes(RUNT - 14))
 
     def _write(self, data: bytes | memoryview) -> None:
@@ -199,9 +209,16 @@ class Holder:
             young = len(self._written)
         del self._written[:young]
 
+    def _forget_interfaces(self) -> None:
+        """Close the accounts of interfaces that are gone: pods come and go, and there is room for so many only."""
+        here = {index for index, _ in socket.if_nameindex()}
+        keys = [key for key, _ in self._interfaces.items()]
+        self._interfaces.delete_many([key for key in keys if int.from_bytes(key, sys.byteorder) not in here])
+
     def _end(self) -> None:
         """Park nothing more, give back what waits and what is still in the ring."""
-        self._mapped.control.tap_ifindex = 0
+        if self._mapped.control.tap_ifindex == self._tap.ifindex:  # else another holder has taken over
+            self._mapped.control.tap_ifindex = 0
         self._give_back(self._queues.drain())
         self._queues.limit_s = 0.0
         until = time.monotonic() + DRAIN_S
@@ -215,15 +232,16 @@ def main() -> None:
     """Run as ``python -m lazymesh.roles.holder FD PINS``."""
     agent, pins = socket.socket(fileno=int(sys.argv[1])), Path(sys.argv[2])
     try:
+        tap = open_tap()  # first: until then an older holder may be giving back what it has
+        tap.set_filter(open_pin(pins / HOLD_FILTER))
         mapped = Mapped(pins)
         reset(pins, mapped)
-        tap = open_tap()
     except (DatapathError, OSError) as exc:
         agent.send(b"e" + str(exc).encode())
         return
-    agent.send(b"u" + json.dumps({"ifindex": tap.ifindex, "udp_gso": tap.udp_gso}).encode())
+    agent.send(b"u" + json.dumps({"ifindex": tap.ifindex, "name": tap.name}).encode())
     agent.setblocking(False)
-    Holder(tap, mapped, agent).run()
+    Holder(tap, pins, mapped, agent).run()
 
 
 if __name__ == "__main__":

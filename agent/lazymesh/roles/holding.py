@@ -10,6 +10,7 @@ import contextlib
 import json
 import secrets
 import socket
+import struct
 import subprocess
 import sys
 import time
@@ -20,7 +21,6 @@ import structlog
 
 from lazymesh.core.hold import Cause
 from lazymesh.datapath.interfaces import prepare_tap
-from lazymesh.datapath.tap import NAME
 from lazymesh.errors import DatapathError
 
 if TYPE_CHECKING:
@@ -33,9 +33,16 @@ log = structlog.get_logger()
 BEAT_S = 0.03
 """A third of what the kernel waits for before it parks nothing more."""
 RESTART_S = 1.0
+RETRY_MOST_S = 60.0
+"""Where holding is not possible it is tried again after a second, then after twice as long each time, up to this."""
+HUNG_S = 1.0
+HUNG_LOOKS = 5
+"""A holder that was silent for so long at so many looks in a row is killed. (One look may follow our own silence.)"""
 ANSWERS_PER_DATAGRAM = 1_000
 
-_CAUSE_BYTE = {Cause.INSTALLED: b"\x00", Cause.NEGATIVE: b"\x01"}
+_CAUSE = {Cause.INSTALLED: 0, Cause.NEGATIVE: 1}
+_ANSWER = struct.Struct("=B17sd")
+_FINE = ("off", "starting", "on")
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,6 +71,11 @@ class Holding:
         self._answers: list[bytes] = []
         self._flush_due = False
 
+    @property
+    def problem(self) -> str | None:
+        """Why packets are not held although they should be; None while all is well."""
+        return None if self.state in _FINE else self.state
+
     def want(self) -> None:
         """Have a holder from now on."""
         if not self._wanted.is_set():
@@ -74,6 +86,7 @@ class Holding:
         """Keep a holder until cancelled; then it gives everything back and ends."""
         await self._wanted.wait()
         beat = asyncio.create_task(self._beat())
+        pause = RESTART_S
         try:
             while True:
                 began = time.monotonic()
@@ -83,13 +96,16 @@ class Holding:
                     if self.state != str(exc):
                         log.warning("cannot hold packets; missed ones are passed on", error=str(exc))
                     self.state = str(exc)
+                    pause = min(2 * pause, RETRY_MOST_S)
                 else:
+                    pause = RESTART_S
                     self.restarts += 1
                     self.state = "the holder died and is started again"
                     log.error(
-                        "the holder died; packets it held are lost, missed ones are passed on meanwhile"
+                        "the holder died, or was killed because it hung: packets it held are lost, missed ones"
+                        " are passed on meanwhile"
                     )
-                await asyncio.sleep(max(0.0, RESTART_S - (time.monotonic() - began)))
+                await asyncio.sleep(max(0.0, pause - (time.monotonic() - began)))
         finally:
             beat.cancel()
 
@@ -98,7 +114,7 @@ class Holding:
         if self._socket is None:
             return
         family = b"\x01" if len(address) == 4 else b"\x02"
-        self._answers.append(_CAUSE_BYTE[cause] + family + address.ljust(16, b"\0"))
+        self._answers.append(_ANSWER.pack(_CAUSE[cause], family + address.ljust(16, b"\0"), time.monotonic()))
         if not self._flush_due:
             # One datagram for all answers of this turn of the loop.
             self._flush_due = True
@@ -141,7 +157,7 @@ class Holding:
                 await self._handshake(ours)
                 self._socket = ours
                 self.state = "on"
-                await asyncio.get_running_loop().sock_recv(ours, 1)
+                await self._watch(ours)
             except ConnectionError:
                 return
             finally:
@@ -151,13 +167,27 @@ class Holding:
                 ours.close()
                 await asyncio.to_thread(_wait_for, process)
 
+    async def _watch(self, ours: socket.socket) -> None:
+        """Return when the holder has ended, or hangs for good."""
+        looks = 0
+        while looks < HUNG_LOOKS:
+            try:
+                async with asyncio.timeout(HUNG_S):
+                    await asyncio.get_running_loop().sock_recv(ours, 1)
+            except TimeoutError:
+                silent_s = time.monotonic() - self._control.holder_beat() / 1e9
+                looks = looks + 1 if silent_s > HUNG_S else 0
+                self.state = "the holder hangs" if looks else "on"
+            else:
+                return
+
     async def _handshake(self, ours: socket.socket) -> None:
         datagram = await asyncio.get_running_loop().sock_recv(ours, 65_536)
         if datagram[:1] != b"u":
             raise DatapathError(datagram[1:].decode() or "the holder ended without a word")
-        ifindex = json.loads(datagram[1:])["ifindex"]
-        await prepare_tap(self._datapath, ifindex, NAME)
-        self._control.set_limits(self._settings.limits)
+        tap = json.loads(datagram[1:])
+        await prepare_tap(self._datapath, tap["ifindex"], tap["name"])
+        self._control.set_limits(self._settings.limits, self._settings.limit_s)
         self._datapath.config.change(hold_cookie=secrets.randbelow(0xFFFF) + 1)
         words = {"limit_s": self._settings.limit_s, "drop_on_timeout": self._settings.drop_on_timeout}
         ours.send(b"c" + json.dumps(words).encode())

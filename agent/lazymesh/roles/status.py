@@ -133,6 +133,9 @@ class Status:
     def _wrong(self) -> Iterator[str]:
         if not self.parts.follower.attached:
             yield "no interface carries the program: does --interface match any?"
+        holding = self.parts.holding
+        if holding.problem and self.parts.datapath.config.read().on_miss == OnMiss.HOLD:
+            yield f"packets are not held, missed ones are passed on: {holding.problem}"
         if self.parts.driver.muted:
             yield "signals are muted: misses come faster than they can be resolved"
         if self.parts.mesh.problem:
