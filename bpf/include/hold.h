@@ -189,7 +189,7 @@ static __always_inline int park(struct __sk_buff *skb, const struct lm_packet *p
 	if (hold == HOLD_FIRST)
 		account.bucket->moment = now;
 	if (!hold_label(skb, packet, direction, hold, now, id, slot)) {
-		if (!bpf_clone_redirect(skb, control->tap_ifindex, 0)) {
+		if (!bpf_clone_redirect(skb, control->tap_ifindex, 0) && slot->state != LM_SLOT_CUT) {
 			if (hold == HOLD_GATED)
 				counters->gated++;
 			else
@@ -257,7 +257,7 @@ int lm_hold_out(struct __sk_buff *skb)
 
 /*
  * The TAP's own filter, behind everything that cuts packets up: pieces share one token, and only one of them would find
- * its way back. Dropped here, they make clone_redirect fail, and the packet goes on whole.
+ * its way back. They are dropped here, and the packet itself goes on. (clone_redirect does not tell of lost pieces.)
  */
 int lm_hold_whole(struct __sk_buff *skb)
 {
@@ -265,7 +265,12 @@ int lm_hold_whole(struct __sk_buff *skb)
 	u32 id = 0;
 
 	slot = hold_slot_of(skb, &id);
-	return slot && slot->length == skb->len ? skb->len : 0;
+	if (!slot)
+		return 0;
+	if (slot->length == skb->len)
+		return skb->len;
+	slot->state = LM_SLOT_CUT;
+	return 0;
 }
 
 /* TAP ingress: what the holder writes goes to the interface it was taken from, or is dropped if it says so. */

@@ -136,6 +136,7 @@ enum lm_slot_state {
 	LM_SLOT_PARKED = 1,    /* in the TAP, or with the holder */
 	LM_SLOT_RETURNING = 2, /* given back, not seen at its interface yet */
 	LM_SLOT_DISCARD = 3,   /* the holder's word: drop it when it comes by */
+	LM_SLOT_CUT = 4,       /* the TAP would have had it in pieces */
 };
 
 /* Why a packet is held. */
