@@ -13,16 +13,13 @@
 #include "include/lazymesh_abi.h"
 #include "include/maps.h"
 #include "include/parse.h"
+#include "include/hold.h"
+#include "include/policy.h"
 
 #define WORLD_ID 2
 #define WORLD_IPV4_ID 9
 #define WORLD_IPV6_ID 10
 #define SCOPE_LOCAL 1 /* top byte of identities that only mean something on this node (CIDR and FQDN policy) */
-
-#define SECOND 1000000000ULL
-#define FLOW_LIFETIME (60 * SECOND)
-#define FLOW_LIFETIME_TCP (8000 * SECOND) /* Cilium's defaults */
-#define FLOW_LIFETIME_CLOSED (10 * SECOND)
 
 enum miss {
 	MISS_NO,
@@ -65,31 +62,35 @@ static __always_inline int take_token(u32 bucket, u64 interval_ns, u64 burst_ns,
 	return 1;
 }
 
-/* Signal the miss, or count why not: exactly one counter beside `missed` moves. */
-static __always_inline void report_miss(struct __sk_buff *skb, struct lm_packet *packet, int direction,
-					u16 cluster_id, struct lm_config *config, struct lm_counters *counters)
+/*
+ * Signal the miss, or count why not: exactly one counter beside `missed` moves. Returns why the packet may be
+ * held, if it may: an answer is on its way.
+ */
+static __always_inline enum hold report_miss(struct __sk_buff *skb, struct lm_packet *packet, int direction,
+					u16 cluster_id, u64 now, struct lm_config *config,
+					struct lm_counters *counters)
 {
 	struct lm_dedup_key dedup = {};
 	struct ipcache_miss miss = {};
-	u64 now = bpf_ktime_get_ns(), *silent_until, until;
+	u64 *silent_until, until;
 
 	counters->missed++;
 	if (config->muted) {
 		counters->muted++;
-		return;
+		return HOLD_NOT;
 	}
 	__builtin_memcpy(dedup.addr, packet->peer.addr, sizeof(dedup.addr));
 	dedup.family = packet->peer.family;
 	silent_until = lm_dedup.lookup(&dedup);
 	if (silent_until && now < *silent_until) {
 		counters->suppressed_dedup++;
-		return;
+		return config->hold_cookie && hold_pending(packet, 0) ? HOLD_BEHIND : HOLD_NOT;
 	}
 	/* ifindex is never 0, so key 0 is free for the bucket of all interfaces together */
 	if (!take_token(skb->ifindex, config->interface_interval_ns, config->interface_burst_ns, now) ||
 	    !take_token(0, config->global_interval_ns, config->global_burst_ns, now)) {
 		counters->suppressed_rate++;
-		return;
+		return HOLD_NOT;
 	}
 	until = now + config->rearm_ns + (config->rearm_ns >> 10) * (bpf_get_prandom_u32() >> 24);
 	lm_dedup.update(&dedup, &until);
@@ -104,109 +105,48 @@ static __always_inline void report_miss(struct __sk_buff *skb, struct lm_packet 
 	if (lm_signals.perf_submit(skb, &miss, sizeof(miss))) {
 		counters->lost++;
 		lm_dedup.delete(&dedup);
-	} else {
-		counters->signalled++;
+		return HOLD_NOT;
 	}
+	counters->signalled++;
+	return HOLD_FIRST;
 }
 
-static __always_inline void flow_key_of(struct lm_packet *packet, struct lm_ports *ports, int initiator,
-					struct lm_flow_key *key)
+/* The miss is answered: should the entry vanish again, that is a new one, to be signalled at once. */
+static __always_inline void rearm(const struct lm_packet *packet)
 {
-	__builtin_memcpy(key->local, packet->local, sizeof(key->local));
-	__builtin_memcpy(key->peer, packet->peer.addr, sizeof(key->peer));
-	key->local_port = ports->local;
-	key->peer_port = ports->peer;
-	key->family = packet->peer.family;
-	key->protocol = packet->protocol;
-	key->initiator = initiator;
+	struct lm_dedup_key dedup = {};
+
+	__builtin_memcpy(dedup.addr, packet->peer.addr, sizeof(dedup.addr));
+	dedup.family = packet->peer.family;
+	lm_dedup.delete(&dedup);
 }
 
-static __always_inline int flow_alive(const struct lm_flow *flow, u8 protocol, u64 now)
+/* The open window: a packet of an address without an entry went on as world. */
+static __always_inline void note_window(struct __sk_buff *skb, const struct lm_packet *packet, int direction)
 {
-	u64 lifetime = flow->closing == LM_FLOW_CLOSED ? FLOW_LIFETIME_CLOSED
-		       : protocol == IPPROTO_TCP	? FLOW_LIFETIME_TCP
-							: FLOW_LIFETIME;
-
-	return now - flow->seen_ns < lifetime;
-}
-
-/* One more packet of a live flow. A closed one is not kept alive by what still comes. */
-static __always_inline void touch_flow(struct lm_flow *flow, const struct lm_ports *ports, u64 now)
-{
-	if (flow->closing == LM_FLOW_CLOSED)
-		return;
-	flow->seen_ns = now;
-	flow->closing |= ports->closing;
-}
-
-/* Does the packet answer a flow that policy allowed the other way round? */
-static __always_inline int is_reply(struct lm_flow_key *key, struct lm_ports *ports, u64 now)
-{
-	struct lm_flow *flow;
-
-	if (!ports->answers)
-		return 0;
-	flow = lm_flows.lookup(key);
-	if (!flow || !flow_alive(flow, key->protocol, now))
-		return 0;
-	touch_flow(flow, ports, now);
-	return 1;
-}
-
-static __always_inline void remember_flow(struct lm_flow_key *key, struct lm_ports *ports, u64 now)
-{
-	struct lm_flow fresh = {.seen_ns = now, .closing = ports->closing}, *flow = lm_flows.lookup(key);
-
-	/* A SYN starts over: the ports of a closed connection may be used again. */
-	if (flow && !ports->syn && flow_alive(flow, key->protocol, now))
-		touch_flow(flow, ports, now);
-	else
-		lm_flows.update(key, &fresh);
-}
-
-/*
- * The standalone policy: replies of allowed flows pass, then the peer's identity decides. Later fragments pass with
- * their first one: without it they are never put together.
- */
-static __always_inline int judge(struct __sk_buff *skb, struct lm_packet *packet, int direction, u32 identity,
-				 struct lm_config *config, struct lm_counters *counters)
-{
-	struct lm_policy_key policy = {.identity = identity, .direction = direction};
-	struct lm_flow_key key = {};
-	struct lm_ports ports = {};
+	struct lm_dedup_key key = {};
+	struct lm_window fresh = {}, *window;
 	u64 now = bpf_ktime_get_ns();
-	int has_ports;
 
-	if (packet->peer.family == IPCACHE_FAMILY_IPV6 && parse_extensions(skb, packet))
-		packet->protocol = 0xff;
-	has_ports = !parse_ports(skb, direction, packet, &ports);
-
-	if (has_ports) {
-		flow_key_of(packet, &ports, !direction, &key);
-		if (is_reply(&key, &ports, now)) {
-			counters->policy_reply++;
-			return TC_ACT_UNSPEC;
-		}
-		key.initiator = direction;
+	__builtin_memcpy(key.addr, packet->peer.addr, sizeof(key.addr));
+	key.family = packet->peer.family;
+	window = lm_windows.lookup(&key);
+	if (window) {
+		window->last_ns = now;
+		__sync_fetch_and_add(&window->packets, 1);
+		__sync_fetch_and_add(&window->bytes, skb->len);
+		return;
 	}
-	if (!(config->enforced & (1 << direction)) || lm_policy.lookup(&policy)) {
-		if (has_ports && ports.opens)
-			remember_flow(&key, &ports, now);
-		counters->policy_allow++;
-		return TC_ACT_UNSPEC;
-	}
-	if (packet->later_fragment) {
-		counters->policy_fragment++;
-		return TC_ACT_UNSPEC;
-	}
-	if (has_ports)
-		lm_flows.delete(&key); /* allowed once, not any more: its replies end too */
-	counters->policy_deny++;
-	return TC_ACT_SHOT;
+	fresh.first_ns = fresh.last_ns = now;
+	fresh.packets = 1;
+	fresh.bytes = skb->len;
+	fresh.direction = direction;
+	lm_windows.update(&key, &fresh);
 }
 
 static __always_inline int handle(struct __sk_buff *skb, int direction)
 {
+	struct lm_hold_counters *hold_counters;
 	struct lm_packet packet = {};
 	struct ipcache_entry *entry;
 	struct lm_mesh_cidr *mesh;
@@ -214,12 +154,17 @@ static __always_inline int handle(struct __sk_buff *skb, int direction)
 	struct lm_config *config;
 	enum miss miss;
 	u32 zero = 0, slot = direction;
-	int parsed;
+	enum hold hold = HOLD_NOT;
+	int parsed, verdict, missed = 0, arrived = 0;
+	u64 now;
 
 	config = lm_config.lookup(&zero);
 	counters = lm_counters.lookup(&slot);
-	if (!config || !counters)
+	hold_counters = lm_hold_count.lookup(&zero);
+	if (!config || !counters || !hold_counters)
 		return TC_ACT_UNSPEC; /* array elements always exist: for the verifier */
+	if (config->hold_cookie && skb->mark >> 16 == config->hold_cookie)
+		arrived = arrive(skb, hold_counters);
 	parsed = parse_addresses(skb, direction, &packet);
 	if (parsed) {
 		counters->not_parsed++;
@@ -230,6 +175,12 @@ static __always_inline int handle(struct __sk_buff *skb, int direction)
 	}
 	entry = lm_ipcache.lookup(&packet.peer);
 	miss = miss_of(entry);
+	/* A hit stays behind the held packets of its address. */
+	if (miss == MISS_NO && config->hold_cookie && !arrived && hold_pending(&packet, HOLD_GATE_NS) &&
+	    park(skb, &packet, direction, HOLD_GATED, bpf_ktime_get_ns(), hold_counters))
+		return TC_ACT_STOLEN;
+	if (arrived && miss == MISS_NO)
+		rearm(&packet);
 	if (miss == MISS_NO && !config->enforced) {
 		counters->hit++;
 		return TC_ACT_UNSPEC;
@@ -237,18 +188,34 @@ static __always_inline int handle(struct __sk_buff *skb, int direction)
 	mesh = lm_mesh_cidrs.lookup(&packet.peer);
 	if (miss == MISS_NO) {
 		counters->hit++;
-	} else if (mesh || miss == MISS_YES) {
-		report_miss(skb, &packet, direction, mesh ? mesh->cluster_id : 0, config, counters);
+	} else if (!mesh && miss == MISS_IF_MESH) {
+		counters->not_mesh++;
+	} else if (arrived) {
+		counters->missed_again++;
+		missed = 1;
 		if (config->on_miss == LM_ON_MISS_DROP) {
 			counters->missed_drop++;
 			return TC_ACT_SHOT;
 		}
 	} else {
-		counters->not_mesh++;
+		missed = 1;
+		now = bpf_ktime_get_ns();
+		hold = report_miss(skb, &packet, direction, mesh ? mesh->cluster_id : 0, now, config, counters);
+		if (config->on_miss == LM_ON_MISS_DROP) {
+			counters->missed_drop++;
+			return TC_ACT_SHOT;
+		}
+		if (hold != HOLD_NOT && config->on_miss == LM_ON_MISS_HOLD &&
+		    park(skb, &packet, direction, hold, now, hold_counters))
+			return TC_ACT_STOLEN;
 	}
-	if (!mesh || !config->enforced)
-		return TC_ACT_UNSPEC;
-	return judge(skb, &packet, direction, miss == MISS_NO ? entry->sec_identity : WORLD_ID, config, counters);
+	verdict = TC_ACT_UNSPEC;
+	if (mesh && config->enforced)
+		verdict = judge(skb, &packet, direction, miss == MISS_NO ? entry->sec_identity : WORLD_ID, config,
+				counters);
+	if (missed && verdict != TC_ACT_SHOT)
+		note_window(skb, &packet, direction);
+	return verdict;
 }
 
 int lm_from_pod(struct __sk_buff *skb)

@@ -61,7 +61,12 @@ class DatapathSettings:
     interfaces: tuple[str, ...] = ()
     """Pods' host-side interfaces; ``lxc+`` matches a prefix."""
     uplinks: tuple[str, ...] = ()
-    drop_missed: bool = False
+    on_miss: str = "hold"
+    """What becomes of a missed packet: hold, pass or drop."""
+    hold_limit_s: float = 0.25
+    """A held packet whose address is not answered by then is let go."""
+    drop_on_timeout: bool = False
+    """Let go means dropped, instead of passed on as world."""
     signal_rate: int = 5_000
     """Signals per second and interface."""
     ipcache_size: int = 512_000

@@ -19,6 +19,7 @@ enum lm_direction {
 enum lm_on_miss {
 	LM_ON_MISS_PASS = 0,
 	LM_ON_MISS_DROP = 1,
+	LM_ON_MISS_HOLD = 2,
 };
 
 /* One perf record. Native endian but for addr, which is in network order. */
@@ -44,7 +45,7 @@ struct lm_config {
 	__u32 muted;
 	__u32 on_miss;	/* enum lm_on_miss */
 	__u32 enforced; /* bit LM_EGRESS, bit LM_INGRESS: default deny of mesh traffic in that direction */
-	__u32 pad;
+	__u32 hold_cookie; /* upper half of the mark of packets that come back from the holder; 0: there are none */
 	__u64 policy_tag; /* which policy lm_policy was filled for; user space's alone */
 };
 
@@ -63,6 +64,7 @@ struct lm_counters {
 	__u64 muted;
 	__u64 lost;	     /* no reader, or its ring was full */
 	__u64 missed_drop;   /* dropped because on_miss says so */
+	__u64 missed_again;  /* came back from the holder without an entry: goes on as world */
 	__u64 policy_allow;
 	__u64 policy_reply;    /* passed because it answers an allowed flow */
 	__u64 policy_fragment; /* later fragment of a packet whose first fragment was judged */
@@ -78,6 +80,16 @@ struct lm_mesh_cidr {
 struct lm_dedup_key {
 	__be32 addr[4];
 	__u32 family;
+};
+
+/* How much went through as world for an address that had no entry; the key is an lm_dedup_key. */
+struct lm_window {
+	__u64 first_ns;
+	__u64 last_ns;
+	__u64 packets;
+	__u64 bytes;
+	__u32 direction;
+	__u32 pad;
 };
 
 struct lm_policy_key {
@@ -117,14 +129,111 @@ struct lm_owned {
 	__u32 pad2;
 };
 
+/* --- holding (hold.h) --- */
+
+enum lm_slot_state {
+	LM_SLOT_FREE = 0,
+	LM_SLOT_PARKED = 1,    /* in the TAP, or with the holder */
+	LM_SLOT_RETURNING = 2, /* given back, not seen at its interface yet */
+	LM_SLOT_DISCARD = 3,   /* the holder's word: drop it when it comes by */
+	LM_SLOT_CUT = 4,       /* the TAP would have had it in pieces */
+};
+
+/* Why a packet is held. */
+enum hold {
+	HOLD_NOT,
+	HOLD_FIRST,  /* its miss was signalled just now: the answer will come */
+	HOLD_BEHIND, /* a miss like others of its address that still wait */
+	HOLD_GATED,  /* a hit: parked only to stay behind them */
+};
+
+#define LM_HOLD_SLOTS 16384
+#define LM_HOLD_BUCKETS 65536
+
+/* What a parked packet cannot carry itself. Read by the holder through a memory map. */
+struct lm_slot {
+	__u64 parked_ns;
+	__u32 ifindex;
+	__u32 mark;
+	__u32 hash;
+	__u32 length;
+	__be32 addr[4];
+	__u8 source_mac[6];
+	__u8 family;
+	__u8 direction;
+	__u32 hold;  /* enum hold */
+	__u32 state; /* enum lm_slot_state */
+};
+
+/* Settings and heartbeats of holding; each word has one writer. A tap_ifindex of 0 switches it off. */
+struct lm_hold_control {
+	__u64 agent_beat_ns;  /* the agent: ktime of its last sign of life */
+	__u64 holder_beat_ns; /* the holder: the same */
+	__u64 interface_interval_ns; /* rate of newly held addresses of one interface, as in lm_config */
+	__u64 interface_burst_ns;
+	__u64 limit_ns; /* the longest that a packet waits */
+	__s64 address_packets; /* bounds of what may be out at once */
+	__s64 address_bytes;
+	__s64 interface_packets;
+	__s64 interface_bytes;
+	__s64 total_bytes;
+	__u32 tap_ifindex;
+	__u32 udp_gso; /* the TAP takes UDP segments whole */
+};
+
+struct lm_outstanding {
+	__s64 packets;
+	__s64 bytes;
+	__u64 moment; /* an interface's token bucket; an address': when a packet with a signal of its own was last parked */
+};
+
+/* One copy per CPU. held + gated = returned + discarded + still out, at every quiet moment. */
+struct lm_hold_counters {
+	__u64 held;
+	__u64 gated;
+	__u64 returned;
+	__u64 discarded;
+	__u64 park_failed;
+	__u64 stray;
+	__u64 refused_off;
+	__u64 refused_stale;
+	__u64 refused_size;
+	__u64 refused_vlan;
+	__u64 refused_gso;
+	__u64 refused_address;
+	__u64 refused_interface;
+	__u64 refused_bytes;
+	__u64 refused_rate;
+	__u64 refused_slots;
+};
+
+/* Written by the holder alone, through a memory map: why packets were given back. */
+struct lm_holder_stats {
+	__u64 installed;
+	__u64 negative;
+	__u64 timeout;
+	__u64 late;
+	__u64 gated;
+	__u64 shutdown;
+	__u64 lost; /* never arrived, or in the hands of a holder that died */
+	__u64 write_errors;
+	__u64 strays;
+};
+
 _Static_assert(sizeof(struct ipcache_miss) == 40, "ipcache_miss has a hole");
 _Static_assert(sizeof(struct lm_config) == 64, "lm_config has a hole");
-_Static_assert(sizeof(struct lm_counters) == 112, "lm_counters has a hole");
+_Static_assert(sizeof(struct lm_counters) == 120, "lm_counters has a hole");
 _Static_assert(sizeof(struct lm_mesh_cidr) == 4, "lm_mesh_cidr has a hole");
 _Static_assert(sizeof(struct lm_dedup_key) == 20, "lm_dedup_key has a hole");
+_Static_assert(sizeof(struct lm_window) == 40, "lm_window has a hole");
 _Static_assert(sizeof(struct lm_policy_key) == 8, "lm_policy_key has a hole");
 _Static_assert(sizeof(struct lm_flow_key) == 40, "lm_flow_key has a hole");
 _Static_assert(sizeof(struct lm_flow) == 16, "lm_flow has a hole");
 _Static_assert(sizeof(struct lm_owned) == 56, "lm_owned has a hole");
+_Static_assert(sizeof(struct lm_slot) == 56, "lm_slot has a hole");
+_Static_assert(sizeof(struct lm_hold_control) == 88, "lm_hold_control has a hole");
+_Static_assert(sizeof(struct lm_outstanding) == 24, "lm_outstanding has a hole");
+_Static_assert(sizeof(struct lm_hold_counters) == 128, "lm_hold_counters has a hole");
+_Static_assert(sizeof(struct lm_holder_stats) == 72, "lm_holder_stats has a hole");
 
 #endif

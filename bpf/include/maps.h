@@ -1,13 +1,17 @@
 /* SPDX-License-Identifier: (GPL-2.0-only OR BSD-2-Clause) */
 /*
  * The maps, pinned one file each under LM_PIN_DIR, which the loader defines; a pin that exists is used again, so
- * entries, journal, flows and counters outlive an agent. BCC turns each line into a map; only lazymesh.c may access
- * them (BCC rewrites accesses in the main file alone).
+ * entries, journal, flows and counters outlive an agent. BCC turns each line into a map, and rewrites accesses in its
+ * main file alone: the loader therefore hands it all our files as one.
  */
 #ifndef LAZYMESH_MAPS_H
 #define LAZYMESH_MAPS_H
 
 #include "lazymesh_abi.h"
+
+#ifndef BPF_F_MMAPABLE
+#define BPF_F_MMAPABLE 1024
+#endif
 
 #define LM_PINNED(type, key, leaf, name, size, flags) \
 	BPF_F_TABLE(type ":" LM_PIN_DIR "/" #name, key, leaf, name, size, flags)
@@ -27,6 +31,9 @@ LM_PINNED("percpu_array", u32, struct lm_counters, lm_counters, 2, 0);
 /* Value: until when (ktime) the address stays silent. Eviction costs one more signal, nothing else. */
 LM_PINNED("lru_hash", struct lm_dedup_key, u64, lm_dedup, 65536, 0);
 
+/* Written by the programs, closed and removed by the agent once the address has its entry. */
+LM_PINNED("lru_hash", struct lm_dedup_key, struct lm_window, lm_windows, 16384, 0);
+
 /* Value: the bucket's theoretical arrival time (GCRA). Key: ifindex, or 0 for the global bucket. */
 LM_PINNED("lru_hash", u32, u64, lm_rate, 4096, 0);
 
@@ -35,6 +42,18 @@ LM_PINNED("hash", struct lm_policy_key, u32, lm_policy, 262144, BPF_F_NO_PREALLO
 
 /* Written and read by the programs. Eviction of a live flow: its next packet in the allowed direction re-makes it. */
 LM_PINNED("lru_hash", struct lm_flow_key, struct lm_flow, lm_flows, 65536, 0);
+
+/* Holding. Mapped into the holder's memory: slots, control. Everything is cleared when a holder starts. */
+LM_PINNED("array", u32, struct lm_slot, lm_slots, LM_HOLD_SLOTS, BPF_F_MMAPABLE);
+LM_PINNED("array", u32, struct lm_hold_control, lm_hold_control, 1, BPF_F_MMAPABLE);
+LM_PINNED("array", u32, struct lm_outstanding, lm_hold_bucket, LM_HOLD_BUCKETS, 0);
+LM_PINNED("hash", u32, struct lm_outstanding, lm_hold_if, 4096, BPF_F_NO_PREALLOC);
+LM_PINNED("array", u32, struct lm_outstanding, lm_hold_total, 1, 0);
+LM_PINNED("percpu_array", u32, struct lm_hold_counters, lm_hold_count, 1, 0);
+BPF_QUEUESTACK("queue:" LM_PIN_DIR "/lm_hold_free", lm_hold_free, u32, LM_HOLD_SLOTS, 0);
+
+/* The holder's own; no program touches it. */
+LM_PINNED("array", u32, struct lm_holder_stats, lm_holder_stats, 1, BPF_F_MMAPABLE);
 
 /* A reader belongs to one agent's life, so the loader pins this one itself, anew each time. */
 BPF_PERF_OUTPUT(lm_signals);

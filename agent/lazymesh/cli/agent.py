@@ -81,10 +81,24 @@ _path = click.Path(path_type=Path)
 )
 @click.option(
     "--on-miss",
+    type=click.Choice(["hold", "pass", "drop"]),
+    default="hold",
+    show_default=True,
+    help="What becomes of a missed packet while its address is resolved: held back, passed on as world, dropped.",
+)
+@click.option(
+    "--hold-timeout",
+    type=click.FloatRange(min=1, max=10_000),
+    default=250,
+    show_default=True,
+    help="Milliseconds after which a held packet is let go without an answer.",
+)
+@click.option(
+    "--hold-timeout-action",
     type=click.Choice(["pass", "drop"]),
     default="pass",
     show_default=True,
-    help="What becomes of a missed packet while its address is resolved.",
+    help="Whether such a packet goes on as world, or is dropped.",
 )
 @click.option(
     "--policy",
@@ -146,7 +160,9 @@ def _settings(options: dict[str, Any]) -> AgentSettings:
             bpffs=options["bpffs"],
             interfaces=options["interface"],
             uplinks=options["uplink"],
-            drop_missed=options["on_miss"] == "drop",
+            on_miss=options["on_miss"],
+            hold_limit_s=options["hold_timeout"] / 1000,
+            drop_on_timeout=options["hold_timeout_action"] == "drop",
             signal_rate=options["signal_rate"],
         ),
         policy=options["policy"],

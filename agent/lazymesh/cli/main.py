@@ -16,7 +16,9 @@ from lazymesh.errors import LazymeshError
 
 _COMMANDS = {
     "agent": "lazymesh.cli.agent",
+    "audit": "lazymesh.cli.audit",
     "check": "lazymesh.cli.check",
+    "config": "lazymesh.cli.config",
     "ipcache": "lazymesh.cli.ipcache",
     "misses": "lazymesh.cli.misses",
     "status": "lazymesh.cli.status",

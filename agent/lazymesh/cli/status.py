@@ -41,6 +41,7 @@ def _show(answer: dict[str, Any]) -> None:
     )
     click.echo(f"Datapath:   {datapath['mode']}, on miss: {datapath['onMiss']}, policy: {datapath['policy']}")
     click.echo(f"Interfaces: {interfaces}")
+    click.echo(f"Holding:    {datapath['holding']}")
     click.echo(
         f"Entries:    {entries['owned']} of at most {entries['budget']} ours, map of {entries['mapSize']}"
     )

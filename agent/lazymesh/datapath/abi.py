@@ -10,7 +10,7 @@ from __future__ import annotations
 import ctypes
 import ipaddress
 import struct
-from ctypes import c_uint8, c_uint16, c_uint32, c_uint64
+from ctypes import c_int64, c_uint8, c_uint16, c_uint32, c_uint64
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -86,7 +86,7 @@ class Config(ctypes.Structure):
         ("muted", c_uint32),
         ("on_miss", c_uint32),
         ("enforced", c_uint32),
-        ("pad", c_uint32),
+        ("hold_cookie", c_uint32),
         ("policy_tag", c_uint64),
     )
 
@@ -107,6 +107,7 @@ class Counters(ctypes.Structure):
             "muted",
             "lost",
             "missed_drop",
+            "missed_again",
             "policy_allow",
             "policy_reply",
             "policy_fragment",
@@ -125,6 +126,19 @@ class DedupKey(ctypes.Structure):
     """struct lm_dedup_key."""
 
     _fields_ = (("addr", c_uint8 * 16), ("family", c_uint32))
+
+
+class Window(ctypes.Structure):
+    """struct lm_window: what went through as world."""
+
+    _fields_ = (
+        ("first_ns", c_uint64),
+        ("last_ns", c_uint64),
+        ("packets", c_uint64),
+        ("bytes", c_uint64),
+        ("direction", c_uint32),
+        ("pad", c_uint32),
+    )
 
 
 class PolicyKey(ctypes.Structure):
@@ -166,6 +180,99 @@ class Owned(ctypes.Structure):
     )
 
 
+class Slot(ctypes.Structure):
+    """struct lm_slot: what is kept of a parked packet."""
+
+    _fields_ = (
+        ("parked_ns", c_uint64),
+        ("ifindex", c_uint32),
+        ("mark", c_uint32),
+        ("hash", c_uint32),
+        ("length", c_uint32),
+        ("addr", c_uint8 * 16),
+        ("source_mac", c_uint8 * 6),
+        ("family", c_uint8),
+        ("direction", c_uint8),
+        ("hold", c_uint32),
+        ("state", c_uint32),
+    )
+
+
+SLOT_FREE, SLOT_PARKED, SLOT_RETURNING, SLOT_DISCARD, SLOT_CUT = range(5)
+HOLD_FIRST, HOLD_BEHIND, HOLD_GATED = range(1, 4)
+"""enum hold: why a slot's packet was parked."""
+
+
+class HoldControl(ctypes.Structure):
+    """struct lm_hold_control."""
+
+    _fields_ = (
+        ("agent_beat_ns", c_uint64),
+        ("holder_beat_ns", c_uint64),
+        ("interface_interval_ns", c_uint64),
+        ("interface_burst_ns", c_uint64),
+        ("limit_ns", c_uint64),
+        ("address_packets", c_int64),
+        ("address_bytes", c_int64),
+        ("interface_packets", c_int64),
+        ("interface_bytes", c_int64),
+        ("total_bytes", c_int64),
+        ("tap_ifindex", c_uint32),
+        ("udp_gso", c_uint32),
+    )
+
+
+class Outstanding(ctypes.Structure):
+    """struct lm_outstanding."""
+
+    _fields_ = (("packets", c_int64), ("bytes", c_int64), ("moment", c_uint64))
+
+
+class HoldCounters(ctypes.Structure):
+    """struct lm_hold_counters."""
+
+    _fields_ = tuple(
+        (name, c_uint64)
+        for name in (
+            "held",
+            "gated",
+            "returned",
+            "discarded",
+            "park_failed",
+            "stray",
+            "refused_off",
+            "refused_stale",
+            "refused_size",
+            "refused_vlan",
+            "refused_gso",
+            "refused_address",
+            "refused_interface",
+            "refused_bytes",
+            "refused_rate",
+            "refused_slots",
+        )
+    )
+
+
+class HolderStats(ctypes.Structure):
+    """struct lm_holder_stats."""
+
+    _fields_ = tuple(
+        (name, c_uint64)
+        for name in (
+            "installed",
+            "negative",
+            "timeout",
+            "late",
+            "gated",
+            "shutdown",
+            "lost",
+            "write_errors",
+            "strays",
+        )
+    )
+
+
 STRUCTS: Mapping[str, type[ctypes.Structure]] = {
     "ipcache_key": IpcacheKey,
     "ipcache_entry": IpcacheEntry,
@@ -175,10 +282,16 @@ STRUCTS: Mapping[str, type[ctypes.Structure]] = {
     "lm_counters": Counters,
     "lm_mesh_cidr": MeshCidr,
     "lm_dedup_key": DedupKey,
+    "lm_window": Window,
     "lm_policy_key": PolicyKey,
     "lm_flow_key": FlowKey,
     "lm_flow": Flow,
     "lm_owned": Owned,
+    "lm_slot": Slot,
+    "lm_hold_control": HoldControl,
+    "lm_outstanding": Outstanding,
+    "lm_hold_counters": HoldCounters,
+    "lm_holder_stats": HolderStats,
 }
 """Every struct that both sides know, by its C name: the registry that the layout test walks."""
 
@@ -190,6 +303,7 @@ _KEY = struct.Struct("=IHBB16s")
 _ENTRY = struct.Struct("=I16sHBB")
 _ENTRY_V1 = struct.Struct("=I4sHBB")
 _OWNED = struct.Struct("=24s24sHHI")
+_DEDUP_KEY = struct.Struct("=16sI")
 _MISS = struct.Struct("=IBBHI16sIQ")
 
 
@@ -283,6 +397,18 @@ def unpack_signal(raw: bytes) -> Signal | None:
         return None
     address = addr[:4] if family == FAMILY_IPV4 else addr
     return Signal(address, Direction(direction), cluster_id, ifindex, ktime_ns)
+
+
+def pack_dedup_key(address: Address) -> bytes:
+    """Return the key of one address in the maps that are no LPM tries."""
+    family = FAMILY_IPV4 if len(address) == 4 else FAMILY_IPV6
+    return _DEDUP_KEY.pack(address, family)
+
+
+def address_of_dedup_key(raw: bytes) -> Address:
+    """Return the address in such a key."""
+    addr, family = _DEDUP_KEY.unpack(raw)
+    return bytes(addr[:4]) if family == FAMILY_IPV4 else bytes(addr)
 
 
 def pack_policy_key(direction: Direction, identity: int) -> bytes:

@@ -10,6 +10,7 @@ import asyncio
 import contextlib
 import errno
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import structlog
@@ -29,6 +30,8 @@ _INGRESS = 0xFFFFFFF2
 _PRIORITY, _HANDLE, _ETH_P_ALL = 49_000, 0x1A2E, 3
 """A place of our own on the hook: Cilium's filters are priority 1, handle 1 (cilium-formats 8.1)."""
 _ARPHRD_ETHER = 1
+_ROOT = 0xFFFFFFFF
+_TAP_RING = 16_384
 _AF_BRIDGE = 7
 """The family of messages about a bridge's ports: leaving a bridge is told as an RTM_DELLINK of this family."""
 
@@ -217,3 +220,28 @@ async def _clean(ipr: AsyncIPRoute, index: int) -> bool:
     if not others:
         await ipr.tc("del", "clsact", index)
     return True
+
+
+async def prepare_tap(datapath: Datapath, index: int, name: str) -> None:
+    """Make the holder's TAP fit for parked packets and nothing else, then bring it up; DatapathError if that fails."""
+    try:
+        # Silent before it is up: no address, no router solicitation, nothing of its own.
+        Path(f"/proc/sys/net/ipv6/conf/{name}/disable_ipv6").write_text("1", encoding="ascii")  # noqa: ASYNC240 (memory)
+    except OSError:
+        log.debug("no IPv6 here to switch off", interface=name)
+    (out, out_fd), (back, back_fd) = datapath.hold_programs()
+    try:
+        async with AsyncIPRoute() as ipr:
+            # noqueue, or clone_redirect would say that a full ring took the packet; the ring longer than all slots.
+            await ipr.link("set", index=index, txqlen=_TAP_RING)
+            await ipr.tc("add", "clsact", index)
+            for program, fd, parent in ((out, out_fd, _INGRESS + 1), (back, back_fd, _INGRESS)):
+                await ipr.tc(
+                    "replace-filter", "bpf", index, _HANDLE,
+                    fd=fd, name=program, parent=parent, prio=_PRIORITY, protocol=_ETH_P_ALL, classid=1,
+                    direct_action=True,
+                )  # fmt: skip
+            await ipr.link("set", index=index, state="up")
+            await ipr.tc("replace", "noqueue", index, parent=_ROOT)
+    except NetlinkError as exc:
+        raise DatapathError(f"cannot set up the TAP device {name}: {exc}") from exc

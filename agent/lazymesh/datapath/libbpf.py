@@ -25,6 +25,7 @@ BPF_ANY = 0
 BPF_NOEXIST = 1
 BPF_EXIST = 2
 BPF_F_NO_PREALLOC = 1
+BPF_F_MMAPABLE = 1024
 
 MAP_TYPE_HASH = 1
 MAP_TYPE_ARRAY = 2
@@ -32,6 +33,7 @@ MAP_TYPE_PERF_EVENT_ARRAY = 4
 MAP_TYPE_PERCPU_ARRAY = 6
 MAP_TYPE_LRU_HASH = 9
 MAP_TYPE_LPM_TRIE = 11
+MAP_TYPE_QUEUE = 22
 
 ENOTSUPP = 524
 """The kernel's own number for an operation that a map type lacks; user space has no name for it."""
@@ -87,6 +89,7 @@ def library() -> ctypes.CDLL:
     lib.bpf_map_update_batch.argtypes = (number, ctypes.c_char_p, ctypes.c_char_p, pointer, pointer)
     lib.bpf_map_delete_batch.argtypes = (number, ctypes.c_char_p, pointer, pointer)
     lib.bpf_map_lookup_batch.argtypes = (number, pointer, pointer, pointer, pointer, pointer, pointer)
+    lib.bpf_map_lookup_and_delete_elem.argtypes = (number, ctypes.c_char_p, pointer)
     lib.bpf_map_create.argtypes = (number, ctypes.c_char_p, *(ctypes.c_uint32,) * 3, pointer)
     lib.bpf_obj_get.argtypes = (ctypes.c_char_p,)
     lib.bpf_obj_pin.argtypes = (number, ctypes.c_char_p)
@@ -193,6 +196,18 @@ class Map:
             return False
         _checked(result)
         return True
+
+    def push(self, value: bytes) -> None:
+        """Add to a queue map."""
+        _checked(self._lib.bpf_map_update_elem(self.fd, None, value, BPF_ANY))
+
+    def drain(self) -> int:
+        """Empty a queue map; returns how many elements it held."""
+        value = ctypes.create_string_buffer(self._value_size)
+        count = 0
+        while self._lib.bpf_map_lookup_and_delete_elem(self.fd, None, value) == 0:
+            count += 1
+        return count
 
     def update_many(self, items: list[tuple[bytes, bytes]]) -> None:
         """Write many elements in as few system calls as the kernel allows."""

@@ -19,7 +19,7 @@ from typing import Any
 
 from lazymesh.datapath import abi, libbpf
 from lazymesh.datapath.headers import find_headers, merge_headers
-from lazymesh.datapath.pins import PROGRAMS, SIGNALS
+from lazymesh.datapath.pins import HOLD_FILTER, HOLD_PROGRAMS, PROGRAMS, SIGNALS
 from lazymesh.errors import DatapathError
 
 _TABLES: dict[str, tuple[type[ctypes.Structure] | None, type[ctypes.Structure] | None]] = {
@@ -29,14 +29,22 @@ _TABLES: dict[str, tuple[type[ctypes.Structure] | None, type[ctypes.Structure] |
     "lm_config": (None, abi.Config),
     "lm_counters": (None, abi.Counters),
     "lm_dedup": (abi.DedupKey, None),
+    "lm_windows": (abi.DedupKey, abi.Window),
     "lm_policy": (abi.PolicyKey, None),
     "lm_flows": (abi.FlowKey, abi.Flow),
+    "lm_slots": (None, abi.Slot),
+    "lm_hold_control": (None, abi.HoldControl),
+    "lm_hold_bucket": (None, abi.Outstanding),
+    "lm_hold_if": (None, abi.Outstanding),
+    "lm_hold_total": (None, abi.Outstanding),
+    "lm_hold_count": (None, abi.HoldCounters),
+    "lm_holder_stats": (None, abi.HolderStats),
 }
 """Our types of each map's key and value, where they are structs."""
 
 
 def load(pins: Path, ipcache_size: int) -> None:
-    """Compile bpf/lazymesh.c, load both programs, check sizes, pin everything under ``pins``."""
+    """Compile bpf/lazymesh.c, load the programs, check sizes, pin everything under ``pins``."""
     try:
         from bcc import BPF  # noqa: PLC0415 (the import alone costs a tenth of a second and 70 MB)
     except ImportError as exc:
@@ -53,14 +61,39 @@ def load(pins: Path, ipcache_size: int) -> None:
             "-Wno-macro-redefined",
         ]
         try:
-            bpf = BPF(src_file=str(source / "lazymesh.c"), cflags=flags)
-            programs = {name: bpf.load_func(name, BPF.SCHED_CLS) for name in PROGRAMS}
+            bpf = BPF(text=one_text(source / "lazymesh.c"), cflags=flags)
+            programs = {name: bpf.load_func(name, BPF.SCHED_CLS) for name in (*PROGRAMS, *HOLD_PROGRAMS)}
+            programs[HOLD_FILTER] = bpf.load_func(HOLD_FILTER, BPF.SOCKET_FILTER)
         except Exception as exc:  # bcc raises nothing narrower
             raise DatapathError(f"BCC could not load the datapath: {exc}") from exc
     _check_sizes(bpf)
     libbpf.pin(bpf[SIGNALS.encode()].map_fd, pins / SIGNALS)
     for name, function in programs.items():
         libbpf.pin(function.fd, pins / name)
+
+
+def one_text(source: Path) -> str:
+    """Return a C file with our own headers put in where they are included, each once.
+
+    BCC rewrites map accesses in its main file only, and we want them where they belong. ``#line`` keeps messages right.
+    """
+    seen: set[Path] = set()
+
+    def inline(path: Path) -> str:
+        seen.add(path)
+        lines = [f'#line 1 "{path.name}"']
+        for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
+            quoted = re.fullmatch(r'#include "(.+)"', line)
+            if quoted is None:
+                lines.append(line)
+                continue
+            header = (path.parent / quoted[1]).resolve()
+            if header not in seen:
+                lines.append(inline(header))
+            lines.append(f'#line {number + 1} "{path.name}"')
+        return "\n".join(lines)
+
+    return inline(source.resolve()) + "\n"
 
 
 def _check_sizes(bpf: Any) -> None:

@@ -6,10 +6,12 @@ roles.
 
 from __future__ import annotations
 
+import enum
 import errno
 from dataclasses import dataclass, fields
 from typing import TYPE_CHECKING
 
+from lazymesh.core.audit import Window
 from lazymesh.core.model import Address, Direction, Entry, Network
 from lazymesh.datapath import abi
 from lazymesh.datapath.libbpf import (
@@ -183,6 +185,33 @@ class MeshCidrs:
             raise DatapathError(f"cannot write the mesh CIDRs: {exc.strerror}") from exc
 
 
+class WindowMap:
+    """What went through as world for addresses that had no entry."""
+
+    def __init__(self, bpf_map: Map) -> None:
+        self._map = bpf_map
+
+    def take(self, address: Address) -> Window | None:
+        """Close the window of an address: return what it let through and forget it."""
+        key = abi.pack_dedup_key(address)
+        raw = self._map.lookup(key)
+        if raw is None:
+            return None
+        self._map.delete(key)
+        return _window(address, raw)
+
+    def items(self) -> Iterator[Window]:
+        """Yield the windows that are open."""
+        for key, raw in self._map.items():
+            yield _window(abi.address_of_dedup_key(key), raw)
+
+
+def _window(address: Address, raw: bytes) -> Window:
+    found = abi.Window.from_buffer_copy(raw)
+    direction = Direction(found.direction)
+    return Window(address, direction, found.first_ns / 1e9, found.last_ns / 1e9, found.packets, found.bytes)
+
+
 class PolicyMap:
     """Which identities may talk, by direction."""
 
@@ -207,6 +236,16 @@ class PolicyMap:
             raise DatapathError(f"cannot write the policy map: {exc.strerror}") from exc
 
 
+class OnMiss(enum.IntEnum):
+    """What becomes of a missed packet."""
+
+    PASS = 0
+    """It goes on as world."""
+    DROP = 1
+    HOLD = 2
+    """It waits with the holder until its address is answered."""
+
+
 @dataclass(frozen=True, slots=True)
 class DatapathConfig:
     """The settings of the programs, in units for people."""
@@ -219,8 +258,7 @@ class DatapathConfig:
     global_rate: int = 20_000
     """Signals per second from all interfaces together; 0: no limit."""
     global_burst: int = 4_000
-    drop_missed: bool = False
-    """Drop missed packets instead of passing them on as world."""
+    on_miss: OnMiss = OnMiss.PASS
     enforced: frozenset[Direction] = frozenset()
     """Directions in which mesh traffic is denied unless the policy map allows it."""
     policy_tag: int = 0
@@ -239,7 +277,7 @@ class ConfigMap:
         """Put new settings in force; lowers the mute flag."""
         raw = abi.Config(
             rearm_ns=int(config.rearm_s * 1e9),
-            on_miss=int(config.drop_missed),
+            on_miss=config.on_miss,
             enforced=sum(1 << direction for direction in config.enforced),
             policy_tag=config.policy_tag,
         )
@@ -253,11 +291,16 @@ class ConfigMap:
         """Return the settings in force."""
         return abi.Config.from_buffer_copy(self._map.lookup(self._SLOT) or bytes(64))
 
+    def change(self, **words: int) -> None:
+        """Change some words of struct lm_config and leave the others as they are."""
+        raw = self.read()
+        for name, value in words.items():
+            setattr(raw, name, value)
+        self._map.update(self._SLOT, bytes(raw))
+
     def mute(self, on: bool) -> None:
         """Raise or lower the mute flag: while it is up the programs count misses and signal none."""
-        raw = self.read()
-        raw.muted = int(on)
-        self._map.update(self._SLOT, bytes(raw))
+        self.change(muted=int(on))
 
 
 def _bucket(rate: int, burst: int) -> tuple[int, int]:
@@ -280,6 +323,7 @@ class PacketCounters:
     muted: int
     lost: int
     missed_drop: int
+    missed_again: int
     policy_allow: int
     policy_reply: int
     policy_fragment: int

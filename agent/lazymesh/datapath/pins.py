@@ -17,23 +17,34 @@ if TYPE_CHECKING:
     from pathlib import Path
 
 PROGRAMS = ("lm_from_pod", "lm_from_uplink")
+HOLD_PROGRAMS = ("lm_hold_out", "lm_hold_back")
+HOLD_FILTER = "lm_hold_whole"
 SIGNALS = "lm_signals"
 IPCACHE = "lm_ipcache"
 
 
 def expected_layouts(ipcache_size: int) -> dict[str, MapLayout]:
     """Return the layout of every pinned map by name, as bpf/include/maps.h makes them."""
-    lazy = libbpf.BPF_F_NO_PREALLOC
+    lazy, mapped = libbpf.BPF_F_NO_PREALLOC, libbpf.BPF_F_MMAPABLE
     return {
         IPCACHE: MapLayout(libbpf.MAP_TYPE_LPM_TRIE, 24, 24, ipcache_size, lazy),
         "lm_mesh_cidrs": MapLayout(libbpf.MAP_TYPE_LPM_TRIE, 24, 4, 131_072, lazy),
         "lm_owned": MapLayout(libbpf.MAP_TYPE_HASH, 24, 56, ipcache_size, lazy),
         "lm_config": MapLayout(libbpf.MAP_TYPE_ARRAY, 4, 64, 1, 0),
-        "lm_counters": MapLayout(libbpf.MAP_TYPE_PERCPU_ARRAY, 4, 112, 2, 0),
+        "lm_counters": MapLayout(libbpf.MAP_TYPE_PERCPU_ARRAY, 4, 120, 2, 0),
         "lm_dedup": MapLayout(libbpf.MAP_TYPE_LRU_HASH, 20, 8, 65_536, 0),
+        "lm_windows": MapLayout(libbpf.MAP_TYPE_LRU_HASH, 20, 40, 16_384, 0),
         "lm_rate": MapLayout(libbpf.MAP_TYPE_LRU_HASH, 4, 8, 4_096, 0),
         "lm_policy": MapLayout(libbpf.MAP_TYPE_HASH, 8, 4, 262_144, lazy),
         "lm_flows": MapLayout(libbpf.MAP_TYPE_LRU_HASH, 40, 16, 65_536, 0),
+        "lm_slots": MapLayout(libbpf.MAP_TYPE_ARRAY, 4, 56, 16_384, mapped),
+        "lm_hold_control": MapLayout(libbpf.MAP_TYPE_ARRAY, 4, 88, 1, mapped),
+        "lm_hold_bucket": MapLayout(libbpf.MAP_TYPE_ARRAY, 4, 24, 65_536, 0),
+        "lm_hold_if": MapLayout(libbpf.MAP_TYPE_HASH, 4, 24, 4_096, lazy),
+        "lm_hold_total": MapLayout(libbpf.MAP_TYPE_ARRAY, 4, 24, 1, 0),
+        "lm_hold_count": MapLayout(libbpf.MAP_TYPE_PERCPU_ARRAY, 4, 128, 1, 0),
+        "lm_hold_free": MapLayout(libbpf.MAP_TYPE_QUEUE, 0, 4, 16_384, 0),
+        "lm_holder_stats": MapLayout(libbpf.MAP_TYPE_ARRAY, 4, 72, 1, mapped),
     }
 
 
@@ -79,7 +90,7 @@ class Pins:
 
     def remove(self) -> None:
         """Unpin everything that is ours; maps and programs go with their last user."""
-        for name in (*PROGRAMS, SIGNALS, *expected_layouts(0)):
+        for name in (*PROGRAMS, *HOLD_PROGRAMS, HOLD_FILTER, SIGNALS, *expected_layouts(0)):
             with contextlib.suppress(FileNotFoundError):
                 self.path(name).unlink()
         with contextlib.suppress(OSError):

@@ -9,8 +9,17 @@ import sys
 from typing import TYPE_CHECKING
 
 from lazymesh.datapath import libbpf
-from lazymesh.datapath.maps import ConfigMap, CounterMap, IpcacheMap, Journal, MeshCidrs, PolicyMap, open_map
-from lazymesh.datapath.pins import IPCACHE, PROGRAMS, SIGNALS
+from lazymesh.datapath.maps import (
+    ConfigMap,
+    CounterMap,
+    IpcacheMap,
+    Journal,
+    MeshCidrs,
+    PolicyMap,
+    WindowMap,
+    open_map,
+)
+from lazymesh.datapath.pins import HOLD_PROGRAMS, IPCACHE, PROGRAMS, SIGNALS
 from lazymesh.errors import DatapathError
 
 if TYPE_CHECKING:
@@ -55,7 +64,7 @@ class Datapath:
     def __init__(self, pins: Pins) -> None:
         self.pins = pins
         self._maps: list[libbpf.Map] = []
-        self._programs: list[int] = []
+        self._programs: dict[str, int] = {}
         try:
             self._open_pins()
         except DatapathError:
@@ -66,13 +75,14 @@ class Datapath:
         self.ipcache = IpcacheMap(self._open(IPCACHE), self.pins.path(IPCACHE))
         self.journal = Journal(self._open("lm_owned"))
         self.mesh_cidrs = MeshCidrs(self._open("lm_mesh_cidrs"))
+        self.windows = WindowMap(self._open("lm_windows"))
         self.policy = PolicyMap(self._open("lm_policy"))
         self.config = ConfigMap(self._open("lm_config"))
         self.counters = CounterMap(self._open("lm_counters"))
         self.signals = self._open(SIGNALS)
-        for name in PROGRAMS:
+        for name in (*PROGRAMS, *HOLD_PROGRAMS):
             try:
-                self._programs.append(libbpf.open_pin(self.pins.path(name)))
+                self._programs[name] = libbpf.open_pin(self.pins.path(name))
             except OSError as exc:
                 raise DatapathError(
                     f"cannot open the program at {self.pins.path(name)}: {exc.strerror}"
@@ -80,13 +90,18 @@ class Datapath:
 
     def program(self, direction: Direction) -> tuple[str, int]:
         """Return name and file descriptor of the program for interfaces of that direction."""
-        return PROGRAMS[direction], self._programs[direction]
+        return PROGRAMS[direction], self._programs[PROGRAMS[direction]]
+
+    def hold_programs(self) -> tuple[tuple[str, int], tuple[str, int]]:
+        """Return names and file descriptors of the programs for the TAP's egress and ingress."""
+        out, back = HOLD_PROGRAMS
+        return (out, self._programs[out]), (back, self._programs[back])
 
     def close(self) -> None:
         """Give programs and maps back; what is pinned or attached stays."""
-        for fd in self._programs:
+        for fd in self._programs.values():
             os.close(fd)
-        self._programs = []
+        self._programs = {}
         for opened in self._maps:
             opened.close()
 

@@ -23,20 +23,23 @@ from lazymesh.core import events
 from lazymesh.core.policy import PolicyEngine
 from lazymesh.core.policyfile import parse_policy
 from lazymesh.core.resolver import Limits, Resolver
+from lazymesh.datapath.holdmaps import HoldControl, HoldCounterMap, HoldLimits
 from lazymesh.datapath.installer import Installer
 from lazymesh.datapath.interfaces import InterfaceFollower, InterfaceSelection, detach_everywhere
-from lazymesh.datapath.maps import DatapathConfig, kernel_honours_noexist
+from lazymesh.datapath.maps import DatapathConfig, OnMiss, kernel_honours_noexist
 from lazymesh.datapath.pins import IPCACHE, Pins, check_bpffs
 from lazymesh.datapath.program import load
 from lazymesh.datapath.signals import SignalReader
 from lazymesh.errors import DatapathError, LazymeshError, SettingsError
 from lazymesh.metrics import HttpServer, Metrics
+from lazymesh.roles.auditing import Auditor
 from lazymesh.roles.configdir import check_directories
 from lazymesh.roles.control import ControlServer
 from lazymesh.roles.driver import Driver, Shadow
 from lazymesh.roles.enforcement import Enforcement
+from lazymesh.roles.holding import Holding, HoldSettings
 from lazymesh.roles.mesh import Mesh
-from lazymesh.roles.status import Parts, Status, export
+from lazymesh.roles.status import Parts, Status, export, export_audit
 
 if TYPE_CHECKING:
     from collections.abc import Coroutine
@@ -137,11 +140,19 @@ class Agent:
         if not settings.shadow:
             self._adopted = list(installer.adopt())
         follower = InterfaceFollower(datapath, self._selection)
+        holding = Holding(datapath, HoldControl(datapath.pins.directory), self._hold_settings())
+        if settings.datapath.on_miss == "hold" and not settings.shadow:
+            holding.want()
+        auditor = Auditor(datapath.windows, engine, resolver)
         attached = asyncio.Event()
         reader = SignalReader(datapath.signals, driver.on_signals)
         control = ControlServer(
             settings.socket,
-            lambda: status.describe(),  # noqa: PLW0108 (made in the next line)
+            {
+                "status": lambda _request: status.describe(),
+                "audit": lambda request: {"windows": auditor.describe(float(request["since"]))},
+                "on-miss": lambda request: self._switch_on_miss(datapath, holding, request["action"]),
+            },
             lambda on: setattr(driver, "publish", control.publish if on else None),
         )
         status = Status(
@@ -152,6 +163,8 @@ class Agent:
                 resolver,
                 driver,
                 follower,
+                holding,
+                HoldCounterMap(datapath.pins.directory),
                 reader,
                 control,
                 limits,
@@ -164,6 +177,9 @@ class Agent:
             "lazymesh_unexpected_errors", "Errors that nobody expected; each is in the log", (),
             lambda: [((), self._unexpected)],
         )  # fmt: skip
+        driver.release = holding.answer
+        driver.installed = auditor.installed
+        export_audit(self._metrics, auditor.log)
         async with contextlib.AsyncExitStack() as stack:
             stack.callback(reader.close)
             await control.start()
@@ -176,7 +192,12 @@ class Agent:
             stack.callback(lambda: setattr(self, "_attached", attached.is_set()))
             self._touched = True
             await self._run_parts(
-                mesh.run(), follower.run(attached), self._tick(driver), self._hand_out(mesh, driver, limits)
+                mesh.run(),
+                follower.run(attached),
+                self._tick(driver),
+                self._hand_out(mesh, driver, limits),
+                holding.run(),
+                auditor.run(),
             )
 
     async def _run_parts(self, *parts: Coroutine[None, None, None]) -> None:
@@ -228,12 +249,26 @@ class Agent:
             DatapathConfig(
                 interface_rate=settings.signal_rate,
                 global_rate=4 * settings.signal_rate,
-                # Where no entry is ever written, policy and dropping would cut everybody off.
-                drop_missed=settings.drop_missed and not shadow,
+                # Where no entry is ever written, policy, holding and dropping would cut everybody off.
+                on_miss=OnMiss.PASS if shadow else OnMiss[settings.on_miss.upper()],
                 enforced=self._policy.enforced if self._policy and not shadow else frozenset(),
                 policy_tag=self._policy_tag,
             )
         )
+
+    def _switch_on_miss(self, datapath: Datapath, holding: Holding, action: str) -> dict[str, Any]:
+        """Change what becomes of missed packets, at once."""
+        if self._settings.shadow and action != "pass":
+            return {"error": "in shadow mode missed packets are always passed on"}
+        datapath.config.change(on_miss=OnMiss[action.upper()])
+        if action == "hold":
+            holding.want()
+        log.info("on miss", action=action)
+        return {"onMiss": action, "holding": holding.state, "problem": holding.problem}
+
+    def _hold_settings(self) -> HoldSettings:
+        settings = self._settings.datapath
+        return HoldSettings(HoldLimits(), settings.hold_limit_s, settings.drop_on_timeout)
 
     async def _tick(self, driver: Driver) -> None:
         while True:

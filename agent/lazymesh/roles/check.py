@@ -18,7 +18,8 @@ from lazymesh.datapath.headers import find_headers
 from lazymesh.datapath.libbpf import library
 from lazymesh.datapath.maps import IpcacheMap, kernel_honours_noexist
 from lazymesh.datapath.pins import IPCACHE, Pins, check_bpffs
-from lazymesh.errors import KvstoreError, LazymeshError
+from lazymesh.datapath.tap import try_tap
+from lazymesh.errors import DatapathError, KvstoreError, LazymeshError
 from lazymesh.kvstore.certificate import certificate_facts
 from lazymesh.kvstore.client import EtcdClient
 from lazymesh.roles.configdir import read_directory
@@ -118,6 +119,16 @@ def _noexist() -> str:
     return "warning: this kernel ignores BPF_NOEXIST on LPM tries; a guarded fallback is used (fixed in 6.13)"
 
 
+def _holding() -> str:
+    try:
+        udp_gso = try_tap()
+    except DatapathError as exc:
+        return f"warning: missed packets cannot be held, and are passed on as world instead: {exc}"
+    if udp_gso:
+        return "missed packets can be held"
+    return "warning: missed packets can be held, but not UDP segments (UDP GSO), which Linux 6.2 is the first to allow"
+
+
 _NODE_CHECKS: dict[str, Callable[[], str]] = {
     "root": _root,
     "kernel": _kernel,
@@ -125,6 +136,7 @@ _NODE_CHECKS: dict[str, Callable[[], str]] = {
     "bcc": _bcc,
     "libbpf": _libbpf,
     "kernel maps": _noexist,
+    "holding": _holding,
 }
 
 

@@ -1,6 +1,7 @@
 """The agent's control socket: one JSON object asks, one answers; a stream answers with one a line until someone leaves.
 
-Requests: ``{"ask": "status"}`` and ``{"ask": "misses"}``. Only root can open the socket.
+Requests: ``{"ask": "misses"}`` for the stream, else whatever the agent answers (``status``, ``audit``, ``on-miss``),
+with arguments beside it. Only root can open the socket.
 """
 
 from __future__ import annotations
@@ -9,13 +10,17 @@ import asyncio
 import contextlib
 import json
 import socket
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 from lazymesh.errors import LazymeshError
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator
+    from collections.abc import Iterator, Mapping
     from pathlib import Path
+
+Answer = Callable[[dict[str, Any]], dict[str, Any]]
+"""Takes the request, returns the object to send."""
 
 STREAM_BACKLOG = 10_000
 """Lines kept for a reader that is slower than the misses; beyond, the newest are dropped and counted."""
@@ -27,12 +32,12 @@ class ControlServer:
     def __init__(
         self,
         path: Path,
-        status: Callable[[], dict[str, Any]],
+        answers: Mapping[str, Answer],
         streaming: Callable[[bool], None] = lambda _on: None,
     ) -> None:
         """``streaming`` is called with True when the first reader of misses comes, False when the last has left."""
         self._path = path
-        self._status = status
+        self._answers = answers
         self._streaming = streaming
         self._streams: set[asyncio.Queue[str]] = set()
         self._server: asyncio.Server | None = None
@@ -43,7 +48,7 @@ class ControlServer:
         """Listen; LazymeshError when somebody else does already, or the directory cannot be made."""
         try:
             self._path.parent.mkdir(parents=True, exist_ok=True)
-            if await self._answers():
+            if await self._is_taken():
                 raise LazymeshError(
                     f"another agent listens on {self._path}: stop it, or choose another --socket"
                 )
@@ -72,7 +77,7 @@ class ControlServer:
             except asyncio.QueueFull:
                 self.dropped += 1
 
-    async def _answers(self) -> bool:
+    async def _is_taken(self) -> bool:
         try:
             _, writer = await asyncio.open_unix_connection(self._path)
         except OSError:
@@ -82,14 +87,21 @@ class ControlServer:
 
     async def _serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         with contextlib.suppress(ConnectionError), contextlib.closing(writer):
-            ask = await _asked(reader)
-            if ask == "misses":
+            request = await _asked(reader)
+            if request is not None and request.get("ask") == "misses":
                 await self._stream(reader, writer)
-            elif ask == "status":
-                writer.write(json.dumps(self._status()).encode() + b"\n")
-            elif ask is not None:
-                writer.write(b'{"error": "ask for status or misses"}\n')
+            elif request is not None:
+                writer.write(json.dumps(self._answer(request)).encode() + b"\n")
             await writer.drain()
+
+    def _answer(self, request: dict[str, Any]) -> dict[str, Any]:
+        answer = self._answers.get(str(request.get("ask")))
+        if answer is None:
+            return {"error": f"ask for misses, {', '.join(sorted(self._answers))}"}
+        try:
+            return answer(request)
+        except (LookupError, ValueError, TypeError) as exc:
+            return {"error": f"the arguments of {request['ask']} make no sense: {exc}"}
 
     async def _stream(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         queue: asyncio.Queue[str] = asyncio.Queue(STREAM_BACKLOG)
@@ -113,16 +125,17 @@ class ControlServer:
                 self._streaming(False)
 
 
-async def _asked(reader: asyncio.StreamReader) -> str | None:
-    """Read what somebody asks for; "" for what makes no sense, None if nothing was asked."""
+async def _asked(reader: asyncio.StreamReader) -> dict[str, Any] | None:
+    """Read what somebody asks for; an empty object for what makes no sense, None if nothing was asked."""
     try:
         line = await reader.readline()
-        return str(json.loads(line)["ask"]) if line else None
-    except (ValueError, TypeError, LookupError, RecursionError):
-        return ""
+        request = json.loads(line) if line else None
+    except (ValueError, RecursionError):
+        return {}
+    return request if request is None or isinstance(request, dict) else {}
 
 
-def ask(path: Path, what: str) -> Iterator[dict[str, Any]]:
+def ask(path: Path, what: str, **arguments: object) -> Iterator[dict[str, Any]]:
     """Ask the agent behind a socket; yields its answer, or the objects of a stream as they come."""
     with socket.socket(socket.AF_UNIX) as sock:
         try:
@@ -132,9 +145,11 @@ def ask(path: Path, what: str) -> Iterator[dict[str, Any]]:
                 f"no agent answers on {path} ({exc.strerror or exc}): start `lazymesh agent`, or name its --socket"
             ) from exc
         try:
-            sock.sendall(json.dumps({"ask": what}).encode() + b"\n")
+            sock.sendall(json.dumps({"ask": what, **arguments}).encode() + b"\n")
             with sock.makefile("r", encoding="utf-8") as lines:
                 for line in lines:
                     yield json.loads(line)
         except (OSError, ValueError) as exc:
-            raise LazymeshError(f"the agent behind {path} broke off in the middle of its answer: {exc}") from exc
+            raise LazymeshError(
+                f"the agent behind {path} broke off in the middle of its answer: {exc}"
+            ) from exc

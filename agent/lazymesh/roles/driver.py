@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 import structlog
 
 from lazymesh.core import events
+from lazymesh.core.hold import Cause
 from lazymesh.core.model import Direction, Reason, format_address
 from lazymesh.roles.logs import OncePer
 
@@ -30,6 +31,7 @@ log = structlog.get_logger()
 
 QUIET_S = 60.0
 """The same refusal of the same address is logged once in this time."""
+_GOOD = frozenset({"installed", "updated"})
 _REFUSALS = frozenset({Reason.FORGED, Reason.MALFORMED, Reason.AMBIGUOUS, Reason.NOT_OURS, Reason.MAP_FULL})
 """Answers that a person should look into."""
 
@@ -86,6 +88,12 @@ class Driver:
         """Told, once, that the driver has ended by this error."""
         self.publish: Callable[[dict[str, Any]], None] | None = None
         """Takes one object per outcome while somebody streams misses; None while nobody does."""
+
+        self.release: Callable[[Address, Cause], None] | None = None
+        """Lets packets go that are held for an address: it is answered."""
+
+        self.installed: Callable[[Address], None] | None = None
+        """Told of addresses that have their entry now."""
 
     def on_signals(self, signals: list[Signal]) -> None:
         """Take the misses of one wake-up."""
@@ -151,6 +159,10 @@ class Driver:
             link.read(command)
 
     def _report(self, report: events.Report) -> None:
+        if self.installed is not None and report.outcome in _GOOD and not report.cached:
+            self.installed(report.address)
+        if self.release is not None and report.outcome != "evicted":
+            self.release(report.address, Cause.INSTALLED if report.outcome in _GOOD else Cause.NEGATIVE)
         latency = None if report.missed_at is None else max(0.0, time.monotonic() - report.missed_at)
         reason = report.reason.value if report.reason else None
         self._metrics.outcomes.labels(report.outcome, "yes" if report.cached else "no").inc()

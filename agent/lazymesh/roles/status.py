@@ -8,18 +8,22 @@ from typing import TYPE_CHECKING, Any
 
 from lazymesh import __version__
 from lazymesh.core.model import Direction
+from lazymesh.datapath.maps import OnMiss
 
 if TYPE_CHECKING:
     import asyncio
     from collections.abc import Iterator
 
+    from lazymesh.core.audit import AuditLog
     from lazymesh.core.resolver import Limits, Resolver
+    from lazymesh.datapath.holdmaps import HoldCounterMap
     from lazymesh.datapath.interfaces import InterfaceFollower
     from lazymesh.datapath.program import Datapath
     from lazymesh.datapath.signals import SignalReader
     from lazymesh.metrics import Metrics, Sample
     from lazymesh.roles.control import ControlServer
     from lazymesh.roles.driver import Driver
+    from lazymesh.roles.holding import Holding
     from lazymesh.roles.mesh import Mesh
     from lazymesh.settings import AgentSettings
 
@@ -34,6 +38,8 @@ class Parts:
     resolver: Resolver
     driver: Driver
     follower: InterfaceFollower
+    holding: Holding
+    hold_counters: HoldCounterMap
     reader: SignalReader
     control: ControlServer
     limits: Limits
@@ -52,6 +58,8 @@ class Status:
         """Return what readiness still waits for, None when ready."""
         if not self.parts.attached.is_set():
             return "programs are not attached yet"
+        if self.parts.holding.state == "starting":
+            return "the holder is not up yet"
         waiting = [name for name, link in self.parts.mesh.links.items() if not link.tried]
         return f"clusters not listed yet: {', '.join(sorted(waiting))}" if waiting else None
 
@@ -73,7 +81,8 @@ class Status:
                 "interfaces": {
                     name: d.name.lower() for name, d in sorted(self.parts.follower.attached.items())
                 },
-                "onMiss": "drop" if settings.datapath.drop_missed and not settings.shadow else "pass",
+                "onMiss": OnMiss(self.parts.datapath.config.read().on_miss).name.lower(),
+                "holding": self.parts.holding.state,
                 "policy": str(settings.policy) if settings.policy else "none",
                 "mapId": self.parts.datapath.ipcache.map_id,
                 "packets": {d.name.lower(): self.packets(d) for d in Direction},
@@ -107,7 +116,8 @@ class Status:
             "name": name,
             "id": info.cluster_id if info else None,
             "state": link.state if link else "refused",
-            "problem": (link and (link.problem or link.read_problem)) or self.parts.mesh.file_errors.get(name),
+            "problem": (link and (link.problem or link.read_problem))
+            or self.parts.mesh.file_errors.get(name),
             "nodes": nodes,
             "identities": identities,
             "watchedKeys": link.watched_keys if link else 0,
@@ -122,6 +132,9 @@ class Status:
     def _wrong(self) -> Iterator[str]:
         if not self.parts.follower.attached:
             yield "no interface carries the program: does --interface match any?"
+        holding = self.parts.holding
+        if holding.problem and self.parts.datapath.config.read().on_miss == OnMiss.HOLD:
+            yield f"packets are not held, missed ones are passed on: {holding.problem}"
         if self.parts.driver.muted:
             yield "signals are muted: misses come faster than they can be resolved"
         if self.parts.mesh.problem:
@@ -137,6 +150,30 @@ class Status:
 
 def export(metrics: Metrics, status: Status) -> None:
     """Register everything that is read at scrape time."""
+    metrics.collect_counter(
+        "lazymesh_held_packets",
+        "Parked packets by what became of them (bpf/include/lazymesh_abi.h, struct lm_hold_counters)",
+        ("fate",),
+        lambda: [((name,), n) for name, n in status.parts.hold_counters.kernel().items()],
+    )
+    metrics.collect_counter(
+        "lazymesh_released_packets",
+        "Packets that the holder gave back, by cause (struct lm_holder_stats)",
+        ("cause",),
+        lambda: [((name,), n) for name, n in status.parts.hold_counters.holder().items()],
+    )
+    metrics.collect_counter(
+        "lazymesh_holder_restarts",
+        "Holder processes that died",
+        (),
+        lambda: [((), status.parts.holding.restarts)],
+    )
+    metrics.collect_counter(
+        "lazymesh_hold_answers_dropped",
+        "Answers that a holder which does not listen never got",
+        (),
+        lambda: [((), status.parts.holding.answers_dropped)],
+    )
     metrics.collect_counter(
         "lazymesh_packets", "Packets by direction and what became of them (bpf/include/lazymesh_abi.h)",
         ("direction", "verdict"),
@@ -192,6 +229,16 @@ def export(metrics: Metrics, status: Status) -> None:
         "lazymesh_records_refused", "Node, identity and cluster-config records refused", ("cluster", "kind"),
         lambda: list(_refused(status)),
     )  # fmt: skip
+
+
+def export_audit(metrics: Metrics, log: AuditLog) -> None:
+    """Register the sums of the open window."""
+    for name, text, read in (
+        ("lazymesh_open_windows", "Open windows closed so far", lambda: log.windows_total),
+        ("lazymesh_open_window_packets", "Packets that went through as world", lambda: log.packets_total),
+        ("lazymesh_open_window_seconds", "Time that addresses were open as world", lambda: log.seconds_total),
+    ):
+        metrics.collect_counter(name, text, (), lambda read=read: [((), read())])  # type: ignore[misc]
 
 
 def _refused(status: Status) -> Iterator[Sample]:

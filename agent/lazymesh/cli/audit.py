@@ -1,0 +1,66 @@
+"""``lazymesh audit``: what went through as world while its address had no entry."""
+
+from __future__ import annotations
+
+import re
+from typing import TYPE_CHECKING
+
+import click
+
+from lazymesh.cli.options import SettingsCommand, socket_option
+from lazymesh.cli.output import output_option, print_json, print_table
+from lazymesh.roles.control import ask
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+_UNITS = {"s": 1, "m": 60, "h": 3600, "d": 86400}
+
+
+class _Period(click.ParamType[float]):
+    name = "period"
+
+    def convert(self, value: object, param: click.Parameter | None, ctx: click.Context | None) -> float:
+        found = re.fullmatch(r"(\d+)([smhd])", str(value))
+        if found is None:
+            self.fail(f"{value!r} is no period: write 90s, 15m, 1h or 7d", param, ctx)
+        return int(found[1]) * _UNITS[found[2]]
+
+
+@click.command(cls=SettingsCommand)
+@click.option(
+    "--since", type=_Period(), default="1h", show_default=True, help="How far to look back: 90s, 15m, 1h, 7d."
+)
+@socket_option
+@output_option
+def audit(since: float, socket: Path, output: str) -> None:
+    """List every open window: when, how long, how much, and what policy says of the peer now that it is known."""
+    answer = next(ask(socket, "audit", since=since))
+    if output == "json":
+        print_json(answer)
+        return
+    windows = answer["windows"]
+    if not windows:
+        click.echo("Nothing went through unresolved.", err=True)
+        return
+    header = (
+        "SINCE",
+        "ADDRESS",
+        "DIRECTION",
+        "CLUSTER",
+        "SECONDS",
+        "PACKETS",
+        "BYTES",
+        "IDENTITY",
+        "VERDICT",
+    )
+    print_table(
+        header,
+        [
+            (
+                w["since"], w["address"], w["direction"], w["cluster"] or "-", f"{w['seconds']:.3f}", w["packets"],
+                w["bytes"], w["identity"] or "-", w["verdict"] + (" (open)" if w["open"] else ""),
+            )
+            for w in windows
+        ],
+    )  # fmt: skip

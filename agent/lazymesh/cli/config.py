@@ -1,0 +1,31 @@
+"""``lazymesh config``: change a running agent."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import click
+
+from lazymesh.cli.options import SettingsCommand, socket_option
+from lazymesh.roles.control import ask
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+
+@click.group()
+def config() -> None:
+    """Change settings of the running agent, until it is started anew."""
+
+
+@config.command("on-miss", cls=SettingsCommand)
+@click.argument("action", type=click.Choice(["hold", "pass", "drop"]))
+@socket_option
+def on_miss(action: str, socket: Path) -> None:
+    """Say what becomes of a missed packet from now on: hold, pass or drop."""
+    answer = next(ask(socket, "on-miss", action=action))
+    if "error" in answer:
+        raise click.ClickException(answer["error"])
+    click.echo(f"on miss: {answer['onMiss']}")
+    if action == "hold" and answer["problem"]:
+        click.echo(f"Nothing is held, missed packets are passed on: {answer['problem']}", err=True)

@@ -1,0 +1,71 @@
+"""The open window: what went through as world while an address had no entry, and what policy would have said.
+
+A bounded record of closed windows, and the sums for the metrics. Times are seconds of the monotonic clock; whoever
+shows them to a person turns them into dates.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    from lazymesh.core.model import Address, Direction
+
+KEEP = 10_000
+"""Closed windows remembered; the oldest go first, the sums stay."""
+
+
+@dataclass(frozen=True, slots=True)
+class Window:
+    """What one address let through before it had its entry."""
+
+    address: Address
+    direction: Direction
+    first: float
+    last: float
+    packets: int
+    bytes: int
+
+    @property
+    def seconds(self) -> float:
+        """How long it was open: from the first packet to the last."""
+        return self.last - self.first
+
+
+@dataclass(frozen=True, slots=True)
+class Finding:
+    """A window, and what is known of it now."""
+
+    window: Window
+    cluster: str | None
+    identity: int | None
+    """The peer's identity, once known; None for an address that was never resolved."""
+    verdict: str
+    """What policy says of that identity: ``allowed``, ``denied``, or ``unknown``."""
+    open: bool
+    """Nothing has closed it: the address has no entry still."""
+
+
+@dataclass(slots=True)
+class AuditLog:
+    """Findings in the order in which the windows were closed."""
+
+    windows_total: int = 0
+    packets_total: int = 0
+    seconds_total: float = 0.0
+    _findings: deque[Finding] = field(default_factory=lambda: deque(maxlen=KEEP))
+
+    def close(self, finding: Finding) -> None:
+        """Record a closed window."""
+        self.windows_total += 1
+        self.packets_total += finding.window.packets
+        self.seconds_total += finding.window.seconds
+        self._findings.append(finding)
+
+    def since(self, moment: float) -> Iterator[Finding]:
+        """Yield what was still open at that moment, or later."""
+        return (finding for finding in self._findings if finding.window.last >= moment)

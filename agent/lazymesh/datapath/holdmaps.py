@@ -1,0 +1,79 @@
+"""The maps of holding as the agent sees them: bounds and heartbeat in, counters out."""
+
+from __future__ import annotations
+
+import mmap
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from lazymesh.datapath import abi
+from lazymesh.datapath.libbpf import Map, possible_cpus
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+
+@dataclass(frozen=True, slots=True)
+class HoldLimits:
+    """How much may be parked; enforced by the kernel before anything is copied."""
+
+    address_packets: int = 64
+    address_bytes: int = 1 << 20
+    interface_packets: int = 4_096
+    interface_bytes: int = 4 << 20
+    total_bytes: int = 16 << 20
+    """All the memory that parked packets may take."""
+    interface_rate: int = 2_000
+    """Newly held addresses per second and interface: what keeps one scanning pod from taking the holder's time."""
+    interface_burst: int = 1_024
+
+
+class HoldControl:
+    """struct lm_hold_control in this process's memory."""
+
+    def __init__(self, pins: Path) -> None:
+        control = Map.pinned(pins / "lm_hold_control")
+        self._words = abi.HoldControl.from_buffer(mmap.mmap(control.fd, mmap.PAGESIZE))
+        control.close()  # the mapping keeps it
+
+    def beat(self, now_ns: int) -> None:
+        """Show the kernel that the agent lives."""
+        self._words.agent_beat_ns = now_ns
+
+    def holder_beat(self) -> int:
+        """Return when the holder last showed that it lives, in ns of the monotonic clock."""
+        return int(self._words.holder_beat_ns)
+
+    def set_limits(self, limits: HoldLimits, limit_s: float) -> None:
+        """Put bounds in force, and how long a packet waits at most."""
+        words = self._words
+        words.limit_ns = int(limit_s * 1e9)
+        for name in (
+            "address_packets",
+            "address_bytes",
+            "interface_packets",
+            "interface_bytes",
+            "total_bytes",
+        ):
+            setattr(words, name, getattr(limits, name))
+        interval = 1_000_000_000 // limits.interface_rate if limits.interface_rate else 0
+        words.interface_burst_ns = max(limits.interface_burst - 1, 0) * interval
+        words.interface_interval_ns = interval
+
+
+class HoldCounterMap:
+    """What became of parked packets: the kernel's counts, and the holder's own."""
+
+    def __init__(self, pins: Path) -> None:
+        self._kernel = Map.pinned(pins / "lm_hold_count")
+        self._holder = Map.pinned(pins / "lm_holder_stats")
+
+    def kernel(self) -> dict[str, int]:
+        """Return struct lm_hold_counters, summed over CPUs."""
+        copies = (abi.HoldCounters * possible_cpus()).from_buffer_copy(self._kernel.lookup(bytes(4)) or b"")
+        return {name: sum(getattr(copy, name) for copy in copies) for name, *_ in abi.HoldCounters._fields_}
+
+    def holder(self) -> dict[str, int]:
+        """Return struct lm_holder_stats."""
+        stats = abi.HolderStats.from_buffer_copy(self._holder.lookup(bytes(4)) or b"")
+        return {name: getattr(stats, name) for name, *_ in abi.HolderStats._fields_}

@@ -1,0 +1,103 @@
+"""The TAP device that parked packets wait in: its life is that of its file descriptor.
+
+Kept free of heavy imports: the holder process is this file, its own loop and a few maps.
+"""
+
+from __future__ import annotations
+
+import errno
+import fcntl
+import os
+import struct
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+from lazymesh.errors import DatapathError
+
+_TUNSETIFF, _TUNSETOFFLOAD, _TUNSETFILTEREBPF = 0x400454CA, 0x400454D0, 0x800454E1
+_IFF_TAP, _IFF_NO_PI, _IFF_VNET_HDR = 0x0002, 0x1000, 0x4000
+_OFFLOAD_TCP = 0x01 | 0x02 | 0x04 | 0x08
+"""TUN_F_CSUM, TSO4, TSO6, TSO_ECN: without them a GSO packet comes out as segments that share one token."""
+_OFFLOAD_UDP = 0x20 | 0x40
+"""TUN_F_USO4, USO6: since 6.2."""
+
+VNET_HEADER = 10
+READ_SIZE = VNET_HEADER + 14 + 65_536
+"""A shorter read would cut a packet without an error."""
+NAMES = tuple(f"lm_hold{number}" for number in range(4))
+"""The first is ours as soon as an older holder is done; the others are for when it hangs and never gives it up."""
+_PATIENCE_S = 1.0
+
+
+@dataclass(frozen=True, slots=True)
+class Tap:
+    """An open TAP device, still down."""
+
+    fd: int
+    name: str
+    ifindex: int
+    udp_gso: bool
+    """It takes UDP segments whole."""
+
+    def set_filter(self, program: int) -> None:
+        """Have this socket filter decide about every frame that is about to be queued for us."""
+        fcntl.ioctl(self.fd, _TUNSETFILTEREBPF, struct.pack("i", program))
+
+
+def open_tap(names: tuple[str, ...] = NAMES, path: Path = Path("/dev/net/tun")) -> Tap:
+    """Make the device in this network namespace; DatapathError says why that is not possible."""
+    try:
+        fd = os.open(path, os.O_RDWR | os.O_NONBLOCK | os.O_CLOEXEC)
+    except OSError as exc:
+        raise DatapathError(
+            f"cannot open {path} ({exc.strerror}): holding needs TUN in the kernel and the device in the container"
+        ) from exc
+    try:
+        name = _attach(fd, names)
+        udp_gso = _offload(fd)
+        return Tap(fd, name, _ifindex(name), udp_gso)
+    except OSError as exc:
+        os.close(fd)
+        raise DatapathError(
+            f"cannot make the TAP device {names[0]} with all offloads: {exc.strerror} (it needs CAP_NET_ADMIN)"
+        ) from exc
+
+
+def try_tap() -> bool:
+    """Make a TAP as the holder does and let it go again; tells whether it takes UDP segments whole."""
+    tap = open_tap(("lm_try%d",))
+    os.close(tap.fd)
+    return tap.udp_gso
+
+
+def _attach(fd: int, names: tuple[str, ...]) -> str:
+    """Take the first name that is free, and return it; the holder of an agent that died gives it up in a moment."""
+    until = time.monotonic() + _PATIENCE_S
+    while True:
+        late = time.monotonic() > until
+        for name in names if late else names[:1]:
+            request = struct.pack("16sH22x", name.encode(), _IFF_TAP | _IFF_NO_PI | _IFF_VNET_HDR)
+            try:
+                return fcntl.ioctl(fd, _TUNSETIFF, request)[:16].rstrip(b"\0").decode()
+            except OSError as exc:
+                if exc.errno != errno.EBUSY or (late and name == names[-1]):
+                    raise
+        time.sleep(0.01)
+
+
+def _offload(fd: int) -> bool:
+    try:
+        fcntl.ioctl(fd, _TUNSETOFFLOAD, _OFFLOAD_TCP | _OFFLOAD_UDP)
+    except OSError as exc:
+        if exc.errno != errno.EINVAL:
+            raise
+        fcntl.ioctl(fd, _TUNSETOFFLOAD, _OFFLOAD_TCP)
+        return False
+    return True
+
+
+def _ifindex(name: str) -> int:
+    import socket  # noqa: PLC0415 (one call, in a process that counts its megabytes)
+
+    return socket.if_nametoindex(name)

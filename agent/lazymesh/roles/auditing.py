@@ -1,0 +1,84 @@
+"""Keeps the audit of the open window: reads the kernel's windows, closes them when their addresses are answered."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from datetime import UTC, datetime, timedelta
+from typing import TYPE_CHECKING, Any
+
+from lazymesh.core.audit import AuditLog, Finding
+from lazymesh.core.model import format_address
+
+if TYPE_CHECKING:
+    from lazymesh.core.audit import Window
+    from lazymesh.core.model import Address, Direction
+    from lazymesh.core.policy import PolicyEngine
+    from lazymesh.core.resolver import Resolver
+    from lazymesh.datapath.maps import WindowMap
+
+LOOK_EVERY_S = 5.0
+IDLE_S = 60.0
+"""A window through which nothing has passed for so long is closed, answered or not."""
+
+
+class Auditor:
+    """Owns the log; the driver tells it which addresses have their entry now."""
+
+    def __init__(self, windows: WindowMap, engine: PolicyEngine | None, resolver: Resolver) -> None:
+        self.log = AuditLog()
+        self._windows = windows
+        self._engine = engine
+        self._resolver = resolver
+
+    def installed(self, address: Address) -> None:
+        """Close the address's window, if it has one."""
+        window = self._windows.take(address)
+        if window is not None:
+            self.log.close(self._finding(window, open_=False))
+
+    async def run(self) -> None:
+        """Close the windows of addresses that nobody talks to any more, until cancelled."""
+        while True:
+            await asyncio.sleep(LOOK_EVERY_S)
+            idle = time.monotonic() - IDLE_S
+            for window in [each for each in self._windows.items() if each.last < idle]:
+                self.installed(window.address)
+
+    def describe(self, since_s: float) -> list[dict[str, Any]]:
+        """Return the findings of the last so many seconds, closed ones first, as objects for people."""
+        moment = time.monotonic() - since_s
+        still_open = [
+            self._finding(each, open_=True) for each in self._windows.items() if each.last >= moment
+        ]
+        return [_as_object(finding) for finding in (*self.log.since(moment), *still_open)]
+
+    def _finding(self, window: Window, open_: bool) -> Finding:
+        view = self._resolver.describe(window.address)
+        identity = view.entry.identity if view and view.entry else None
+        verdict = self._verdict(window.direction, identity)
+        return Finding(window, view.cluster if view else None, identity, verdict, open_)
+
+    def _verdict(self, direction: Direction, identity: int | None) -> str:
+        if identity is None:
+            return "unknown"
+        if self._engine is None:
+            return "allowed"  # no policy, nothing is denied
+        return "allowed" if self._engine.verdict(direction, identity) else "denied"
+
+
+def _as_object(finding: Finding) -> dict[str, Any]:
+    window = finding.window
+    ago = timedelta(seconds=time.monotonic() - window.first)
+    return {
+        "address": format_address(window.address),
+        "direction": window.direction.name.lower(),
+        "cluster": finding.cluster,
+        "since": (datetime.now(UTC) - ago).isoformat(timespec="milliseconds"),
+        "seconds": round(window.seconds, 6),
+        "packets": window.packets,
+        "bytes": window.bytes,
+        "identity": finding.identity,
+        "verdict": finding.verdict,
+        "open": finding.open,
+    }

@@ -1,0 +1,248 @@
+"""The holder: a small process that keeps parked packets while the agent finds out whose they are.
+
+Started by the agent, in a session of its own, with one end of a socket pair; it ends when the other end does, after it
+has given everything back. So a crash of the agent loses no parked packet, and a crash of the holder only those in its
+hands: the next packet is not parked any more. It reads maps and the TAP, and imports neither BCC, gRPC nor pyroute2.
+
+Datagrams, first byte: ``a`` answers (agent to holder: cause, family and address, since when), ``c`` settings and ``g``
+go (JSON), ``q`` quit; ``u`` up (holder to agent, JSON), ``e`` error (one line).
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import json
+import mmap
+import os
+import selectors
+import socket
+import struct
+import sys
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from lazymesh.core.hold import Cause, Frame, HoldQueues, Return, Why
+from lazymesh.datapath import abi
+from lazymesh.datapath.libbpf import Map, open_pin
+from lazymesh.datapath.pins import HOLD_FILTER
+from lazymesh.datapath.tap import READ_SIZE, VNET_HEADER, Tap, open_tap
+from lazymesh.errors import DatapathError
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable
+
+BEAT_S = 0.02
+READS_PER_TURN = 64
+SWEEP_S = 0.25
+LOST_AFTER_S = 1.0
+"""A packet that was given back this long ago and did not arrive never will."""
+DRAIN_S = 0.02
+"""What is in the ring when parking ends is read for this long."""
+FORGET_S = 60.0
+"""So often the accounts of interfaces that are gone are closed."""
+RUNT = 60
+"""Length of the frame that stands for one that is dropped."""
+
+CAUSES = (Cause.INSTALLED, Cause.NEGATIVE)
+"""What an answer may say, by its byte."""
+ANSWER = struct.Struct("=B17sd")
+
+
+class Mapped:
+    """Array maps in this process's memory: slots, control, and the counters that only the holder writes."""
+
+    def __init__(self, pins: Path) -> None:
+        self._maps = [Map.pinned(pins / name) for name in ("lm_slots", "lm_hold_control", "lm_holder_stats")]
+        views = [mmap.mmap(m.fd, _pages(m.layout.value_size * m.layout.max_entries)) for m in self._maps]
+        self.slots = (abi.Slot * self._maps[0].layout.max_entries).from_buffer(views[0])
+        self.control = abi.HoldControl.from_buffer(views[1])
+        self.stats = abi.HolderStats.from_buffer(views[2])
+
+
+def _pages(size: int) -> int:
+    return (size + mmap.PAGESIZE - 1) // mmap.PAGESIZE * mmap.PAGESIZE
+
+
+def reset(pins: Path, mapped: Mapped) -> None:
+    """Make everything about holding as if nothing had ever been parked; what was out is counted as lost."""
+    mapped.control.tap_ifindex = 0
+    time.sleep(DRAIN_S)  # a program that read the old value may still be parking
+    mapped.stats.lost += sum(slot.state != abi.SLOT_FREE for slot in mapped.slots)
+    ctypes.memset(mapped.slots, 0, ctypes.sizeof(mapped.slots))
+    bucket, total = Map.pinned(pins / "lm_hold_bucket"), Map.pinned(pins / "lm_hold_total")
+    nothing = bytes(ctypes.sizeof(abi.Outstanding))
+    bucket.update_many([(i.to_bytes(4, sys.byteorder), nothing) for i in range(bucket.layout.max_entries)])
+    total.update(bytes(4), nothing)
+    interfaces = Map.pinned(pins / "lm_hold_if")
+    interfaces.delete_many([key for key, _ in interfaces.items()])
+    free = Map.pinned(pins / "lm_hold_free")
+    free.drain()
+    for slot in range(len(mapped.slots)):
+        free.push(slot.to_bytes(4, sys.byteorder))
+    for each in (bucket, total, interfaces, free):
+        each.close()
+
+
+class Holder:
+    """The loop between TAP, queues and agent."""
+
+    def __init__(self, tap: Tap, pins: Path, mapped: Mapped, agent: socket.socket) -> None:
+        self._tap = tap
+        self._mapped = mapped
+        self._agent = agent
+        self._queues = HoldQueues()
+        self._written: list[tuple[float, int, int]] = []
+        """Given back: when, slot, and the slot's time of parking, which tells whether it has been used again."""
+        self._interfaces = Map.pinned(pins / "lm_hold_if")
+        self._next_sweep = self._next_forget = 0.0
+        self._ending = False
+
+    def run(self) -> None:
+        """Work until the agent's end of the socket is closed, or it says so."""
+        selector = selectors.DefaultSelector()
+        selector.register(self._tap.fd, selectors.EVENT_READ, self._read_tap)
+        selector.register(self._agent, selectors.EVENT_READ, self._read_agent)
+        while not self._ending:
+            now = time.monotonic()
+            self._mapped.control.holder_beat_ns = time.monotonic_ns()
+            deadline = self._queues.next_deadline()
+            wait = BEAT_S if deadline is None else min(BEAT_S, max(0.0, deadline - now))
+            for key, _ in selector.select(wait):
+                key.data()
+            now = time.monotonic()
+            self._give_back(self._queues.expire(now))
+            self._tidy(now)
+        self._end()
+
+    def _tidy(self, now: float) -> None:
+        if now >= self._next_sweep:
+            self._sweep(now)
+            self._next_sweep = now + SWEEP_S
+        if now >= self._next_forget:
+            self._forget_interfaces()
+            self._next_forget = now + FORGET_S
+
+    def _read_tap(self) -> None:
+        for _ in range(READS_PER_TURN):
+            try:
+                data = os.read(self._tap.fd, READ_SIZE)
+            except BlockingIOError:
+                return
+            frame = self._frame(data)
+            if frame is not None:
+                back = self._queues.park(frame)
+                if back is not None:
+                    self._give_back((back,))
+
+    def _frame(self, data: bytes) -> Frame | None:
+        """Return the parked packet in what was read; its slot's number stands in place of its source MAC."""
+        number = int.from_bytes(data[VNET_HEADER + 10 : VNET_HEADER + 12], "big")
+        if number >= len(self._mapped.slots):
+            self._mapped.stats.strays += 1
+            return None
+        slot = self._mapped.slots[number]
+        key = bytes((slot.family,)) + bytes(slot.addr)
+        return Frame(number, key, slot.parked_ns / 1e9, Why(slot.hold), data)
+
+    def _read_agent(self) -> None:
+        with contextlib.suppress(BlockingIOError):
+            while not self._ending:
+                try:
+                    datagram = self._agent.recv(65_536)
+                except ConnectionError:  # it was killed with words of ours unread
+                    datagram = b""
+                self._obey(datagram)
+
+    def _obey(self, datagram: bytes) -> None:
+        kind, body = datagram[:1], datagram[1:]
+        if kind in (b"", b"q"):
+            self._ending = True
+        elif kind == b"a":
+            for cause, address, since in ANSWER.iter_unpack(body):
+                self._give_back(self._queues.answer(address, CAUSES[cause], since))
+        elif kind == b"c":
+            settings = json.loads(body)
+            self._queues.limit_s = settings["limit_s"]
+            self._queues.drop_on_timeout = settings["drop_on_timeout"]
+        elif kind == b"g":
+            self._mapped.control.udp_gso = self._tap.udp_gso
+            self._mapped.control.holder_beat_ns = time.monotonic_ns()
+            self._mapped.control.tap_ifindex = self._tap.ifindex
+
+    def _give_back(self, returns: Iterable[Return]) -> None:
+        stats = self._mapped.stats
+        for item in returns:
+            frame = item.frame
+            self._written.append((time.monotonic(), frame.slot, self._mapped.slots[frame.slot].parked_ns))
+            if item.discard:
+                self._discard(frame.slot)
+            else:
+                self._write(frame.data)
+            setattr(stats, item.cause.value, getattr(stats, item.cause.value) + 1)
+
+    def _discard(self, number: int) -> None:
+        """Have the kernel uncount and drop a packet: a runt with its token stands for it."""
+        slot = self._mapped.slots[number]
+        slot.state = abi.SLOT_DISCARD
+        token = struct.pack(">2sHH", b"\x02\x4c", slot.parked_ns >> 10 & 0xFFFF, number)
+        self._write(bytes(VNET_HEADER) + b"\x02" + bytes(5) + token + b"\x08\x00" + bytes(RUNT - 14))
+
+    def _write(self, data: bytes | memoryview) -> None:
+        try:
+            os.write(self._tap.fd, data)
+        except OSError:
+            self._mapped.stats.write_errors += 1  # the sweep finds its slot
+
+    def _sweep(self, now: float) -> None:
+        """Find what was given back and never arrived, and have it uncounted."""
+        young = 0
+        for young, (written, number, parked_ns) in enumerate(self._written):  # noqa: B007
+            if written > now - LOST_AFTER_S:
+                break
+            slot = self._mapped.slots[number]
+            if slot.parked_ns == parked_ns and slot.state != abi.SLOT_FREE:
+                self._mapped.stats.lost += 1
+                self._discard(number)
+        else:
+            young = len(self._written)
+        del self._written[:young]
+
+    def _forget_interfaces(self) -> None:
+        """Close the accounts of interfaces that are gone: pods come and go, and there is room for so many only."""
+        here = {index for index, _ in socket.if_nameindex()}
+        keys = [key for key, _ in self._interfaces.items()]
+        self._interfaces.delete_many([key for key in keys if int.from_bytes(key, sys.byteorder) not in here])
+
+    def _end(self) -> None:
+        """Park nothing more, give back what waits and what is still in the ring."""
+        if self._mapped.control.tap_ifindex == self._tap.ifindex:  # else another holder has taken over
+            self._mapped.control.tap_ifindex = 0
+        self._give_back(self._queues.drain())
+        self._queues.limit_s = 0.0
+        until = time.monotonic() + DRAIN_S
+        while time.monotonic() < until:
+            self._read_tap()
+            self._give_back(self._queues.drain())
+            time.sleep(0.001)
+
+
+def main() -> None:
+    """Run as ``python -m lazymesh.roles.holder FD PINS``."""
+    agent, pins = socket.socket(fileno=int(sys.argv[1])), Path(sys.argv[2])
+    try:
+        tap = open_tap()  # first: until then an older holder may be giving back what it has
+        tap.set_filter(open_pin(pins / HOLD_FILTER))
+        mapped = Mapped(pins)
+        reset(pins, mapped)
+    except (DatapathError, OSError) as exc:
+        agent.send(b"e" + str(exc).encode())
+        return
+    agent.send(b"u" + json.dumps({"ifindex": tap.ifindex, "name": tap.name}).encode())
+    agent.setblocking(False)
+    Holder(tap, pins, mapped, agent).run()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,202 @@
+"""The agent's side of holding: keeps a holder process, tells it the answers, and shows the kernel that we live.
+
+Where holding is not possible the agent says so once and runs as with ``--on-miss pass``.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import json
+import secrets
+import socket
+import struct
+import subprocess
+import sys
+import time
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import structlog
+
+from lazymesh.core.hold import Cause
+from lazymesh.datapath.interfaces import prepare_tap
+from lazymesh.errors import DatapathError
+
+if TYPE_CHECKING:
+    from lazymesh.core.model import Address
+    from lazymesh.datapath.holdmaps import HoldControl, HoldLimits
+    from lazymesh.datapath.program import Datapath
+
+log = structlog.get_logger()
+
+BEAT_S = 0.03
+"""A third of what the kernel waits for before it parks nothing more."""
+RESTART_S = 1.0
+RETRY_MOST_S = 60.0
+"""Where holding is not possible it is tried again after a second, then after twice as long each time, up to this."""
+HUNG_S = 1.0
+HUNG_LOOKS = 5
+"""A holder that was silent for so long at so many looks in a row is killed. (One look may follow our own silence.)"""
+ANSWERS_PER_DATAGRAM = 1_000
+
+_CAUSE = {Cause.INSTALLED: 0, Cause.NEGATIVE: 1}
+_ANSWER = struct.Struct("=B17sd")
+_FINE = ("off", "starting", "on")
+
+
+@dataclass(frozen=True, slots=True)
+class HoldSettings:
+    """What a user may say about holding."""
+
+    limits: HoldLimits
+    limit_s: float = 0.25
+    """After this long a packet is let go without an answer."""
+    drop_on_timeout: bool = False
+
+
+class Holding:
+    """Owns the holder process; ``state`` is for people: off, starting, on, or why not."""
+
+    def __init__(self, datapath: Datapath, control: HoldControl, settings: HoldSettings) -> None:
+        self.state = "off"
+        self.restarts = 0
+        self.answers_dropped = 0
+        """Answers that a holder that does not listen never got; its packets go after the time limit."""
+        self._wanted = asyncio.Event()
+        self._datapath = datapath
+        self._control = control
+        self._settings = settings
+        self._socket: socket.socket | None = None
+        self._answers: list[bytes] = []
+        self._flush_due = False
+
+    @property
+    def problem(self) -> str | None:
+        """Why packets are not held although they should be; None while all is well."""
+        return None if self.state in _FINE else self.state
+
+    def want(self) -> None:
+        """Have a holder from now on."""
+        if not self._wanted.is_set():
+            self.state = "starting"
+            self._wanted.set()
+
+    async def run(self) -> None:
+        """Keep a holder until cancelled; then it gives everything back and ends."""
+        await self._wanted.wait()
+        beat = asyncio.create_task(self._beat())
+        pause = RESTART_S
+        try:
+            while True:
+                began = time.monotonic()
+                try:
+                    await self._one_life()
+                except (DatapathError, OSError) as exc:
+                    if self.state != str(exc):
+                        log.warning("cannot hold packets; missed ones are passed on", error=str(exc))
+                    self.state = str(exc)
+                    pause = min(2 * pause, RETRY_MOST_S)
+                else:
+                    pause = RESTART_S
+                    self.restarts += 1
+                    self.state = "the holder died and is started again"
+                    log.error(
+                        "the holder died, or was killed because it hung: packets it held are lost, missed ones"
+                        " are passed on meanwhile"
+                    )
+                await asyncio.sleep(max(0.0, pause - (time.monotonic() - began)))
+        finally:
+            beat.cancel()
+
+    def answer(self, address: Address, cause: Cause) -> None:
+        """Let the packets go that wait for this address."""
+        if self._socket is None:
+            return
+        family = b"\x01" if len(address) == 4 else b"\x02"
+        self._answers.append(_ANSWER.pack(_CAUSE[cause], family + address.ljust(16, b"\0"), time.monotonic()))
+        if not self._flush_due:
+            # One datagram for all answers of this turn of the loop.
+            self._flush_due = True
+            asyncio.get_running_loop().call_soon(self._flush)
+
+    def _flush(self) -> None:
+        answers, self._answers, self._flush_due = self._answers, [], False
+        for at in range(0, len(answers), ANSWERS_PER_DATAGRAM):
+            part = answers[at : at + ANSWERS_PER_DATAGRAM]
+            try:
+                if self._socket is not None:
+                    self._socket.send(b"a" + b"".join(part))
+            except OSError:  # full, because it hangs, or gone: the time limit or its end lets the packets go
+                self.answers_dropped += len(part)
+
+    async def _beat(self) -> None:
+        while True:
+            self._control.beat(time.monotonic_ns())
+            await asyncio.sleep(BEAT_S)
+
+    async def _one_life(self) -> None:
+        """Start a holder and stay until it has ended; DatapathError when it cannot begin."""
+        ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        with ours:
+            process = subprocess.Popen(  # noqa: S603, ASYNC220 (our own interpreter and module; a fork, no wait)
+                [
+                    sys.executable,
+                    "-m",
+                    "lazymesh.roles.holder",
+                    str(theirs.fileno()),
+                    str(self._datapath.pins.directory),
+                ],
+                pass_fds=(theirs.fileno(),),
+                stdin=subprocess.DEVNULL,
+                start_new_session=True,  # Ctrl-C is for the agent, which tells it
+            )
+            theirs.close()
+            ours.setblocking(False)
+            try:
+                await self._handshake(ours)
+                self._socket = ours
+                self.state = "on"
+                await self._watch(ours)
+            except ConnectionError:
+                return
+            finally:
+                self._socket = None
+                with contextlib.suppress(OSError):
+                    ours.send(b"q")
+                ours.close()
+                await asyncio.to_thread(_wait_for, process)
+
+    async def _watch(self, ours: socket.socket) -> None:
+        """Return when the holder has ended, or hangs for good."""
+        looks = 0
+        while looks < HUNG_LOOKS:
+            try:
+                async with asyncio.timeout(HUNG_S):
+                    await asyncio.get_running_loop().sock_recv(ours, 1)
+            except TimeoutError:
+                silent_s = time.monotonic() - self._control.holder_beat() / 1e9
+                looks = looks + 1 if silent_s > HUNG_S else 0
+                self.state = "the holder hangs" if looks else "on"
+            else:
+                return
+
+    async def _handshake(self, ours: socket.socket) -> None:
+        datagram = await asyncio.get_running_loop().sock_recv(ours, 65_536)
+        if datagram[:1] != b"u":
+            raise DatapathError(datagram[1:].decode() or "the holder ended without a word")
+        tap = json.loads(datagram[1:])
+        await prepare_tap(self._datapath, tap["ifindex"], tap["name"])
+        self._control.set_limits(self._settings.limits, self._settings.limit_s)
+        self._datapath.config.change(hold_cookie=secrets.randbelow(0xFFFF) + 1)
+        words = {"limit_s": self._settings.limit_s, "drop_on_timeout": self._settings.drop_on_timeout}
+        ours.send(b"c" + json.dumps(words).encode())
+        ours.send(b"g")
+
+
+def _wait_for(process: subprocess.Popen[bytes]) -> None:
+    try:
+        process.wait(timeout=2)
+    except subprocess.TimeoutExpired:
+        process.kill()
+        process.wait()

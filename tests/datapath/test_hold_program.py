@@ -1,0 +1,628 @@
+"""Holding without a holder: real frames from a pod's interface, and a test that plays the process at the TAP.
+
+A pod's namespace and a node's, joined by a veth with our program on it; a follower behind it writes down what passes.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import ctypes
+import fcntl
+import ipaddress
+import os
+import random
+import select
+import socket
+import struct
+import subprocess
+import tempfile
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import pytest
+from scapy.layers.inet6 import IPv6ExtHdrDestOpt
+
+from lazymesh.core.model import Direction, Entry, parse_address
+from lazymesh.datapath import abi, libbpf
+from lazymesh.datapath.holdmaps import HoldControl, HoldCounterMap, HoldLimits
+from lazymesh.datapath.interfaces import prepare_tap
+from lazymesh.datapath.maps import DatapathConfig, OnMiss
+from lazymesh.datapath.pins import HOLD_FILTER, Pins
+from lazymesh.datapath.program import load
+from lazymesh.datapath.tap import VNET_HEADER, open_tap
+from lazymesh.roles.holder import Holder, Mapped, reset
+from tests.support import packets
+from tests.support.etcd import wait_until
+from tests.support.follower import Follower, Seen
+from tests.support.namespaces import NamespaceSet
+from tests.support.packets import POD_B1, POD_B2, Flow, pod_of_b
+from tests.support.prog_run import _SkBuff, _TestRunOpts
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+COOKIE = 0x4C4D
+_PACKET_VNET_HDR, _TUNSETOFFLOAD = 15, 0x400454D0
+_SOL_PACKET, _SO_MARK = 263, 36
+POD_MAC = bytes.fromhex("020000000001")
+
+
+class HoldBench:
+    """One TAP, one pod, and the maps between them."""
+
+    def __init__(self, stack: contextlib.ExitStack, bpffs: Path) -> None:
+        self.datapath = load(Pins.under(bpffs), 1_000)
+        stack.callback(self.datapath.close)
+        self.pins = self.datapath.pins.directory
+        spaces = stack.enter_context(NamespaceSet(["node", "pod"]))
+        self.node, self.pod = spaces["node"], spaces["pod"]
+        self.pod.ip([f"link add eth0 type veth peer name lxc0 netns {self.node.name}", "link set eth0 up"])
+        self.node.ip(["link set lxc0 up", "link set lo up"])
+        self.ifindex = self.node.call(socket.if_nametoindex, "lxc0")
+        self._attach()
+        self.tap = self.node.call(open_tap)
+        stack.callback(os.close, self.tap.fd)
+        self.tap.set_filter(libbpf.open_pin(self.pins / HOLD_FILTER))
+        self.node.call(lambda: asyncio.run(prepare_tap(self.datapath, self.tap.ifindex, self.tap.name)))
+        self.mapped = Mapped(self.pins)
+        self.control = HoldControl(self.pins)
+        self._counters = HoldCounterMap(self.pins)
+        self._signals = libbpf.PerfBuffer(self.datapath.signals, 8, lambda _raw: None)
+        stack.callback(self._signals.close)
+        self.socket = self._pod_socket(vnet=False)
+        self.gso_socket = self._pod_socket(vnet=True)
+        stack.callback(self.socket.close)
+        stack.callback(self.gso_socket.close)
+
+    def _attach(self) -> None:
+        self.node.run("tc", "qdisc", "add", "dev", "lxc0", "clsact")
+        pin = str(self.pins / "lm_from_pod")
+        where = ("dev", "lxc0", "ingress", "prio", "49000", "protocol", "all")
+        self.node.run("tc", "filter", "add", *where, "bpf", "direct-action", "pinned", pin)
+
+    def _pod_socket(self, *, vnet: bool) -> socket.socket:
+        sock = self.pod.call(socket.socket, socket.AF_PACKET, socket.SOCK_RAW, 0)
+        if vnet:
+            sock.setsockopt(_SOL_PACKET, _PACKET_VNET_HDR, 1)
+        sock.bind(("eth0", 0))
+        return sock
+
+    def clear(self) -> None:
+        """Start over: nothing parked, nothing known, every counter zero, nobody stale."""
+        reset(self.pins, self.mapped)
+        self._signals.consume()
+        for name in ("lm_ipcache", "lm_dedup", "lm_windows", "lm_rate"):
+            opened = libbpf.Map.pinned(self.pins / name)
+            opened.delete_many([key for key, _ in opened.items()])
+            opened.close()
+        for name, size in (("lm_hold_count", abi.HoldCounters), ("lm_counters", abi.Counters)):
+            opened = libbpf.Map.pinned(self.pins / name)
+            opened.update(bytes(4), bytes(ctypes.sizeof(size) * libbpf.possible_cpus()))
+            opened.close()
+        self.datapath.config.write(DatapathConfig(on_miss=OnMiss.HOLD))
+        self.datapath.config.change(hold_cookie=COOKIE)
+        self.control.set_limits(HoldLimits(), 0.25)
+        words = self.mapped.control
+        words.agent_beat_ns = words.holder_beat_ns = time.monotonic_ns() + 10**12
+        words.udp_gso = self.tap.udp_gso
+        words.tap_ifindex = self.tap.ifindex
+        fcntl.ioctl(self.tap.fd, _TUNSETOFFLOAD, 0x6F if self.tap.udp_gso else 0x0F)
+
+    def send(self, frame: bytes) -> None:
+        """Have the pod send a frame; the program has seen it when this returns."""
+        self.socket.send(frame)
+
+    def send_gso(self, frame: bytes, kind: int, start: int, check: int, size: int = 1_000) -> None:
+        """Have it send one that is to be cut up later."""
+        self.gso_socket.send(struct.pack("=BBHHHH", 1, kind, start + 20, size, start, check) + frame)
+
+    def read(self) -> bytes:
+        """Return the next parked packet, with its virtio header."""
+        assert self.waits(1.0), "nothing was parked"
+        return os.read(self.tap.fd, 1 << 17)
+
+    def waits(self, seconds: float = 0.0) -> bool:
+        """Tell whether a parked packet waits to be read."""
+        return bool(select.select([self.tap.fd], [], [], seconds)[0])
+
+    def write(self, data: bytes) -> None:
+        """Give a frame back."""
+        os.write(self.tap.fd, data)
+
+    def install(self, *hosts: packets.Host) -> None:
+        """Put entries of peers in."""
+        for host in hosts:
+            for text in (host.v4, host.v6):
+                self.datapath.ipcache.replace(parse_address(text), Entry(131_073))
+
+    def counts(self) -> dict[str, int]:
+        """Return what holding has counted, without zeros."""
+        return {name: n for name, n in self._counters.kernel().items() if n}
+
+    def out(self) -> int:
+        """Return how many packets are out, as the kernel counts them."""
+        total = libbpf.Map.pinned(self.pins / "lm_hold_total")
+        raw = total.lookup(bytes(4)) or b""
+        total.close()
+        return int(abi.Outstanding.from_buffer_copy(raw).packets)
+
+    def slot(self, frame: bytes) -> abi.Slot:
+        """Return the slot of a frame that was read."""
+        slot: abi.Slot = self.mapped.slots[slot_number(frame)]
+        return slot
+
+    def passed(self) -> int:
+        """Return how many packets were signalled, suppressed or anything else, but counted as missed."""
+        return self.datapath.counters.read(Direction.EGRESS).signalled
+
+
+def slot_number(frame: bytes) -> int:
+    """Return the number in a frame's token."""
+    assert frame[VNET_HEADER + 6 : VNET_HEADER + 8] == b"\x02\x4c"
+    return int.from_bytes(frame[VNET_HEADER + 10 : VNET_HEADER + 12], "big")
+
+
+def discarding(frame: bytes) -> bytes:
+    """Return the runt that stands for a frame which is to be dropped."""
+    return bytes(VNET_HEADER) + b"\x02" + bytes(5) + frame[VNET_HEADER + 6 :][:6] + b"\x08\x00" + bytes(46)
+
+
+@pytest.fixture(scope="module")
+def shared() -> Iterator[HoldBench]:
+    """Load once."""
+    with contextlib.ExitStack() as stack:
+        directory = stack.enter_context(tempfile.TemporaryDirectory(prefix="lm-hold-"))
+        subprocess.run(["mount", "-t", "bpf", "bpf", directory], check=True)
+        stack.callback(subprocess.run, ["umount", "--lazy", directory], check=True)
+        bench = HoldBench(stack, Path(directory))
+        bench.datapath.mesh_cidrs.apply(
+            [(ipaddress.ip_network(c), 2) for c in packets.PODS_OF_B.values()], []
+        )
+        yield bench
+
+
+@pytest.fixture
+def bench(shared: HoldBench) -> HoldBench:
+    """Return it as new."""
+    while shared.waits():
+        os.read(shared.tap.fd, 1 << 17)
+    shared.clear()
+    return shared
+
+
+@pytest.fixture
+def follower(bench: HoldBench) -> Iterator[Follower]:
+    """Return a program behind ours that knows pod b1's IPv4 key."""
+    with Follower(bench.node, "lxc0", bench.pins, abi.pack_address_key(POD_B1.address(4))) as behind:
+        yield behind
+
+
+def arrivals(follower: Follower, count: int) -> Seen:
+    """Wait until the follower has seen so many packets."""
+
+    def look() -> Seen | None:
+        seen = follower.seen()
+        return seen if seen.with_entry + seen.without_entry == count else None
+
+    found: Seen = wait_until(look, 2, f"{count} packets behind us, not {follower.seen()}")
+    return found
+
+
+@pytest.mark.parametrize("version", [4, 6])
+def test_a_parked_packet_comes_back_as_it_was(bench: HoldBench, version: int) -> None:
+    """Same bytes but for the token, same interface; marks and MAC addresses are restored."""
+    sent = Flow(version=version).udp(b"hello")
+    with Follower(bench.node, "lxc0", bench.pins, abi.pack_address_key(POD_B1.address(version))) as behind:
+        bench.send(sent)
+        frame = bench.read()
+        body = frame[VNET_HEADER:]
+        assert body[:6] + POD_MAC + body[12:] == sent
+        slot = bench.slot(frame)
+        assert (slot.ifindex, slot.length, slot.hold) == (bench.ifindex, len(sent), abi.HOLD_FIRST)
+        assert behind.seen().without_entry == 0
+        assert bench.out() == 1
+        bench.install(POD_B1)
+        bench.write(frame)
+        seen = arrivals(behind, 1)
+    assert (seen.source_mac, seen.mark, seen.length) == (POD_MAC, 0, len(sent))
+    assert seen.hash == slot.hash != 0
+    assert (seen.with_entry, seen.without_entry) == (1, 0)
+    assert bench.counts() == {"held": 1, "returned": 1}
+    assert bench.out() == 0
+    assert slot.state == abi.SLOT_FREE
+
+
+def test_the_mark_a_packet_had_is_put_back(bench: HoldBench) -> None:
+    """Whoever set it before us finds it again; a wrong cookie, state or interface is somebody else's mark."""
+    slot = bench.mapped.slots[3]
+    slot.state, slot.ifindex, slot.mark = abi.SLOT_RETURNING, 1, 0x77
+    for mark, ifindex, after in (
+        ((COOKIE + 1) << 16 | 3, 1, (COOKIE + 1) << 16 | 3),
+        (COOKIE << 16 | 4, 1, COOKIE << 16 | 4),
+        (COOKIE << 16 | 3, 2, COOKIE << 16 | 3),
+        (COOKIE << 16 | 3, 1, 0x77),
+        (COOKIE << 16 | 3, 1, COOKIE << 16 | 3),  # spent
+    ):
+        slot.ifindex = ifindex
+        assert mark_after(bench, mark) == after
+    assert bench.counts() == {"returned": 1}
+
+
+def mark_after(bench: HoldBench, mark: int) -> int:
+    """Run a packet of no cluster with a mark through the program; return the mark that it leaves with."""
+    frame = Flow(peer=packets.INTERNET).udp()
+    before, after = _SkBuff(mark=mark, ifindex=1), _SkBuff()
+    options = _TestRunOpts(
+        sz=ctypes.sizeof(_TestRunOpts),
+        data_in=frame,
+        data_size_in=len(frame),
+        ctx_in=ctypes.addressof(before),
+        ctx_size_in=ctypes.sizeof(before),
+        ctx_out=ctypes.addressof(after),
+        ctx_size_out=ctypes.sizeof(after),
+        repeat=1,
+    )
+    program = bench.datapath.program(Direction.EGRESS)[1]
+    assert libbpf.library().bpf_prog_test_run_opts(program, ctypes.byref(options)) == 0
+    return int(after.mark)
+
+
+def test_a_discarded_packet_is_counted_and_gone(bench: HoldBench, follower: Follower) -> None:
+    """A runt with its token stands for it."""
+    bench.send(Flow().udp())
+    frame = bench.read()
+    bench.slot(frame).state = abi.SLOT_DISCARD
+    bench.write(discarding(frame))
+    assert wait_until(lambda: bench.counts().get("discarded") == 1, 2)
+    assert bench.out() == 0
+    assert follower.seen().without_entry == 0
+
+
+REFUSALS: dict[str, dict[str, int]] = {
+    "refused_off": {"tap_ifindex": 0},
+    "refused_address": {"address_packets": 0},
+    "refused_interface": {"interface_packets": 0},
+}
+
+
+@pytest.mark.parametrize("counter", REFUSALS)
+def test_a_refused_packet_passes_and_is_counted_by_cause(
+    bench: HoldBench, follower: Follower, counter: str
+) -> None:
+    """Nothing is copied, nothing stays."""
+    for name, value in REFUSALS[counter].items():
+        setattr(bench.mapped.control, name, value)
+    bench.send(Flow().udp())
+    assert arrivals(follower, 1).source_mac == POD_MAC
+    assert bench.counts() == {counter: 1}
+    assert not bench.waits()
+
+
+@pytest.mark.parametrize("word", ["agent_beat_ns", "holder_beat_ns"])
+def test_a_heartbeat_that_is_too_old_refuses(bench: HoldBench, follower: Follower, word: str) -> None:
+    """Agent or holder hangs: 100 ms later nothing is parked; the beat alone brings it back."""
+    setattr(bench.mapped.control, word, time.monotonic_ns() - 101_000_000)
+    bench.send(Flow().udp())
+    arrivals(follower, 1)
+    assert bench.counts() == {"refused_stale": 1}
+    setattr(bench.mapped.control, word, time.monotonic_ns() + 10**9)
+    bench.send(Flow(peer=POD_B2).udp())
+    bench.read()
+    assert bench.counts() == {"refused_stale": 1, "held": 1}
+
+
+@pytest.mark.parametrize("word", ["address_bytes", "interface_bytes", "total_bytes"])
+def test_bytes_are_bounded_on_each_level(bench: HoldBench, follower: Follower, word: str) -> None:
+    """One packet fits, the second does not, and goes on."""
+    first, second = Flow().udp(bytes(600)), Flow().udp(bytes(600))
+    setattr(bench.mapped.control, word, 1_000)
+    bench.send(first)
+    bench.send(second)
+    arrivals(follower, 1)
+    assert bench.counts() == {"held": 1, "refused_bytes": 1}
+
+
+def test_the_rate_is_of_addresses_and_of_one_interface(bench: HoldBench, follower: Follower) -> None:
+    """A second new address is refused, a second packet of the first is not."""
+    bench.control.set_limits(HoldLimits(interface_rate=1, interface_burst=1), 0.25)
+    bench.send(Flow().udp())
+    bench.send(Flow(peer=POD_B2).udp())
+    bench.send(Flow().udp())
+    arrivals(follower, 1)
+    assert bench.counts() == {"held": 2, "refused_rate": 1}
+
+
+def test_slots_are_the_last_bound(bench: HoldBench, follower: Follower) -> None:
+    """None is free: the packet passes, and no account has moved."""
+    free = libbpf.Map.pinned(bench.pins / "lm_hold_free")
+    assert free.drain() == len(bench.mapped.slots)
+    bench.send(Flow().udp())
+    arrivals(follower, 1)
+    assert bench.counts() == {"refused_slots": 1}
+    assert bench.out() == 0
+    free.push(bytes(4))
+    free.close()
+    bench.send(Flow(peer=POD_B2).udp())
+    bench.read()
+    assert bench.counts() == {"refused_slots": 1, "held": 1}
+
+
+def test_a_priority_tag_is_refused_and_a_vlan_is_none_of_ours(bench: HoldBench, follower: Follower) -> None:
+    """A tag lives outside the frame and would be lost in the TAP."""
+    bench.send(Flow().vlan(0))
+    arrivals(follower, 1)
+    assert bench.counts() == {"refused_vlan": 1}
+    bench.send(Flow().vlan(5))
+    arrivals(follower, 2)
+    assert bench.counts() == {"refused_vlan": 1}
+    assert bench.datapath.counters.read(Direction.EGRESS).not_parsed == 1
+
+
+def test_what_is_not_ip_is_never_parked(bench: HoldBench, follower: Follower) -> None:
+    """It has no address to wait for."""
+    frames = packets.not_ip()
+    for frame in frames.values():
+        bench.send(frame)
+    arrivals(follower, len(frames))
+    assert bench.counts() == {}
+
+
+@pytest.mark.parametrize(("version", "kind"), [(4, 1), (6, 4)])
+def test_tcp_segments_are_parked_whole(bench: HoldBench, version: int, kind: int) -> None:
+    """One packet in the TAP with its segment size and partial checksum, one packet back."""
+    sent, start = Flow(version=version).tcp("A", bytes(8_000)), 34 if version == 4 else 54
+    with Follower(bench.node, "lxc0", bench.pins, abi.pack_address_key(POD_B1.address(version))) as behind:
+        bench.send_gso(sent, kind, start, 16)
+        frame = bench.read()
+        assert struct.unpack_from("=BBHHHH", frame) == (1, kind, start + 20, 1_000, start, 16)
+        assert len(frame) == VNET_HEADER + len(sent)
+        bench.install(POD_B1)
+        bench.write(frame)
+        assert arrivals(behind, 1).length == len(sent)
+    assert bench.counts() == {"held": 1, "returned": 1}
+
+
+@pytest.mark.parametrize("udp_gso", [0, 1])
+def test_udp_segments_are_parked_where_the_tap_takes_them(
+    bench: HoldBench, follower: Follower, udp_gso: int
+) -> None:
+    """Older kernels would cut them up."""
+    if udp_gso and not bench.tap.udp_gso:
+        pytest.skip("needs Linux 6.2")
+    bench.mapped.control.udp_gso = udp_gso
+    bench.send_gso(Flow().udp(bytes(5_000)), 5, 34, 6)
+    if udp_gso:
+        assert len(bench.read()) > 5_000
+        assert bench.counts() == {"held": 1}
+    else:
+        arrivals(follower, 1)
+        assert bench.counts() == {"refused_gso": 1}
+
+
+def test_segments_behind_something_else_are_refused(bench: HoldBench, follower: Follower) -> None:
+    """Extension headers, tunnels: who knows whether the TAP takes such segments whole."""
+    sent = bytearray(Flow(version=6).extensions(IPv6ExtHdrDestOpt(), flags="A") + bytes(5_000))
+    sent[18:20] = (len(sent) - 54).to_bytes(2, "big")
+    bench.send_gso(bytes(sent), 4, 62, 16)
+    arrivals(follower, 1)
+    assert bench.counts() == {"refused_gso": 1}
+
+
+def test_what_the_tap_cuts_up_passes_whole(bench: HoldBench, follower: Follower) -> None:
+    """Pieces share one token: none of them is queued, so that the packet itself goes on."""
+    fcntl.ioctl(bench.tap.fd, _TUNSETOFFLOAD, 0)
+    sent = Flow().tcp("A", bytes(8_000))
+    bench.send_gso(sent, 1, 34, 16)
+    seen = arrivals(follower, 1)
+    assert (seen.length, seen.source_mac) == (len(sent), POD_MAC)
+    assert bench.counts() == {"park_failed": 1}
+    assert bench.out() == 0
+    assert not bench.waits()
+
+
+def test_a_tap_that_is_down_costs_nothing(bench: HoldBench, follower: Follower) -> None:
+    """clone_redirect says so, and that very packet passes as it was."""
+    bench.node.ip([f"link set {bench.tap.name} down"])
+    try:
+        bench.send(Flow().udp())
+        assert arrivals(follower, 1).source_mac == POD_MAC
+    finally:
+        bench.node.ip([f"link set {bench.tap.name} up"])
+    assert bench.counts() == {"park_failed": 1}
+    assert bench.out() == 0
+
+
+def test_a_token_counts_at_the_tap_only(bench: HoldBench, follower: Follower) -> None:
+    """A pod that sends a parked packet's token as its source MAC is parked like anybody, and keeps that MAC."""
+    bench.send(Flow().udp(b"honest"))
+    honest = bench.read()
+    token = honest[VNET_HEADER + 6 :][:6]
+    forged = Flow(peer=POD_B2).udp(b"forged")
+    bench.send(forged[:6] + token + forged[12:])
+    mine = bench.read()
+    assert slot_number(mine) != slot_number(honest)
+    bench.write(mine)
+    assert arrivals(follower, 1).source_mac == token
+    assert bench.counts() == {"held": 2, "returned": 1}
+    bench.write(honest)
+    assert arrivals(follower, 2).source_mac == POD_MAC
+
+
+def test_a_mark_set_in_the_pod_counts_nowhere(bench: HoldBench) -> None:
+    """The kernel takes it off at the border: the packet is parked like anybody's."""
+    bench.send(Flow().udp())
+    number = slot_number(bench.read())
+    bench.mapped.slots[number].state = abi.SLOT_RETURNING
+    bench.socket.setsockopt(socket.SOL_SOCKET, _SO_MARK, COOKIE << 16 | number)
+    try:
+        bench.send(Flow(peer=POD_B2).udp())
+    finally:
+        bench.socket.setsockopt(socket.SOL_SOCKET, _SO_MARK, 0)
+    bench.read()
+    assert bench.counts() == {"held": 2}
+
+
+def test_a_token_is_good_for_one_return(bench: HoldBench, follower: Follower) -> None:
+    """Given back twice, or after its slot has another packet, or made up: a stray, and it goes nowhere."""
+    bench.send(Flow().udp())
+    frame = bench.read()
+    bench.install(POD_B1)
+    bench.write(frame)
+    arrivals(follower, 1)
+    bench.write(frame)
+    slot = bench.slot(frame)
+    slot.state, slot.parked_ns = abi.SLOT_PARKED, slot.parked_ns + 1_024
+    bench.write(frame)
+    made_up = frame[: VNET_HEADER + 10] + b"\xff\xff" + frame[VNET_HEADER + 12 :]
+    bench.write(made_up)
+    slot.state = abi.SLOT_FREE
+    wait_until(lambda: bench.counts().get("stray") == 3, 2)
+    assert arrivals(follower, 1)
+    assert bench.counts() == {"held": 1, "returned": 1, "stray": 3}
+
+
+def test_nothing_but_parked_packets_enters_the_tap(bench: HoldBench) -> None:
+    """Whatever the node's own stack sends to it, it stays silent."""
+    sock = bench.node.call(socket.socket, socket.AF_PACKET, socket.SOCK_RAW, 0)
+    with sock, contextlib.suppress(OSError):  # ENOBUFS: the drop, told to the sender
+        sock.bind((bench.tap.name, 0))
+        sock.send(Flow().udp())
+    assert not bench.waits(0.05)
+    state = bench.node.run("ip", "-d", "addr", "show", bench.tap.name)
+    assert "inet" not in state
+    assert "noqueue" in state
+    assert "qlen 16384" in state
+
+
+def test_a_hit_stays_behind_held_packets_but_not_for_ever(bench: HoldBench, follower: Follower) -> None:
+    """It is gated while one of its address is out; past the limit a stream that never pauses leaves the detour."""
+    bench.control.set_limits(HoldLimits(), 0.05)
+    bench.send(Flow().udp(b"first"))
+    first = bench.read()
+    bench.install(POD_B1)
+    bench.send(Flow().udp(b"second"))
+    assert bench.slot(bench.read()).hold == abi.HOLD_GATED
+    assert bench.counts() == {"held": 1, "gated": 1}
+
+    def overtakes() -> bool:
+        bench.send(Flow().udp(b"third"))
+        return follower.seen().with_entry == 1
+
+    wait_until(overtakes, 2, "a packet that does not wait")
+    assert time.monotonic_ns() - bench.slot(first).parked_ns >= 100_000_000
+
+
+def test_a_miss_behind_others_is_parked_without_a_signal_of_its_own(
+    bench: HoldBench, follower: Follower
+) -> None:
+    """One signal, one answer for all of them; with none out, a silent address passes."""
+    bench.send(Flow().udp())
+    bench.send(Flow().udp())
+    first, second = bench.read(), bench.read()
+    assert bench.slot(second).hold == abi.HOLD_BEHIND
+    bench.write(first)
+    bench.write(second)
+    arrivals(follower, 2)
+    bench.send(Flow().udp())
+    arrivals(follower, 3)
+    assert bench.counts() == {"held": 2, "returned": 2}
+    counts = bench.datapath.counters.read(Direction.EGRESS)
+    assert (counts.missed, counts.signalled, counts.missed_again) == (3, 1, 2)
+
+
+def test_an_entry_that_vanishes_again_is_signalled_at_once(bench: HoldBench, follower: Follower) -> None:
+    """The held packet's arrival ends the silence of its address."""
+    for signalled in (1, 2, 3):
+        bench.send(Flow().udp())
+        frame = bench.read()
+        bench.install(POD_B1)
+        bench.write(frame)
+        arrivals(follower, signalled)
+        assert bench.datapath.counters.read(Direction.EGRESS).signalled == signalled
+        bench.datapath.ipcache.delete(POD_B1.address(4))
+    assert follower.seen().without_entry == 0
+
+
+def test_a_packet_that_returns_without_an_entry_is_dropped_if_missed_ones_are(
+    bench: HoldBench, follower: Follower
+) -> None:
+    """The operator has said so meanwhile."""
+    bench.send(Flow().udp())
+    frame = bench.read()
+    bench.datapath.config.change(on_miss=OnMiss.DROP)
+    bench.write(frame)
+    wait_until(lambda: bench.counts() == {"held": 1, "returned": 1}, 2)
+    counts = bench.datapath.counters.read(Direction.EGRESS)
+    assert (counts.missed_again, counts.missed_drop) == (1, 1)
+    assert follower.seen().without_entry == 0
+
+
+def test_the_books_balance_whatever_happens(bench: HoldBench) -> None:
+    """Held + gated = returned + discarded + still out, at every quiet moment; accounts go back to zero."""
+    dice = random.Random(4)
+    peers, waiting = [pod_of_b(number) for number in range(20)], []
+    bench.control.set_limits(HoldLimits(address_packets=4, total_bytes=8_000), 0.25)
+    for step in range(600):
+        bench.send(Flow(peer=dice.choice(peers)).udp(bytes(dice.randrange(400))))
+        while bench.waits():
+            waiting.append(os.read(bench.tap.fd, 1 << 17))
+        if waiting and dice.random() < 0.6:
+            give_back(bench, waiting.pop(dice.randrange(len(waiting))), dice)
+        if dice.random() < 0.05:
+            bench.install(dice.choice(peers))
+        if step % 50 == 0:
+            wait_until(lambda: balanced(bench) == bench.out() == len(waiting), 2, "balanced books")
+    for frame in waiting:
+        give_back(bench, frame, dice)
+    wait_until(lambda: balanced(bench) == bench.out() == 0, 2, "everything back")
+    free = libbpf.Map.pinned(bench.pins / "lm_hold_free")
+    assert free.drain() == len(bench.mapped.slots)
+    free.close()
+    for name in ("lm_hold_if", "lm_hold_bucket"):
+        accounts = libbpf.Map.pinned(bench.pins / name)
+        assert not any(raw[:16] != bytes(16) for _, raw in accounts.items())
+        accounts.close()
+
+
+def give_back(bench: HoldBench, frame: bytes, dice: random.Random) -> None:
+    """Return a frame, or have it dropped."""
+    if dice.random() < 0.3:
+        bench.slot(frame).state = abi.SLOT_DISCARD
+        frame = discarding(frame)
+    bench.write(frame)
+
+
+def balanced(bench: HoldBench) -> int:
+    """Return how many packets should be out by the counters."""
+    counts = {"held": 0, "gated": 0, "returned": 0, "discarded": 0} | bench.counts()
+    return counts["held"] + counts["gated"] - counts["returned"] - counts["discarded"]
+
+
+def test_a_packet_that_never_arrives_is_found(bench: HoldBench) -> None:
+    """Its interface went away meanwhile: the sweep has it uncounted, and its account is closed."""
+    bench.node.ip(["link add lxc1 type veth peer name other", "link set lxc1 up", "link set other up"])
+    gone = bench.node.call(socket.if_nametoindex, "lxc1")
+    bench.send(Flow().udp())
+    frame = bench.read()
+    bench.slot(frame).ifindex = gone
+    accounts = libbpf.Map.pinned(bench.pins / "lm_hold_if")
+    accounts.update(gone.to_bytes(4, "little"), bytes(ctypes.sizeof(abi.Outstanding)))
+    bench.node.ip(["link del lxc1"])
+    ours, theirs = socket.socketpair()
+    with ours, theirs:
+        holder = Holder(bench.tap, bench.pins, bench.mapped, theirs)
+        parked = holder._frame(frame)
+        assert parked
+        now = time.monotonic()
+        lost = bench.mapped.stats.lost
+        holder._write(parked.data)
+        holder._written.append((now - 2, parked.slot, bench.slot(frame).parked_ns))
+        bench.node.call(holder._tidy, now)
+    wait_until(lambda: bench.counts() == {"held": 1, "discarded": 1}, 2)
+    assert bench.mapped.stats.lost == lost + 1
+    assert bench.out() == 0
+    bench.node.call(holder._forget_interfaces)
+    assert {int.from_bytes(key, "little") for key, _ in accounts.items()} == {bench.ifindex}
+    accounts.close()

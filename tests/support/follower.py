@@ -1,0 +1,113 @@
+"""Another TC program behind ours: writes down what it sees, and whether the address it was told has its entry by then.
+
+Assembled by hand, so that it needs neither clang nor BCC. Attached like any neighbour's: a clsact filter of a later
+priority.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import struct
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Self
+
+from lazymesh.datapath import libbpf
+from lazymesh.datapath.libbpf import Map, MapLayout, library
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+    from tests.support.namespaces import Namespace
+
+_SCHED_CLS = 3
+_MARK, _HASH = 8, 68
+"""Offsets in struct __sk_buff."""
+
+
+@dataclass(frozen=True)
+class Seen:
+    """What the follower saw: the last packet's words, and how many there were."""
+
+    mark: int
+    hash: int
+    length: int
+    source_mac: bytes
+    with_entry: int
+    without_entry: int
+
+
+class Follower:
+    """The program on one interface's ingress, attached while entered."""
+
+    def __init__(self, namespace: Namespace, interface: str, pins: Path, key: bytes) -> None:
+        """``key`` is looked up in the pinned ipcache with each packet."""
+        self._namespace, self._interface = namespace, interface
+        self._pin = pins.parent / "follower"
+        self._notes = Map.create("follower", MapLayout(libbpf.MAP_TYPE_ARRAY, 4, 40, 1, 0))
+        self._ipcache = Map.pinned(pins / "lm_ipcache")
+        self._key = key
+
+    def __enter__(self) -> Self:
+        program = _load(_code(self._notes.fd, self._ipcache.fd, self._key))
+        libbpf.pin(program, self._pin)
+        os.close(program)
+        self._tc("add", "bpf", "direct-action", "pinned", str(self._pin))
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        self._tc("del")
+        self._pin.unlink()
+        self._notes.close()
+        self._ipcache.close()
+
+    def seen(self) -> Seen:
+        """Return what it has written down."""
+        raw = self._notes.lookup(bytes(4)) or b""
+        mark, skb_hash, length, mac, without, with_entry = struct.unpack("=III4x6s2xQQ", raw)
+        return Seen(mark, skb_hash, length, mac, with_entry, without)
+
+    def _tc(self, verb: str, *what: str) -> None:
+        where = ("dev", self._interface, "ingress", "prio", "50000", "protocol", "all")
+        self._namespace.run("tc", "filter", verb, *where, *what)
+
+
+def _code(notes: int, ipcache: int, key: bytes) -> bytes:
+    code = _op(0xBF, 6, 1) + _op(0x62, 10, offset=-4)  # r6 = skb; the notes' index on the stack
+    code += _lookup(notes, -4) + _op(0x15, 0, offset=_count(_rest(ipcache, key)))
+    return code + _rest(ipcache, key) + _op(0xB7, 0, immediate=-1) + _op(0x95)
+
+
+def _rest(ipcache: int, key: bytes) -> bytes:
+    code = _op(0xBF, 7, 0)
+    for source, target in ((_MARK, 0), (_HASH, 4), (0, 8)):
+        code += _op(0x61, 1, 6, source) + _op(0x63, 7, 1, target)
+    code += _op(0xBF, 1, 6) + _op(0xB7, 2, immediate=6) + _op(0xBF, 3, 7) + _op(0x07, 3, immediate=16)
+    code += _op(0xB7, 4, immediate=6) + _op(0x85, immediate=26)  # bpf_skb_load_bytes: the source MAC
+    for at in range(0, len(key), 4):
+        (word,) = struct.unpack_from("=i", key, at)
+        code += _op(0x62, 10, offset=at - 8 - len(key), immediate=word)
+    code += _lookup(ipcache, -8 - len(key))
+    code += _op(0x15, 0, offset=1) + _op(0x07, 7, immediate=8)  # found: the second counter
+    return code + _op(0x79, 1, 7, 24) + _op(0x07, 1, immediate=1) + _op(0x7B, 7, 1, 24)
+
+
+def _lookup(descriptor: int, stack: int) -> bytes:
+    code = _op(0xBF, 2, 10) + _op(0x07, 2, immediate=stack)
+    return code + _op(0x18, 1, 1, immediate=descriptor) + _op(0) + _op(0x85, immediate=1)
+
+
+def _count(code: bytes) -> int:
+    return len(code) // 8
+
+
+def _op(code: int, target: int = 0, source: int = 0, offset: int = 0, *, immediate: int = 0) -> bytes:
+    return struct.pack("=BBhi", code, source << 4 | target, offset, immediate)
+
+
+def _load(code: bytes) -> int:
+    count = ctypes.c_size_t(len(code) // 8)
+    result = library().bpf_prog_load(_SCHED_CLS, b"follower", b"GPL", code, count, None)
+    if result < 0:
+        raise OSError(-result, os.strerror(-result))
+    return int(result)

@@ -1,0 +1,50 @@
+"""The record of open windows: sums stay, details are bounded, and the past can be asked for."""
+
+from __future__ import annotations
+
+from lazymesh.core.audit import KEEP, AuditLog, Finding, Window
+from lazymesh.core.model import Direction
+
+PEER = bytes((10, 2, 0, 5))
+
+
+def finding(first: float = 10.0, last: float = 12.5, packets: int = 3) -> Finding:
+    """Return a closed window of one peer."""
+    window = Window(PEER, Direction.EGRESS, first, last, packets, 100 * packets)
+    return Finding(window, "b", 131_073, "denied", open=False)
+
+
+def test_a_window_lasts_from_its_first_packet_to_its_last() -> None:
+    """One packet alone takes no time."""
+    assert finding().window.seconds == 2.5
+    assert finding(10.0, 10.0, 1).window.seconds == 0
+
+
+def test_sums_are_kept_of_everything_closed() -> None:
+    """They are what the metrics show."""
+    log = AuditLog()
+    log.close(finding())
+    log.close(finding(20.0, 20.5, 2))
+    assert (log.windows_total, log.packets_total, log.seconds_total) == (2, 5, 3.0)
+
+
+def test_the_past_can_be_asked_for() -> None:
+    """What was still open at the moment asked for, or later, in the order in which it was closed."""
+    log = AuditLog()
+    old, late, longest = finding(1, 2), finding(5, 6), finding(0, 9)
+    for each in (old, late, longest):
+        log.close(each)
+    assert list(log.since(0)) == [old, late, longest]
+    assert list(log.since(6)) == [late, longest]
+    assert list(log.since(9.5)) == []
+
+
+def test_details_are_bounded_and_sums_are_not() -> None:
+    """The oldest go first."""
+    log = AuditLog()
+    for number in range(KEEP + 10):
+        log.close(finding(number, number, 1))
+    kept = list(log.since(0))
+    assert len(kept) == KEEP
+    assert kept[0].window.first == 10
+    assert log.windows_total == KEEP + 10
