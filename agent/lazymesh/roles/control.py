@@ -137,4 +137,6 @@ def ask(path: Path, what: str) -> Iterator[dict[str, Any]]:
                 for line in lines:
                     yield json.loads(line)
         except (OSError, ValueError) as exc:
-            raise LazymeshError(f"the agent behind {path} broke off in the middle of its answer: {exc}") from exc
+            raise LazymeshError(
+                f"the agent behind {path} broke off in the middle of its answer: {exc}"
+            ) from exc

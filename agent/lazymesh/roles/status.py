@@ -107,7 +107,8 @@ class Status:
             "name": name,
             "id": info.cluster_id if info else None,
             "state": link.state if link else "refused",
-            "problem": (link and (link.problem or link.read_problem)) or self.parts.mesh.file_errors.get(name),
+            "problem": (link and (link.problem or link.read_problem))
+            or self.parts.mesh.file_errors.get(name),
             "nodes": nodes,
             "identities": identities,
             "watchedKeys": link.watched_keys if link else 0,
