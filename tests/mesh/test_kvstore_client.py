@@ -6,11 +6,11 @@ from contextlib import aclosing
 from typing import TYPE_CHECKING
 
 import pytest
-from tests.support.etcd import EtcdServer, EtcdSettings, free_port
 
 from lazymesh.errors import KvstoreError
 from lazymesh.kvstore.client import EtcdClient
 from lazymesh.kvstore.config import EtcdConfig, parse_config
+from tests.support.etcd import EtcdServer, EtcdSettings, free_port
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Iterator

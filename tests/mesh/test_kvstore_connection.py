@@ -7,7 +7,6 @@ import shutil
 from typing import TYPE_CHECKING
 
 import pytest
-from tests.support.etcd import Authority, EtcdServer, EtcdSettings, Pair, Role, cilium_roles, eventually
 
 from lazymesh.errors import KvstoreError
 from lazymesh.kvstore.backoff import BackoffLimits
@@ -15,6 +14,7 @@ from lazymesh.kvstore.client import EtcdClient
 from lazymesh.kvstore.config import EtcdConfig, parse_config
 from lazymesh.kvstore.supervisor import Options
 from lazymesh.kvstore.transport import Transport
+from tests.support.etcd import Authority, EtcdServer, EtcdSettings, Pair, Role, cilium_roles, eventually
 
 if TYPE_CHECKING:
     from collections.abc import Iterator

@@ -7,7 +7,6 @@ from contextlib import asynccontextmanager
 from typing import TYPE_CHECKING
 
 import pytest
-from tests.support.etcd import EtcdServer, Role, eventually
 
 from lazymesh.kvstore.backoff import Backoff, BackoffLimits
 from lazymesh.kvstore.client import EtcdClient
@@ -15,6 +14,7 @@ from lazymesh.kvstore.config import parse_config
 from lazymesh.kvstore.follower import PrefixFollower
 from lazymesh.kvstore.supervisor import Options
 from lazymesh.kvstore.transport import Transport
+from tests.support.etcd import EtcdServer, Role, eventually
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Sequence

@@ -6,13 +6,12 @@ import asyncio
 from contextlib import asynccontextmanager
 from typing import TYPE_CHECKING
 
-from tests.support.etcd import EtcdServer, EtcdSettings, Role, eventually
-
 from lazymesh.kvstore.backoff import BackoffLimits
 from lazymesh.kvstore.client import EtcdClient
 from lazymesh.kvstore.config import parse_config
 from lazymesh.kvstore.supervisor import Options
 from lazymesh.kvstore.transport import Transport
+from tests.support.etcd import EtcdServer, EtcdSettings, Role, eventually
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Sequence
@@ -102,7 +101,7 @@ async def test_two_thousand_single_key_watches_share_one_stream() -> None:
 
 
 async def test_catching_up_on_more_than_one_message_holds_is_in_order_and_complete() -> None:
-    """etcd cuts such a response into fragments, in the middle of revisions if need be."""
+    """Etcd cuts such a response into fragments, in the middle of revisions if need be."""
     told = Recorder()
     with EtcdServer() as etcd:
         async with client_of(etcd) as client:

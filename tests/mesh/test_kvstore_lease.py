@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import asyncio
 
-from tests.support.etcd import EtcdServer, eventually
-
 from lazymesh.kvstore.backoff import Backoff, BackoffLimits
 from lazymesh.kvstore.client import EtcdClient
 from lazymesh.kvstore.config import parse_config
 from lazymesh.kvstore.lease import LeaseKeeper
 from lazymesh.kvstore.supervisor import Options
+from tests.support.etcd import EtcdServer, eventually
 
 QUICK = BackoffLimits(0.05, 0.1)
 

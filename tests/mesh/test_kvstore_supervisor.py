@@ -6,7 +6,6 @@ import asyncio
 from typing import TYPE_CHECKING
 
 import pytest
-from tests.support.etcd import EtcdServer, eventually
 
 from lazymesh.errors import KvstoreError
 from lazymesh.kvstore.backoff import BackoffLimits
@@ -15,6 +14,7 @@ from lazymesh.kvstore.config import parse_config
 from lazymesh.kvstore.model import Connected, Disconnected
 from lazymesh.kvstore.supervisor import Options
 from lazymesh.kvstore.transport import Transport
+from tests.support.etcd import EtcdServer, eventually
 
 if TYPE_CHECKING:
     from lazymesh.kvstore.model import ClientEvent

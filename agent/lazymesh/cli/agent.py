@@ -175,4 +175,7 @@ def _settings(options: dict[str, Any]) -> AgentSettings:
 
 def cilium_is_here(bpffs: Path) -> bool:
     """Tell whether a Cilium agent's ipcache is pinned (cilium-formats 1.1)."""
-    return any((bpffs / "tc/globals" / name).exists() for name in ("cilium_ipcache", "cilium_ipcache_v2"))
+    try:
+        return any((bpffs / "tc/globals" / name).exists() for name in ("cilium_ipcache", "cilium_ipcache_v2"))
+    except PermissionError:  # whoever may not look there is told soon that root is needed
+        return False

@@ -10,6 +10,7 @@ import click
 from lazymesh.cli.options import SettingsCommand, bpffs_option
 from lazymesh.cli.output import output_option, print_json
 from lazymesh.roles.check import Finding, check_node
+from lazymesh.roles.logs import configure_logging
 from lazymesh.settings import DEFAULT_CLUSTERMESH_CONFIG
 
 _MARKS = {"ok": ("ok", "green"), "warn": ("WARN", "yellow"), "fail": ("FAIL", "red")}
@@ -30,6 +31,7 @@ _path = click.Path(path_type=Path)
 @output_option
 def check(bpffs: Path, clustermesh_config: Path, remote_config: Path | None, output: str) -> None:
     """Check kernel, headers, bcc, bpffs, map layout, etcd and certificates. Exit 3 if a needed part is missing."""
+    configure_logging("text", "error")  # what is wrong is told by the findings
     directories = [clustermesh_config] + ([remote_config] if remote_config else [])
     if asyncio.run(_run(bpffs, directories, output)):
         raise SystemExit(3)

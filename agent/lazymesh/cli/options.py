@@ -35,13 +35,34 @@ def _read_config(ctx: click.Context, me: click.Parameter, path: Path | None) -> 
         raise SettingsError(f"--config {path}: not YAML: {' '.join(str(exc).split())}") from exc
     if not isinstance(content, dict):
         raise SettingsError(f"--config {path}: expected `option: value` lines")
-    names = {param.opts[0].removeprefix("--"): param.name for param in ctx.command.params if param is not me}
-    unknown = sorted(str(key) for key in content if key not in names)
+    options = {param.opts[0].removeprefix("--"): param for param in ctx.command.params if param is not me}
+    unknown = sorted(str(key) for key in content if key not in options)
     if unknown:
         raise SettingsError(
             f"--config {path}: no option is called {unknown[0]!r}; keys are named as the options are"
         )
-    ctx.default_map = {names[key]: value for key, value in content.items()}
+    ctx.default_map = {
+        str(options[key].name): _as_words(path, options[key], value)
+        for key, value in content.items()
+        if value is not None
+    }
+
+
+def _as_words(path: Path, option: click.Parameter, value: object) -> object:
+    """Return a YAML value as the command line would have it: words, several only where several are taken."""
+    if isinstance(option, click.Option) and option.is_flag and isinstance(value, bool):
+        return value
+    if isinstance(value, list) and option.multiple:
+        return [_word(path, option, item) for item in value]
+    return [_word(path, option, value)] if option.multiple else _word(path, option, value)
+
+
+def _word(path: Path, option: click.Parameter, value: object) -> str:
+    if isinstance(value, bool):  # YAML takes a bare off for one
+        return "on" if value else "off"
+    if isinstance(value, str | int | float):
+        return str(value)
+    raise SettingsError(f"--config {path}: {option.opts[0].removeprefix('--')} takes one word, not {value!r}")
 
 
 config_option = click.option(

@@ -7,13 +7,13 @@ from contextlib import asynccontextmanager
 from typing import TYPE_CHECKING
 
 import pytest
-from tests.support.etcd import eventually
 
 from lazymesh.errors import KvstoreError
 from lazymesh.kvstore.backoff import BackoffLimits
 from lazymesh.kvstore.config import Endpoint, EtcdConfig
 from lazymesh.kvstore.model import Connected, Disconnected
 from lazymesh.kvstore.supervisor import Options, Supervisor
+from tests.support.etcd import eventually
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Callable

@@ -1,0 +1,95 @@
+"""A kvstoremesh's local copy of a cluster in place of its own store."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import pytest
+
+from tests.support.etcd import wait_until
+from tests.support.lab import OTHER_IDENTITY, SERVER_IDENTITY, Lab, remote_address
+from tests.support.neighbour import Neighbour
+from tests.support.node import (
+    Misses,
+    cluster,
+    connect,
+    identity_of,
+    launched,
+    missed_until,
+    options,
+    wait_identity,
+)
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+
+@pytest.fixture(scope="module")
+def lab() -> Iterator[Lab]:
+    """One lab; each story starts its own agent."""
+    with Lab(pods=1) as built:
+        yield built
+
+
+@pytest.fixture
+def cached(lab: Lab) -> Iterator[Neighbour]:
+    """A kvstoremesh's copy of cluster b in a local etcd, and a directory that leads to it."""
+    lab.leave_mesh()
+    with Neighbour(lab, "b", 2, cached=True) as cache:
+        cache.fill(cidrs=["10.2.0.0/16"], identities=[SERVER_IDENTITY, OTHER_IDENTITY])
+        yield cache
+
+
+def test_cache_of_a_kvstoremesh_answers_misses(lab: Lab, cached: Neighbour) -> None:
+    """Description, nodes, identities and addresses come from cilium/cache; changes are followed there."""
+    cached.join()
+    with launched(lab, *options(lab)) as agent:
+        agent.wait_ready()
+        mirrored, only_at_home = remote_address(10), remote_address(11)
+        cached.publish(mirrored, SERVER_IDENTITY)
+        lab.publish(only_at_home)
+        missed_until(lab, mirrored, SERVER_IDENTITY)
+        with Misses(lab.socket) as misses:
+            assert misses.provoke(lab.pods[0].namespace, only_at_home)["reason"] == "not-found"
+        cached.publish(mirrored, OTHER_IDENTITY)
+        assert wait_identity(lab, mirrored, OTHER_IDENTITY) < 1
+        cached.etcd.delete(cached.ip_key(mirrored))
+        assert wait_identity(lab, mirrored, None) < 1
+
+
+def test_owner_is_asked_for_what_the_cache_does_not_have(lab: Lab, cached: Neighbour) -> None:
+    """With --remote-config a pull-only record is found in the owner's store, and watched there."""
+    direct = lab.directory / "direct"
+    direct.mkdir(exist_ok=True)
+    (direct / "b").write_text(f"endpoints:\n- {lab.etcd.url}\n")
+    cached.join()
+    with launched(lab, *options(lab), "--remote-config", str(direct)) as agent:
+        agent.wait_ready()
+        mirrored, pull_only = remote_address(12), remote_address(13)
+        cached.publish(mirrored, SERVER_IDENTITY)
+        lab.publish(pull_only, space="ondemand")
+        missed_until(lab, mirrored, SERVER_IDENTITY)
+        missed_until(lab, pull_only, SERVER_IDENTITY)
+        lab.publish(pull_only, OTHER_IDENTITY, space="ondemand")
+        assert wait_identity(lab, pull_only, OTHER_IDENTITY) < 1
+        # The owner's store goes: what came from it stands, what the cache holds resolves as ever.
+        lab.etcd.kill()
+        assert connect(lab.pods[0].namespace, mirrored) is not None
+        cached.publish(remote_address(14), SERVER_IDENTITY)
+        missed_until(lab, remote_address(14), SERVER_IDENTITY)
+        assert identity_of(lab, pull_only) == OTHER_IDENTITY
+        lab.etcd.start()
+        lab.withdraw(pull_only)
+        wait_identity(lab, pull_only, None, 40)
+
+
+def test_incomplete_cache_is_waited_for(lab: Lab, cached: Neighbour) -> None:
+    """A kvstoremesh that has just started: nothing is believed before its canaries are there."""
+    cached.etcd.delete("cilium/synced/b/cilium/cache/identities/v1")
+    cached.join()
+    with launched(lab, *options(lab)) as agent:
+        agent.wait_ready()
+        wait_until(lambda: cluster(lab, "b").get("state") == "incomplete", 5, "the cache incomplete")
+        assert "cilium/synced/b/cilium/cache/identities/v1" in cluster(lab, "b")["problem"]
+        cached.complete()
+        wait_until(lambda: cluster(lab, "b").get("state") == "ready", 5, "the cache complete")

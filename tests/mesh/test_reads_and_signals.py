@@ -1,0 +1,110 @@
+"""How little is asked: one read per address, nothing at all for the internet and for peers that are known."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import pytest
+
+from tests.support.etcd import wait_until
+from tests.support.lab import Lab, remote_address
+from tests.support.node import Misses, etcd_calls, metric, packets, send_udp, wait_identity
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    from tests.support.lab import AgentProcess
+
+INTERNET = ("198.51.100.7", "2001:db8::7")
+READS = ("Range", "Txn")
+
+
+@pytest.fixture(scope="module")
+def lab() -> Iterator[Lab]:
+    """One lab whose internet is node b's far side: packets leave the pod and end there."""
+    with Lab(pods=1) as built:
+        built.node_a.ip(
+            ["route add 198.51.100.0/24 via 192.168.100.2", "route add 2001:db8::/32 via fd00:99::2"]
+        )
+        built.node_b.ip(["route add blackhole 198.51.100.0/24", "route add blackhole 2001:db8::/32"])
+        yield built
+
+
+@pytest.fixture(scope="module")
+def agent(lab: Lab) -> Iterator[AgentProcess]:
+    """One agent with the default rate limits."""
+    running = lab.start_agent()
+    yield running
+    running.stop()
+
+
+def reads(lab: Lab) -> int:
+    """Return how many reads etcd has answered."""
+    return sum(etcd_calls(lab, method) for method in READS)
+
+
+@pytest.mark.parametrize("space", ["default", None])
+def test_a_thousand_misses_for_one_address_are_one_read(
+    lab: Lab, agent: AgentProcess, space: str | None
+) -> None:
+    """Found or not: one transaction with the address's two keys, and nothing for the 999 others."""
+    ip = remote_address(10 if space else 11)
+    if space:
+        lab.publish(ip, space=space)
+    before, signals = reads(lab), metric(agent, "cilium_ipcache_miss_signal_total")
+    with Misses(lab.socket) as misses:
+        send_udp(lab.pods[0].namespace, ip, 1000)
+        assert misses.next(ip)["outcome"] == ("installed" if space else "absent")
+    send_udp(lab.pods[0].namespace, ip, 10)
+    assert reads(lab) - before == 1
+    assert metric(agent, "cilium_ipcache_miss_signal_total") - signals <= 2
+
+
+def test_later_misses_are_answered_from_the_negative_cache(lab: Lab, agent: AgentProcess) -> None:
+    """After the re-arm interval the address is signalled again, and no read follows."""
+    ip = remote_address(12)
+    with Misses(lab.socket) as misses:
+        send_udp(lab.pods[0].namespace, ip, 1)
+        first = misses.next(ip)
+        before = reads(lab)
+        sent = []
+
+        def signalled_again() -> bool:
+            send_udp(lab.pods[0].namespace, ip, 1)
+            sent.append(ip)
+            return metric(agent, "lazymesh_resolutions_total", outcome="absent", cached="yes") >= 1
+
+        wait_until(signalled_again, 5, "a second signal")
+        second = misses.next(ip)
+    assert (first["outcome"], first["reason"], first["cached"]) == ("absent", "not-found", False)
+    assert (second["outcome"], second["reason"], second["cached"]) == ("absent", "not-found", True)
+    assert reads(lab) == before
+
+
+def test_internet_and_known_peers_cost_no_signal(lab: Lab, agent: AgentProcess) -> None:
+    """200,000 packets to the internet and to synced peers, IPv4 and IPv6: not one signal, not one read."""
+    peers = [remote_address(13, family) for family in (4, 6)]
+    lab.publish_many(peers)
+    for peer in peers:
+        send_udp(lab.pods[0].namespace, peer, 1)
+        wait_identity(lab, peer, 131_073)
+    names = ("missed", "signalled", "suppressed_dedup", "suppressed_rate", "muted", "lost")
+    before = {name: packets(agent, name) for name in names}
+    hits, others, read = packets(agent, "hit"), packets(agent, "not_mesh"), reads(lab)
+    signals = metric(agent, "cilium_ipcache_miss_signal_total")
+    for ip in (*peers, *INTERNET):
+        send_udp(lab.pods[0].namespace, ip, 50_000)
+    assert packets(agent, "hit") - hits >= 100_000
+    assert packets(agent, "not_mesh") - others >= 100_000
+    assert {name: packets(agent, name) for name in names} == before
+    assert metric(agent, "cilium_ipcache_miss_signal_total") == signals
+    assert reads(lab) == read
+
+
+def test_every_missed_packet_is_accounted_for(lab: Lab, agent: AgentProcess) -> None:
+    """Signalled, suppressed by dedup or rate, muted and lost add up to missed, exactly."""
+    for number in range(14, 40):
+        send_udp(lab.pods[0].namespace, remote_address(number), 20)
+    ends = ("signalled", "suppressed_dedup", "suppressed_rate", "muted", "lost")
+    assert sum(packets(agent, end) for end in ends) == packets(agent, "missed")
+    assert metric(agent, "cilium_ipcache_miss_signal_total") == packets(agent, "signalled")

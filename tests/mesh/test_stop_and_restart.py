@@ -1,0 +1,192 @@
+"""The agent ends, well or ill, and comes back: traffic goes on, and nothing untrue survives."""
+
+from __future__ import annotations
+
+import signal
+from typing import TYPE_CHECKING
+
+import pytest
+
+from tests.support.etcd import wait_until
+from tests.support.lab import OTHER_IDENTITY, SERVER_IDENTITY, Lab, remote_address
+from tests.support.namespaces import stop_process
+from tests.support.node import (
+    Talk,
+    connect,
+    delete_entry,
+    entries,
+    filters,
+    identity_of,
+    insert_foreign,
+    launched,
+    metric,
+    options,
+    pack_key,
+    pack_value,
+    packets,
+    pins,
+    raw_entries,
+    send_udp,
+    status,
+    wait_identity,
+)
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+
+@pytest.fixture
+def lab() -> Iterator[Lab]:
+    """A lab for each story: they end and start agents."""
+    with Lab(pods=1) as built:
+        yield built
+
+
+def installed(lab: Lab, *numbers: int, identity: int = SERVER_IDENTITY) -> list[str]:
+    """Publish remote pods and have them resolved."""
+    ips = [remote_address(number) for number in numbers]
+    lab.publish_many(ips, identity)
+    for ip in ips:
+        send_udp(lab.pods[0].namespace, ip, 1)
+        wait_identity(lab, ip, identity)
+    return ips
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_with_cleanup_nothing_of_ours_is_left(lab: Lab, number: signal.Signals) -> None:
+    """No pin, no filter, no qdisc, no entry, no socket; somebody else's filter stays, with its qdisc."""
+    node = lab.node_a
+    agent = lab.start_agent("--cleanup")
+    installed(lab, 0)
+    program = str(lab.bpffs / "lazymesh/lm_from_pod")
+    filter_ = ("tc", "filter", "add", "dev", "eth0", "ingress", "prio", "7", "handle", "1")
+    node.run(*filter_, "bpf", "direct-action", "object-pinned", program)
+    agent.process.send_signal(number)
+    assert agent.process.wait(10) == 0
+    assert pins(lab) == []
+    assert filters(node) == ["eth0: clsact", "eth0: lm_from_pod"]
+    assert "pref 49000" not in node.run("tc", "filter", "show", "dev", "eth0", "ingress")
+    assert not lab.socket.exists()
+    assert connect(lab.pods[0].namespace, remote_address(1)) is not None, "no policy any more"
+
+
+@pytest.mark.parametrize("end", ["stop", "kill"])
+def test_without_cleanup_traffic_goes_on_with_the_agent_dead(lab: Lab, end: str) -> None:
+    """Known peers keep working, old connections and new ones, and policy goes on; unknown ones wait."""
+    agent = lab.start_agent()
+    (known,) = installed(lab, 0)
+    (denied,) = installed(lab, 1, identity=OTHER_IDENTITY)
+    lab.publish(remote_address(2))
+    with Talk(lab.pods[0].namespace, known) as talk:
+        assert talk.say()
+        if end == "stop":
+            assert agent.stop() == 0
+        else:
+            agent.kill()
+        assert set(entries(lab)) == {known, denied}
+        assert "lxc0: lm_from_pod" in filters(lab.node_a)
+        assert all(talk.say() for _ in range(20))
+        assert connect(lab.pods[0].namespace, known) is not None
+        assert connect(lab.pods[0].namespace, denied, 0.4) is None
+        assert connect(lab.pods[0].namespace, remote_address(2), 0.4) is None
+        lab.start_agent()
+        assert talk.say()
+        assert connect(lab.pods[0].namespace, remote_address(2)) is not None
+
+
+@pytest.mark.parametrize("end", ["stop", "kill"])
+def test_restarted_agent_adopts_corrects_and_keeps(lab: Lab, end: str) -> None:
+    """While it was dead one record was deleted, one address reused, one left alone; strangers' entries stay."""
+    agent = lab.start_agent()
+    deleted, reused, kept, replaced, vanished = installed(lab, 0, 1, 2, 3, 4)
+    if end == "stop":
+        agent.stop()
+    else:
+        agent.kill()
+    lab.withdraw(deleted)
+    lab.publish(reused, OTHER_IDENTITY)
+    delete_entry(lab, pack_key(replaced))
+    insert_foreign(lab, pack_key(replaced), pack_value(77))
+    delete_entry(lab, pack_key(vanished))
+    stranger = pack_key("10.2.99.0", 24)
+    insert_foreign(lab, stranger, pack_value(2))
+    with Talk(lab.pods[0].namespace, kept) as talk:
+        again = lab.start_agent()
+        wait_identity(lab, deleted, None)
+        wait_identity(lab, reused, OTHER_IDENTITY)
+        assert talk.say()
+    assert identity_of(lab, kept) == SERVER_IDENTITY
+    assert raw_entries(lab)[pack_key(replaced)] == pack_value(77)
+    assert stranger in raw_entries(lab)
+    assert identity_of(lab, vanished) is None
+    assert metric(again, "lazymesh_entries_owned") == 2
+    assert sorted(raw_entries(lab, "lm_owned")) == sorted([pack_key(reused), pack_key(kept)])
+    # What was adopted is watched like everything else.
+    lab.withdraw(kept)
+    assert wait_identity(lab, kept, None) < 1
+    wait_until(lambda: connect(lab.pods[0].namespace, vanished, 0.4), 5, "the vanished one resolved anew")
+
+
+def test_entries_of_a_cluster_that_left_meanwhile_are_removed(lab: Lab) -> None:
+    """The file of the cluster went while no agent ran: nobody vouches for its entries."""
+    agent = lab.start_agent()
+    installed(lab, 0, 1)
+    agent.stop()
+    lab.leave_mesh()
+    lab.start_agent()
+    wait_until(lambda: entries(lab) == {}, 5, "the entries gone")
+    assert raw_entries(lab, "lm_owned") == {}
+
+
+def test_agent_that_starts_while_etcd_is_away_keeps_the_known_peers(lab: Lab) -> None:
+    """Ready without the cluster; known peers talk on; the store comes back, and all is verified."""
+    agent = lab.start_agent()
+    kept, deleted = installed(lab, 0, 1)
+    agent.stop()
+    lab.withdraw(deleted)
+    lab.etcd.kill()
+    agent = lab.start_agent()
+    assert status(lab)["clusters"][0]["state"] == "silent"
+    assert set(entries(lab)) == {kept, deleted}
+    assert connect(lab.pods[0].namespace, kept) is not None, "the policy map was kept too"
+    lab.etcd.start()
+    wait_identity(lab, deleted, None, 30)
+    assert identity_of(lab, kept) == SERVER_IDENTITY
+    assert connect(lab.pods[0].namespace, kept) is not None
+    assert packets(agent, "policy_deny") >= 0
+
+
+def test_policy_that_changed_over_a_restart_is_in_force(lab: Lab) -> None:
+    """What the old policy allowed is denied from the first moment of the new one."""
+    agent = lab.start_agent()
+    (known,) = installed(lab, 0)
+    agent.stop()
+    lab.set_policy(lab.policy.read_text().replace("server\n", "nobody\n"))
+    lab.start_agent()
+    assert connect(lab.pods[0].namespace, known, 0.4) is None
+    lab.set_policy(lab.policy.read_text().replace("nobody\n", "server\n"))
+
+
+def test_second_agent_on_the_node_leaves_the_first_alone(lab: Lab) -> None:
+    """It says so and exits 3; programs, entries, socket and metrics of the first stay."""
+    first = lab.start_agent()
+    installed(lab, 0)
+    before = filters(lab.node_a)
+    argv = options(lab, socket=str(lab.directory / "other.sock"), metrics_address="off")
+    with launched(lab, *argv, "--cleanup") as second:
+        assert second.process.wait(20) == 3
+        assert len(second.log.strip().splitlines()) == 1
+        assert "another lazymesh agent holds" in second.log
+    assert filters(lab.node_a) == before
+    assert len(entries(lab)) == 1
+    assert status(lab)["ready"] is True
+    assert first.process.poll() is None
+
+
+def test_signal_while_the_datapath_is_being_compiled_cleans_up_too(lab: Lab) -> None:
+    """An agent that is stopped before it has really started leaves as little as any other."""
+    with launched(lab, *options(lab), "--cleanup") as agent:
+        wait_until((lab.bpffs / "lazymesh").exists, 10, "the agent at work")
+        assert stop_process(agent.process) == 0
+    assert pins(lab) == []
+    assert filters(lab.node_a) == []

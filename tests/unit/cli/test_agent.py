@@ -1,0 +1,91 @@
+"""From words to settings; running is left to the role."""
+
+from __future__ import annotations
+
+import ipaddress
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import pytest
+from click.testing import CliRunner
+
+from lazymesh.cli.agent import agent, cilium_is_here
+from lazymesh.errors import SettingsError
+
+if TYPE_CHECKING:
+    from click.testing import Result
+
+    from lazymesh.settings import AgentSettings
+
+
+class Caught:
+    """Runs the command with a role that only takes the settings."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.settings: list[AgentSettings] = []
+        monkeypatch.setattr("lazymesh.cli.agent.run_agent", self.settings.append)
+        monkeypatch.setattr("lazymesh.cli.agent.configure_logging", lambda *_: None)
+
+    def run(self, *argv: str, env: dict[str, str] | None = None) -> Result:
+        """Run it."""
+        return CliRunner().invoke(agent, argv, env=env)
+
+
+@pytest.fixture
+def caught(monkeypatch: pytest.MonkeyPatch) -> Caught:
+    """The command without its role."""
+    return Caught(monkeypatch)
+
+
+def test_defaults_are_those_of_a_node_with_cilium(caught: Caught, tmp_path: Path) -> None:
+    """Cilium's directories, metrics on loopback, nothing dropped."""
+    assert caught.run("--interface", "lxc+", "--bpffs", str(tmp_path)).exception is None
+    (settings,) = caught.settings
+    assert settings.mesh.clustermesh_config == Path("/var/lib/cilium/clustermesh")
+    assert settings.metrics_address == ("127.0.0.1", 9965)
+    assert settings.datapath.interfaces == ("lxc+",)
+    assert not (settings.datapath.drop_missed)
+    assert not (settings.shadow)
+    assert not (settings.cleanup)
+
+
+def test_every_word_arrives_where_it_belongs(caught: Caught, tmp_path: Path) -> None:
+    """One of each."""
+    result = caught.run(
+        *("--datapath", "standalone", "--interface", "a", "--interface", "b+", "--uplink", "eth0"),
+        *("--cluster-name", "c", "--cluster-id", "300", "--max-connected-clusters", "511"),
+        *("--mesh-cidr", "d=10.2.0.0/16", "--cluster-region", "eu", "--on-miss", "drop", "--shadow"),
+        *("--metrics-address", "off", "--signal-rate", "0", "--bpffs", str(tmp_path)),
+    )
+    assert result.exception is None, result.output
+    (settings,) = caught.settings
+    assert settings.datapath.interfaces == ("a", "b+")
+    assert settings.datapath.drop_missed
+    assert (settings.mesh.cluster_id, settings.mesh.max_connected_clusters) == (300, 511)
+    assert settings.mesh.mesh_cidrs == (("d", ipaddress.ip_network("10.2.0.0/16")),)
+    assert (settings.mesh.region, settings.metrics_address, settings.shadow) == ("eu", None, True)
+
+
+def test_several_values_from_the_environment(caught: Caught, tmp_path: Path) -> None:
+    """Separated by blanks."""
+    caught.run("--bpffs", str(tmp_path), env={"LAZYMESH_INTERFACE": "lxc+ veth0", "LAZYMESH_CLEANUP": "1"})
+    assert caught.settings[0].datapath.interfaces == ("lxc+", "veth0")
+    assert caught.settings[0].cleanup
+
+
+@pytest.mark.parametrize("name", ["cilium_ipcache", "cilium_ipcache_v2"])
+def test_auto_refuses_to_run_beside_cilium(caught: Caught, tmp_path: Path, name: str) -> None:
+    """Not in this version; standalone keeps to its own map."""
+    (tmp_path / "tc/globals").mkdir(parents=True)
+    (tmp_path / "tc/globals" / name).touch()
+    assert cilium_is_here(tmp_path)
+    refused = caught.run("--interface", "x", "--bpffs", str(tmp_path))
+    assert isinstance(refused.exception, SettingsError)
+    caught.run("--interface", "x", "--bpffs", str(tmp_path), "--datapath", "standalone")
+    assert len(caught.settings) == 1
+
+
+def test_no_cilium_here(tmp_path: Path) -> None:
+    """An empty or missing directory."""
+    assert not cilium_is_here(tmp_path)
+    assert not cilium_is_here(tmp_path / "none")

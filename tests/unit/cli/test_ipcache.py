@@ -1,0 +1,80 @@
+"""The map's rows as Cilium prints them, and as JSON."""
+
+from __future__ import annotations
+
+import json
+from typing import TYPE_CHECKING
+
+from click.testing import CliRunner
+
+from lazymesh.cli import ipcache as module
+from lazymesh.roles.inspect import Row
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    import pytest
+
+ROW = Row("10.2.0.5/32", 131_073, "172.18.0.2", 255, 0b1111, "lazymesh")
+PLAIN = Row("0.0.0.0/0", 2, "0.0.0.0", 0, 0, "other")
+
+
+class View:
+    """Stands in for the open map; ``looks`` are what each look at it shows."""
+
+    def __init__(self, *looks: list[Row]) -> None:
+        self._looks = list(looks)
+
+    def rows(self) -> Iterator[Row]:
+        """Show the next look, then end as Ctrl-C does."""
+        if not self._looks:
+            raise KeyboardInterrupt
+        return iter(self._looks.pop(0))
+
+    def get(self, text: str) -> Row | None:
+        """Know one address."""
+        return ROW if text == "10.2.0.5" else None
+
+
+def invoke(monkeypatch: pytest.MonkeyPatch, view: View, *argv: str) -> tuple[int, str]:
+    """Run the command on that view."""
+    monkeypatch.setattr(module.IpcacheView, "open", lambda _bpffs: view)
+    result = CliRunner().invoke(module.ipcache, argv)
+    return result.exit_code, result.stdout
+
+
+def test_flags_have_ciliums_names(monkeypatch: pytest.MonkeyPatch) -> None:
+    """All four; none is an empty list, or <none>."""
+    _, out = invoke(monkeypatch, View([ROW, PLAIN]), "list", "-o", "json")
+    shown = json.loads(out)
+    assert shown["10.2.0.5/32"]["flags"] == ["skiptunnel", "hastunnel", "ipv6tunnel", "remotecluster"]
+    assert shown["0.0.0.0/0"] == {
+        "identity": 2,
+        "tunnelEndpoint": "0.0.0.0",
+        "encryptKey": 0,
+        "flags": [],
+        "owner": "other",
+    }
+    _, out = invoke(monkeypatch, View([PLAIN]), "list")
+    assert "flags=<none>" in out
+
+
+def test_get_exits_1_when_nothing_covers_the_address(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A programme gets no half an object."""
+    assert invoke(monkeypatch, View(), "get", "10.2.0.6", "-o", "json") == (1, "")
+    code, out = invoke(monkeypatch, View(), "get", "10.2.0.5", "-o", "json")
+    assert (code, json.loads(out)["address"]) == (0, "10.2.0.5")
+
+
+def test_watch_tells_differences_only(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Added, changed, deleted; what stays is not told."""
+    changed = Row("10.2.0.5/32", 131_074, "172.18.0.2", 255, 2, "lazymesh")
+    view = View([PLAIN], [PLAIN, ROW], [PLAIN, changed], [changed])
+    monkeypatch.setattr(module.time, "sleep", lambda _: None)
+    _, out = invoke(monkeypatch, view, "watch", "-o", "json")
+    events = [json.loads(line) for line in out.splitlines() if line.startswith("{")]
+    assert [(e["event"], e["prefix"], e["identity"]) for e in events] == [
+        ("added", "10.2.0.5/32", 131_073),
+        ("changed", "10.2.0.5/32", 131_074),
+        ("deleted", "0.0.0.0/0", 2),
+    ]

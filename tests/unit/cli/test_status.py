@@ -1,0 +1,69 @@
+"""The one screen."""
+
+from __future__ import annotations
+
+import json
+from typing import TYPE_CHECKING, Any
+
+from click.testing import CliRunner
+
+from lazymesh.cli import status as module
+from lazymesh.errors import LazymeshError
+
+if TYPE_CHECKING:
+    import pytest
+
+ANSWER: dict[str, Any] = {
+    "version": "0.1.0",
+    "uptimeSeconds": 61.5,
+    "cluster": "a",
+    "ready": True,
+    "datapath": {
+        "mode": "standalone",
+        "interfaces": {"lxc0": "egress"},
+        "onMiss": "pass",
+        "policy": "none",
+        "mapId": 3,
+        "packets": {"egress": {"hit": 5, "missed": 1}, "ingress": {"hit": 0, "missed": 0}},
+    },
+    "entries": {"owned": 1, "budget": 25_600, "mapSize": 512_000},
+    "queue": {"waiting": 0, "inFlight": 0, "negative": 2, "muted": True},
+    "clusters": [
+        {
+            "name": "b",
+            "id": None,
+            "state": "silent",
+            "nodes": 0,
+            "identities": 0,
+            "breaker": "open",
+            "endpoint": None,
+        }
+    ],
+    "wrong": ["cluster b is silent: gone"],
+}
+
+
+def test_screen_shows_what_is_wrong_and_exits_1(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Missing values are dashes."""
+    monkeypatch.setattr(module, "ask", lambda *_: iter([ANSWER]))
+    result = CliRunner().invoke(module.status)
+    assert result.exit_code == 1
+    lines = result.output.splitlines()
+    assert "Queue:      0 waiting, 0 in flight, 2 negative, MUTED" in lines
+    assert "WRONG: cluster b is silent: gone" in lines
+    assert ["b", "-", "silent", "0", "0", "open", "-"] in [line.split() for line in lines]
+    assert ["hit", "5", "0"] in [line.split() for line in lines]
+
+
+def test_nothing_wrong_exits_0(monkeypatch: pytest.MonkeyPatch) -> None:
+    """JSON is the agent's own answer."""
+    monkeypatch.setattr(module, "ask", lambda *_: iter([ANSWER | {"wrong": []}]))
+    assert "Nothing is wrong." in CliRunner().invoke(module.status).output
+    result = CliRunner().invoke(module.status, ["-o", "json"])
+    assert (result.exit_code, json.loads(result.output)) == (0, ANSWER | {"wrong": []})
+
+
+def test_agent_that_leaves_without_an_answer(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It was about to stop: a line, no traceback."""
+    monkeypatch.setattr(module, "ask", lambda *_: iter([]))
+    assert isinstance(CliRunner().invoke(module.status).exception, LazymeshError)

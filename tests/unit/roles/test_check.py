@@ -1,0 +1,72 @@
+"""What is looked at, and how findings are worded."""
+
+from __future__ import annotations
+
+import os
+from typing import TYPE_CHECKING
+
+import pytest
+
+from lazymesh.errors import DatapathError
+from lazymesh.kvstore.config import parse_config
+from lazymesh.roles import check
+from tests.support.etcd import Authority, free_port
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+
+def fail(error: Exception) -> str:
+    """Raise it."""
+    raise error
+
+
+@pytest.mark.parametrize(
+    ("error", "words"),
+    [
+        (DatapathError("no bpffs: mount one"), "no bpffs: mount one"),
+        (PermissionError(1, "Operation not permitted"), "Operation not permitted: run this as root"),
+    ],
+)
+def test_failure_is_a_finding(error: Exception, words: str) -> None:
+    """Never a traceback."""
+    finding = check._found("x", lambda: fail(error))
+    assert (finding.verdict, finding.text.startswith(words)) == ("fail", True)
+
+
+def test_warning_is_told_apart() -> None:
+    """By its first word."""
+    assert check._found("x", lambda: "warning: old").verdict == "warn"
+    assert check._found("x", lambda: "fine").verdict == "ok"
+
+
+def test_kernel_older_than_5_10_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    """By the numbers, not the text."""
+    name = os.uname()
+    for release, verdict in (("4.19.0-x", "fail"), ("5.9.16", "fail"), ("5.10.0-8", "ok"), ("10.1", "ok")):
+        fields = (name.sysname, name.nodename, release, name.version, name.machine)
+        monkeypatch.setattr(os, "uname", lambda fields=fields: os.uname_result(fields))
+        assert check._found("kernel", check._kernel).verdict == verdict
+
+
+def test_certificates_are_read_and_dated(tmp_path: Path) -> None:
+    """Expiring soon is a warning, expired a failure; a missing file is named with who names it."""
+    authority = Authority(tmp_path / "ca")
+    for expired, verdict in ((False, "warn"), (True, "fail")):
+        pair = authority.issue("remote", expired=expired)
+        text = f"endpoints: ['https://x:1']\ncert-file: {pair.cert}\nkey-file: {pair.key}\n"
+        (finding,) = check._certificates("b", parse_config(text, "file-b"))
+        assert finding.verdict == verdict
+        assert "user remote" in finding.text
+    text = f"endpoints: ['https://x:1']\ncert-file: {tmp_path}/none\nkey-file: {pair.key}\n"
+    (finding,) = check._certificates("b", parse_config(text, "file-b"))
+    assert (finding.verdict, finding.text) == ("fail", f"cannot read {tmp_path}/none, named in file-b")
+
+
+async def test_every_cluster_of_every_directory_is_asked(tmp_path: Path) -> None:
+    """A store that is not there, a file that makes no sense, a directory that is missing."""
+    (tmp_path / "b").write_text(f"endpoints: ['http://127.0.0.1:{free_port()}']\n")
+    (tmp_path / "c").write_text("endpoints: [")
+    found = {f.name: f async for f in check.check_node(tmp_path, [tmp_path, tmp_path / "none"])}
+    assert found["cluster b"].verdict == found["cluster c"].verdict == found["clustermesh"].verdict == "fail"
+    assert "--clustermesh-config" in found["clustermesh"].text

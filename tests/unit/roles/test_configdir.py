@@ -1,0 +1,60 @@
+"""Cilium's clustermesh directory."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import pytest
+
+from lazymesh.errors import SettingsError
+from lazymesh.roles.configdir import check_directories, read_directory
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+GOOD = "endpoints:\n- https://b.mesh.cilium.io:2379\n"
+
+
+def test_only_files_that_name_endpoints_are_clusters(tmp_path: Path) -> None:
+    """Certificates, directories and dangling links lie there too."""
+    (tmp_path / "b").write_text(GOOD)
+    (tmp_path / "b-ca.crt").write_text("-----BEGIN\n")
+    (tmp_path / "..data").mkdir()
+    (tmp_path / "gone").symlink_to("nowhere")
+    found = read_directory(tmp_path)
+    assert found.keys() == {"b"}
+    assert found["b"].config is not None
+    assert found["b"].error is None
+
+
+def test_equal_content_has_an_equal_digest(tmp_path: Path) -> None:
+    """A symlink swap alone is no change; a comment is one."""
+    for name, text in (("one", GOOD), ("two", GOOD), ("three", GOOD + "# x\n")):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "b").write_text(text)
+    link = tmp_path / "live"
+    seen = []
+    for name in ("one", "two", "three"):
+        link.unlink(missing_ok=True)
+        link.symlink_to(name)
+        seen.append(read_directory(link)["b"].digest)
+    assert seen[0] == seen[1] != seen[2]
+
+
+@pytest.mark.parametrize("content", [b"endpoints: [", b"endpoints: 1\n", b"\xff endpoints: x"])
+def test_file_that_cannot_be_used_says_why(tmp_path: Path, content: bytes) -> None:
+    """While running it is an error of one cluster; at start it ends the agent."""
+    (tmp_path / "b").write_bytes(content)
+    (tmp_path / "c").write_text(GOOD)
+    found = read_directory(tmp_path)
+    assert found["b"].config is None
+    assert found["b"].error
+    assert found["c"].config is not None
+    with pytest.raises(SettingsError, match="cluster b: "):
+        check_directories(tmp_path, None)
+
+
+def test_missing_directory_names_the_option(tmp_path: Path) -> None:
+    """It cannot be read at all."""
+    with pytest.raises(SettingsError, match="--clustermesh-config"):
+        check_directories(tmp_path / "none")

@@ -1,0 +1,113 @@
+"""The control socket, over a real one in a temporary directory."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+from typing import TYPE_CHECKING, Any
+
+import pytest
+
+from lazymesh.errors import LazymeshError
+from lazymesh.roles import control
+from lazymesh.roles.control import ControlServer, ask
+from tests.support.etcd import eventually
+
+if TYPE_CHECKING:
+    from collections.abc import AsyncIterator
+    from pathlib import Path
+
+
+class Served:
+    """A server, and what it reported."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.streaming: list[bool] = []
+        self.server = ControlServer(path, lambda: {"ready": True}, self.streaming.append)
+
+    async def open(self, words: bytes) -> tuple[asyncio.StreamReader, asyncio.StreamWriter]:
+        """Connect and send bytes."""
+        reader, writer = await asyncio.open_unix_connection(self.path)
+        writer.write(words)
+        return reader, writer
+
+
+@pytest.fixture
+async def served(tmp_path: Path) -> AsyncIterator[Served]:
+    """A running server."""
+    served = Served(tmp_path / "run/agent.sock")
+    await served.server.start()
+    yield served
+    await served.server.close()
+    assert not served.path.exists()
+
+
+async def line(reader: asyncio.StreamReader) -> Any:
+    """Return the next object."""
+    return json.loads(await asyncio.wait_for(reader.readline(), 5))
+
+
+async def test_status_is_answered(served: Served) -> None:
+    """And only root may ask."""
+    answers = await asyncio.to_thread(lambda: list(ask(served.path, "status")))
+    assert answers == [{"ready": True}]
+    assert served.path.stat().st_mode & 0o777 == 0o600
+
+
+@pytest.mark.parametrize(
+    "words", [b"\n", b"{}\n", b"[]\n", b"7\n", b"\xff\n", b'{"ask": null}\n', b"[" * 70_000]
+)
+async def test_nonsense_is_answered_as_such(served: Served, words: bytes) -> None:
+    """The server goes on."""
+    reader, writer = await served.open(words)
+    assert "error" in await line(reader)
+    writer.close()
+
+
+async def test_stream_is_shared_and_told_when_somebody_listens(served: Served) -> None:
+    """Lines go to all who listen; the last to leave switches it off."""
+    one, one_writer = await served.open(b'{"ask": "misses"}\n')
+    assert await line(one) == {"streaming": "misses"}
+    two, two_writer = await served.open(b'{"ask": "misses"}\n')
+    assert await line(two) == {"streaming": "misses"}
+    served.server.publish({"address": "10.2.0.5"})
+    assert await line(one) == await line(two) == {"address": "10.2.0.5"}
+    one_writer.close()
+    two_writer.close()
+    await eventually(lambda: served.streaming[-1:] == [False])
+    assert served.streaming == [True, True, False]
+
+
+async def test_reader_that_is_too_slow_loses_lines_and_they_are_counted(
+    served: Served, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The agent's memory is worth more than the newest line."""
+    monkeypatch.setattr(control, "STREAM_BACKLOG", 2)
+    reader, writer = await served.open(b'{"ask": "misses"}\n')
+    await line(reader)
+    for number in range(10):
+        served.server.publish({"n": number})
+    assert served.server.dropped >= 7
+    writer.close()
+
+
+async def test_second_server_is_refused_and_a_dead_ones_socket_is_taken_over(served: Served) -> None:
+    """Somebody who answers keeps it; a file that nobody listens on is in nobody's way."""
+    with pytest.raises(LazymeshError, match="another agent listens"):
+        await ControlServer(served.path, dict).start()
+    stale = served.path.parent / "stale.sock"
+    first = ControlServer(stale, dict)
+    await first.start()
+    assert first._server is not None
+    first._server.close()
+    second = ControlServer(stale, dict)
+    await second.start()
+    await second.close()
+
+
+def test_nobody_answers(tmp_path: Path) -> None:
+    """A line for each way to be absent."""
+    for path in (tmp_path / "none", tmp_path / ("x" * 200), tmp_path):
+        with pytest.raises(LazymeshError, match="no agent answers"):
+            list(ask(path, "status"))

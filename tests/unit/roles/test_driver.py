@@ -1,0 +1,122 @@
+"""The driver: commands to those who own them, outcomes to metrics and people, and its own end."""
+
+from __future__ import annotations
+
+import time
+from typing import TYPE_CHECKING, Any, cast
+
+import pytest
+
+from lazymesh.core import events
+from lazymesh.core.model import Direction, Entry, Reason, Space, parse_address
+from lazymesh.datapath.abi import Signal
+from lazymesh.metrics import Metrics
+from lazymesh.roles.driver import Driver, Shadow
+
+if TYPE_CHECKING:
+    from lazymesh.core.resolver import Resolver
+
+IP = parse_address("10.2.0.5")
+ENTRY = Entry(131_073)
+
+
+class Scripted:
+    """A resolver that answers each event as a table says, and remembers what it was told."""
+
+    def __init__(self, answers: dict[type, list[events.Command]]) -> None:
+        self.answers = answers
+        self.told: list[events.Event] = []
+
+    def step(self, event: events.Event, _now: float) -> list[events.Command]:
+        """Look the event up."""
+        self.told.append(event)
+        return self.answers.get(type(event), [])
+
+
+class Fixture:
+    """A driver with fakes all around."""
+
+    def __init__(
+        self, answers: dict[type, list[events.Command]], links: dict[str, Any] | None = None
+    ) -> None:
+        self.resolver = Scripted(answers)
+        self.metrics = Metrics()
+        self.muted: list[bool] = []
+        self.driver = Driver(
+            cast("Resolver", self.resolver), Shadow(), links or {}, self.metrics, self.muted.append
+        )
+
+    def sample(self, name: str, **labels: str) -> float:
+        """Return one of the metrics."""
+        return self.metrics.registry.get_sample_value(name, labels) or 0.0
+
+
+def test_result_of_an_install_comes_before_everything_else() -> None:
+    """The resolver hears of it before the next event of the same wake-up."""
+    fixture = Fixture({events.Miss: [events.Install(IP, ENTRY, 2)]})
+    signals = [Signal(address=IP, direction=d, cluster_id=2, ifindex=3, ktime_ns=1) for d in Direction]
+    fixture.driver.on_signals(signals)
+    assert [type(event) for event in fixture.resolver.told] == [
+        events.Miss, events.InstallResult, events.Miss, events.InstallResult,
+    ]  # fmt: skip
+    assert fixture.sample("cilium_ipcache_miss_signal_total", direction="egress") == 1
+    assert fixture.sample("cilium_ipcache_miss_signal_total", direction="ingress") == 1
+
+
+def test_read_of_a_cluster_that_has_left_is_answered_all_the_same() -> None:
+    """No read is ever left without an answer."""
+    fixture = Fixture({events.Tick: [events.Read("b", (Space.PUSHED,), (IP,))]})
+    fixture.driver.feed(events.Tick())
+    assert fixture.resolver.told[1] == events.ReadFailed("b", (IP,), "unavailable")
+
+
+def test_bug_ends_the_driver_and_nobody_who_fed_it() -> None:
+    """A watch of etcd must not die of it; the agent is told once, and nothing more is decided."""
+    fixture = Fixture(
+        {events.Tick: [cast("events.Command", events.Watch("b", Space.PUSHED, IP, 1))]}, {"b": None}
+    )
+    fixture.driver._links = cast("Any", {"b": object()})  # has no watch(): raises
+    failures: list[Exception] = []
+    fixture.driver.fail = failures.append
+    fixture.driver.feed(events.Tick())
+    fixture.driver.feed(events.Tick())
+    assert len(failures) == 1
+    assert len(fixture.resolver.told) == 1
+
+
+def test_bug_is_raised_where_nobody_listens() -> None:
+    """Never swallowed."""
+    fixture = Fixture({events.Tick: [events.Watch("b", Space.PUSHED, IP, 1)]})
+    fixture.driver._links = cast("Any", {"b": object()})
+    with pytest.raises(AttributeError):
+        fixture.driver.feed(events.Tick())
+
+
+def test_outcomes_are_counted_and_told() -> None:
+    """Latency counts from the packet's miss; an answer from the cache has no duration."""
+    missed = time.monotonic() - 0.25
+    reports: list[events.Command] = [
+        events.Report(IP, "b", "installed", None, "", missed),
+        events.Report(IP, "b", "absent", Reason.FORGED, "identity 2 is reserved", missed, cached=True),
+        events.Report(IP, "b", "evicted", Reason.NOT_FOUND, "", None),
+    ]
+    fixture = Fixture({events.Tick: reports})
+    told: list[dict[str, Any]] = []
+    fixture.driver.publish = told.append
+    fixture.driver.feed(events.Tick())
+    assert [line["outcome"] for line in told] == ["installed", "absent", "evicted"]
+    assert told[0].items() >= {"address": "10.2.0.5", "cluster": "b", "reason": None}.items()
+    assert 250 <= told[0]["latency_ms"] < 5000
+    assert told[2]["latency_ms"] is None
+    assert fixture.sample("cilium_ipcache_miss_resolution_errors_total", reason="forged") == 1
+    assert fixture.sample("cilium_ipcache_miss_resolution_errors_total", reason="not-found") == 0
+    assert fixture.sample("cilium_ipcache_miss_resolution_duration_seconds_count", outcome="installed") == 1
+    assert fixture.sample("cilium_ipcache_miss_resolution_duration_seconds_count", outcome="absent") == 0
+
+
+def test_mute_reaches_the_kernel_and_evictions_are_counted() -> None:
+    """Both are told by commands."""
+    fixture = Fixture({events.Tick: [events.Mute(True), events.Evict(IP, "deleted"), events.Mute(False)]})
+    fixture.driver.feed(events.Tick())
+    assert (fixture.muted, fixture.driver.muted) == ([True, False], False)
+    assert fixture.sample("lazymesh_entries_evicted_total", why="deleted") == 1

@@ -1,0 +1,208 @@
+"""One cluster's link, with a store of a dict."""
+
+from __future__ import annotations
+
+import asyncio
+from typing import TYPE_CHECKING, Any, cast
+
+import pytest
+
+from lazymesh.core import events
+from lazymesh.core.model import Space, parse_address
+from lazymesh.errors import KvstoreError
+from lazymesh.kvstore.config import parse_config
+from lazymesh.kvstore.model import Change, KeyValue, ReadResult, WatchLoss
+from lazymesh.roles import link as module
+from lazymesh.roles.link import ClusterLink, LinkConfig, _KeyListener
+from tests.support.etcd import eventually
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+IP = parse_address("10.2.0.5")
+READ = events.Read("b", (Space.PUSHED, Space.PULL_ONLY), (IP,))
+KEYS = [b"cilium/state/ip/v1/default/10.2.0.5", b"cilium/state/ip/v1/ondemand/10.2.0.5"]
+
+
+class FakeWatches(dict[int, Any]):
+    """Watches by id."""
+
+    def add(self, key: bytes, listener: object, start: int, **_: object) -> int:
+        """Remember one."""
+        self[len(self) + 1] = (key, listener, start)
+        return len(self)
+
+    def remove(self, watch_id: int) -> None:
+        """Forget one."""
+        self.pop(watch_id, None)
+
+
+class FakeClient:
+    """A store of a dict; ``error`` fails every read, ``hang`` leaves it unanswered."""
+
+    def __init__(self, _config: object) -> None:
+        self.data: dict[bytes, bytes] = {}
+        self.error: KvstoreError | None = None
+        self.hang = False
+        self.watches = FakeWatches()
+
+    async def read_many(self, keys: Sequence[bytes], _timeout: float = 0) -> ReadResult:
+        """Read."""
+        if self.hang:
+            await asyncio.Event().wait()
+        if self.error:
+            raise self.error
+        found = [KeyValue(key, self.data[key], 3, 0) if key in self.data else None for key in keys]
+        return ReadResult(7, found)
+
+    async def get(self, key: bytes) -> KeyValue | None:
+        """Read one."""
+        return (await self.read_many([key])).values[0]
+
+    def add_listener(self, listener: object) -> None:
+        """Nobody is told."""
+
+    async def __aenter__(self) -> FakeClient:
+        return self
+
+    async def __aexit__(self, *_: object) -> None:
+        """Nothing to close."""
+
+
+class Observer:
+    """Remembers events; refuses clusters if told to."""
+
+    def __init__(self) -> None:
+        self.told: list[events.Event] = []
+        self.refusal: str | None = None
+
+    def on_event(self, event: events.Event) -> None:
+        """Remember."""
+        self.told.append(event)
+
+    def on_config(self, *_: object) -> str | None:
+        """Judge."""
+        return self.refusal
+
+    def __getattr__(self, _name: str) -> Any:
+        return lambda *_: None
+
+
+class Stage:
+    """A link, its store and its observer."""
+
+    def __init__(self) -> None:
+        self.observer = Observer()
+        config = LinkConfig("b", parse_config("endpoints: ['http://x:1']", "b"))
+        self.link = ClusterLink(config, cast("Any", self.observer))
+        self.store = cast("FakeClient", self.link.client)
+
+
+@pytest.fixture
+def stage(monkeypatch: pytest.MonkeyPatch) -> Stage:
+    """A link that was not started."""
+    monkeypatch.setattr(module, "EtcdClient", FakeClient)
+    monkeypatch.setattr(module, "RETRY_S", 0.01)
+    return Stage()
+
+
+async def settle() -> None:
+    """Let tasks run."""
+    for _ in range(5):
+        await asyncio.sleep(0)
+
+
+async def test_read_is_answered_with_every_key(stage: Stage) -> None:
+    """Absent keys too, all at the read's revision."""
+    stage.store.data[KEYS[1]] = b"{}"
+    stage.link.read(READ)
+    await settle()
+    (answer,) = stage.observer.told
+    assert answer == events.Answered(
+        "b",
+        (events.KeyState(IP, Space.PUSHED, None, 7), events.KeyState(IP, Space.PULL_ONLY, b"{}", 7)),
+    )
+
+
+async def test_failed_read_is_answered_and_shown_until_one_succeeds(stage: Stage) -> None:
+    """A refused one looks no different from outside, so status says why."""
+    stage.store.error = KvstoreError("user 'remote' may not read it", "permission")
+    stage.link.read(READ)
+    await settle()
+    assert stage.observer.told == [events.ReadFailed("b", (IP,), "permission")]
+    assert stage.link.read_problem == "user 'remote' may not read it"
+    stage.store.error = None
+    stage.link.read(READ)
+    await settle()
+    assert stage.link.read_problem is None
+
+
+@pytest.mark.parametrize("started", [False, True])
+async def test_read_is_answered_even_if_the_link_ends_at_once(stage: Stage, started: bool) -> None:
+    """Cancelled before it ran, or in the middle: the resolver waits for every answer."""
+    stage.store.hang = True
+    stage.link.read(READ)
+    if started:
+        await settle()
+    await stage.link._stop_tasks()
+    await settle()
+    assert stage.observer.told == [events.ReadFailed("b", (IP,), "unavailable")]
+
+
+async def test_exception_of_ours_ends_the_link_and_not_the_watches(stage: Stage) -> None:
+    """The hub that calls is shared by all watches of the store."""
+
+    def fail(_event: events.Event) -> None:
+        raise RuntimeError("a bug")
+
+    running = asyncio.create_task(stage.link.run())
+    await settle()
+    stage.observer.on_event = fail  # type: ignore[method-assign]
+    _KeyListener(stage.link, IP, Space.PUSHED).on_changes(1, [Change(KEYS[0], b"{}", 8)])
+    with pytest.raises(RuntimeError, match="a bug"):
+        await asyncio.wait_for(running, 2)
+
+
+async def test_lost_key_watches_are_collected_into_one_reset(
+    stage: Stage, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A store that was replaced tells so itself."""
+    monkeypatch.setattr(module, "REWATCH_S", 0.01)
+    for number in range(3):
+        address = parse_address(f"10.2.0.{number}")
+        stage.link.watch(events.Watch("b", Space.PUSHED, address, 7))
+    assert stage.link.watched_keys == 3
+    assert stage.store.watches[1][2] == 8, "from the revision after the read"
+    error = KvstoreError("x")
+    for number in range(2):
+        address = parse_address(f"10.2.0.{number}")
+        _KeyListener(stage.link, address, Space.PUSHED).on_lost(number, WatchLoss("compacted", error))
+    await eventually(lambda: stage.observer.told)
+    await settle()
+    assert stage.observer.told == [events.StoreReset("b")]
+    assert (stage.link.watched_keys, len(stage.store.watches)) == (
+        0,
+        2,
+    )  # the lost two were the hub's to drop
+
+
+@pytest.mark.parametrize(
+    ("config", "state", "words"),
+    [
+        (None, "incomplete", "no cluster-config"),
+        (b"{", "refused", "malformed"),
+        (b'{"id":2}', "refused", "not welcome"),
+        (b'{"id":2,"capabilities":{"syncedCanaries":true}}', "incomplete", "no cilium/synced/b/"),
+    ],
+)
+async def test_store_is_believed_only_when_it_is_complete(
+    stage: Stage, config: bytes | None, state: str, words: str
+) -> None:
+    """Until then the link says what it waits for."""
+    if words == "not welcome":
+        stage.observer.refusal = words
+    if config is not None:
+        stage.store.data[b"cilium/cluster-config/b"] = config
+    assert await stage.link._complete() is None
+    assert (stage.link.state, stage.link.tried) == (state, True)
+    assert words in (stage.link.problem or "")

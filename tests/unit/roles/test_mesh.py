@@ -1,0 +1,226 @@
+"""The mesh as a node sees it, with links that only stand there."""
+
+from __future__ import annotations
+
+import asyncio
+import ipaddress
+import json
+from typing import TYPE_CHECKING, Any, cast
+
+import pytest
+
+from lazymesh.core import events
+from lazymesh.core.model import Network, Space
+from lazymesh.core.records import ClusterConfig
+from lazymesh.errors import DatapathError
+from lazymesh.kvstore.model import Change
+from lazymesh.roles import mesh as module
+from lazymesh.roles.enforcement import Enforcement
+from lazymesh.roles.mesh import Mesh
+from lazymesh.settings import MeshSettings
+from tests.support.etcd import eventually
+
+if TYPE_CHECKING:
+    from collections.abc import AsyncIterator, Iterable
+    from pathlib import Path
+
+    from lazymesh.datapath.maps import MeshCidrs
+    from lazymesh.roles.link import ClusterLink, LinkConfig
+
+FILE = "endpoints: ['http://127.0.0.1:1']\n"
+CONFIG = ClusterConfig(2, 255, cached=False, synced_canaries=True)
+SPACES = ((Space.PUSHED, Space.PULL_ONLY),)
+CIDR = "10.2.0.0/16"
+
+
+class StillLink:
+    """A link that does nothing until it is told to crash."""
+
+    nodes_prefix, identities_prefix = b"nodes/", b"ids/"
+
+    def __init__(self, config: LinkConfig, _observer: object) -> None:
+        self.config, self.name = config, config.name
+        self.state, self.tried, self.problem = "connecting", False, None
+        self.refused_total = dict.fromkeys(("node", "identity", "cluster-config"), 0)
+        self.crash = asyncio.get_running_loop().create_future()
+
+    async def run(self) -> None:
+        """Wait."""
+        await self.crash
+
+
+class FakeCidrs(dict[Network, int]):
+    """The kernel's map; ``full`` makes it refuse."""
+
+    full = False
+
+    def apply(self, upserts: Iterable[tuple[Network, int]], deletes: Iterable[Network]) -> None:
+        """Write a difference."""
+        upserts = list(upserts)
+        if self.full and upserts:
+            raise DatapathError("cannot write the mesh CIDRs: No space left on device")
+        self.update(upserts)
+        for network in deletes:
+            self.pop(network, None)
+
+    def items(self) -> Any:
+        """Return a copy, as reading a map does."""
+        return dict(super().items()).items()
+
+
+class FakePolicyMap:
+    """No policy, no map."""
+
+    def items(self) -> set[Any]:
+        """Return nothing."""
+        return set()
+
+    def apply(self, *_: object) -> None:
+        """Take nothing."""
+
+
+class Stage:
+    """A mesh whose directory and links a test plays with."""
+
+    def __init__(self, directory: Path) -> None:
+        self.directory = directory
+        self.cidrs = FakeCidrs()
+        self.told: list[events.Event] = []
+        settings = MeshSettings("a", 1, clustermesh_config=directory)
+        enforcement = Enforcement(cast("Any", FakePolicyMap()), None, keep=False)
+        self.mesh = Mesh(settings, cast("MeshCidrs", self.cidrs), enforcement, self.told.append)
+
+    def look(self) -> None:
+        """Read the directory, as run does twice a second."""
+        self.mesh._reconcile(self.mesh._read())
+
+    @property
+    def link(self) -> ClusterLink:
+        """Cluster b's link."""
+        return self.mesh.links["b"]
+
+    def node(self, name: str, cidr: str | None = CIDR) -> None:
+        """Have b's link tell of a node, or of its end."""
+        network = ipaddress.ip_network(cidr) if cidr else None
+        mask = {"IP": str(network.network_address), "Mask": "//8AAA=="} if network else None
+        record = {"Name": name, "Cluster": "b", "ClusterID": 2, "IPv4AllocCIDR": mask}
+        value = json.dumps(record).encode() if cidr else None
+        self.mesh.on_nodes(self.link, [Change(b"nodes/" + name.encode(), value, 1)])
+
+    def identity(self, number: int) -> None:
+        """Have b's link tell of an identity."""
+        labels = b"k8s:app=x;k8s:io.cilium.k8s.policy.cluster=b;"
+        self.mesh.on_identities(self.link, [Change(b"ids/%d" % number, labels, 1)])
+
+    def join(self) -> str | None:
+        """Have cluster b describe itself."""
+        return self.mesh.on_config(self.link, CONFIG, SPACES)
+
+
+@pytest.fixture
+async def stage(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> AsyncIterator[Stage]:
+    """A mesh with cluster b configured."""
+    monkeypatch.setattr(module, "ClusterLink", StillLink)
+    monkeypatch.setattr(module, "RESTART_S", 0.01)
+    monkeypatch.setattr(module, "RETRY_TABLE_S", 0.01)
+    (tmp_path / "b").write_text(FILE)
+    stage = Stage(tmp_path)
+    stage.look()
+    yield stage
+    for name in list(stage.mesh.links):
+        stage.mesh._stop(name)
+    await asyncio.sleep(0)
+
+
+async def test_cidrs_reach_the_kernel_and_the_resolver(stage: Stage) -> None:
+    """Once the cluster has joined; they go with it."""
+    assert stage.join() is None
+    stage.node("n1")
+    await eventually(lambda: stage.cidrs == {ipaddress.ip_network(CIDR): 2})
+    assert any(isinstance(event, events.TableChanged) for event in stage.told)
+    (stage.directory / "b").unlink()
+    stage.look()
+    assert stage.cidrs == {}
+    assert events.ClusterGone("b") in stage.told
+
+
+async def test_file_that_cannot_be_used_keeps_the_link(stage: Stage) -> None:
+    """The complaint stands until the file is whole again."""
+    link = stage.link
+    (stage.directory / "b").write_text("endpoints: [")
+    stage.look()
+    assert stage.link is link
+    assert "not YAML" in stage.mesh.file_errors["b"]
+    (stage.directory / "b").write_text(FILE)
+    stage.look()
+    assert stage.mesh.file_errors == {}
+
+
+async def test_replaced_link_has_no_last_word(stage: Stage) -> None:
+    """What it still tells is of a store that is not the cluster's any more."""
+    stage.join()
+    old = stage.link
+    (stage.directory / "b").write_text(FILE + "# new\n")
+    stage.look()
+    assert stage.link is not old
+    told = len(stage.told)
+    assert stage.mesh.on_config(old, CONFIG, SPACES) is not None
+    stage.mesh.on_identities(old, [Change(b"ids/131073", b"k8s:io.cilium.k8s.policy.cluster=b;", 1)])
+    stage.mesh.on_listed(old)
+    stage.mesh.on_silent(old)
+    assert (len(stage.told), stage.mesh.identities) == (told, set())
+
+
+async def test_what_a_new_link_does_not_tell_again_is_forgotten(stage: Stage) -> None:
+    """Nodes and identities that went while the configuration changed."""
+    stage.join()
+    for name in ("n1", "n2"):
+        stage.node(name, {"n1": CIDR, "n2": "10.3.0.0/16"}[name])
+    for number in (131_073, 131_074):
+        stage.identity(number)
+    stage.mesh.on_listed(stage.link)
+    (stage.directory / "b").write_text(FILE + "# new\n")
+    stage.look()
+    stage.join()
+    stage.mesh.on_relisting(stage.link)
+    stage.node("n1")
+    stage.identity(131_073)
+    stage.mesh.on_listed(stage.link)
+    assert stage.mesh.identities == {131_073}
+    assert stage.cidrs == {ipaddress.ip_network(CIDR): 2}
+    assert events.IdentityGone(131_074) in stage.told
+
+
+async def test_link_that_crashes_is_started_again(stage: Stage) -> None:
+    """One cluster's strange records cost the others nothing; it is counted, and shown."""
+    link = cast("Any", stage.link)
+    link.crash.set_exception(RuntimeError("strange record"))
+    await eventually(lambda: link.state == "crashed")
+    assert link.problem == "RuntimeError: strange record"
+    assert stage.mesh.crashes == {"b": 1}
+    assert events.ClusterSilent("b") in stage.told
+    await eventually(lambda: stage.link is not link)
+    assert stage.link.state == "connecting"
+
+
+async def test_full_kernel_map_is_told_and_tried_again(stage: Stage) -> None:
+    """Once there is room the table follows."""
+    stage.join()
+    stage.cidrs.full = True
+    stage.node("n1")
+    await eventually(lambda: stage.mesh.problem)
+    stage.cidrs.full = False
+    await eventually(lambda: stage.cidrs)
+    assert stage.mesh.problem is None
+
+
+async def test_bad_identity_is_counted_and_a_good_one_that_turns_bad_goes(stage: Stage) -> None:
+    """Out of range, or with labels of another cluster."""
+    stage.join()
+    stage.identity(131_073)
+    assert stage.mesh.identities == {131_073}
+    stage.identity(5)
+    stage.mesh.on_identities(stage.link, [Change(b"ids/131073", b"k8s:io.cilium.k8s.policy.cluster=c;", 2)])
+    assert stage.mesh.identities == set()
+    assert stage.link.refused_total["identity"] == 2
+    assert stage.told[-1] == events.IdentityGone(131_073)

@@ -1,0 +1,91 @@
+"""What people are told: readiness, what is wrong, one cluster's line."""
+
+from __future__ import annotations
+
+import asyncio
+from types import SimpleNamespace
+from typing import Any, cast
+
+from lazymesh.roles.status import Parts, Status
+
+
+def link(
+    state: str, *, tried: bool = True, problem: str | None = None, read_problem: str | None = None
+) -> Any:
+    """Return what status looks at of a link."""
+    info = SimpleNamespace(endpoint="e", cluster_id=0xAB, revision=3, reconnects=1)
+    return SimpleNamespace(
+        state=state, tried=tried, problem=problem, read_problem=read_problem, sizes=(1, 2), watched_keys=3,
+        client=SimpleNamespace(info=info),
+    )  # fmt: skip
+
+
+def status(links: dict[str, Any], *, attached: bool = True, **mesh: Any) -> Status:
+    """Return a status over fakes."""
+    event = asyncio.Event()
+    if attached:
+        event.set()
+    parts = SimpleNamespace(
+        attached=event,
+        mesh=SimpleNamespace(
+            links=links,
+            file_errors=mesh.get("file_errors", {}),
+            problem=mesh.get("problem"),
+            table=SimpleNamespace(cluster=lambda _: None),
+        ),
+        follower=SimpleNamespace(attached={"lxc0": 0} if attached else {}),
+        driver=SimpleNamespace(muted=mesh.get("muted", False)),
+        resolver=SimpleNamespace(clusters={}),
+    )
+    return Status(cast("Parts", parts))
+
+
+def test_ready_when_attached_and_every_cluster_was_tried() -> None:
+    """A cluster that is down does not keep the node unready."""
+    assert status({}, attached=False).not_ready() == "programs are not attached yet"
+    waiting = {
+        "c": link("connecting", tried=False),
+        "b": link("connecting", tried=False),
+        "d": link("silent"),
+    }
+    assert status(waiting).not_ready() == "clusters not listed yet: b, c"
+    assert status({"b": link("silent"), "c": link("ready")}).not_ready() is None
+
+
+def test_everything_that_is_wrong_is_a_line() -> None:
+    """Nothing wrong, no line."""
+    assert list(status({"b": link("ready")})._wrong()) == []
+    lines = list(
+        status(
+            {
+                "b": link("silent", problem="gone"),
+                "c": link("connecting"),
+                "d": link("ready", read_problem="denied"),
+            },
+            file_errors={"e": "not YAML"},
+            problem="no space",
+            muted=True,
+        )._wrong()
+    )
+    assert lines == [
+        "signals are muted: misses come faster than they can be resolved",
+        "the pod CIDRs in force are out of date: no space",
+        "cluster b is silent: gone",
+        "cluster c is connecting: not listed yet",
+        "cluster d: the last read failed: denied",
+        "cluster e: not YAML",
+    ]
+    assert "no interface carries the program" in next(status({}, attached=False)._wrong())
+
+
+def test_line_of_a_cluster_names_its_store() -> None:
+    """And a cluster whose file is refused has a line too."""
+    shown = status({"b": link("ready")})._cluster("b")
+    assert (shown["endpoint"], shown["etcdClusterId"], shown["nodes"], shown["problem"]) == (
+        "e",
+        "ab",
+        1,
+        None,
+    )
+    refused = status({}, file_errors={"b": "not YAML"})._cluster("b")
+    assert (refused["state"], refused["problem"], refused["endpoint"]) == ("refused", "not YAML", None)
