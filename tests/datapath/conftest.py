@@ -32,6 +32,9 @@ if TYPE_CHECKING:
 IPCACHE_SIZE = 20_000
 """Enough for every test, and quickly wiped."""
 
+_EMPTIED = {libbpf.MAP_TYPE_HASH, libbpf.MAP_TYPE_LRU_HASH, libbpf.MAP_TYPE_LPM_TRIE}
+"""Kinds of maps that a wipe empties; arrays have no elements to delete."""
+
 _MOUNT = re.compile(r"lazymesh-bpffs-(\d+)-")
 
 
@@ -49,8 +52,8 @@ class Bench:
 
     def wipe(self) -> None:
         """Leave every map as a fresh load would, with default settings."""
-        for name, opened in self.maps.items():
-            if name not in ("lm_config", "lm_counters"):
+        for opened in self.maps.values():
+            if opened.layout.kind in _EMPTIED:
                 opened.delete_many([key for key, _ in opened.items()])
         self.forget_counts()
         self.datapath.config.write(DatapathConfig())

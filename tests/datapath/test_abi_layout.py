@@ -23,7 +23,7 @@ from hypothesis import strategies as st
 
 from lazymesh.core.model import Direction, Entry, EntryFlag, parse_address
 from lazymesh.datapath import abi
-from lazymesh.datapath.maps import PacketCounters
+from lazymesh.datapath.maps import OnMiss, PacketCounters
 
 INCLUDE = Path(__file__).parents[2] / "bpf" / "include"
 HEADERS = sorted(INCLUDE.glob("*_abi.h"))
@@ -125,7 +125,17 @@ def test_mirror_names_its_struct(name: str) -> None:
         ("ipcache_family", {"IPCACHE_FAMILY_IPV4": abi.FAMILY_IPV4, "IPCACHE_FAMILY_IPV6": abi.FAMILY_IPV6}),
         ("ipcache_flag", {f"IPCACHE_FLAG_{flag.name}": flag.value for flag in EntryFlag}),
         ("lm_direction", {f"LM_{direction.name}": direction.value for direction in Direction}),
-        ("lm_on_miss", {"LM_ON_MISS_PASS": False, "LM_ON_MISS_DROP": True}),
+        ("lm_on_miss", {f"LM_ON_MISS_{action.name}": action.value for action in OnMiss}),
+        (
+            "lm_slot_state",
+            {
+                "LM_SLOT_FREE": abi.SLOT_FREE,
+                "LM_SLOT_PARKED": abi.SLOT_PARKED,
+                "LM_SLOT_RETURNING": abi.SLOT_RETURNING,
+                "LM_SLOT_DISCARD": abi.SLOT_DISCARD,
+                "LM_SLOT_CUT": abi.SLOT_CUT,
+            },
+        ),
         ("numbers", {"THE_SIGNAL": abi.SIGNAL_IPCACHE_MISS}),
     ],
 )
@@ -137,7 +147,9 @@ def test_numbers_agree(btf: list[dict[str, Any]], enum: str, expected: dict[str,
 
 def test_every_enum_is_compared() -> None:
     """A new enum has to be added to the test above."""
-    assert set(c_enum_names()) == {"ipcache_family", "ipcache_flag", "lm_direction", "lm_on_miss"}
+    expected = {"ipcache_family", "ipcache_flag", "lm_direction", "lm_on_miss", "lm_slot_state"}
+    expected |= {"hold"}  # the programs' own, no number of it crosses to user space
+    assert set(c_enum_names()) == expected
 
 
 def test_every_counter_has_its_field() -> None:

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 import pytest
 
 from lazymesh.core.model import Direction, Entry
+from lazymesh.datapath.maps import OnMiss
 from tests.support import packets
 from tests.support.packets import POD_B1, POD_B2, Flow
 from tests.support.prog_run import Tap
@@ -34,7 +35,7 @@ def tap(bench: Bench, node: Namespace) -> Iterator[Tap]:
 def test_frames_without_a_whole_header_pass(bench: Bench, tap: Tap, version: int) -> None:
     """Not even an address to look up: none of our business, under any setting."""
     frames = packets.headless(Flow(version=version)).values()
-    for settings in ({}, {"drop_missed": True}, {"enforced": frozenset(Direction)}):
+    for settings in ({}, {"on_miss": OnMiss.DROP}, {"enforced": frozenset(Direction)}):
         bench.forget_counts()
         bench.configure(**settings)
         for frame in frames:

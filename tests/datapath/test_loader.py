@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 import pytest
 
-from lazymesh.datapath.pins import Pins
+from lazymesh.datapath.pins import HOLD_FILTER, HOLD_PROGRAMS, PROGRAMS, SIGNALS, Pins, expected_layouts
 from tests.datapath.conftest import mounted_bpffs
 
 if TYPE_CHECKING:
@@ -59,9 +59,10 @@ def complaint(said: dict[str, object]) -> str:
 
 
 def test_load_says_ok_and_pins_everything(place: Pins) -> None:
-    """Maps, both programs, and the map of signals."""
+    """Every map, every program, and the map of signals."""
     assert answer(place) == {"ok": True}
-    assert len(list(place.directory.iterdir())) == 12
+    pinned = {path.name for path in place.directory.iterdir()}
+    assert pinned == {*expected_layouts(100), *PROGRAMS, *HOLD_PROGRAMS, HOLD_FILTER, SIGNALS}
     place.remove()
     place.prepare(100)
 

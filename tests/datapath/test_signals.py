@@ -17,6 +17,7 @@ from hypothesis import strategies as st
 from lazymesh.core.model import Direction, Entry, EntryFlag, format_address
 from lazymesh.datapath import abi
 from lazymesh.datapath.libbpf import PerfBuffer
+from lazymesh.datapath.maps import OnMiss
 from lazymesh.datapath.signals import SignalReader
 from tests.support import packets
 from tests.support.packets import INTERNET, NODE_B, POD_A1, POD_B1, POD_B2, Flow, Host, pod_of_b
@@ -252,7 +253,7 @@ def test_muted_program_counts_and_is_silent(mesh: Bench) -> None:
 
 def test_mute_changes_no_other_setting_and_new_settings_end_it(mesh: Bench) -> None:
     """Overload must not switch a policy off, and a fresh start must not stay deaf."""
-    mesh.configure(rearm_s=7, drop_missed=True, enforced=frozenset(Direction))
+    mesh.configure(rearm_s=7, on_miss=OnMiss.DROP, enforced=frozenset(Direction))
     before = bytes(mesh.datapath.config.read())
     mesh.datapath.config.mute(True)
     assert mesh.datapath.config.read().muted == 1
@@ -286,7 +287,7 @@ def test_full_ring_loses_signals_by_count(mesh: Bench) -> None:
 
 def test_dropped_misses_are_signalled_like_any(mesh: Bench) -> None:
     """Otherwise a dropped peer would stay dropped for ever."""
-    mesh.configure(drop_missed=True)
+    mesh.configure(on_miss=OnMiss.DROP)
     with reading(mesh) as records:
         mesh.send(EGRESS, Flow().udp())
     assert len(records) == 1
@@ -393,7 +394,7 @@ class Configure:
     interface_burst: int
     global_rate: int
     global_burst: int
-    drop_missed: bool
+    on_miss: OnMiss
 
 
 @dataclass(frozen=True)

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 import pytest
 
 from lazymesh.core.model import Direction, Entry, EntryFlag
+from lazymesh.datapath.maps import OnMiss
 from tests.support import packets
 from tests.support.packets import INTERNET, NODE_B, POD_A1, POD_B1, POD_B2, Flow, Host
 from tests.support.prog_run import TC_ACT_SHOT, TC_ACT_UNSPEC
@@ -193,7 +194,7 @@ def test_on_miss_drop_drops_misses_only(
     bench: Bench, row: Row, verdict: int, direction: Direction, version: int
 ) -> None:
     """Dropping is for who prefers no answer to one as world; nobody else's packets may suffer."""
-    bench.configure(drop_missed=True)
+    bench.configure(on_miss=OnMiss.DROP)
     set_up(bench, row, version)
 
     assert bench.send(direction, Flow(row.peer, direction, version).udp()) == verdict
@@ -269,7 +270,9 @@ NONSENSE = {
 """Tags stay where they are in a test run; test_frames.py has them as the kernel delivers them."""
 
 
-@pytest.mark.parametrize("settings", [{}, {"drop_missed": True}, {"enforced": frozenset(Direction)}], ids=str)
+@pytest.mark.parametrize(
+    "settings", [{}, {"on_miss": OnMiss.DROP}, {"enforced": frozenset(Direction)}], ids=str
+)
 @pytest.mark.parametrize("direction", BOTH)
 @pytest.mark.parametrize("name", NONSENSE)
 def test_what_cannot_be_read_passes_untouched(

@@ -44,7 +44,7 @@ def test_defaults_are_those_of_a_node_with_cilium(caught: Caught, tmp_path: Path
     assert settings.mesh.clustermesh_config == Path("/var/lib/cilium/clustermesh")
     assert settings.metrics_address == ("127.0.0.1", 9965)
     assert settings.datapath.interfaces == ("lxc+",)
-    assert not (settings.datapath.drop_missed)
+    assert settings.datapath.on_miss == "hold"
     assert not (settings.shadow)
     assert not (settings.cleanup)
 
@@ -60,7 +60,7 @@ def test_every_word_arrives_where_it_belongs(caught: Caught, tmp_path: Path) -> 
     assert result.exception is None, result.output
     (settings,) = caught.settings
     assert settings.datapath.interfaces == ("a", "b+")
-    assert settings.datapath.drop_missed
+    assert settings.datapath.on_miss == "drop"
     assert (settings.mesh.cluster_id, settings.mesh.max_connected_clusters) == (300, 511)
     assert settings.mesh.mesh_cidrs == (("d", ipaddress.ip_network("10.2.0.0/16")),)
     assert (settings.mesh.region, settings.metrics_address, settings.shadow) == ("eu", None, True)
