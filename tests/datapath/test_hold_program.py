@@ -616,12 +616,12 @@ def test_a_packet_that_never_arrives_is_found(bench: HoldBench) -> None:
         parked = holder._frame(frame)
         assert parked
         now = time.monotonic()
-        lost = bench.mapped.stats.lost
+        before = bench.mapped.stats.never_arrived
         holder._write(parked.data)
         holder._written.append((now - 2, parked.slot, bench.slot(frame).parked_ns))
         bench.node.call(holder._tidy, now)
     wait_until(lambda: bench.counts() == {"held": 1, "discarded": 1}, 2)
-    assert bench.mapped.stats.lost == lost + 1
+    assert bench.mapped.stats.never_arrived == before + 1
     assert bench.out() == 0
     bench.node.call(holder._forget_interfaces)
     assert {int.from_bytes(key, "little") for key, _ in accounts.items()} == {bench.ifindex}
