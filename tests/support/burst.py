@@ -144,6 +144,10 @@ class Ticker:
         return self
 
     def __exit__(self, *exc: object) -> None:
+        self.stop()
+
+    def stop(self) -> None:
+        """Send nothing more."""
         self._stop.set()
         self._thread.join()
         self._socket.close()
