@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 from typing import TYPE_CHECKING
 
 import pytest
@@ -116,8 +117,6 @@ def test_the_check_says_whether_holding_is_possible(lab: Lab, possible: bool) ->
     """One finding, and what to do about it."""
     node = lab.node_a if possible else WithoutTun(lab.node_a.name)
     words = ("check", "-o", "json", "--bpffs", str(lab.bpffs))
-    import sys  # noqa: PLC0415
-
     text = node.run(sys.executable, "-m", "lazymesh", *words, check=False)
     (finding,) = [each for each in json.loads(text)["findings"] if each["name"] == "holding"]
     assert finding["verdict"] == ("ok" if possible else "warn")

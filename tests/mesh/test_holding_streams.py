@@ -1,4 +1,4 @@
-"""TCP streams whose entry vanishes all the time, BIG TCP, and another program behind ours."""
+"""Streams whose entry vanishes all the time, streams that never pause, and another program behind ours."""
 
 from __future__ import annotations
 
@@ -98,32 +98,6 @@ def test_a_stream_survives_that_its_entry_vanishes(
     wait_until(
         lambda: held(agent) + held(agent, "gated") == held(agent, "returned") + held(agent, "discarded"), 3
     )
-
-
-def test_packets_too_big_for_the_tap_pass(lab: Lab, agent: AgentProcess) -> None:
-    """BIG TCP: more than 64 KB in one packet goes on unheld, counted, and arrives."""
-    address = remote_address(20, 6)
-    lab.publish(address)
-    pod = lab.pods[0]
-    sizes = "gso_max_size 180000 gro_max_size 180000"
-    try:
-        pod.namespace.ip([f"link set eth0 {sizes}"])
-        lab.node_a.ip([f"link set {device} {sizes}" for device in (pod.interface, "eth0")])
-    except RuntimeError as exc:
-        pytest.skip(f"needs BIG TCP (Linux 5.19): {exc}")
-    try:
-        before = held(agent, "refused_size")
-        with forgetting(lab, address, 0.0005):
-            for _ in range(20):
-                assert stream(pod.namespace, lab.node_b, address, 1).equal
-                if held(agent, "refused_size") > before:
-                    break
-        assert held(agent, "refused_size") > before
-        assert held(agent, "park_failed") == 0
-    finally:
-        small = "gso_max_size 65536 gro_max_size 65536"
-        pod.namespace.ip([f"link set eth0 {small}"])
-        lab.node_a.ip([f"link set {device} {small}" for device in (pod.interface, "eth0")])
 
 
 @pytest.mark.parametrize("family", [4, 6])

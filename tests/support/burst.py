@@ -180,6 +180,7 @@ def stream(pod: Namespace, node: Namespace, address: str, megabytes: int) -> Str
     """Send so much from a pod to an address that is local to the node; both sides hash."""
     family = socket.AF_INET6 if ":" in address else socket.AF_INET
     server: socket.socket = node.call(socket.socket, family, socket.SOCK_STREAM)
+    server.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
     server.bind(("", PORT))
     server.listen()
     before = counters(pod), counters(node)
