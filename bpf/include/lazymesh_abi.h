@@ -187,7 +187,10 @@ struct lm_outstanding {
 	__u64 moment; /* an interface's token bucket; an address': when a packet with a signal of its own was last parked */
 };
 
-/* One copy per CPU. held + gated = returned + discarded + still out, at every quiet moment. */
+/*
+ * One copy per CPU. At every quiet moment held + gated = returned + discarded + still out, and what holders that died have
+ * taken with them (lost in lm_holder_stats).
+ */
 struct lm_hold_counters {
 	__u64 held;
 	__u64 gated;
@@ -215,7 +218,8 @@ struct lm_holder_stats {
 	__u64 late;
 	__u64 gated;
 	__u64 shutdown;
-	__u64 lost; /* never arrived, or in the hands of a holder that died */
+	__u64 lost; /* in the hands of a holder that died */
+	__u64 never_arrived; /* given back, but its interface did not take it: then discarded */
 	__u64 write_errors;
 	__u64 strays;
 };
@@ -234,6 +238,6 @@ _Static_assert(sizeof(struct lm_slot) == 56, "lm_slot has a hole");
 _Static_assert(sizeof(struct lm_hold_control) == 88, "lm_hold_control has a hole");
 _Static_assert(sizeof(struct lm_outstanding) == 24, "lm_outstanding has a hole");
 _Static_assert(sizeof(struct lm_hold_counters) == 128, "lm_hold_counters has a hole");
-_Static_assert(sizeof(struct lm_holder_stats) == 72, "lm_holder_stats has a hole");
+_Static_assert(sizeof(struct lm_holder_stats) == 80, "lm_holder_stats has a hole");
 
 #endif

@@ -267,6 +267,7 @@ class HolderStats(ctypes.Structure):
             "gated",
             "shutdown",
             "lost",
+            "never_arrived",
             "write_errors",
             "strays",
         )

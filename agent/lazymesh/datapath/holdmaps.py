@@ -17,10 +17,10 @@ if TYPE_CHECKING:
 class HoldLimits:
     """How much may be parked; enforced by the kernel before anything is copied."""
 
-    address_packets: int = 64
-    address_bytes: int = 1 << 20
+    address_packets: int = 256
+    address_bytes: int = 4 << 20
     interface_packets: int = 4_096
-    interface_bytes: int = 4 << 20
+    interface_bytes: int = 8 << 20
     total_bytes: int = 16 << 20
     """All the memory that parked packets may take."""
     interface_rate: int = 2_000

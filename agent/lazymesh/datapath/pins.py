@@ -44,7 +44,7 @@ def expected_layouts(ipcache_size: int) -> dict[str, MapLayout]:
         "lm_hold_total": MapLayout(libbpf.MAP_TYPE_ARRAY, 4, 24, 1, 0),
         "lm_hold_count": MapLayout(libbpf.MAP_TYPE_PERCPU_ARRAY, 4, 128, 1, 0),
         "lm_hold_free": MapLayout(libbpf.MAP_TYPE_QUEUE, 0, 4, 16_384, 0),
-        "lm_holder_stats": MapLayout(libbpf.MAP_TYPE_ARRAY, 4, 72, 1, mapped),
+        "lm_holder_stats": MapLayout(libbpf.MAP_TYPE_ARRAY, 4, 80, 1, mapped),
     }
 
 

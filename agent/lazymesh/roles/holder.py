@@ -203,7 +203,7 @@ class Holder:
                 break
             slot = self._mapped.slots[number]
             if slot.parked_ns == parked_ns and slot.state != abi.SLOT_FREE:
-                self._mapped.stats.lost += 1
+                self._mapped.stats.never_arrived += 1
                 self._discard(number)
         else:
             young = len(self._written)
