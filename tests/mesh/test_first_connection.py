@@ -39,8 +39,8 @@ def lab() -> Iterator[Lab]:
 
 @pytest.fixture(scope="module")
 def agent(lab: Lab) -> Iterator[AgentProcess]:
-    """One agent for the stories with the resolver on."""
-    running = lab.start_agent()
+    """One agent for the stories with the resolver on; what holding spares a client is told in test_hold*.py."""
+    running = lab.start_agent("--on-miss", "pass")
     yield running
     running.stop()
 

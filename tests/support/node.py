@@ -305,6 +305,8 @@ def filters(namespace: Namespace) -> list[str]:
     found = []
     for link in json.loads(namespace.run("ip", "-json", "link")):
         name = link["ifname"]
+        if name.startswith("lm_hold"):
+            continue  # the holder's TAP, which goes with the holder
         if "clsact" in namespace.run("tc", "qdisc", "show", "dev", name):
             found.append(f"{name}: clsact")
             shown = namespace.run("tc", "filter", "show", "dev", name, "ingress")

@@ -22,6 +22,7 @@ ANSWER: dict[str, Any] = {
         "mode": "standalone",
         "interfaces": {"lxc0": "egress"},
         "onMiss": "pass",
+        "holding": "off",
         "policy": "none",
         "mapId": 3,
         "packets": {"egress": {"hit": 5, "missed": 1}, "ingress": {"hit": 0, "missed": 0}},

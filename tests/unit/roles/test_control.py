@@ -24,7 +24,7 @@ class Served:
     def __init__(self, path: Path) -> None:
         self.path = path
         self.streaming: list[bool] = []
-        self.server = ControlServer(path, lambda: {"ready": True}, self.streaming.append)
+        self.server = ControlServer(path, {"status": lambda _: {"ready": True}}, self.streaming.append)
 
     async def open(self, words: bytes) -> tuple[asyncio.StreamReader, asyncio.StreamWriter]:
         """Connect and send bytes."""
@@ -95,13 +95,13 @@ async def test_reader_that_is_too_slow_loses_lines_and_they_are_counted(
 async def test_second_server_is_refused_and_a_dead_ones_socket_is_taken_over(served: Served) -> None:
     """Somebody who answers keeps it; a file that nobody listens on is in nobody's way."""
     with pytest.raises(LazymeshError, match="another agent listens"):
-        await ControlServer(served.path, dict).start()
+        await ControlServer(served.path, {}).start()
     stale = served.path.parent / "stale.sock"
-    first = ControlServer(stale, dict)
+    first = ControlServer(stale, {})
     await first.start()
     assert first._server is not None
     first._server.close()
-    second = ControlServer(stale, dict)
+    second = ControlServer(stale, {})
     await second.start()
     await second.close()
 

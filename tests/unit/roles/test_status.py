@@ -35,6 +35,7 @@ def status(links: dict[str, Any], *, attached: bool = True, **mesh: Any) -> Stat
         ),
         follower=SimpleNamespace(attached={"lxc0": 0} if attached else {}),
         driver=SimpleNamespace(muted=mesh.get("muted", False)),
+        holding=SimpleNamespace(state=mesh.get("holding", "on"), problem=None),
         resolver=SimpleNamespace(clusters={}),
     )
     return Status(cast("Parts", parts))

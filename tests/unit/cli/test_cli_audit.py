@@ -1,0 +1,70 @@
+"""``lazymesh audit``: periods, and the list of open windows."""
+
+from __future__ import annotations
+
+import json
+from typing import TYPE_CHECKING, Any
+
+import pytest
+from click.testing import CliRunner
+
+from lazymesh.cli import audit as module
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+WINDOW = {
+    "address": "10.2.0.5",
+    "direction": "egress",
+    "cluster": "b",
+    "since": "2026-11-21T07:00:00.000+00:00",
+    "seconds": 0.25,
+    "packets": 3,
+    "bytes": 180,
+    "identity": 131_073,
+    "verdict": "denied",
+    "open": True,
+}
+
+
+@pytest.fixture
+def asked(monkeypatch: pytest.MonkeyPatch) -> list[dict[str, Any]]:
+    """Answer with one window; return what was asked."""
+    questions: list[dict[str, Any]] = []
+
+    def answer(_path: Path, what: str, **arguments: Any) -> Any:
+        questions.append({"ask": what, **arguments})
+        return iter([{"windows": [WINDOW]}])
+
+    monkeypatch.setattr(module, "ask", answer)
+    return questions
+
+
+@pytest.mark.parametrize(("period", "seconds"), [("90s", 90), ("15m", 900), ("1h", 3600), ("7d", 604_800)])
+def test_period_is_passed_on_in_seconds(asked: list[dict[str, Any]], period: str, seconds: int) -> None:
+    """As people write it."""
+    assert CliRunner().invoke(module.audit, ["--since", period]).exit_code == 0
+    assert asked == [{"ask": "audit", "since": seconds}]
+
+
+@pytest.mark.parametrize("period", ["", "1", "h", "-1h", "1w", "1.5h"])
+def test_strange_period_is_wrong_usage(asked: list[dict[str, Any]], period: str) -> None:
+    """With examples of what is none."""
+    result = CliRunner().invoke(module.audit, ["--since", period])
+    assert result.exit_code == 2
+    assert "write 90s, 15m, 1h or 7d" in result.output
+    assert asked == []
+
+
+def test_window_is_a_line_and_says_that_it_is_open(asked: list[dict[str, Any]]) -> None:
+    """What went through, for how long, and what policy says of it."""
+    header, row = CliRunner().invoke(module.audit, []).output.splitlines()
+    assert header.split() == [
+        "SINCE", "ADDRESS", "DIRECTION", "CLUSTER", "SECONDS", "PACKETS", "BYTES", "IDENTITY", "VERDICT",
+    ]  # fmt: skip
+    assert row.split()[1:] == ["10.2.0.5", "egress", "b", "0.250", "3", "180", "131073", "denied", "(open)"]
+
+
+def test_json_is_the_agents_own_answer(asked: list[dict[str, Any]]) -> None:
+    """One object."""
+    assert json.loads(CliRunner().invoke(module.audit, ["-o", "json"]).output) == {"windows": [WINDOW]}
