@@ -113,8 +113,12 @@ class Holding:
         """Let the packets go that wait for this address."""
         if self._socket is None:
             return
+        now_ns = time.monotonic_ns()
+        self._control.beat(
+            now_ns
+        )  # a storm of misses may keep the loop from the next beat; this is as good a sign
         family = b"\x01" if len(address) == 4 else b"\x02"
-        self._answers.append(_ANSWER.pack(_CAUSE[cause], family + address.ljust(16, b"\0"), time.monotonic()))
+        self._answers.append(_ANSWER.pack(_CAUSE[cause], family + address.ljust(16, b"\0"), now_ns / 1e9))
         if not self._flush_due:
             # One datagram for all answers of this turn of the loop.
             self._flush_due = True
