@@ -76,7 +76,7 @@ async def _pump(reader: asyncio.StreamReader, writer: asyncio.StreamWriter, dela
         while True:
             came, data = await queue.get()
             # In steps: a shorter delay is for what waits already, too.
-            while (wait := came + delay() - time.monotonic()) > 0:  # type: ignore[operator]
+            while (wait := came + delay() - time.monotonic()) > 0:  # type: ignore[operator] # noqa: ASYNC110 (time passes)
                 await asyncio.sleep(min(wait, 0.01))
             if not data:
                 return
