@@ -74,9 +74,10 @@ async def _pump(reader: asyncio.StreamReader, writer: asyncio.StreamWriter, dela
 
     async def write() -> None:
         while True:
-            due, data = await queue.get()
-            if (wait := due - time.monotonic()) > 0:
-                await asyncio.sleep(wait)
+            came, data = await queue.get()
+            # In steps: a shorter delay is for what waits already, too.
+            while (wait := came + delay() - time.monotonic()) > 0:  # type: ignore[operator] # noqa: ASYNC110 (time passes)
+                await asyncio.sleep(min(wait, 0.01))
             if not data:
                 return
             writer.write(data)
@@ -85,7 +86,7 @@ async def _pump(reader: asyncio.StreamReader, writer: asyncio.StreamWriter, dela
     writing = asyncio.create_task(write())
     with contextlib.suppress(OSError):
         while data := await reader.read(65_536):
-            queue.put_nowait((time.monotonic() + delay(), data))  # type: ignore[operator]
+            queue.put_nowait((time.monotonic(), data))
     queue.put_nowait((0.0, b""))
     with contextlib.suppress(OSError):
         await writing

@@ -57,8 +57,6 @@ class Limits:
     """Where the doubling ends."""
     stale_after: float = 600.0
     """An entry that could not be verified for so long is evicted: its address may long be somebody else's."""
-    reinstall_every: float = 0.005
-    """An entry that keeps vanishing from the map is put back at most so often: somebody is fighting us."""
     recheck_pause: float = 1.0
     """After a failed re-read of installed addresses, before the next."""
     mute_high: float = 0.75

@@ -133,10 +133,10 @@ class Resolver:
                 tracked.missed_at = at
             return
         tracked.missed_at = at
-        if tracked.entry is not None and now - tracked.installed_at >= self._limits.reinstall_every:
+        if tracked.entry is not None and at > tracked.installed_at:
             self._moves.install(tracked, tracked.entry, now)
         else:
-            # Most likely signalled before the entry stood. Its packet may be held, so it too is answered.
+            # Signalled before the entry stood. Its packet may be held, so it too is answered.
             self._moves.report(tracked, "installed", None, cached=True)
 
     # --- what the stores say --------------------------------------------------------------------------------

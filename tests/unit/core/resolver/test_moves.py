@@ -160,7 +160,7 @@ def test_the_least_recently_used_entry_makes_room_before_the_next_is_installed()
 
 def test_a_miss_counts_as_use() -> None:
     """An entry that somebody asked for again is not the first to go."""
-    story = two_installed() >> miss(B1, at=0.1) << report(B1, "installed", missed_at=0.1, cached=True)
+    story = two_installed() >> miss(B1) << report(B1, "installed", missed_at=0.0, cached=True)
     story = story >> miss(B3) << read(B3) >> answered(10, {B3: record(B3)})
     (
         story
