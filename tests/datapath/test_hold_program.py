@@ -12,7 +12,7 @@ import fcntl
 import ipaddress
 import os
 import random
-import select
+import selectors
 import socket
 import struct
 import subprocess
@@ -127,7 +127,9 @@ class HoldBench:
 
     def waits(self, seconds: float = 0.0) -> bool:
         """Tell whether a parked packet waits to be read."""
-        return bool(select.select([self.tap.fd], [], [], seconds)[0])
+        with selectors.DefaultSelector() as selector:  # select() knows no descriptor above 1023
+            selector.register(self.tap.fd, selectors.EVENT_READ)
+            return bool(selector.select(seconds))
 
     def write(self, data: bytes) -> None:
         """Give a frame back."""

@@ -94,7 +94,8 @@ def test_a_stream_survives_that_its_entry_vanishes(
     assert deleted[0] > 5
     assert again > 5
     assert longest_held(lab) > 20_000
-    assert busy.retransmitted <= 10 * max(quiet.retransmitted, 200)
+    # Without the gate it is every sixth segment; a busy machine alone repeats a few in a hundred.
+    assert busy.retransmitted <= max(10 * quiet.retransmitted, SEGMENTS // 20)
     wait_until(
         lambda: held(agent) + held(agent, "gated") == held(agent, "returned") + held(agent, "discarded"), 3
     )

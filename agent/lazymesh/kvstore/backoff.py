@@ -20,8 +20,9 @@ class BackoffLimits:
 
     initial_s: float = 0.25
     """Longest first delay: what a restart of one etcd pod's process takes."""
-    ceiling_s: float = 30.0
-    """Longest delay ever: Cilium's own retry cap for a remote cluster."""
+    ceiling_s: float = 2.0
+    """Longest delay ever. Misses cannot be resolved meanwhile, so a store that is back must be found soon; with full
+    jitter a thousand nodes then knock a thousand times a second, which a refused connection costs nobody much."""
 
 
 class Backoff:
