@@ -23,6 +23,8 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
 
 MEGABYTES = 200
+SEGMENTS = MEGABYTES * 1_000_000 // 1_448
+"""Of Ethernet's usual size."""
 
 
 @pytest.fixture(scope="module")

@@ -153,8 +153,12 @@ def test_wiped_store_is_believed_only_when_it_is_complete_again(lab: Lab, agent:
 def test_store_that_went_back_in_time_is_read_anew(lab: Lab, agent: AgentProcess) -> None:
     """Restored from a backup: the same cluster id, lower revisions, other records."""
     kept, gone = installed(lab, 0, 1)
-    for _ in range(5):
-        lab.heartbeat()
+    for _ in range(
+        10
+    ):  # the agent has to see how far the store had come: below that it knows that it went back
+        lab.publish(kept, OTHER_IDENTITY)
+        lab.publish(kept)
+    wait_until(lambda: cluster(lab, "b")["revision"] > 20, 5, "the revision seen")
     lab.etcd.wipe()
     refill(lab, kept)
     wait_identity(lab, gone, None, BACK_S)

@@ -110,7 +110,7 @@ _path = click.Path(path_type=Path)
 @click.option(
     "--signal-rate",
     type=click.IntRange(min=0),
-    default=5_000,
+    default=1_000,
     show_default=True,
     help="Miss signals per second and interface; 0: no limit.",
 )

@@ -248,7 +248,7 @@ class Agent:
         datapath.config.write(
             DatapathConfig(
                 interface_rate=settings.signal_rate,
-                global_rate=4 * settings.signal_rate,
+                global_rate=10 * settings.signal_rate,
                 # Where no entry is ever written, policy, holding and dropping would cut everybody off.
                 on_miss=OnMiss.PASS if shadow else OnMiss[settings.on_miss.upper()],
                 enforced=self._policy.enforced if self._policy and not shadow else frozenset(),

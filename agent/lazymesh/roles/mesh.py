@@ -246,7 +246,8 @@ class Mesh:
         untold = self._untold.get(link.name, _NOTHING)[1]
         known: list[int] = []
         gone: list[int] = []
-        for change in changes:
+        # An identity may go and come in one batch: only what it ended as counts.
+        for change in {change.key: change for change in changes}.values():
             identity = keys.identity_of_key(change.key, link.identities_prefix)
             if identity is None:
                 continue

@@ -224,3 +224,14 @@ async def test_bad_identity_is_counted_and_a_good_one_that_turns_bad_goes(stage:
     assert stage.mesh.identities == set()
     assert stage.link.refused_total["identity"] == 2
     assert stage.told[-1] == events.IdentityGone(131_073)
+
+
+@pytest.mark.parametrize("ends", ["known", "gone"])
+async def test_only_what_an_identity_ended_as_in_a_batch_counts(stage: Stage, ends: str) -> None:
+    """After an outage its end and its return arrive together, in either order."""
+    stage.join()
+    stage.identity(131_073)
+    gone = Change(b"ids/131073", None, 2)
+    back = Change(b"ids/131073", b"k8s:io.cilium.k8s.policy.cluster=b;", 3)
+    stage.mesh.on_identities(stage.link, [gone, back] if ends == "known" else [back, gone])
+    assert stage.mesh.identities == ({131_073} if ends == "known" else set())
