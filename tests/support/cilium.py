@@ -80,11 +80,13 @@ class Cilium:
 
     def close(self) -> None:
         """Stop it and remove every program, pin and map of it."""
-        self.stop()
-        self._programs.close()
-        if self._map:
-            self._map.close()
-            self._map = None
+        try:
+            self.stop()
+        finally:
+            self._programs.close()
+            if self._map:
+                self._map.close()
+                self._map = None
 
     # Life.
 

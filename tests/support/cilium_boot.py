@@ -131,10 +131,12 @@ class Boot:
         return self._done[step].is_set()
 
     def cancel(self) -> None:
-        """Stop where it is, as an agent that is killed while it starts."""
+        """Stop where it is, as an agent that is killed while it starts; an error of its threads comes out here."""
         self._cancelled.set()
         for thread in self._threads:
             thread.join()
+        if self._error:
+            raise RuntimeError("the agent's start failed") from self._error
 
     def _guard(self, part: Callable[[Timeline], None], timeline: Timeline) -> None:
         try:
