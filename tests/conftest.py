@@ -39,6 +39,10 @@ def _has_bcc() -> bool:
     return importlib.util.find_spec("bcc") is not None
 
 
+def _has_clang() -> bool:
+    return shutil.which("clang-14") is not None
+
+
 def _has_etcd() -> bool:
     return shutil.which("etcd") is not None
 
@@ -55,6 +59,7 @@ def _has_kvm() -> bool:
 NEEDS: dict[str, tuple[str, Callable[[], bool]]] = {
     "root": ("run as root", _is_root),
     "bcc": ("install python3-bpfcc", _has_bcc),
+    "clang": ("install clang-14", _has_clang),
     "etcd": ("install etcd-server", _has_etcd),
     "network namespaces": ("allow this container to make network namespaces", _can_make_namespaces),
     "/dev/kvm": ("run on a machine with virtualisation", _has_kvm),

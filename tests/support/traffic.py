@@ -179,6 +179,9 @@ def _client_socket(what: Probe, address: str, kind: socket.SocketKind) -> socket
     if kind == socket.SOCK_STREAM:
         sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
     if what.source:
+        if sock.family == socket.AF_INET6:
+            # A remote pod's address is local by route only, as in _udp_server.
+            sock.setsockopt(socket.IPPROTO_IPV6, _IPV6_FREEBIND, 1)
         sock.bind((what.source, 0))
     return sock
 
