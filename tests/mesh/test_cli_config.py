@@ -85,9 +85,17 @@ def test_a_timeout_may_drop(lab: Lab) -> None:
     try:
         agent.wait_ready()
         lab.etcd.freeze()
-        assert arrive(lab, 10, 0.5) == 0
-        wait_until(lambda: held(agent, "discarded") == 3, 3)
-        assert metric(agent, "lazymesh_released_packets_total", cause="timeout") == 3
+        arrived, stale = 0, True
+        for number in range(10, 15):
+            # On a machine so busy that a heartbeat came too late, packets rightly pass: try again then.
+            before = held(agent, "refused_stale")
+            arrived = arrive(lab, number, 0.5)
+            stale = held(agent, "refused_stale") != before
+            if not stale:
+                break
+        assert (arrived, stale) == (0, False)
+        wait_until(lambda: held(agent, "discarded") == held(agent, "held") >= 3, 3)
+        assert metric(agent, "lazymesh_released_packets_total", cause="timeout") >= 3
     finally:
         lab.etcd.thaw()
         agent.stop()
