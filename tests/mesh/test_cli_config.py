@@ -94,7 +94,7 @@ def test_a_timeout_may_drop(lab: Lab) -> None:
             if not stale:
                 break
         assert (arrived, stale) == (0, False)
-        wait_until(lambda: held(agent, "discarded") == held(agent, "held") >= 3, 3)
+        wait_until(lambda: held(agent, "discarded") >= 3, 3)
         assert metric(agent, "lazymesh_released_packets_total", cause="timeout") >= 3
     finally:
         lab.etcd.thaw()
