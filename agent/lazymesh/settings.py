@@ -38,6 +38,8 @@ class MeshSettings:
     """The same for direct access to the owners' stores, where clustermesh_config leads to a local cache."""
     mesh_cidrs: tuple[tuple[str, Network], ...] = ()
     """Pod CIDRs given by hand, for platforms whose node records have none."""
+    etcd_transport: str = "native"
+    """What carries the etcd client's calls: our own HTTP/2, or grpcio."""
     region: str | None = None
     """Our region, to honour records of scope ``regional``; None accepts every scope."""
 

@@ -15,7 +15,7 @@ from tests.support.etcd import EtcdServer, EtcdSettings, free_port
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Iterator
 
-    from lazymesh.kvstore.model import Page, Reader
+    from lazymesh.kvstore.model import Page
 
 
 @pytest.fixture
@@ -41,8 +41,7 @@ async def test_batch_of_128_keys_is_read_at_one_revision_with_its_gaps(client: E
     """Every third key exists; the order is that of the question."""
     keys = [b"ip/%d" % number for number in range(128)]
     revision = await client.write_many([(key, b"v" + key) for key in keys[::3]])
-    reader: Reader = client
-    result = await reader.read_many(keys, 5)
+    result = await client.read_many(keys, 5)
     assert result.revision == revision
     assert [value and value.value for value in result.values] == [
         b"v" + key if number % 3 == 0 else None for number, key in enumerate(keys)

@@ -1,9 +1,9 @@
 """Names and reasons of TLS: who a client certificate says we are, and why a handshake really failed.
 
-grpc answers every failed handshake with UNAVAILABLE; the person at the terminal needs "expired" or "wrong
-authority". So after a failure, and only then, one handshake is tried with Python's own ssl module, which
-tells. etcd maps a certificate's common name to its user, hence the small walk through DER: the ssl module
-decodes peers' certificates only.
+With TLS 1.3 a server refuses a certificate after the handshake, by hanging up, and grpc's library calls every failure
+UNAVAILABLE; the person at the terminal needs "expired" or "wrong authority". So after a failure, and only then, one
+handshake is tried on its own, to the end. etcd maps a certificate's common name to its user, hence the small walk
+through DER: the ssl module decodes peers' certificates only.
 """
 
 from __future__ import annotations
@@ -84,7 +84,7 @@ async def handshake_failure(
 ) -> HandshakeFailure | None:
     """Try one handshake and return why it fails; None when TLS is not what fails."""
     try:
-        context = _context(config)
+        context = client_context(config)
     except (OSError, ssl.SSLError) as exc:
         reason = f"the TLS files do not fit together ({_words(exc)})"
         return HandshakeFailure(reason, f"check those named in {config.source}")
@@ -95,9 +95,10 @@ async def handshake_failure(
         return None
 
 
-def _context(config: EtcdConfig) -> ssl.SSLContext:
+def client_context(config: EtcdConfig) -> ssl.SSLContext:
+    """Return what a client speaks TLS with, from the files as they are now; OSError, ssl's too, if they do not fit."""
     context = ssl.create_default_context(cafile=config.ca_file)
-    # grpc is not that strict, and a reason that is none of grpc's would mislead.
+    # Go's servers, and Cilium's certificates, are not that strict.
     context.verify_flags &= ~ssl.VERIFY_X509_STRICT
     context.set_alpn_protocols(["h2"])
     if config.cert_file:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import asyncio
 from contextlib import aclosing
-from typing import TYPE_CHECKING, Self, TypeVar
+from typing import TYPE_CHECKING, Any, Self, TypeVar
 
 from lazymesh.errors import KvstoreError
 from lazymesh.kvstore import etcd_pb2 as pb
@@ -40,6 +40,7 @@ class EtcdClient:
         self._supervisor = Supervisor(config, options)
         self.watches = WatchHub(self._supervisor, options)
         self._tasks: list[asyncio.Task[None]] = []
+        self._reads: set[asyncio.Task[ReadResult]] = set()
 
     async def __aenter__(self) -> Self:
         self._tasks = [
@@ -51,9 +52,10 @@ class EtcdClient:
         return self
 
     async def __aexit__(self, *_: object) -> None:
-        for task in self._tasks:
+        tasks = [*self._tasks, *self._reads]
+        for task in tasks:
             task.cancel()
-        await asyncio.gather(*self._tasks, return_exceptions=True)
+        await asyncio.gather(*tasks, return_exceptions=True)
 
     @property
     def info(self) -> ClientInfo:
@@ -79,13 +81,29 @@ class EtcdClient:
 
     async def read_many(self, keys: Sequence[bytes], timeout_s: float = TIMEOUT_S) -> ReadResult:
         """Read up to 128 keys at one revision, in one round trip. One refused key fails all of them."""
-        if len(keys) == 1:
-            one = await self._call(
-                rpc.RANGE, requests.read_one(keys[0]), timeout_s, lambda: f"read {_names(keys)}"
-            )
-            return ReadResult(one.header.revision, [requests.one_of(one)])
-        many = await self._call(rpc.TXN, requests.read_batch(keys), timeout_s, lambda: f"read {_names(keys)}")
-        return requests.batch_of(many)
+        connection = await self._supervisor.connection(timeout_s)
+        return requests.read_result(await self._call_on(connection, _read_call(keys, timeout_s)))
+
+    def read_soon(
+        self, keys: Sequence[bytes], timeout_s: float, on_done: Callable[[ReadResult | KvstoreError], None]
+    ) -> None:
+        """Do as ``read_many``, with no task for it where there is a connection. on_done is called in any case."""
+        connection = self._supervisor.present
+        if connection is None:
+            task = asyncio.create_task(self.read_many(keys, timeout_s))
+            self._reads.add(task)
+            task.add_done_callback(self._reads.discard)
+            task.add_done_callback(lambda ended: on_done(_outcome_of(ended)))
+            return
+
+        def done(outcome: pb.TxnResponse | pb.RangeResponse | KvstoreError) -> None:
+            if isinstance(outcome, KvstoreError):
+                self._suspect(connection, outcome)
+                on_done(outcome)
+            else:
+                on_done(requests.read_result(outcome))
+
+        connection.start(_read_call(keys, timeout_s), done)
 
     async def get(self, key: bytes, timeout_s: float = TIMEOUT_S) -> KeyValue | None:
         """Read one key; None if it does not exist."""
@@ -106,9 +124,8 @@ class EtcdClient:
         while True:
             request = requests.read_page(prefix, after, revision, page)
             # All pages over one connection: another replica's revisions are not this one's.
-            answer = await self._call_on(
-                connection, rpc.RANGE, request, timeout_s, lambda: f"list {_text(prefix)}*"
-            )
+            call = rpc.Call(rpc.RANGE, request, timeout_s, lambda: f"list {_text(prefix)}*")
+            answer = await self._call_on(connection, call)
             # A pinned answer still has the present revision in its header.
             revision = revision or answer.header.revision
             yield Page(revision, epoch, [requests.key_value(kv) for kv in answer.kvs])
@@ -141,7 +158,8 @@ class EtcdClient:
     async def status(self, timeout_s: float = TIMEOUT_S) -> ClientInfo:
         """Ask the server for a sign of life and return the state it leaves us in."""
         connection = await self._supervisor.connection(timeout_s)
-        await self._call_on(connection, rpc.STATUS, pb.StatusRequest(), timeout_s, lambda: "get the status")
+        call = rpc.Call(rpc.STATUS, pb.StatusRequest(), timeout_s, lambda: "get the status")
+        await self._call_on(connection, call)
         return self.info
 
     async def grant_lease(self, ttl_s: int, timeout_s: float = TIMEOUT_S) -> int:
@@ -176,22 +194,36 @@ class EtcdClient:
         what: Callable[[], str],
     ) -> Response:
         connection = await self._supervisor.connection(timeout_s)
-        return await self._call_on(connection, method, request, timeout_s, what)
+        return await self._call_on(connection, rpc.Call(method, request, timeout_s, what))
 
-    async def _call_on(
-        self,
-        connection: Connection,
-        method: rpc.Method[Request, Response],
-        request: Request,
-        timeout_s: float,
-        what: Callable[[], str],
-    ) -> Response:
+    async def _call_on(self, connection: Connection, call: rpc.Call[Request, Response]) -> Response:
         try:
-            return await connection.call(method, request, timeout_s, what)
+            return await connection.call(call)
         except KvstoreError as exc:
-            if exc.kind in ("timeout", "unavailable"):
-                self._supervisor.suspect(connection)
+            self._suspect(connection, exc)
             raise
+
+    def _suspect(self, connection: Connection, error: KvstoreError) -> None:
+        if error.kind in ("timeout", "unavailable"):
+            self._supervisor.suspect(connection)
+
+
+def _read_call(keys: Sequence[bytes], timeout_s: float) -> rpc.Call[Any, Any]:
+    def what() -> str:
+        return f"read {_names(keys)}"
+
+    if len(keys) == 1:
+        return rpc.Call(rpc.RANGE, requests.read_one(keys[0]), timeout_s, what)
+    return rpc.Call(rpc.TXN, requests.read_batch(keys), timeout_s, what)
+
+
+def _outcome_of(task: asyncio.Task[ReadResult]) -> ReadResult | KvstoreError:
+    if task.cancelled():
+        return KvstoreError("the client was closed")
+    error = task.exception()
+    if error is None:
+        return task.result()
+    return error if isinstance(error, KvstoreError) else KvstoreError(f"{type(error).__name__}: {error}")
 
 
 def _text(key: bytes) -> str:

@@ -1,6 +1,6 @@
 """One connection: one channel to one endpoint, from its TLS files being read until it first fails.
 
-A connection never heals: grpc's own reconnecting would keep yesterday's certificates, and could end at
+A connection never heals: a channel that reconnects by itself would keep yesterday's certificates, and could end at
 another replica with another etcd behind the same name. The client makes the next one, decides when, and tells
 those concerned. This one knows which store it speaks to, who we are there, and how to log in again when a
 token has expired.
@@ -10,28 +10,28 @@ from __future__ import annotations
 
 import asyncio
 import time
-from typing import TYPE_CHECKING, Any, TypeVar
+from contextlib import aclosing
+from typing import TYPE_CHECKING, Any, Generic, TypeVar
 
-import grpc
+from google.protobuf.message import DecodeError
 
 from lazymesh.errors import KvstoreError
 from lazymesh.kvstore import etcd_pb2 as pb
 from lazymesh.kvstore import rpc
 from lazymesh.kvstore.certificate import certificate_facts, handshake_failure
+from lazymesh.kvstore.channel import Code, RpcError, UnaryCall
 from lazymesh.kvstore.failures import Peer, is_stale_auth
-from lazymesh.kvstore.transport import Transport, open_channel, read_tls_files
+from lazymesh.kvstore.transport import Transport, make_channel, read_tls_files
 
 if TYPE_CHECKING:
     from collections.abc import AsyncGenerator, Callable
 
+    from lazymesh.kvstore.channel import Metadata
     from lazymesh.kvstore.config import Endpoint, EtcdConfig
 
 Request = TypeVar("Request")
 Response = TypeVar("Response", bound=rpc.Answer)
-
-
-Login = tuple[tuple[str, str], ...]
-"""Metadata that calls are made with: empty, or the token of a login by password."""
+Outcome = TypeVar("Outcome")
 
 
 class Connection:
@@ -53,17 +53,22 @@ class Connection:
         """Called once, when it goes down by itself."""
         self._config = config
         self._timeout_s = transport.dial_timeout_s
-        self.login: Login = ()
-        """To be handed to :meth:`renew_login` when it is refused."""
+        self.login: Metadata = ()
+        """What calls are made with: nothing, or the token of a login by password. To be handed to
+        :meth:`renew_login` when it is refused."""
         self._logging_in = asyncio.Lock()
-        self._calls: dict[str, Any] = {}
         tls = read_tls_files(config) if config.tls else None
         self.peer = Peer(str(endpoint), _who(config, tls.cert if tls else None))
-        self._channel = open_channel(endpoint, tls, transport)
+        self._channel = make_channel(endpoint, config, tls, transport)
+        self._channel.on_lost = self._lose
 
     async def open(self) -> None:
         """Log in and ask which store this is, and at what revision; KvstoreError says why that fails."""
         try:
+            try:
+                await self._channel.open(self._timeout_s)
+            except RpcError as exc:
+                raise self.peer.translate(exc, "connect") from exc
             if self._config.username:
                 await self._authenticate()
             await self.ping(self._timeout_s)
@@ -87,27 +92,34 @@ class Connection:
             if self.on_down:
                 self.on_down(error)
 
-    async def call(
-        self,
-        method: rpc.Method[Request, Response],
-        request: Request,
-        timeout_s: float,
-        what: Callable[[], str],
-    ) -> Response:
-        """Make one unary call; ``what`` says, for a message, what could not be done."""
+    def start(
+        self, call: rpc.Call[Request, Response], on_done: Callable[[Response | KvstoreError], None]
+    ) -> Callable[[], None]:
+        """Make one unary call, now; return what gives it up. on_done takes its outcome: once, later, if at all."""
         login, floor = self.login, self.revision
-        try:
-            response = await self._unary(method, request, timeout_s, login)
-        except grpc.RpcError as exc:
-            if not is_stale_auth(exc):
-                raise self.peer.translate(exc, what()) from exc
-            await self.renew_login(login)
-            try:
-                response = await self._unary(method, request, timeout_s, self.login)
-            except grpc.RpcError as again:
-                raise self.peer.translate(again, what()) from again
-        self._observe(response.header, floor)
-        return response
+        under_way: list[Callable[[], object]] = []
+
+        def done(outcome: bytes | RpcError) -> None:
+            if isinstance(outcome, RpcError) and is_stale_auth(outcome):
+                task = asyncio.create_task(self._again(call, login, floor))
+                task.add_done_callback(lambda ended: None if ended.cancelled() else on_done(ended.result()))
+                under_way[:] = [task.cancel]
+            else:
+                on_done(self._outcome(call, outcome, floor))
+
+        def give_up() -> None:
+            under_way[0]()
+
+        under_way.append(self._send(call, self.login, done))
+        return give_up
+
+    async def call(self, call: rpc.Call[Request, Response]) -> Response:
+        """Make one unary call and wait for its response; KvstoreError when there is none."""
+        pending = _Pending[Response | KvstoreError]()
+        outcome = await pending.wait(self.start(call, pending.settle))
+        if isinstance(outcome, KvstoreError):
+            raise outcome
+        return outcome
 
     async def stream(
         self, method: rpc.Method[Request, Response], requests: rpc.Outbox[Request], what: Callable[[], str]
@@ -115,38 +127,40 @@ class Connection:
         """Open a stream; it never ends well, only by KvstoreError or by being left."""
         self._check_up()
         floor = self.revision
-        multi = self._channel.stream_stream(method.path, method.encode, method.decode)
         # A member cut off from its leader would otherwise keep its watches open and silent.
-        call: Any = multi(requests, metadata=(*self.login, ("hasleader", "true")))
+        metadata = (*self.login, ("hasleader", "true"))
+        encoded = (method.encode(request) async for request in requests)
         try:
-            async for response in call:
-                self._observe(response.header, floor)
-                yield response
-        except grpc.RpcError as exc:
+            async with aclosing(self._channel.stream(method.path, encoded, metadata)) as responses:
+                async for raw in responses:
+                    response = self._decoded(method, raw)
+                    self._observe(response.header, floor)
+                    yield response
+        except RpcError as exc:
+            self._check_up()
             raise self.peer.translate(exc, what()) from exc
-        except asyncio.CancelledError:
-            self._raise_failure_unless_cancelled()
-            raise
         finally:
             requests.close()
-            call.cancel()
         raise self.peer.error("unavailable", what(), "the server ended the stream")
 
     async def ping(self, timeout_s: float) -> None:
         """Ask for the server's status, the one call that every user may make."""
-        response = await self.call(rpc.STATUS, pb.StatusRequest(), timeout_s, lambda: "connect")
+        response = await self.call(rpc.Call(rpc.STATUS, pb.StatusRequest(), timeout_s, lambda: "connect"))
         self.version = response.version
 
-    async def renew_login(self, refused: Login) -> None:
+    async def renew_login(self, refused: Metadata) -> None:
         """Get a new token, if we log in by password at all and nobody has got one since."""
         async with self._logging_in:
             if self._config.username and self.login is refused:
                 await self._authenticate()
 
     def check_channel(self) -> None:
-        """Go down if the channel has lost its transport: by itself, the next call would get it another one."""
-        if self._channel.get_state() is not grpc.ChannelConnectivity.READY:
-            self.fail(self.peer.error("unavailable", "go on", "the connection was lost"))
+        """Go down if no more calls can be made over the channel."""
+        if reason := self._channel.lost:
+            self._lose(reason)
+
+    def _lose(self, reason: str) -> None:
+        self.fail(self.peer.error("unavailable", "go on", reason))
 
     def _observe(self, header: pb.ResponseHeader, floor: int) -> None:
         """Take note of a response's header; KvstoreError when it is not the store of the ones before.
@@ -167,39 +181,86 @@ class Connection:
         request = pb.AuthenticateRequest(
             name=self._config.username or "", password=self._config.password or ""
         )
+        what = f"log in with the password of {self._config.source}"
+        call = rpc.Call(rpc.AUTHENTICATE, request, self._timeout_s, lambda: what)
+        # Without a token: etcd refuses even the login for an expired one.
+        pending = _Pending[bytes | RpcError]()
+        raw = await pending.wait(self._send(call, (), pending.settle))
         try:
-            # Without a token: etcd refuses even the login for an expired one.
-            response = await self._unary(rpc.AUTHENTICATE, request, self._timeout_s, ())
-        except grpc.RpcError as exc:
-            raise self.peer.translate(exc, f"log in with the password of {self._config.source}") from exc
+            response = self._decoded(call.method, raw)
+        except RpcError as exc:
+            raise self.peer.translate(exc, what) from exc
         self.login = (("token", response.token),)
         self.login_at = time.monotonic()
 
-    async def _unary(
-        self, method: rpc.Method[Request, Response], request: Request, timeout_s: float, login: Login
-    ) -> Response:
-        self._check_up()
-        multi = self._calls.get(method.path)
-        if multi is None:
-            multi = self._channel.unary_unary(method.path, method.encode, method.decode)
-            self._calls[method.path] = multi
+    async def _again(
+        self, call: rpc.Call[Request, Response], refused: Metadata, floor: int
+    ) -> Response | KvstoreError:
+        """Make a call once more, after a new login."""
         try:
-            response: Response = await multi(request, timeout=timeout_s, metadata=login)
-        except asyncio.CancelledError:
-            self._raise_failure_unless_cancelled()
-            raise
+            await self.renew_login(refused)
+        except KvstoreError as exc:
+            return exc
+        pending = _Pending[bytes | RpcError]()
+        raw = await pending.wait(self._send(call, self.login, pending.settle))
+        return self._outcome(call, raw, floor)
+
+    def _send(
+        self, call: rpc.Call[Any, Any], login: Metadata, on_done: Callable[[bytes | RpcError], None]
+    ) -> Callable[[], None]:
+        message = call.method.encode(call.request)
+        return self._channel.call(UnaryCall(call.method.path, message, login, call.timeout_s), on_done)
+
+    def _outcome(
+        self, call: rpc.Call[Request, Response], raw: bytes | RpcError, floor: int
+    ) -> Response | KvstoreError:
+        """Return the response, or why there is none."""
+        try:
+            response = self._decoded(call.method, raw)
+            self._observe(response.header, floor)
+        except RpcError as exc:
+            error = self._down() or self.peer.translate(exc, call.what())
+            error.__cause__ = exc
+            return error
+        except KvstoreError as exc:
+            return exc
         return response
 
-    def _check_up(self) -> None:
-        if self.failure:
-            # A copy: the one exception object would collect the tracebacks of all who meet it.
-            raise KvstoreError(str(self.failure), self.failure.kind)
+    def _decoded(self, method: rpc.Method[Request, Response], raw: bytes | RpcError) -> Response:
+        if isinstance(raw, RpcError):
+            raise raw
+        try:
+            return method.decode(raw)
+        except DecodeError as exc:
+            raise RpcError(Code.INTERNAL, f"a response to {method.path} that cannot be read") from exc
 
-    def _raise_failure_unless_cancelled(self) -> None:
-        """Tell a closed channel, which cancels its calls, from somebody's cancelling this task."""
-        task = asyncio.current_task()
-        if task is not None and not task.cancelling():
-            self._check_up()
+    def _down(self) -> KvstoreError | None:
+        """Return why the connection is down: a copy, else one exception would collect the tracebacks of all."""
+        return KvstoreError(str(self.failure), self.failure.kind) if self.failure else None
+
+    def _check_up(self) -> None:
+        if error := self._down():
+            raise error
+
+
+class _Pending(Generic[Outcome]):
+    """Something that will call back, to wait for."""
+
+    def __init__(self) -> None:
+        self._future: asyncio.Future[Outcome] = asyncio.get_running_loop().create_future()
+
+    def settle(self, outcome: Outcome) -> None:
+        """Take the outcome."""
+        if not self._future.done():
+            self._future.set_result(outcome)
+
+    async def wait(self, give_up: Callable[[], object]) -> Outcome:
+        """Return the outcome; whoever stops waiting gives it up."""
+        try:
+            return await self._future
+        except asyncio.CancelledError:
+            give_up()
+            raise
 
 
 def _who(config: EtcdConfig, cert: bytes | None) -> str:

@@ -1,19 +1,22 @@
-"""Etcd's and grpc's ways to fail, in our words: one line naming endpoint, key, who we are, and what to do."""
+"""Etcd's and gRPC's ways to fail, in our words: one line naming endpoint, key, who we are, and what to do."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
-
-import grpc
+from typing import TYPE_CHECKING
 
 from lazymesh.errors import KvstoreError
+from lazymesh.kvstore.channel import Code
+
+if TYPE_CHECKING:
+    from lazymesh.kvstore.channel import RpcError
 
 _KINDS = {
-    grpc.StatusCode.DEADLINE_EXCEEDED: "timeout",
-    grpc.StatusCode.PERMISSION_DENIED: "permission",
-    grpc.StatusCode.UNAUTHENTICATED: "permission",
-    grpc.StatusCode.UNAVAILABLE: "unavailable",
-    grpc.StatusCode.CANCELLED: "unavailable",
+    Code.DEADLINE_EXCEEDED: "timeout",
+    Code.PERMISSION_DENIED: "permission",
+    Code.UNAUTHENTICATED: "permission",
+    Code.UNAVAILABLE: "unavailable",
+    Code.CANCELLED: "unavailable",
 }
 
 # These come as INVALID_ARGUMENT, which says nothing about their being a matter of who we are.
@@ -47,9 +50,9 @@ class Peer:
         )
         return KvstoreError(line, kind)
 
-    def translate(self, error: grpc.RpcError, what: str) -> KvstoreError:
-        """Return our error for grpc's."""
-        code, details = status_of(error)
+    def translate(self, error: RpcError, what: str) -> KvstoreError:
+        """Return our error for gRPC's."""
+        code, details = error.code, error.details
         kind = "permission" if any(words in details for words in _ABOUT_US) else _KINDS.get(code, "protocol")
         reason = details.removeprefix("etcdserver: ") or code.name.lower().replace("_", " ")
         if "required revision has been compacted" in details:
@@ -57,16 +60,8 @@ class Peer:
         return self.error(kind, what, reason)
 
 
-def status_of(error: grpc.RpcError) -> tuple[grpc.StatusCode, str]:
-    """Return code and details; grpc.aio's only concrete error has both, its base class declares neither."""
-    if isinstance(error, grpc.aio.AioRpcError):
-        return error.code(), error.details() or ""
-    return grpc.StatusCode.UNKNOWN, str(error)
-
-
-def is_stale_auth(error: grpc.RpcError) -> bool:
+def is_stale_auth(error: RpcError) -> bool:
     """Say whether a new token (or for certificates: simply another try) may help."""
-    code, details = status_of(error)
-    return (code is grpc.StatusCode.UNAUTHENTICATED and "invalid auth token" in details) or (
-        code is grpc.StatusCode.INVALID_ARGUMENT and "revision of auth store is old" in details
+    return (error.code is Code.UNAUTHENTICATED and "invalid auth token" in error.details) or (
+        error.code is Code.INVALID_ARGUMENT and "revision of auth store is old" in error.details
     )

@@ -24,8 +24,13 @@ from lazymesh.kvstore.resume import Changed, Ended, Ledger, Live
 if TYPE_CHECKING:
     from lazymesh.kvstore.connection import Connection
     from lazymesh.kvstore.model import ClientEvent, WatchListener
-    from lazymesh.kvstore.resume import Delivery
+    from lazymesh.kvstore.resume import Delivery, Watch
     from lazymesh.kvstore.supervisor import Options, Supervisor
+
+
+TAKE_UP_S = 0.01
+"""New watches are asked for this much later, many at once: they start from a known revision, so nothing is missed, and
+the reads that packets wait for are not disturbed by the server's answers to them."""
 
 
 class WatchHub:
@@ -37,6 +42,8 @@ class WatchHub:
         self._ledger = Ledger()
         self._outbox: rpc.Outbox[pb.WatchRequest] | None = None
         """Requests of the present stream, None while there is none."""
+        self._fresh: list[Watch] = []
+        """Watches that are to be asked for in a moment."""
         self._wanted = asyncio.Event()
         supervisor.listeners.append(self._on_client_event)
 
@@ -46,15 +53,25 @@ class WatchHub:
     def add(self, key: bytes, listener: WatchListener, start_revision: int, *, prefix: bool = False) -> int:
         """Watch a key or prefix from a revision on (0: from now) and return the watch's id."""
         watch = self._ledger.add(key, listener, start_revision, prefix=prefix)
-        if self._outbox:
-            self._outbox.put(self._ledger.create_request(watch))
+        if not self._fresh:
+            asyncio.get_running_loop().call_later(TAKE_UP_S, self._take_up)
+        self._fresh.append(watch)
         self._wanted.set()
         return watch.watch_id
 
     def remove(self, watch_id: int) -> None:
         """End a watch; nothing more is told of it. An unknown id is one that was lost in the meantime."""
-        if self._ledger.remove(watch_id) and self._outbox:
+        watch = self._ledger.remove(watch_id)
+        # One that was not asked for yet is simply never asked for.
+        if watch and watch.mark and self._outbox:
             self._outbox.put(pb.WatchRequest(cancel_request=pb.WatchCancelRequest(watch_id=watch_id)))
+
+    def _take_up(self) -> None:
+        fresh, self._fresh = self._fresh, []
+        for watch in fresh:
+            # Else it was removed meanwhile, or a stream that began meanwhile has asked for it.
+            if self._outbox and not watch.mark and watch.watch_id in self._ledger.watches:
+                self._outbox.put(self._ledger.create_request(watch))
 
     async def run(self) -> None:
         """Keep the stream until cancelled, from the first watch on."""

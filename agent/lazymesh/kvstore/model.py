@@ -51,13 +51,6 @@ class Page:
     items: list[KeyValue]
 
 
-class Reader(Protocol):
-    """The miss path's whole need of a store; its transport is replaceable behind this."""
-
-    async def read_many(self, keys: Sequence[bytes], timeout_s: float) -> ReadResult:
-        """Read up to 128 keys at one revision, in one round trip; KvstoreError when that fails."""
-
-
 @dataclass(frozen=True, slots=True)
 class Connected:
     """The store answers (again)."""

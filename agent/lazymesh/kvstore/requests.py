@@ -55,8 +55,10 @@ def one_of(response: pb.RangeResponse) -> KeyValue | None:
     return key_value(response.kvs[0]) if response.kvs else None
 
 
-def batch_of(response: pb.TxnResponse) -> ReadResult:
-    """Return the answer to :func:`read_batch`."""
+def read_result(response: pb.RangeResponse | pb.TxnResponse) -> ReadResult:
+    """Return the answer to :func:`read_one` or :func:`read_batch`."""
+    if isinstance(response, pb.RangeResponse):
+        return ReadResult(response.header.revision, [one_of(response)])
     return ReadResult(response.header.revision, [one_of(op.response_range) for op in response.responses])
 
 

@@ -37,7 +37,7 @@ class Watch:
     """The first revision not delivered yet; 0: whichever comes next, until the server says which that is."""
     listener: WatchListener
     mark: int = 0
-    """Its place in the sequence of watches created on the present stream."""
+    """Its place in the sequence of watches created on the present stream; 0: not asked for on it yet."""
     pending: list[Change] = field(default_factory=list)
     """Fragments of a response whose last one has not come."""
 
@@ -96,9 +96,9 @@ class Ledger:
         """Enter a watch again that the server has ended, to be asked for on the next stream."""
         self.watches[watch.watch_id] = watch
 
-    def remove(self, watch_id: int) -> bool:
-        """Strike a watch; False if there is none."""
-        return self.watches.pop(watch_id, None) is not None
+    def remove(self, watch_id: int) -> Watch | None:
+        """Strike a watch and return it; None if there is none."""
+        return self.watches.pop(watch_id, None)
 
     def clear(self) -> list[Watch]:
         """Strike all watches and return them."""

@@ -32,10 +32,21 @@ class Method(Generic[Request_contra, Response]):
     decode: Callable[[bytes], Response]
 
 
+@dataclass(frozen=True, slots=True)
+class Call(Generic[Request_contra, Response]):
+    """One call of a method with one request and one response."""
+
+    method: Method[Request_contra, Response]
+    request: Request_contra
+    timeout_s: float
+    what: Callable[[], str]
+    """Says, for a message, what could not be done."""
+
+
 class Outbox(Generic[Item]):
     """The requests of one stream, in the order they are put in.
 
-    grpc leaves its task waiting for the next request when a stream breaks, so closing is part of every end.
+    Whoever sends them may be waiting for the next one when the stream breaks, so closing is part of every end.
     """
 
     def __init__(self, *requests: Item) -> None:

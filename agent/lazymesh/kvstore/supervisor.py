@@ -108,6 +108,11 @@ class Supervisor:
                 await self._keep(connection)
             await asyncio.sleep(self._backoff.next_s())
 
+    @property
+    def present(self) -> Connection | None:
+        """The connection, None while there is none."""
+        return self._connection
+
     async def connection(self, timeout_s: float) -> Connection:
         """Return the connection; while the endpoints are being dialled, wait for the outcome."""
         if self._connection:

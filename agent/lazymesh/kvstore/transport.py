@@ -1,32 +1,35 @@
-"""How a channel to one endpoint is made: TLS files, names, keepalive, and what grpc's defaults get wrong.
+"""How a channel to one endpoint is made: over which transport, with which TLS files, how patient.
 
-The TLS files are read here, once for each connection, so that a rotated certificate is in use from the next
-one on.
+The TLS files are read once for each connection, so that a rotated certificate is in use from the next one on.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
-
-import grpc
-import grpc.aio
+from typing import TYPE_CHECKING
 
 from lazymesh.errors import KvstoreError
+from lazymesh.kvstore.native import NativeChannel
 
 if TYPE_CHECKING:
+    from lazymesh.kvstore.channel import Channel
     from lazymesh.kvstore.config import Endpoint, EtcdConfig
+
+KINDS = ("native", "grpcio")
 
 
 @dataclass(frozen=True, slots=True)
 class Transport:
     """How a connection behaves on the wire."""
 
+    kind: str = "native"
+    """native or grpcio."""
     dial_timeout_s: float = 5.0
     """Until the first answer, login and handshake included."""
     keepalive_s: float = 15.0
-    """Cilium's etcd.keepaliveHeartbeat; etcd itself refuses pings closer than 5 s."""
+    """Cilium's etcd.keepaliveHeartbeat; etcd itself refuses pings closer than 5 s. (grpcio; natively the supervisor's
+    questions are enough.)"""
     keepalive_timeout_s: float = 25.0
     """Cilium's etcd.keepaliveTimeout."""
     max_message_bytes: int = 256 << 20
@@ -49,35 +52,15 @@ def read_tls_files(config: EtcdConfig) -> TlsFiles:
     )
 
 
-def open_channel(endpoint: Endpoint, tls: TlsFiles | None, transport: Transport) -> grpc.aio.Channel:
-    """Return a channel that dials when first used; ``tls`` None: in the clear."""
-    options = channel_options(endpoint, transport)
-    if tls is None:
-        return grpc.aio.insecure_channel(endpoint.target, options)
-    credentials = grpc.ssl_channel_credentials(tls.ca, tls.key, tls.cert)
-    return grpc.aio.secure_channel(endpoint.target, credentials, options)
+def make_channel(
+    endpoint: Endpoint, config: EtcdConfig, tls: TlsFiles | None, transport: Transport
+) -> Channel:
+    """Return a channel, still to be opened; ``tls`` None: in the clear."""
+    if transport.kind == "native":
+        return NativeChannel(endpoint, config, transport.max_message_bytes)
+    from lazymesh.kvstore.grpcio import GrpcioChannel  # noqa: PLC0415 (20 MB that few need)
 
-
-def channel_options(endpoint: Endpoint, transport: Transport) -> list[tuple[str, Any]]:
-    """Return grpc's options for a channel to this endpoint."""
-    options: list[tuple[str, Any]] = [
-        ("grpc.keepalive_time_ms", int(transport.keepalive_s * 1000)),
-        ("grpc.keepalive_timeout_ms", int(transport.keepalive_timeout_s * 1000)),
-        # etcd answers pings of a connection without calls by GOAWAY; the supervisor probes when idle.
-        ("grpc.keepalive_permit_without_calls", 0),
-        ("grpc.http2.max_pings_without_data", 0),
-        ("grpc.max_receive_message_length", transport.max_message_bytes),
-        ("grpc.max_send_message_length", transport.max_message_bytes),
-        # A shared subchannel would hand a new connection the old one's transport, or its back-off.
-        ("grpc.use_local_subchannel_pool", 1),
-        ("grpc.enable_http_proxy", 0),
-        # Half an hour without a call must not look like a lost connection.
-        ("grpc.client_idle_timeout_ms", 2**31 - 1),
-    ]
-    # A literal IPv6 address travels percent-encoded as authority, and no certificate contains that.
-    if endpoint.address or ":" in endpoint.host:
-        options.append(("grpc.ssl_target_name_override", endpoint.host))
-    return options
+    return GrpcioChannel(endpoint, tls, transport)
 
 
 def _read(path: str | None, source: str) -> bytes | None:

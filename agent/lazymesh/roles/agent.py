@@ -177,7 +177,7 @@ class Agent:
             "lazymesh_unexpected_errors", "Errors that nobody expected; each is in the log", (),
             lambda: [((), self._unexpected)],
         )  # fmt: skip
-        driver.release = holding.answer
+        driver.release, driver.released = holding.answer, holding.flush
         driver.installed = auditor.installed
         export_audit(self._metrics, auditor.log)
         async with contextlib.AsyncExitStack() as stack:

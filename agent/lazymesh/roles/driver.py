@@ -92,6 +92,9 @@ class Driver:
         self.release: Callable[[Address, Cause], None] | None = None
         """Lets packets go that are held for an address: it is answered."""
 
+        self.released: Callable[[], None] | None = None
+        """Told when all answers of the moment are given."""
+
         self.installed: Callable[[Address], None] | None = None
         """Told of addresses that have their entry now."""
 
@@ -117,6 +120,8 @@ class Driver:
             while self._events:
                 for command in self._resolver.step(self._events.popleft(), time.monotonic()):
                     self._carry_out(command)
+            if self.released is not None:
+                self.released()
         except Exception as exc:
             # The resolver may be anywhere between two states: nothing more is decided from it.
             self._failed = True

@@ -69,7 +69,6 @@ class Holding:
         self._settings = settings
         self._socket: socket.socket | None = None
         self._answers: list[bytes] = []
-        self._flush_due = False
 
     @property
     def problem(self) -> str | None:
@@ -114,18 +113,14 @@ class Holding:
         if self._socket is None:
             return
         now_ns = time.monotonic_ns()
-        self._control.beat(
-            now_ns
-        )  # a storm of misses may keep the loop from the next beat; this is as good a sign
+        # A storm of misses may keep the loop from the next beat; this is as good a sign.
+        self._control.beat(now_ns)
         family = b"\x01" if len(address) == 4 else b"\x02"
         self._answers.append(_ANSWER.pack(_CAUSE[cause], family + address.ljust(16, b"\0"), now_ns / 1e9))
-        if not self._flush_due:
-            # One datagram for all answers of this turn of the loop.
-            self._flush_due = True
-            asyncio.get_running_loop().call_soon(self._flush)
 
-    def _flush(self) -> None:
-        answers, self._answers, self._flush_due = self._answers, [], False
+    def flush(self) -> None:
+        """Send the answers of one step of the agent: one datagram for all of them."""
+        answers, self._answers = self._answers, []
         for at in range(0, len(answers), ANSWERS_PER_DATAGRAM):
             part = answers[at : at + ANSWERS_PER_DATAGRAM]
             try:

@@ -21,6 +21,8 @@ from lazymesh.errors import KvstoreError
 from lazymesh.kvstore.client import EtcdClient
 from lazymesh.kvstore.follower import PrefixFollower
 from lazymesh.kvstore.model import Connected
+from lazymesh.kvstore.supervisor import Options
+from lazymesh.kvstore.transport import Transport
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Coroutine, Sequence
@@ -28,7 +30,7 @@ if TYPE_CHECKING:
     from lazymesh.core.model import Address
     from lazymesh.core.records import ClusterConfig
     from lazymesh.kvstore.config import EtcdConfig
-    from lazymesh.kvstore.model import Change, ClientEvent, WatchLoss
+    from lazymesh.kvstore.model import Change, ClientEvent, ReadResult, WatchLoss
 
 log = structlog.get_logger()
 
@@ -75,11 +77,13 @@ class LinkConfig:
 
     primary: Cilium's own configuration, of the cluster's store or of the local cache.
     remote: direct access to the cluster's store, if given apart.
+    transport: what carries the calls, native or grpcio.
     """
 
     name: str
     primary: EtcdConfig
     remote: EtcdConfig | None = None
+    transport: str = "native"
 
 
 class ClusterLink:
@@ -99,8 +103,9 @@ class ClusterLink:
         """Why the last read of addresses failed, None when it did not."""
         self.refused_total: dict[str, int] = {"node": 0, "identity": 0, "cluster-config": 0}
         self._observer = observer
-        self._primary = EtcdClient(config.primary)
-        self._remote = EtcdClient(config.remote) if config.remote else None
+        options = Options(transport=Transport(kind=config.transport))
+        self._primary = EtcdClient(config.primary, options)
+        self._remote = EtcdClient(config.remote, options) if config.remote else None
         self._followers: list[PrefixFollower] = []
         self._synced: set[bytes] = set()
         self._watches: dict[Address, dict[Space, int]] = {}
@@ -161,27 +166,26 @@ class ClusterLink:
 
     def read(self, command: events.Read) -> None:
         """Read the keys of some addresses; the answer comes as an event, in any case: the resolver counts on it."""
-        task = self._start(self._read(command))
-        task.add_done_callback(lambda done: self._read_ended(done, command))
-
-    def _read_ended(self, task: asyncio.Task[None], command: events.Read) -> None:
-        # Cancelled when the link ends, perhaps before it ran at all.
-        if task.cancelled() or task.exception() is not None:
-            self._observer.on_event(events.ReadFailed(self.name, command.addresses, "unavailable"))
-
-    async def _read(self, command: events.Read) -> None:
         pairs = [(address, space) for address in command.addresses for space in command.spaces]
-        client = self._client_of(command.spaces[0])
-        try:
-            result = await client.read_many([keys.ip_key(s, a, self.name) for a, s in pairs], READ_TIMEOUT_S)
-        except KvstoreError as exc:
-            self.read_problem = str(exc)
-            self._observer.on_event(events.ReadFailed(self.name, command.addresses, exc.kind))
+        self._client_of(command.spaces[0]).read_soon(
+            [keys.ip_key(space, address, self.name) for address, space in pairs],
+            READ_TIMEOUT_S,
+            lambda outcome: self.guard(lambda: self._on_read(command, pairs, outcome)),
+        )
+
+    def _on_read(
+        self, command: events.Read, pairs: list[tuple[Address, Space]], outcome: ReadResult | KvstoreError
+    ) -> None:
+        if isinstance(outcome, KvstoreError):
+            self.read_problem = str(outcome)
+            self._observer.on_event(events.ReadFailed(self.name, command.addresses, outcome.kind))
             return
         self.read_problem = None
         states = tuple(
-            events.KeyState(address, space, None if found is None else found.value, result.revision)
-            for (address, space), found in zip(pairs, result.values, strict=True)
+            [
+                events.KeyState(address, space, None if found is None else found.value, outcome.revision)
+                for (address, space), found in zip(pairs, outcome.values, strict=True)
+            ]
         )
         self._observer.on_event(events.Answered(self.name, states))
 

@@ -137,7 +137,8 @@ class Mesh:
             log.error("cluster configuration refused", cluster=name, error=error, kept=name in self.links)
             return
         self.file_errors.pop(name, None)
-        self._start(LinkConfig(name, file.config, remote.config if remote else None))
+        owner = remote.config if remote else None
+        self._start(LinkConfig(name, file.config, owner, self._settings.etcd_transport))
         log.info("cluster configured", cluster=name)
 
     def _start(self, config: LinkConfig) -> None:

@@ -1,0 +1,273 @@
+"""gRPC over HTTP/2 on our own event loop: wire.py's bytes moved by asyncio, one socket, no thread.
+
+The miss path's transport: a call costs two system calls and no hop between threads. Large buffers are made once
+(BufferedProtocol), because asyncio's streams map a new one for each read.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import os
+import ssl
+from collections import deque
+from typing import TYPE_CHECKING
+
+from lazymesh.kvstore.certificate import client_context
+from lazymesh.kvstore.channel import Code, RpcError
+from lazymesh.kvstore.wire import Exchange, ProtocolError, Wire, request_head
+
+if TYPE_CHECKING:
+    from collections.abc import AsyncGenerator, AsyncIterator, Callable
+
+    from lazymesh.kvstore.channel import Metadata, UnaryCall
+    from lazymesh.kvstore.config import Endpoint, EtcdConfig
+
+BUFFER = 256 << 10
+PONG_S = 0.05
+"""An answer to a ping waits this long for something else to go with."""
+
+
+class NativeChannel(asyncio.BufferedProtocol):
+    """A Channel (channel.py) of our own."""
+
+    def __init__(self, endpoint: Endpoint, config: EtcdConfig, max_message_bytes: int) -> None:
+        self.on_lost: Callable[[str], None] | None = None
+        self._endpoint = endpoint
+        self._config = config
+        self._wire = Wire(max_message_bytes)
+        self._transport: asyncio.Transport | None = None
+        self._loop = asyncio.get_running_loop()
+        self._buffer = memoryview(bytearray(BUFFER))
+        self._filled = 0
+        self._settled: asyncio.Future[None] = self._loop.create_future()
+        """Done when the server has proved to speak HTTP/2."""
+        self._waiting: deque[tuple[Exchange, bytes, bytes | None]] = deque()
+        """Calls that the server has no room for yet."""
+        self._flush_due = False
+        self._calls = 0
+        """Unary calls under way: when the server says that it leaves, they may still end well."""
+        self._pong: asyncio.TimerHandle | None = None
+        host = f"[{endpoint.host}]" if ":" in endpoint.host else endpoint.host
+        self._authority = f"{host}:{endpoint.port}"
+
+    @property
+    def lost(self) -> str | None:
+        """Why no call can be made any more."""
+        return self._wire.closing
+
+    async def open(self, timeout_s: float) -> None:
+        """Connect, shake hands, and wait for the server's first frame."""
+        try:
+            async with asyncio.timeout(timeout_s):
+                tls = client_context(self._config) if self._config.tls else None
+                await self._loop.create_connection(
+                    lambda: self,
+                    self._endpoint.dial_host,
+                    self._endpoint.port,
+                    ssl=tls,
+                    server_hostname=self._endpoint.host if tls else None,
+                )
+                await self._settled
+        except TimeoutError as exc:
+            raise RpcError(Code.DEADLINE_EXCEEDED, f"no connection within {timeout_s:g} s") from exc
+        except OSError as exc:
+            raise RpcError(Code.UNAVAILABLE, f"failed to connect: {_words(exc)}") from exc
+
+    def call(self, request: UnaryCall, on_done: Callable[[bytes | RpcError], None]) -> Callable[[], None]:
+        """Make a call with one request and one response."""
+        messages: list[bytes] = []
+
+        def end(code: Code, details: str) -> None:
+            timer.cancel()
+            self._calls -= 1
+            if code is Code.OK and len(messages) != 1:
+                code, details = Code.INTERNAL, f"{len(messages)} responses to one request"
+            on_done(messages[0] if code is Code.OK else RpcError(code, details))
+
+        def give_up() -> None:
+            if not exchange.ended:
+                timer.cancel()
+                self._calls -= 1
+                self._leave(exchange)
+
+        def time_out() -> None:
+            give_up()
+            on_done(RpcError(Code.DEADLINE_EXCEEDED, f"no answer in {request.timeout_s:g} s"))
+
+        exchange = Exchange(messages.append, end)
+        timer = self._loop.call_later(request.timeout_s, time_out)
+        self._calls += 1
+        head = self._head(request.path, request.metadata, int(request.timeout_s * 1000))
+        self._begin(exchange, head, request.message)
+        return give_up
+
+    async def stream(
+        self, path: str, requests: AsyncIterator[bytes], metadata: Metadata
+    ) -> AsyncGenerator[bytes, None]:
+        """Make a call with many requests and responses."""
+        queue: asyncio.Queue[bytes | RpcError] = asyncio.Queue()
+
+        def on_message(message: bytes) -> None:
+            self._wire.withhold(exchange, len(message))
+            queue.put_nowait(message)
+
+        exchange = Exchange(on_message, lambda code, details: queue.put_nowait(RpcError(code, details)))
+        self._begin(exchange, self._head(path, metadata), None)
+        sending = asyncio.create_task(self._send(exchange, requests), name=f"requests of {path}")
+        try:
+            while True:
+                item = await queue.get()
+                if isinstance(item, RpcError):
+                    if item.code is Code.OK:
+                        return
+                    raise item
+                yield item
+                self._wire.consumed(exchange, len(item))
+                self._flush()
+        finally:
+            sending.cancel()
+            self._leave(exchange)
+
+    async def close(self) -> None:
+        """Hang up."""
+        self._end("the connection was closed")
+
+    # --- the transport's words ----------------------------------------------------------------------------------
+
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        """Speak first, as an HTTP/2 client does."""
+        assert isinstance(transport, asyncio.Transport)  # noqa: S101 (what create_connection makes)
+        self._transport = transport
+        if self._wire.closing:
+            transport.abort()
+        else:
+            self._flush()
+
+    def get_buffer(self, _sizehint: int) -> memoryview:
+        """Have the next bytes put behind what is there."""
+        return self._buffer[self._filled :]
+
+    def buffer_updated(self, nbytes: int) -> None:
+        """Take what came."""
+        filled = self._filled + nbytes
+        try:
+            used = self._wire.feed(self._buffer[:filled])
+        except ProtocolError as exc:
+            self._end(str(exc))
+            return
+        self._filled = filled - used
+        if used and self._filled:
+            self._buffer[: self._filled] = bytes(self._buffer[used:filled])
+        if self._wire.ready and not self._settled.done():
+            self._settled.set_result(None)
+        if self._waiting:
+            self._admit()
+        if self._wire.out:
+            self._flush()
+        elif self._wire.pongs and self._pong is None:
+            self._pong = self._loop.call_later(PONG_S, self._flush)
+        if self._wire.closing and not self._calls:
+            self._end(self._wire.closing)
+
+    def eof_received(self) -> None:
+        """Let the transport close."""
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        """Fail what is under way."""
+        lost = (
+            "the connection was lost"
+            if self._wire.ready
+            else "the server hangs up: http where it wants https?"
+        )
+        self._end(f"{lost} ({_words(exc)})" if exc else lost)
+
+    # --- inside -------------------------------------------------------------------------------------------------
+
+    def _head(self, path: str, metadata: Metadata, timeout_ms: int | None = None) -> bytes:
+        return request_head(self._endpoint.scheme, self._authority, path, metadata, timeout_ms)
+
+    def _begin(self, exchange: Exchange, head: bytes, message: bytes | None) -> None:
+        """Begin a call, or have it wait while the server has as many as it takes."""
+        if self._wire.closing or len(self._wire.exchanges) >= self._wire.max_streams:
+            self._waiting.append((exchange, head, message))
+            if self._wire.closing:
+                self._loop.call_soon(self._admit)
+            return
+        self._wire.begin(exchange, head, message)
+        self._flush()
+
+    def _admit(self) -> None:
+        """Begin what has waited for the server to have less to do."""
+        wire = self._wire
+        while self._waiting and (wire.closing or len(wire.exchanges) < wire.max_streams):
+            exchange, head, message = self._waiting.popleft()
+            if exchange.ended:
+                continue
+            if wire.closing:
+                exchange.ended = True
+                exchange.on_end(Code.UNAVAILABLE, wire.closing)
+            else:
+                wire.begin(exchange, head, message)
+                self._flush()
+
+    async def _send(self, exchange: Exchange, requests: AsyncIterator[bytes]) -> None:
+        async for message in requests:
+            if exchange.ended:
+                return
+            self._wire.send(exchange, message)
+            self._flush_soon()  # what else is there to be sent goes with it
+        if not exchange.ended:
+            self._wire.finish(exchange)
+            self._flush()
+
+    def _leave(self, exchange: Exchange) -> None:
+        if exchange.stream:
+            self._wire.cancel(exchange)
+            self._flush()
+        exchange.ended = True
+        self._admit()
+
+    def _flush_soon(self) -> None:
+        if not self._flush_due:
+            self._flush_due = True
+            self._loop.call_soon(self._flush)
+
+    def _flush(self) -> None:
+        self._flush_due = False
+        if self._pong is not None:
+            self._pong.cancel()
+            self._pong = None
+        wire = self._wire
+        if wire.pongs:
+            wire.out += wire.pongs
+            wire.pongs.clear()
+        if wire.out and self._transport is not None:
+            out = wire.out[0] if len(wire.out) == 1 else b"".join(wire.out)
+            wire.out.clear()
+            self._transport.write(out)
+
+    def _end(self, reason: str) -> None:
+        """Be done: everything under way fails for this reason, unless there was one before."""
+        self._wire.fail(Code.UNAVAILABLE, reason)
+        if not self._settled.done():
+            self._settled.set_exception(RpcError(Code.UNAVAILABLE, reason))
+            self._settled.exception()  # seen: it may come when nobody waits any more
+        self._admit()
+        if self._pong is not None:
+            self._pong.cancel()
+            self._pong = None
+        if self._transport is not None:
+            with contextlib.suppress(RuntimeError):
+                self._transport.abort()
+        lost, self.on_lost = self.on_lost, None
+        if lost is not None:
+            lost(self._wire.closing or reason)
+
+
+def _words(exc: Exception) -> str:
+    if isinstance(exc, ssl.SSLError) and exc.reason:
+        return exc.reason.replace("_", " ").lower()
+    if isinstance(exc, OSError) and exc.errno and exc.errno > 0:
+        return os.strerror(exc.errno)
+    return str(exc) or "the server breaks off the TLS handshake"
