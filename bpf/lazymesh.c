@@ -72,7 +72,7 @@ static __always_inline enum hold report_miss(struct __sk_buff *skb, struct lm_pa
 {
 	struct lm_dedup_key dedup = {};
 	struct ipcache_miss miss = {};
-	u64 *silent_until, until;
+	u64 *silent_until, until, interval_ns, burst_ns;
 
 	counters->missed++;
 	if (config->muted) {
@@ -86,8 +86,10 @@ static __always_inline enum hold report_miss(struct __sk_buff *skb, struct lm_pa
 		counters->suppressed_dedup++;
 		return config->hold_cookie && hold_pending(packet, 0) ? HOLD_BEHIND : HOLD_NOT;
 	}
+	interval_ns = direction == LM_EGRESS ? config->interface_interval_ns : config->uplink_interval_ns;
+	burst_ns = direction == LM_EGRESS ? config->interface_burst_ns : config->uplink_burst_ns;
 	/* ifindex is never 0, so key 0 is free for the bucket of all interfaces together */
-	if (!take_token(skb->ifindex, config->interface_interval_ns, config->interface_burst_ns, now) ||
+	if (!take_token(skb->ifindex, interval_ns, burst_ns, now) ||
 	    !take_token(0, config->global_interval_ns, config->global_burst_ns, now)) {
 		counters->suppressed_rate++;
 		return HOLD_NOT;

@@ -38,8 +38,10 @@ struct ipcache_miss {
 struct lm_config {
 	__u64 rearm_ns; /* how long an address stays silent after a signal; up to a quarter is added by chance */
 	/* Token buckets as a spacing and a depth in time; interval 0 switches the bucket off. */
-	__u64 interface_interval_ns;
+	__u64 interface_interval_ns; /* of a pod's interface */
 	__u64 interface_burst_ns;
+	__u64 uplink_interval_ns; /* of an interface to the network, behind which are all other nodes' pods */
+	__u64 uplink_burst_ns;
 	__u64 global_interval_ns;
 	__u64 global_burst_ns;
 	__u32 muted;
@@ -225,7 +227,7 @@ struct lm_holder_stats {
 };
 
 _Static_assert(sizeof(struct ipcache_miss) == 40, "ipcache_miss has a hole");
-_Static_assert(sizeof(struct lm_config) == 64, "lm_config has a hole");
+_Static_assert(sizeof(struct lm_config) == 80, "lm_config has a hole");
 _Static_assert(sizeof(struct lm_counters) == 120, "lm_counters has a hole");
 _Static_assert(sizeof(struct lm_mesh_cidr) == 4, "lm_mesh_cidr has a hole");
 _Static_assert(sizeof(struct lm_dedup_key) == 20, "lm_dedup_key has a hole");

@@ -285,8 +285,9 @@ class TestConfig:
         """Rates become spacings, bursts become depths."""
         found = bench.datapath.config.read()
         assert (found.rearm_ns, found.muted, found.on_miss, found.enforced) == (1_000_000_000, 0, 0, 0)
-        assert (found.interface_interval_ns, found.interface_burst_ns) == (200_000, 999 * 200_000)
-        assert (found.global_interval_ns, found.global_burst_ns) == (50_000, 3_999 * 50_000)
+        assert (found.interface_interval_ns, found.interface_burst_ns) == (4_000_000, 999 * 4_000_000)
+        assert (found.uplink_interval_ns, found.uplink_burst_ns) == (1_000_000, 1_999 * 1_000_000)
+        assert (found.global_interval_ns, found.global_burst_ns) == (400_000, 3_999 * 400_000)
 
     @pytest.mark.parametrize(
         ("settings", "expected"),

@@ -27,6 +27,13 @@ def lab() -> Iterator[Lab]:
         yield built
 
 
+@pytest.fixture(autouse=True)
+def nothing_is_left_behind(lab: Lab) -> Iterator[None]:
+    """A start that fails leaves no pin, not even an empty directory for them."""
+    yield
+    assert not (lab.bpffs / "lazymesh").exists()
+
+
 def lazymesh(lab: Lab, *argv: str, through: tuple[str, ...] = ()) -> subprocess.CompletedProcess[str]:
     """Run the program on node a, behind another command if there is one."""
     words = lab.node_a.command(*through, sys.executable, "-m", "lazymesh", *argv)

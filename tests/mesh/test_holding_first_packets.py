@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 
 import pytest
 
+from lazymesh.datapath.libbpf import Map
 from tests.support.burst import Sink, counters, numbered, send
 from tests.support.etcd import wait_until
 from tests.support.lab import ETCD_PORT, SERVER_IDENTITY, AgentProcess, Lab, remote_address
@@ -59,8 +60,11 @@ def agent(lab: Lab, proxy: Proxy) -> Iterator[AgentProcess]:
 
 
 @pytest.fixture(autouse=True)
-def books_balance(agent: AgentProcess, proxy: Proxy) -> Iterator[None]:
-    """After every test nothing is out, and the counters add up."""
+def books_balance(lab: Lab, agent: AgentProcess, proxy: Proxy) -> Iterator[None]:
+    """Before every test the pods' shares of signals are whole; after it nothing is out, and the counters add up."""
+    rate = Map.pinned(lab.bpffs / "lazymesh" / "lm_rate")
+    rate.delete_many([key for key, _ in rate.items()])
+    rate.close()
     yield
     proxy.delay(0)
     wait_until(lambda: out(agent) == 0, 3, "everything given back")
@@ -301,4 +305,3 @@ for number in itertools.cycle(range(1 << 15)):
     def __exit__(self, *exc: object) -> None:
         self._process.kill()
         self._process.wait()
-        time.sleep(1.1)  # the pod has used up its share of signals; whoever comes next finds it whole again

@@ -117,9 +117,10 @@ _path = click.Path(path_type=Path)
 @click.option(
     "--signal-rate",
     type=click.IntRange(min=0),
-    default=1_000,
+    default=250,
     show_default=True,
-    help="Miss signals per second and interface; 0: no limit.",
+    help="Misses per second that a pod may have resolved, after a burst of 1,000 (uplink: 4 times as many,"
+    " all together: 10 times); 0: no limit.",
 )
 @click.option(
     "--shadow",

@@ -28,6 +28,13 @@ class Miss:
 
 
 @dataclass(frozen=True, slots=True)
+class Misses:
+    """What was signalled at one moment: resolved together, so that reads of many addresses share a transaction."""
+
+    misses: tuple[Miss, ...]
+
+
+@dataclass(frozen=True, slots=True)
 class KeyState:
     """One etcd key as seen at one moment: by a read, or by a watch."""
 
@@ -145,6 +152,7 @@ class Tick:
 
 Event = (
     Miss
+    | Misses
     | Answered
     | ReadFailed
     | Changed

@@ -81,6 +81,8 @@ class Config(ctypes.Structure):
         ("rearm_ns", c_uint64),
         ("interface_interval_ns", c_uint64),
         ("interface_burst_ns", c_uint64),
+        ("uplink_interval_ns", c_uint64),
+        ("uplink_burst_ns", c_uint64),
         ("global_interval_ns", c_uint64),
         ("global_burst_ns", c_uint64),
         ("muted", c_uint32),

@@ -252,10 +252,13 @@ class DatapathConfig:
 
     rearm_s: float = 1.0
     """How long an address stays silent after a signal; up to a quarter is added by chance."""
-    interface_rate: int = 5_000
-    """Signals per second and interface; 0: no limit."""
+    interface_rate: int = 250
+    """Signals per second and pod's interface; 0: no limit."""
     interface_burst: int = 1_000
-    global_rate: int = 20_000
+    uplink_rate: int = 1_000
+    """The same for each interface to the network."""
+    uplink_burst: int = 2_000
+    global_rate: int = 2_500
     """Signals per second from all interfaces together; 0: no limit."""
     global_burst: int = 4_000
     on_miss: OnMiss = OnMiss.PASS
@@ -281,15 +284,15 @@ class ConfigMap:
             enforced=sum(1 << direction for direction in config.enforced),
             policy_tag=config.policy_tag,
         )
-        raw.interface_interval_ns, raw.interface_burst_ns = _bucket(
-            config.interface_rate, config.interface_burst
-        )
-        raw.global_interval_ns, raw.global_burst_ns = _bucket(config.global_rate, config.global_burst)
+        for name in ("interface", "uplink", "global"):
+            interval, depth = _bucket(getattr(config, f"{name}_rate"), getattr(config, f"{name}_burst"))
+            setattr(raw, f"{name}_interval_ns", interval)
+            setattr(raw, f"{name}_burst_ns", depth)
         self._map.update(self._SLOT, bytes(raw))
 
     def read(self) -> abi.Config:
         """Return the settings in force."""
-        return abi.Config.from_buffer_copy(self._map.lookup(self._SLOT) or bytes(64))
+        return abi.Config.from_buffer_copy(self._map.lookup(self._SLOT) or b"")
 
     def change(self, **words: int) -> None:
         """Change some words of struct lm_config and leave the others as they are."""

@@ -30,7 +30,7 @@ def expected_layouts(ipcache_size: int) -> dict[str, MapLayout]:
         IPCACHE: MapLayout(libbpf.MAP_TYPE_LPM_TRIE, 24, 24, ipcache_size, lazy),
         "lm_mesh_cidrs": MapLayout(libbpf.MAP_TYPE_LPM_TRIE, 24, 4, 131_072, lazy),
         "lm_owned": MapLayout(libbpf.MAP_TYPE_HASH, 24, 56, ipcache_size, lazy),
-        "lm_config": MapLayout(libbpf.MAP_TYPE_ARRAY, 4, 64, 1, 0),
+        "lm_config": MapLayout(libbpf.MAP_TYPE_ARRAY, 4, 80, 1, 0),
         "lm_counters": MapLayout(libbpf.MAP_TYPE_PERCPU_ARRAY, 4, 120, 2, 0),
         "lm_dedup": MapLayout(libbpf.MAP_TYPE_LRU_HASH, 20, 8, 65_536, 0),
         "lm_windows": MapLayout(libbpf.MAP_TYPE_LRU_HASH, 20, 40, 16_384, 0),

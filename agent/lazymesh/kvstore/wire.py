@@ -239,7 +239,7 @@ class Wire:
         if not body and len(data) >= _PREFIX.size:
             # Most responses are one frame: no copy but the message's own.
             packed, size = _PREFIX.unpack_from(data)
-            if not packed and len(data) == size + _PREFIX.size:
+            if not packed and len(data) == size + _PREFIX.size and size <= self._max_message:
                 exchange.on_message(bytes(data[_PREFIX.size :]))
                 return
         body += data

@@ -104,11 +104,11 @@ class Agent:
         self._heed_signals()
         pins = Pins.under(self._settings.datapath.bpffs)
         check_bpffs(pins.directory.parent)
+        self._check_interfaces()
         try:
             pins.directory.mkdir(mode=0o700, exist_ok=True)
         except OSError as exc:
             raise DatapathError(f"cannot make {pins.directory}: {exc.strerror}") from exc
-        self._check_interfaces()
         lock = pins.lock()
         self._fresh = not pins.path(IPCACHE).exists()
         try:
@@ -248,6 +248,7 @@ class Agent:
         datapath.config.write(
             DatapathConfig(
                 interface_rate=settings.signal_rate,
+                uplink_rate=4 * settings.signal_rate,
                 global_rate=10 * settings.signal_rate,
                 # Where no entry is ever written, policy, holding and dropping would cut everybody off.
                 on_miss=OnMiss.PASS if shadow else OnMiss[settings.on_miss.upper()],

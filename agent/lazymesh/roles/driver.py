@@ -82,6 +82,8 @@ class Driver:
         self._failed = False
         self._events: deque[events.Event] = deque()
         self._busy = False
+        self._reports: list[events.Report] = []
+        self._later: list[events.Watch | events.Unwatch] = []
         self._said = OncePer(QUIET_S)
         self._directions = [metrics.signals.labels(direction.name.lower()) for direction in Direction]
         self.fail: Callable[[Exception], None] = _no_one_to_tell
@@ -92,7 +94,7 @@ class Driver:
         self.release: Callable[[Address, Cause], None] | None = None
         """Lets packets go that are held for an address: it is answered."""
 
-        self.released: Callable[[], None] | None = None
+        self.released: Callable[[], None] = lambda: None
         """Told when all answers of the moment are given."""
 
         self.installed: Callable[[Address], None] | None = None
@@ -100,12 +102,13 @@ class Driver:
 
     def on_signals(self, signals: list[Signal]) -> None:
         """Take the misses of one wake-up."""
+        misses = []
         for signal in signals:
             self._directions[signal.direction].inc()
-            self._events.append(
+            misses.append(
                 events.Miss(signal.address, signal.direction, signal.ifindex, signal.ktime_ns / 1e9)
             )
-        self._run()
+        self.feed(events.Misses(tuple(misses)))
 
     def feed(self, event: events.Event) -> None:
         """Take one event, now or behind those that are being worked on."""
@@ -118,10 +121,10 @@ class Driver:
         self._busy = True
         try:
             while self._events:
-                for command in self._resolver.step(self._events.popleft(), time.monotonic()):
-                    self._carry_out(command)
-            if self.released is not None:
-                self.released()
+                while self._events:
+                    for command in self._resolver.step(self._events.popleft(), time.monotonic()):
+                        self._carry_out(command)
+                self._finish()
         except Exception as exc:
             # The resolver may be anywhere between two states: nothing more is decided from it.
             self._failed = True
@@ -129,6 +132,32 @@ class Driver:
             self.fail(exc)
         finally:
             self._busy = False
+
+    def _finish(self) -> None:
+        """Do what packets do not wait for, and first let go those that do."""
+        reports, self._reports = self._reports, []
+        later, self._later = self._later, []
+        if self.release is not None and reports:
+            for report in reports:
+                if report.outcome != "evicted":
+                    self.release(
+                        report.address, Cause.INSTALLED if report.outcome in _GOOD else Cause.NEGATIVE
+                    )
+            self.released()
+        now = time.monotonic()
+        for command in later:
+            self._change_watch(command)
+        for report in reports:
+            self._report(report, now)
+
+    def _change_watch(self, command: events.Watch | events.Unwatch) -> None:
+        link = self._links.get(command.cluster)
+        if link is None:
+            return
+        if isinstance(command, events.Watch):
+            link.watch(command)
+        else:
+            link.unwatch(command.address)
 
     def _carry_out(self, command: events.Command) -> None:
         match command:
@@ -138,13 +167,9 @@ class Driver:
                 error = self._installer.install(command.address, command.entry, command.cluster_id)
                 self._events.appendleft(events.InstallResult(command.address, command.entry, error))
             case events.Report():
-                self._report(command)
-            case events.Watch():
-                if link := self._links.get(command.cluster):
-                    link.watch(command)
-            case events.Unwatch():
-                if link := self._links.get(command.cluster):
-                    link.unwatch(command.address)
+                self._reports.append(command)
+            case events.Watch() | events.Unwatch():
+                self._later.append(command)
             case events.Evict():
                 self._installer.evict(command.address)
                 self._metrics.evictions.labels(command.why).inc()
@@ -163,12 +188,10 @@ class Driver:
         else:
             link.read(command)
 
-    def _report(self, report: events.Report) -> None:
+    def _report(self, report: events.Report, now: float) -> None:
         if self.installed is not None and report.outcome in _GOOD and not report.cached:
             self.installed(report.address)
-        if self.release is not None and report.outcome != "evicted":
-            self.release(report.address, Cause.INSTALLED if report.outcome in _GOOD else Cause.NEGATIVE)
-        latency = None if report.missed_at is None else max(0.0, time.monotonic() - report.missed_at)
+        latency = None if report.missed_at is None else max(0.0, now - report.missed_at)
         reason = report.reason.value if report.reason else None
         self._metrics.outcomes.labels(report.outcome, "yes" if report.cached else "no").inc()
         if reason is not None and report.outcome != "evicted":
@@ -187,7 +210,7 @@ class Driver:
                     "detail": report.detail or None,
                 }
             )
-        if report.reason in _REFUSALS and self._said((report.address, report.reason), time.monotonic()):
+        if report.reason in _REFUSALS and self._said((report.address, report.reason), now):
             log.warning(
                 "address refused",
                 address=format_address(report.address),

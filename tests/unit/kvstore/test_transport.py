@@ -1,14 +1,16 @@
-"""What a channel is made with: TLS files as they are now, and the name that the server must prove."""
+"""What a channel is made with: TLS files as they are now, and one of two carriers."""
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from typing import TYPE_CHECKING
 
 import pytest
 
 from lazymesh.errors import KvstoreError
-from lazymesh.kvstore.config import Endpoint, EtcdConfig
-from lazymesh.kvstore.transport import Transport, channel_options, read_tls_files
+from lazymesh.kvstore.config import Endpoint, EtcdConfig, parse_config
+from lazymesh.kvstore.transport import Transport, make_channel, read_tls_files
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -35,23 +37,16 @@ def test_missing_tls_file_is_named_with_the_file_that_names_it() -> None:
     assert caught.value.kind == "certificate"
 
 
-@pytest.mark.parametrize(
-    ("endpoint", "name"),
-    [
-        (Endpoint("https", "b.mesh.cilium.io", 1, "192.0.2.7"), "b.mesh.cilium.io"),
-        (Endpoint("https", "fd00::1", 1), "fd00::1"),
-        (Endpoint("https", "b.mesh.cilium.io", 1), None),
-    ],
-    ids=["aliased", "IPv6 literal", "plain name"],
-)
-def test_server_must_prove_the_configured_host(endpoint: Endpoint, name: str | None) -> None:
-    """Where something else is dialled, or grpc would ask for an escaped address, the name is given."""
-    assert dict(channel_options(endpoint, Transport())).get("grpc.ssl_target_name_override") == name
+@pytest.mark.parametrize(("kind", "made"), [("native", "NativeChannel"), ("grpcio", "GrpcioChannel")])
+async def test_the_user_says_what_carries_the_calls(kind: str, made: str) -> None:
+    """Both are channels; grpc itself is imported by one of them only."""
+    config = parse_config("endpoints: ['http://127.0.0.1:1']", "test")
+    channel = make_channel(config.endpoints[0], config, None, Transport(kind=kind))
+    assert type(channel).__name__ == made
+    await channel.close()
 
 
-def test_keepalive_and_message_size_are_what_was_asked_for() -> None:
-    """Cilium's 15 s and 25 s are the defaults; a page of a big mesh fits."""
-    options = dict(channel_options(Endpoint("http", "a", 1), Transport()))
-    assert options["grpc.keepalive_time_ms"] == 15_000
-    assert options["grpc.keepalive_timeout_ms"] == 25_000
-    assert options["grpc.max_receive_message_length"] >= 64 << 20
+def test_the_native_channel_needs_no_grpcio() -> None:
+    """It costs 20 MB, and threads."""
+    code = "import sys, lazymesh.kvstore.client; sys.exit('grpc' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import time
+from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any, cast
 
 import pytest
 
 from lazymesh.core import events
+from lazymesh.core.hold import Cause
 from lazymesh.core.model import Direction, Entry, Reason, Space, parse_address
 from lazymesh.datapath.abi import Signal
 from lazymesh.metrics import Metrics
@@ -51,16 +53,47 @@ class Fixture:
         return self.metrics.registry.get_sample_value(name, labels) or 0.0
 
 
-def test_result_of_an_install_comes_before_everything_else() -> None:
-    """The resolver hears of it before the next event of the same wake-up."""
-    fixture = Fixture({events.Miss: [events.Install(IP, ENTRY, 2)]})
-    signals = [Signal(address=IP, direction=d, cluster_id=2, ifindex=3, ktime_ns=1) for d in Direction]
+def test_signals_of_one_moment_are_one_event() -> None:
+    """So that the reads of many addresses share a transaction."""
+    fixture = Fixture({})
+    signals = [Signal(address=IP, direction=d, cluster_id=2, ifindex=3, ktime_ns=10**9) for d in Direction]
     fixture.driver.on_signals(signals)
-    assert [type(event) for event in fixture.resolver.told] == [
-        events.Miss, events.InstallResult, events.Miss, events.InstallResult,
-    ]  # fmt: skip
+    (told,) = fixture.resolver.told
+    assert told == events.Misses(tuple(events.Miss(IP, d, 3, 1.0) for d in Direction))
     assert fixture.sample("cilium_ipcache_miss_signal_total", direction="egress") == 1
     assert fixture.sample("cilium_ipcache_miss_signal_total", direction="ingress") == 1
+
+
+def test_result_of_an_install_comes_before_everything_else() -> None:
+    """The resolver hears of it before the next event, were that waiting already."""
+    fixture = Fixture({events.Tick: [events.Install(IP, ENTRY, 2)]})
+    fixture.driver._events.append(events.Tick())
+    fixture.driver.feed(events.ClusterReady("b"))
+    kinds = [type(event) for event in fixture.resolver.told]
+    assert kinds == [events.Tick, events.InstallResult, events.ClusterReady]
+
+
+def test_packets_are_let_go_before_anything_that_they_do_not_wait_for() -> None:
+    """Watches, metrics and people come after them; good answers and bad ones alike, but no evictions."""
+    other = parse_address("10.2.0.6")
+    commands: list[events.Command] = [
+        events.Watch("b", Space.PUSHED, IP, 1),
+        events.Unwatch("b", other),
+        events.Report(IP, "b", "installed", None, "", None),
+        events.Report(other, "b", "absent", Reason.NOT_FOUND, "", None),
+        events.Report(other, "b", "evicted", None, "", None),
+    ]
+    order: list[object] = []
+    link = SimpleNamespace(watch=order.append, unwatch=order.append)
+    fixture = Fixture({events.Tick: commands}, {"b": link})
+    driver = fixture.driver
+    driver.release = lambda address, cause: order.append((address, cause))
+    driver.released = lambda: order.append("released")
+    driver.installed = lambda address: order.append(("installed", address))
+    driver.feed(events.Tick())
+    assert order == [
+        (IP, Cause.INSTALLED), (other, Cause.NEGATIVE), "released", commands[0], other, ("installed", IP),
+    ]  # fmt: skip
 
 
 def test_read_of_a_cluster_that_has_left_is_answered_all_the_same() -> None:

@@ -67,7 +67,9 @@ class Lifecycle:
         """Forget all revisions, and the watches that started from them."""
         link = self.link(event.cluster)
         link.void_reads()
-        for tracked in link.members.values():
+        for tracked in list(link.members.values()):
+            if tracked.withdrawn:
+                self._moves.refuse(tracked, Reason.NOT_FOUND, "", now)
             if tracked.watched:
                 self._moves.out.append(Unwatch(link.name, tracked.address))
             tracked.forget_states()
@@ -92,6 +94,8 @@ class Lifecycle:
         for tracked in list(link.members.values()):
             if tracked.waiting:
                 self._moves.give_up(tracked, Reason.CLUSTER_DOWN, now)
+            elif tracked.withdrawn:
+                self._moves.refuse(tracked, Reason.NOT_FOUND, "", now)
 
     def _doubt_all(self, link: Link, now: float) -> None:
         for tracked in link.members.values():

@@ -49,6 +49,12 @@ class Limits:
     """Absent addresses remembered; beyond it the oldest is forgotten."""
     negative_ttl: Mapping[Reason, float] = field(default_factory=lambda: dict(_NEGATIVE_TTL))
     """How long each negative answer stands."""
+    negative_watch_rate: float = 100.0
+    """Addresses a second that are watched although they are not there; see negatives."""
+    negative_watch_burst: float = 500.0
+    """How many of them at once, after a quiet time."""
+    unwatched_ttl: float = 1.0
+    """How long it is remembered that an address is not there which is not watched: as long as the kernel is silent."""
     breaker_failures: int = 5
     """Failed reads in a row that open a cluster's breaker."""
     backoff_first: float = 1.0

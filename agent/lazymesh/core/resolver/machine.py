@@ -67,6 +67,7 @@ class Resolver:
         self._muted = False
         self._handlers: dict[type, Callable[[Any, float], None]] = {
             ev.Miss: self._miss,
+            ev.Misses: self._misses,
             ev.Answered: self._answered,
             ev.ReadFailed: self._read_failed,
             ev.Changed: self._changed,
@@ -96,6 +97,10 @@ class Resolver:
         return out
 
     # --- misses ---------------------------------------------------------------------------------------------
+
+    def _misses(self, event: ev.Misses, now: float) -> None:
+        for miss in event.misses:
+            self._miss(miss, now)
 
     def _miss(self, miss: ev.Miss, now: float) -> None:
         tracked = self._moves.tracked.get(miss.address)
@@ -187,7 +192,9 @@ class Resolver:
         for state in states:
             tracked = landed[state.address]
             # No link: another address of this very answer has pushed it out of the budget.
-            if tracked is not None and tracked.link is link and state.space not in tracked.watched:
+            if tracked is None or tracked.link is not link or tracked.fleeting:
+                continue
+            if state.space not in tracked.watched:
                 tracked.watched += (state.space,)
                 self._moves.out.append(ev.Watch(link.name, state.space, state.address, state.as_of))
 
@@ -205,7 +212,9 @@ class Resolver:
             tracked = self._land(link, address)
             if tracked is None:
                 continue
-            if tracked.waiting:
+            if tracked.withdrawn:
+                self._moves.refuse(tracked, Reason.NOT_FOUND, "", now)
+            elif tracked.waiting:
                 self._moves.refuse(tracked, Reason.READ_FAILED, failure.kind, now)
             elif self._ledger.doubts(tracked):
                 link.checks_after = now + self._limits.recheck_pause
@@ -221,10 +230,21 @@ class Resolver:
         # What is not watched comes from a watch given up meanwhile, perhaps of a store that no longer is.
         if state.space not in tracked.watched or not tracked.learn(state):
             return
-        if tracked.entry is not None and tracked.newest() is None:
-            # At once, even if the next group may still hold the record: by now the address may be another's.
+        gone = tracked.phase is Phase.INSTALLED and tracked.newest() is None
+        if gone and self._may_have_moved(tracked, tracked.link, now):
+            tracked.withdrawn = True
+            if tracked.fetch is Fetch.IDLE:
+                self._moves.read(tracked, tracked.spaces)
+            return
+        if gone:
+            # Before the next group is asked, if there is one: by now the address may be another's.
             self._moves.refuse(tracked, Reason.NOT_FOUND, "", now)
         self._moves.settle(tracked, now)
+
+    @staticmethod
+    def _may_have_moved(tracked: Tracked, link: Link, now: float) -> bool:
+        """Tell whether a deleted record may stand under the group's other key, and one read can tell."""
+        return len(tracked.spaces) > 1 and link.state is LinkState.READY and link.breaker.admits(now)
 
     # --- table, identities, adoption, time ------------------------------------------------------------------
 

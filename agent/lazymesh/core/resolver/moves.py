@@ -100,6 +100,7 @@ class Moves:
         cluster = self._cluster(tracked)
         if cluster is None or not tracked.spaces:
             return
+        tracked.withdrawn = False
         value = tracked.newest()
         if value is None:
             self._settle_without_record(tracked, cluster, now)
@@ -171,6 +172,7 @@ class Moves:
 
     def refuse(self, tracked: Tracked, reason: Reason, detail: str, now: float) -> None:
         """Let the address have no entry, for this reason."""
+        tracked.withdrawn = False
         if tracked.entry is not None:
             self._evict(tracked, "deleted" if reason is Reason.NOT_FOUND else reason.value)
         if tracked.phase is Phase.INSTALLED:

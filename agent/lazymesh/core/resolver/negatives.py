@@ -1,7 +1,10 @@
 """The negative cache: which addresses are absent, for which reason, until when.
 
-One row per reason: within a row the lifetime is the same, so that insertion order is expiry order and nothing
-is ever scanned. Forgetting an address (and unwatching it) is left to the resolver.
+One row per reason and lifetime, so that insertion order is expiry order and nothing is ever scanned. Forgetting an
+address (and unwatching it) is left to the resolver.
+
+An address that is simply not there is watched while it is remembered, so that its publication is noticed at once. That
+costs the store two watches, so there is an allowance: who scans a network gets short memories instead of watches.
 """
 
 from __future__ import annotations
@@ -24,8 +27,12 @@ class Negatives:
 
     def __init__(self, limits: Limits) -> None:
         self._limits = limits
-        self._rows: dict[Reason, OrderedDict[Address, Tracked]] = {reason: OrderedDict() for reason in Reason}
+        self._rows: dict[tuple[Reason, bool], OrderedDict[Address, Tracked]] = {
+            (reason, fleeting): OrderedDict() for reason in Reason for fleeting in (False, True)
+        }
         self._count = 0
+        self._watches_paid_until = 0.0
+        """The allowance as a theoretical arrival time (GCRA), like the kernel's buckets."""
 
     def __len__(self) -> int:
         return self._count
@@ -33,13 +40,16 @@ class Negatives:
     def add(self, tracked: Tracked, reason: Reason, now: float) -> None:
         """Remember that the address is absent from now on."""
         tracked.reason = reason
-        tracked.expires = now + self._limits.negative_ttl[reason]
-        self._rows[reason][tracked.address] = tracked
+        tracked.fleeting = reason is Reason.NOT_FOUND and not tracked.watched and not self._may_watch(now)
+        ttl = self._limits.unwatched_ttl if tracked.fleeting else self._limits.negative_ttl[reason]
+        tracked.expires = now + ttl
+        self._rows[reason, tracked.fleeting][tracked.address] = tracked
         self._count += 1
 
     def remove(self, tracked: Tracked) -> None:
         """Take out an address that was added; it is no longer absent, or absent for another reason."""
-        del self._rows[tracked.reason][tracked.address]
+        del self._rows[tracked.reason, tracked.fleeting][tracked.address]
+        tracked.fleeting = False
         self._count -= 1
 
     def expired(self, now: float) -> Iterator[Tracked]:
@@ -56,4 +66,14 @@ class Negatives:
 
     def counts(self) -> dict[Reason, int]:
         """Return how many addresses are absent for each reason."""
-        return {reason: len(row) for reason, row in self._rows.items() if row}
+        counts = {
+            reason: sum(len(self._rows[reason, fleeting]) for fleeting in (False, True)) for reason in Reason
+        }
+        return {reason: count for reason, count in counts.items() if count}
+
+    def _may_watch(self, now: float) -> bool:
+        paid_until = max(self._watches_paid_until, now)
+        if paid_until - now > self._limits.negative_watch_burst / self._limits.negative_watch_rate:
+            return False
+        self._watches_paid_until = paid_until + 1 / self._limits.negative_watch_rate
+        return True

@@ -72,6 +72,9 @@ class Tracked:
     """What the map holds of ours once every command sent so far is carried out."""
     installed_at: float = -math.inf
     """When the last Install was sent."""
+    withdrawn: bool = False
+    """The record under the entry was deleted. It may have moved to the group's other key, whose watch need not be as
+    far, so one more read decides, and only that."""
     again: bool = False
     """A newer state came while an Install was unanswered: judge again on the result."""
     identity: int = 0
@@ -79,6 +82,8 @@ class Tracked:
     reason: Reason = Reason.NOT_FOUND
     expires: float = 0.0
     """Reason and end of an absence; of no meaning in other phases."""
+    fleeting: bool = False
+    """The absence is not watched, and therefore short."""
 
     def move(self, phase: Phase) -> None:
         """Enter another phase.
@@ -124,4 +129,4 @@ class Tracked:
         self.known.clear()
         self.watched = ()
         self.spaces = ()
-        self.again = False
+        self.again = self.withdrawn = False

@@ -15,15 +15,19 @@ from lazymesh.core.events import (
     ClusterReady,
     ClusterSilent,
     Command,
+    Event,
     Evict,
     IdentityGone,
     IdentityKnown,
     Install,
     KeyState,
+    Miss,
+    Misses,
     Report,
+    StoreReset,
     TableChanged,
 )
-from lazymesh.core.model import Reason, Space
+from lazymesh.core.model import Direction, Reason, Space
 from lazymesh.core.resolver.limits import Limits
 from tests.support.playbook import (
     ALL_IDENTITIES,
@@ -276,6 +280,26 @@ def test_a_publication_cancels_a_negative_answer_at_once() -> None:
     (not_found() >> put(B1, 11) << install(B1) >> stands(B1) << report(B1, "installed")).end()
 
 
+def test_a_scanned_address_is_not_watched_and_soon_read_again() -> None:
+    """The allowance for watching what is not there is used up; a publication is noticed by the next miss."""
+    limits = Limits(negative_watch_rate=0.01, negative_watch_burst=0.0)
+    story = play(limits=limits) >> miss(B1) << read(B1) >> answered(10, {B1: None})
+    story = story << report(B1, "absent", Reason.NOT_FOUND, missed_at=0.0) << watch(B1, 10)
+    story = story >> miss(B2) << read(B2) >> answered(10, {B2: None})
+    story = story << report(B2, "absent", Reason.NOT_FOUND, missed_at=0.0)
+    story = (
+        story.later(limits.unwatched_ttl) >> miss(B2, at=2.0) << read(B2) >> answered(12, {B2: record(B2)})
+    )
+    story = story << install(B2) << watch(B2, 12) >> stands(B2) << report(B2, "installed", missed_at=2.0)
+    story.end()
+
+
+def test_misses_of_one_moment_share_a_transaction() -> None:
+    """What came in one wake-up is asked for together."""
+    together = Misses(tuple(Miss(address, Direction.EGRESS, 3, 0.0) for address in (B1, B2, B3)))
+    (play() >> together << read(B1, B2, B3)).end()
+
+
 def test_an_expired_negative_answer_is_forgotten_with_its_watches() -> None:
     """And the next miss reads again."""
     (not_found().later(TTL[Reason.NOT_FOUND]) << unwatch(B1) >> miss(B1, at=40.0) << read(B1)).end()
@@ -291,7 +315,8 @@ def test_a_miss_does_not_wait_for_the_tick_that_forgets_an_expired_answer() -> N
 def test_a_forgotten_address_is_not_given_an_answer_older_than_what_it_knew() -> None:
     """A re-read was in flight when its watch told of the deletion and the negative answer expired."""
     story = installed() >> ClusterSilent("b") >> ClusterReady("b") << read(B1)
-    story = story >> deleted(B1, 20) << evict(B1, "deleted") << report(B1, "evicted", Reason.NOT_FOUND)
+    story = story >> deleted(B1, 20) >> ClusterSilent("b")
+    story = story << evict(B1, "deleted") << report(B1, "evicted", Reason.NOT_FOUND) >> ClusterReady("b")
     story = story.later(TTL[Reason.NOT_FOUND]) << unwatch(B1) >> miss(B1, at=40.0)
     story = story >> answered(19, {B1: record(B1)}) << read(B1) >> answered(21, {B1: None})
     (story << report(B1, "absent", Reason.NOT_FOUND, missed_at=40.0) << watch(B1, 21)).end()
@@ -341,6 +366,8 @@ def test_a_deleted_record_is_evicted_and_may_come_back() -> None:
     (
         installed()
         >> deleted(B1, 11)
+        << read(B1)
+        >> answered(11, {B1: None})
         << evict(B1, "deleted")
         << report(B1, "evicted", Reason.NOT_FOUND)
         >> put(B1, 12)
@@ -348,6 +375,42 @@ def test_a_deleted_record_is_evicted_and_may_come_back() -> None:
         >> stands(B1)
         << report(B1, "installed")
     ).end()
+
+
+def test_a_record_that_moves_to_the_other_space_leaves_no_gap() -> None:
+    """The watches of both keys need not be equally far: the deletion is told first, the read finds the new one."""
+    (
+        installed()
+        >> deleted(B1, 12)
+        << read(B1)
+        >> answered(12, pull_only={B1: record(B1, DATABASE)})
+        << install(B1, entry(DATABASE))
+        >> stands(B1, entry(DATABASE))
+        << report(B1, "updated")
+        >> put(B1, 11, record(B1, DATABASE), Space.PULL_ONLY)
+    ).end()
+
+
+def test_a_deleted_record_that_cannot_be_read_again_is_gone() -> None:
+    """The deletion is certain, that it has moved is not."""
+    story = installed() >> deleted(B1, 11) << read(B1) >> failed(B1)
+    (story << evict(B1, "deleted") << report(B1, "evicted", Reason.NOT_FOUND)).end()
+
+
+@pytest.mark.parametrize("end", [ClusterSilent("b"), StoreReset("b")])
+def test_a_deleted_record_goes_with_the_store_that_could_say_more(end: Event) -> None:
+    """No entry outlives its record because nobody answers."""
+    story = installed() >> deleted(B1, 11) << read(B1) >> end
+    story = story << evict(B1, "deleted") << report(B1, "evicted", Reason.NOT_FOUND)
+    if isinstance(end, StoreReset):
+        story = story << unwatch(B1)
+    story.end()
+
+
+def test_a_record_deleted_in_a_silent_cluster_is_gone_at_once() -> None:
+    """There is nobody to ask: a watch may have told its last."""
+    story = installed() >> ClusterSilent("b") >> deleted(B1, 11)
+    (story << evict(B1, "deleted") << report(B1, "evicted", Reason.NOT_FOUND)).end()
 
 
 def test_a_reused_address_gets_the_new_identity() -> None:
@@ -464,7 +527,8 @@ def test_a_withdrawn_identity_touches_no_entry_of_another() -> None:
 
 def test_an_identity_that_comes_back_does_not_bring_back_what_was_deleted_meanwhile() -> None:
     """The address is absent for another reason by then."""
-    story = installed() >> deleted(B1, 11) << evict(B1, "deleted") << report(B1, "evicted", Reason.NOT_FOUND)
+    story = installed() >> deleted(B1, 11) << read(B1) >> answered(11, {B1: None})
+    story = story << evict(B1, "deleted") << report(B1, "evicted", Reason.NOT_FOUND)
     (story >> IdentityGone(WEB) >> IdentityKnown(WEB)).end()
 
 

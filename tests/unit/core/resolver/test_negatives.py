@@ -1,6 +1,6 @@
 """The negative cache: expiry by reason, and the bound."""
 
-from lazymesh.core.model import Reason
+from lazymesh.core.model import Reason, Space
 from lazymesh.core.resolver.limits import Limits
 from lazymesh.core.resolver.negatives import Negatives
 from lazymesh.core.resolver.tracked import Tracked
@@ -43,3 +43,23 @@ def test_beyond_the_bound_the_one_that_would_expire_first_goes() -> None:
 def test_every_reason_has_a_lifetime() -> None:
     """A reason without one would end the agent at its first use."""
     assert set(LIMITS.negative_ttl) == set(Reason)
+
+
+def test_watches_for_nothing_are_rationed() -> None:
+    """Who scans a network gets short memories; what is watched already, or absent for another reason, pays nothing."""
+    limits = Limits(negative_watch_rate=1.0, negative_watch_burst=2.0, unwatched_ttl=0.5)
+    negatives = Negatives(limits)
+    scanned = [Tracked(bytes((10, 2, 9, n)), ()) for n in range(4)]
+    for tracked in scanned:
+        negatives.add(tracked, Reason.NOT_FOUND, 0.0)
+    assert [tracked.fleeting for tracked in scanned] == [False, False, False, True]
+    watched, forged = Tracked(B1, (), watched=(Space.PUSHED,)), Tracked(B2, ())
+    negatives.add(watched, Reason.NOT_FOUND, 0.0)
+    negatives.add(forged, Reason.FORGED, 0.0)
+    assert not watched.fleeting
+    assert not forged.fleeting
+    assert next(iter(negatives.expired(0.5))) is scanned[3]
+    negatives.remove(scanned[3])
+    negatives.add(scanned[3], Reason.NOT_FOUND, 1.0)
+    assert not scanned[3].fleeting, "a second later one more is allowed"
+    assert negatives.counts() == {Reason.NOT_FOUND: 5, Reason.FORGED: 1}

@@ -1,0 +1,245 @@
+"""The native channel against a server that follows a script: rude servers are hard to come by."""
+
+from __future__ import annotations
+
+import asyncio
+import struct
+from contextlib import asynccontextmanager
+from typing import TYPE_CHECKING
+
+import pytest
+
+from lazymesh.kvstore import wire
+from lazymesh.kvstore.channel import Code, RpcError, UnaryCall
+from lazymesh.kvstore.config import parse_config
+from lazymesh.kvstore.native import NativeChannel
+from tests.support.etcd import eventually
+from tests.unit.kvstore.test_wire import HELLO, OK_HEAD, answer, frame, message
+
+if TYPE_CHECKING:
+    from collections.abc import AsyncIterator
+
+CALL = UnaryCall("/service/method", b"question", (), 5.0)
+
+
+class Server:
+    """One connection's other end; a test says what it says."""
+
+    def __init__(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        self.reader, self.writer = reader, writer
+        self.calls = 0
+
+    def say(self, data: bytes) -> None:
+        """Send bytes."""
+        self.writer.write(data)
+
+    async def call(self) -> int:
+        """Wait for the head of the next call; return its stream."""
+        return (await self.until(wire.HEADERS))[2]
+
+    async def until(self, kind: int) -> tuple[int, int, int, bytes]:
+        """Read frames up to one of a kind, and return that."""
+        async with asyncio.timeout(5):
+            while (got := await self.frame())[0] != kind:
+                pass
+        return got
+
+    async def frame(self) -> tuple[int, int, int, bytes]:
+        """Read one frame."""
+        head = await self.reader.readexactly(9)
+        kind, flags, stream = struct.unpack(">BBI", head[3:])
+        return kind, flags, stream, await self.reader.readexactly(int.from_bytes(head[:3], "big"))
+
+
+@asynccontextmanager
+async def met(hello: bytes = HELLO) -> AsyncIterator[tuple[NativeChannel, Server]]:
+    """Yield a channel and the server at its other end."""
+    servers: asyncio.Queue[Server] = asyncio.Queue()
+    writers: list[asyncio.StreamWriter] = []
+
+    async def serve(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        writers.append(writer)
+        await reader.readexactly(len(wire.PREFACE))
+        writer.write(hello)
+        servers.put_nowait(Server(reader, writer))
+
+    listener = await asyncio.start_server(serve, "127.0.0.1", 0)
+    port = listener.sockets[0].getsockname()[1]
+    config = parse_config(f"endpoints: ['http://127.0.0.1:{port}']", "test")
+    channel = NativeChannel(config.endpoints[0], config, 1 << 20)
+    try:
+        await channel.open(2)
+        yield channel, await servers.get()
+    finally:
+        await channel.close()
+        listener.close()
+        for writer in writers:
+            writer.close()
+        await asyncio.sleep(0.01)
+
+
+def ask(channel: NativeChannel, call: UnaryCall = CALL) -> asyncio.Future[bytes | RpcError]:
+    """Make a call, as a future."""
+    future: asyncio.Future[bytes | RpcError] = asyncio.get_running_loop().create_future()
+    channel.call(call, future.set_result)
+    return future
+
+
+async def test_calls_overtake_each_other() -> None:
+    """Each gets its own answer."""
+    async with met() as (channel, server):
+        one, two = ask(channel), ask(channel)
+        first, second = await server.call(), await server.call()
+        server.say(answer(second, b"two") + answer(first, b"one"))
+        assert (await two, await one) == (b"two", b"one")
+
+
+async def test_a_call_without_answer_ends_at_its_deadline_and_is_reset() -> None:
+    """The server is told of both; the connection goes on."""
+    async with met() as (channel, server):
+        late = ask(channel, CALL._replace(timeout_s=0.05))
+        stream = await server.call()
+        outcome = await late
+        assert isinstance(outcome, RpcError)
+        assert outcome.code is Code.DEADLINE_EXCEEDED
+        assert (await server.until(wire.RST_STREAM))[2] == stream
+        server.say(answer(stream, b"too late"))
+        again = ask(channel)
+        server.say(answer(await server.call(), b"in time"))
+        assert await again == b"in time"
+
+
+async def test_more_calls_than_the_server_takes_wait() -> None:
+    """And go on as room is made, or fail at their own deadline."""
+    async with met(frame(wire.SETTINGS, 0, 0, struct.pack(">HI", 3, 1))) as (channel, server):
+        first, second, third = ask(channel), ask(channel, CALL._replace(timeout_s=0.05)), ask(channel)
+        stream = await server.call()
+        outcome = await second
+        assert isinstance(outcome, RpcError)
+        server.say(answer(stream, b"one"))
+        assert await first == b"one"
+        server.say(answer(await server.call(), b"three"))
+        assert await third == b"three"
+
+
+async def test_a_server_that_dies_fails_everything_and_is_told() -> None:
+    """Calls under way, streams, and whoever asks later."""
+    async with met() as (channel, server):
+        lost: list[str] = []
+        channel.on_lost = lost.append
+        call = ask(channel)
+        await server.call()
+        server.writer.close()
+        outcome = await call
+        assert isinstance(outcome, RpcError)
+        assert outcome.code is Code.UNAVAILABLE
+        await eventually(lambda: lost)
+        assert channel.lost == lost[0] == "the connection was lost"
+        later = await ask(channel)
+        assert isinstance(later, RpcError)
+
+
+async def test_goodbye_lets_calls_under_way_end_well_and_then_the_connection() -> None:
+    """The order of a server's graceful stop."""
+    async with met() as (channel, server):
+        lost: list[str] = []
+        channel.on_lost = lost.append
+        call = ask(channel)
+        stream = await server.call()
+        server.say(frame(wire.GOAWAY, 0, 0, struct.pack(">II", 1, 0)))
+        await eventually(lambda: channel.lost)
+        assert not lost
+        server.say(answer(stream, b"well"))
+        assert await call == b"well"
+        await eventually(lambda: lost)
+
+
+async def test_garbage_ends_the_connection() -> None:
+    """Not HTTP/2 any more: nothing that follows can be believed."""
+    async with met() as (channel, server):
+        call = ask(channel)
+        await server.call()
+        server.say(frame(wire.DATA, 0, 99, b"x"))
+        outcome = await call
+        assert isinstance(outcome, RpcError)
+        assert "none of ours" in outcome.details
+
+
+@pytest.mark.parametrize("hello", [b"HTTP/1.1 400 Bad Request\r\n\r\n", b"SSH-2.0-OpenSSH\r\n"])
+async def test_another_protocol_is_told_at_the_door(hello: bytes) -> None:
+    """A wrong port, most likely."""
+    with pytest.raises(RpcError, match="does not speak HTTP/2"):
+        async with met(hello):
+            pass
+
+
+async def test_nobody_there_and_nobody_speaking() -> None:
+    """Two ways not to connect."""
+    config = parse_config("endpoints: ['http://127.0.0.1:1']", "test")
+    channel = NativeChannel(config.endpoints[0], config, 1)
+    with pytest.raises(RpcError, match="failed to connect: Connection refused") as caught:
+        await channel.open(2)
+    assert caught.value.code is Code.UNAVAILABLE
+    with pytest.raises(RpcError, match=r"no connection within 0\.1 s"):
+        await silent()
+
+
+async def silent() -> None:
+    """Dial a server that accepts and says nothing."""
+    writers: list[asyncio.StreamWriter] = []
+    listener = await asyncio.start_server(lambda _r, w: writers.append(w), "127.0.0.1", 0)
+    port = listener.sockets[0].getsockname()[1]
+    config = parse_config(f"endpoints: ['http://127.0.0.1:{port}']", "test")
+    channel = NativeChannel(config.endpoints[0], config, 1)
+    try:
+        await channel.open(0.1)
+    finally:
+        await channel.close()
+        listener.close()
+        for writer in writers:
+            writer.close()
+        await asyncio.sleep(0.01)
+
+
+async def words(*all_words: bytes) -> AsyncIterator[bytes]:
+    """Yield some requests, then wait for ever."""
+    for word in all_words:
+        yield word
+    await asyncio.Event().wait()
+
+
+async def test_a_stream_carries_many_both_ways_and_requests_of_a_moment_in_one_write() -> None:
+    """Responses come one by one, an end that is no good one as an error."""
+    async with met() as (channel, server):
+        responses = channel.stream("/service/stream", words(b"one", b"two"), ())
+        first = asyncio.ensure_future(anext(responses))
+        stream = await server.call()
+        assert [(await server.until(wire.DATA))[3] for _ in range(2)] == [message(b"one"), message(b"two")]
+        server.say(frame(wire.HEADERS, 4, stream, OK_HEAD) + frame(wire.DATA, 0, stream, message(b"uno")))
+        assert await first == b"uno"
+        server.say(
+            frame(wire.DATA, 0, stream, message(b"due")) + frame(wire.RST_STREAM, 0, stream, b"\0\0\0\x08")
+        )
+        assert await anext(responses) == b"due"
+        with pytest.raises(RpcError) as caught:
+            await anext(responses)
+        assert caught.value.code is Code.CANCELLED
+
+
+async def test_a_stream_that_is_left_is_reset() -> None:
+    """The server need not go on."""
+    async with met() as (channel, server):
+        responses = channel.stream("/service/stream", words(), ())
+        first = asyncio.ensure_future(anext(responses))
+        stream = await server.call()
+        server.say(frame(wire.HEADERS, 4, stream, OK_HEAD) + frame(wire.DATA, 0, stream, message(b"x")))
+        await first
+        await responses.aclose()
+        assert (await server.until(wire.RST_STREAM))[2] == stream
+
+
+async def test_pings_are_answered_soon_even_if_nothing_is_sent() -> None:
+    """A server that waits for an answer would hang up."""
+    async with met() as (_, server):
+        server.say(frame(wire.PING, 0, 0, b"12345678"))
+        assert await server.until(wire.PING) == (wire.PING, wire.ACK, 0, b"12345678")
