@@ -5,7 +5,7 @@
  * Both look the peer up in the ipcache. A hit goes on untouched. A miss (the table in miss_of) is signalled once per
  * address and re-arm interval, within the token buckets, unless muted; then it goes on, or is dropped, as the settings
  * say. With a policy (standalone mode) mesh traffic is judged by the peer's identity. What is not ours is passed on:
- * the verdict is always TC_ACT_UNSPEC, "the next program decides", or TC_ACT_SHOT.
+ * the verdict is TC_ACT_UNSPEC, "the next program decides", TC_ACT_SHOT, or that of a parked packet.
  */
 #include <linux/types.h>
 #include <uapi/linux/bpf.h>
@@ -180,7 +180,7 @@ static __always_inline int handle(struct __sk_buff *skb, int direction)
 	/* A hit stays behind the held packets of its address. */
 	if (miss == MISS_NO && config->hold_cookie && !arrived && hold_pending(&packet, HOLD_GATE_NS) &&
 	    park(skb, &packet, direction, HOLD_GATED, bpf_ktime_get_ns(), hold_counters))
-		return TC_ACT_STOLEN;
+		return config->parked;
 	if (arrived && miss == MISS_NO)
 		rearm(&packet);
 	if (miss == MISS_NO && !config->enforced) {
@@ -209,7 +209,7 @@ static __always_inline int handle(struct __sk_buff *skb, int direction)
 		}
 		if (hold != HOLD_NOT && config->on_miss == LM_ON_MISS_HOLD &&
 		    park(skb, &packet, direction, hold, now, hold_counters))
-			return TC_ACT_STOLEN;
+			return config->parked;
 	}
 	verdict = TC_ACT_UNSPEC;
 	if (mesh && config->enforced)

@@ -63,6 +63,8 @@ class DatapathSettings:
     interfaces: tuple[str, ...] = ()
     """Pods' host-side interfaces; ``lxc+`` matches a prefix."""
     uplinks: tuple[str, ...] = ()
+    attach: str = "auto"
+    """tcx, clsact, or auto for the better one that the kernel has."""
     on_miss: str = "hold"
     """What becomes of a missed packet: hold, pass or drop."""
     hold_limit_s: float = 0.25

@@ -48,6 +48,8 @@ struct lm_config {
 	__u32 on_miss;	/* enum lm_on_miss */
 	__u32 enforced; /* bit LM_EGRESS, bit LM_INGRESS: default deny of mesh traffic in that direction */
 	__u32 hold_cookie; /* upper half of the mark of packets that come back from the holder; 0: there are none */
+	__u32 parked; /* the verdict that ends the way of a packet of which the TAP has a clone */
+	__u32 pad;
 	__u64 policy_tag; /* which policy lm_policy was filled for; user space's alone */
 };
 
@@ -227,7 +229,7 @@ struct lm_holder_stats {
 };
 
 _Static_assert(sizeof(struct ipcache_miss) == 40, "ipcache_miss has a hole");
-_Static_assert(sizeof(struct lm_config) == 80, "lm_config has a hole");
+_Static_assert(sizeof(struct lm_config) == 88, "lm_config has a hole");
 _Static_assert(sizeof(struct lm_counters) == 120, "lm_counters has a hole");
 _Static_assert(sizeof(struct lm_mesh_cidr) == 4, "lm_mesh_cidr has a hole");
 _Static_assert(sizeof(struct lm_dedup_key) == 20, "lm_dedup_key has a hole");

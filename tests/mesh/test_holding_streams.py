@@ -103,16 +103,16 @@ def test_a_stream_survives_that_its_entry_vanishes(
     )
 
 
-@pytest.mark.parametrize("family", [4, 6])
+@pytest.mark.parametrize(("family", "style"), [(4, "tcx"), (6, "tcx"), (4, "clsact"), (6, "clsact")])
 def test_a_program_behind_ours_sees_each_packet_once_and_only_with_its_entry(
-    lab: Lab, agent: AgentProcess, family: int
+    lab: Lab, agent: AgentProcess, family: int, style: str
 ) -> None:
-    """A clsact filter of a later priority: held packets come to it when they come back, not before."""
-    address = remote_address(30 + family, family)
+    """The next of the tcx chain, or a clsact filter: held packets come to it when they come back, not before."""
+    address = remote_address(30 + family + (style == "tcx"), family)
     lab.publish(address)
     key = abi.pack_address_key(parse_address(address))
     before = held(agent)
-    with Follower(lab.node_a, lab.pods[0].interface, lab.bpffs / "lazymesh", key) as follower:
+    with Follower(lab.node_a, lab.pods[0].interface, lab.bpffs / "lazymesh", key, style) as follower:
         with Sink(lab.node_b, family) as sink:
             send(lab.pods[0].namespace, [address], 20)
             assert len(sink.wait(20)) == 20

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 
 import pytest
 
+from tests.support import tcx
 from tests.support.etcd import wait_until
 from tests.support.lab import OTHER_IDENTITY, SERVER_IDENTITY, Lab, remote_address
 from tests.support.namespaces import stop_process
@@ -59,13 +60,14 @@ def test_with_cleanup_nothing_of_ours_is_left(lab: Lab, number: signal.Signals) 
     agent = lab.start_agent("--cleanup")
     installed(lab, 0)
     program = str(lab.bpffs / "lazymesh/lm_from_pod")
+    node.run("tc", "qdisc", "add", "dev", "eth0", "clsact")
     filter_ = ("tc", "filter", "add", "dev", "eth0", "ingress", "prio", "7", "handle", "1")
     node.run(*filter_, "bpf", "direct-action", "object-pinned", program)
     agent.process.send_signal(number)
     assert agent.process.wait(10) == 0
     assert pins(lab) == []
     assert filters(node) == ["eth0: clsact", "eth0: lm_from_pod"]
-    assert "pref 49000" not in node.run("tc", "filter", "show", "dev", "eth0", "ingress")
+    assert node.call(tcx.tcx_programs, "eth0") == []
     assert not lab.socket.exists()
     assert connect(lab.pods[0].namespace, remote_address(1)) is not None, "no policy any more"
 

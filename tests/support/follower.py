@@ -1,7 +1,7 @@
 """Another TC program behind ours: writes down what it sees, and whether the address it was told has its entry by then.
 
-Assembled by hand, so that it needs neither clang nor BCC. Attached like any neighbour's: a clsact filter of a later
-priority.
+Assembled by hand, so that it needs neither clang nor BCC. Attached like any neighbour's: at the tail of the tcx chain,
+or as a clsact filter of a later priority.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Self
 
 from lazymesh.datapath import libbpf
 from lazymesh.datapath.libbpf import Map, MapLayout, library
+from tests.support.tcx import TcxLink
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -38,11 +39,14 @@ class Seen:
 
 
 class Follower:
-    """The program on one interface's ingress, attached while entered."""
+    """The program on one interface's ingress, attached while entered, behind everybody who is there."""
 
-    def __init__(self, namespace: Namespace, interface: str, pins: Path, key: bytes) -> None:
+    def __init__(
+        self, namespace: Namespace, interface: str, pins: Path, key: bytes, style: str = "clsact"
+    ) -> None:
         """``key`` is looked up in the pinned ipcache with each packet."""
-        self._namespace, self._interface = namespace, interface
+        self._namespace, self._interface, self._style = namespace, interface, style
+        self._link: TcxLink | None = None
         self._pin = pins.parent / "follower"
         self._notes = Map.create("follower", MapLayout(libbpf.MAP_TYPE_ARRAY, 4, 40, 1, 0))
         self._ipcache = Map.pinned(pins / "lm_ipcache")
@@ -50,14 +54,22 @@ class Follower:
 
     def __enter__(self) -> Self:
         program = _load(_code(self._notes.fd, self._ipcache.fd, self._key))
+        if self._style == "tcx":
+            self._link = self._namespace.call(TcxLink.attach, program, self._interface)
+            os.close(program)
+            return self
         libbpf.pin(program, self._pin)
         os.close(program)
+        self._namespace.run("tc", "qdisc", "add", "dev", self._interface, "clsact", check=False)
         self._tc("add", "bpf", "direct-action", "pinned", str(self._pin))
         return self
 
     def __exit__(self, *exc: object) -> None:
-        self._tc("del")
-        self._pin.unlink()
+        if self._link:
+            self._link.close()
+        else:
+            self._tc("del")
+            self._pin.unlink()
         self._notes.close()
         self._ipcache.close()
 

@@ -17,6 +17,8 @@ import time
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Self
 
+from tests.support import tcx
+from tests.support.bpfobject import program_info_by_id
 from tests.support.etcd import wait_until
 from tests.support.lab import ETCD_PORT, METRICS_PORT, AgentProcess
 from tests.support.traffic import PORT
@@ -300,17 +302,26 @@ def cluster(lab: Lab, name: str) -> dict[str, Any]:
     return next((one for one in status(lab)["clusters"] if one["name"] == name), {})
 
 
+def programs(namespace: Namespace, interface: str) -> list[str]:
+    """Return the names of our programs on an interface's ingress, however attached; none if it is not there."""
+    try:
+        chain = [program_info_by_id(one).name for one in namespace.call(tcx.tcx_programs, interface)]
+    except OSError:
+        return []
+    shown = namespace.run("tc", "filter", "show", "dev", interface, "ingress", check=False)
+    return [name for name in chain if name.startswith("lm_")] + re.findall(r"\blm_\w+", shown)
+
+
 def filters(namespace: Namespace) -> list[str]:
-    """Return a word for every BPF filter of ours and every clsact qdisc in a namespace."""
+    """Return a word for every program of ours on an interface and every clsact qdisc in a namespace."""
     found = []
     for link in json.loads(namespace.run("ip", "-json", "link")):
         name = link["ifname"]
         if name.startswith("lm_hold"):
             continue  # the holder's TAP, which goes with the holder
+        found += [f"{name}: {program}" for program in programs(namespace, name)]
         if "clsact" in namespace.run("tc", "qdisc", "show", "dev", name):
             found.append(f"{name}: clsact")
-            shown = namespace.run("tc", "filter", "show", "dev", name, "ingress")
-            found += [f"{name}: {program}" for program in re.findall(r"\blm_\w+", shown)]
     return sorted(set(found))
 
 

@@ -45,6 +45,13 @@ _path = click.Path(path_type=Path)
     help="Interface to the network, for misses of packets coming in. Repeatable.",
 )
 @click.option(
+    "--attach",
+    type=click.Choice(["auto", "tcx", "clsact"]),
+    default="auto",
+    show_default=True,
+    help="How programs get onto interfaces. auto: tcx where the kernel has it (6.6 and later).",
+)
+@click.option(
     "--clustermesh-config",
     type=_path,
     default=DEFAULT_CLUSTERMESH_CONFIG,
@@ -169,6 +176,7 @@ def _settings(options: dict[str, Any]) -> AgentSettings:
             bpffs=options["bpffs"],
             interfaces=options["interface"],
             uplinks=options["uplink"],
+            attach=options["attach"],
             on_miss=options["on_miss"],
             hold_limit_s=options["hold_timeout"] / 1000,
             drop_on_timeout=options["hold_timeout_action"] == "drop",

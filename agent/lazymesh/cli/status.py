@@ -39,7 +39,10 @@ def _show(answer: dict[str, Any]) -> None:
     interfaces = (
         ", ".join(f"{name} ({direction})" for name, direction in datapath["interfaces"].items()) or "none"
     )
-    click.echo(f"Datapath:   {datapath['mode']}, on miss: {datapath['onMiss']}, policy: {datapath['policy']}")
+    click.echo(
+        f"Datapath:   {datapath['mode']}, attached by {datapath['attach']}, on miss: {datapath['onMiss']},"
+        f" policy: {datapath['policy']}"
+    )
     click.echo(f"Interfaces: {interfaces}")
     click.echo(f"Holding:    {datapath['holding']}")
     click.echo(

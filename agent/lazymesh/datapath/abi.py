@@ -89,6 +89,8 @@ class Config(ctypes.Structure):
         ("on_miss", c_uint32),
         ("enforced", c_uint32),
         ("hold_cookie", c_uint32),
+        ("parked", c_uint32),
+        ("pad", c_uint32),
         ("policy_tag", c_uint64),
     )
 

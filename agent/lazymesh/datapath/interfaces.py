@@ -1,7 +1,7 @@
-"""Attaches the programs to interfaces (clsact ingress, by pyroute2) and follows interfaces as they come and go.
+"""Keeps the programs on the selected interfaces, first on their ingress hooks, as interfaces come and go.
 
 A pod's traffic enters the node at the ingress of the pod's host-side interface, the network's at the uplink's: so both
-programs sit on ingress hooks. A filter goes with its interface; nothing is left behind when a pod goes.
+programs sit on ingress hooks. How they get there is told in hooks.py. What is attached goes with its interface.
 """
 
 from __future__ import annotations
@@ -9,26 +9,33 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import errno
+import time
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import structlog
 from pyroute2 import AsyncIPRoute, NetlinkError
-from pyroute2.netlink.rtnl import RTMGRP_LINK
+from pyroute2.netlink.rtnl import RTMGRP_LINK, RTMGRP_TC
 
 from lazymesh.core.model import Direction
+from lazymesh.datapath.hooks import choose_hook
 from lazymesh.errors import DatapathError
 
 if TYPE_CHECKING:
+    from lazymesh.datapath.hooks import Hook
     from lazymesh.datapath.program import Datapath
 
 log = structlog.get_logger()
 
+LOOK_EVERY_S = 0.5
+"""Between looks at the order of tcx programs, of which the kernel says nothing by itself."""
+INSIST_EVERY_S = 5.0
+"""How often at most an interface's program is put back to the front."""
 _INGRESS = 0xFFFFFFF2
 """TC_H_CLSACT with TC_H_MIN_INGRESS."""
-_PRIORITY, _HANDLE, _ETH_P_ALL = 49_000, 0x1A2E, 3
-"""A place of our own on the hook: Cilium's filters are priority 1, handle 1 (cilium-formats 8.1)."""
+_PRIORITY, _HANDLE, _ETH_P_ALL = 1, 0x1A2E, 3
+_FILTER_EVENTS = ("RTM_NEWTFILTER", "RTM_DELTFILTER", "RTM_DELQDISC")
 _ARPHRD_ETHER = 1
 _ROOT = 0xFFFFFFFF
 _TAP_RING = 16_384
@@ -67,6 +74,9 @@ def _matches(name: str, pattern: str) -> bool:
 class _Attached:
     name: str
     direction: Direction
+    patience: float = 0.0
+    """Until when it is not put back to the front again."""
+    behind: bool = False
 
 
 @dataclass(slots=True)
@@ -76,6 +86,8 @@ class InterfaceStats:
     attached_total: int = 0
     attach_errors_total: int = 0
     resyncs_total: int = 0
+    displaced_total: int = 0
+    """How often ours was not the first program any more, or was gone, and was attached again."""
 
 
 @dataclass(slots=True)
@@ -84,14 +96,29 @@ class InterfaceFollower:
 
     datapath: Datapath
     selection: InterfaceSelection
+    style: str = "auto"
+    """tcx, clsact, or auto for the better one that the kernel has."""
     stats: InterfaceStats = field(default_factory=InterfaceStats)
     _attached: dict[int, _Attached] = field(default_factory=dict)
     _ipr: AsyncIPRoute | None = None
+    _hook: Hook | None = None
+    _placing: asyncio.Lock = field(default_factory=asyncio.Lock)
+    """Our own steps tell of themselves: nobody is to look in the middle of them."""
 
     @property
     def attached(self) -> dict[str, Direction]:
         """Names and directions of the interfaces that carry our program."""
         return {item.name: item.direction for item in self._attached.values()}
+
+    @property
+    def attach(self) -> str:
+        """How programs get onto interfaces here: tcx or clsact."""
+        return self._hook.style if self._hook else self.style
+
+    @property
+    def behind(self) -> list[str]:
+        """Names of the interfaces on which somebody else insists on being first."""
+        return sorted(item.name for item in self._attached.values() if item.behind)
 
     async def run(self, ready: asyncio.Event) -> None:
         """Attach to what is there, then follow the kernel's link messages for ever; sets ``ready`` after the first.
@@ -99,35 +126,55 @@ class InterfaceFollower:
         DatapathError when an interface that was named exactly is missing, or cannot be attached to.
         """
         async with AsyncIPRoute() as self._ipr:
-            first = True
-            while True:
-                async with AsyncIPRoute() as monitor:
-                    # Listen before listing: what appears in between is seen twice, never missed.
-                    await monitor.bind(RTMGRP_LINK)
-                    await self._resync(strict=first)
-                    first = False
-                    ready.set()
-                    with contextlib.suppress(NetlinkError, OSError):
-                        await self._follow(monitor)
-                self.stats.resyncs_total += 1
-                log.warning("the kernel's link messages were lost; listing interfaces again")
-                await asyncio.sleep(0.05)
+            self._hook = choose_hook(self.style, self.datapath.pins, self._ipr)
+            self.datapath.config.change(parked=self._hook.parked)
+            tasks = [asyncio.create_task(self._keep_attached(ready)), asyncio.create_task(self._keep_first())]
+            try:
+                await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
+                for task in tasks:
+                    if task.done():
+                        task.result()
+            finally:
+                for task in tasks:
+                    task.cancel()
+                await asyncio.gather(*tasks, return_exceptions=True)
+
+    async def _keep_attached(self, ready: asyncio.Event) -> None:
+        first = True
+        while True:
+            async with AsyncIPRoute() as monitor:
+                # Listen before listing: what appears in between is seen twice, never missed.
+                await monitor.bind(RTMGRP_LINK | RTMGRP_TC)
+                await self._resync(strict=first)
+                first = False
+                ready.set()
+                with contextlib.suppress(NetlinkError, OSError):
+                    await self._follow(monitor)
+            self.stats.resyncs_total += 1
+            log.warning("the kernel's link messages were lost; listing interfaces again")
+            await asyncio.sleep(0.05)
 
     async def _follow(self, monitor: AsyncIPRoute) -> None:
         while True:
             async for message in monitor.get():
-                if message["family"] == _AF_BRIDGE:
+                # What pyroute2 does not know (chains, for one) has neither.
+                event, index = message.get("event"), message.get("index")
+                if message.get("family") == _AF_BRIDGE or index is None:
                     continue
-                if message["event"] == "RTM_DELLINK":
-                    self._attached.pop(message["index"], None)
-                elif message["event"] == "RTM_NEWLINK":
+                if event == "RTM_NEWLINK":
                     await self._consider(message, strict=False)
+                elif index not in self._attached:
+                    continue
+                elif event == "RTM_DELLINK":
+                    await self._detach(index)
+                elif event in _FILTER_EVENTS:
+                    await self._look_after(index, self._attached[index])
 
     async def _resync(self, strict: bool) -> None:
         links = [link async for link in await self._route.link("dump")]
         present = {link["index"] for link in links}
-        for gone in self._attached.keys() - present:
-            del self._attached[gone]
+        for gone in (self._attached.keys() | self.datapath.pins.linked()) - present:
+            await self._detach(gone)
         names = {link.get("ifname") for link in links}
         for name in self.selection.exact_names() if strict else ():
             if name not in names:
@@ -135,6 +182,8 @@ class InterfaceFollower:
         for link in links:
             named = link.get("ifname") in self.selection.exact_names()
             await self._consider(link, strict and named, again=True)
+            if strict and link["index"] in self._attached:
+                await self._on.supersede(link["index"])
 
     async def _consider(self, link: Any, strict: bool, again: bool = False) -> None:
         """Bring one interface's attachment up to date with its name (a pod's device may be renamed into place).
@@ -175,51 +224,56 @@ class InterfaceFollower:
     async def _attach(self, index: int, direction: Direction) -> None:
         name, fd = self.datapath.program(direction)
         try:
-            await self._route.tc("add", "clsact", index)
-        except NetlinkError as exc:
-            if exc.code != errno.EEXIST:
-                raise
-        await self._route.tc(
-            "replace-filter", "bpf", index, _HANDLE,
-            fd=fd, name=name, parent=_INGRESS, prio=_PRIORITY, protocol=_ETH_P_ALL, classid=1, direct_action=True,
-        )  # fmt: skip
+            await self._on.attach(index, fd, name)
+        except OSError as exc:
+            raise NetlinkError(exc.errno or 0, exc.strerror) from exc
+
+    async def _keep_first(self) -> None:
+        """Go back to the head of the hooks whose head somebody else has taken, or that somebody has cleared."""
+        while True:
+            await asyncio.sleep(LOOK_EVERY_S)
+            for index, attached in list(self._attached.items()):
+                await self._look_after(index, attached)
+
+    async def _look_after(self, index: int, attached: _Attached) -> None:
+        try:
+            async with self._placing:
+                await self._put_in_place(index, attached)
+        except (NetlinkError, OSError) as exc:  # most likely the interface is about to go
+            log.debug("cannot look after an interface", interface=attached.name, error=str(exc))
+
+    async def _put_in_place(self, index: int, attached: _Attached) -> None:
+        name, fd = self.datapath.program(attached.direction)
+        place, now = await self._on.place(index, fd), time.monotonic()
+        attached.behind = False
+        if place == 0:
+            return
+        if place is not None and now < attached.patience:
+            attached.behind = True  # somebody insists: two that fight would be on the hook in turns
+            return
+        if place is not None:
+            attached.patience = now + INSIST_EVERY_S
+        self.stats.displaced_total += 1
+        why = "it was removed" if place is None else "another program went ahead of it"
+        log.warning("our program is attached again", interface=attached.name, why=why)
+        await self._on.put_first(index, fd, name)
 
     async def _detach(self, index: int) -> None:
         self._attached.pop(index, None)
-        with contextlib.suppress(NetlinkError):  # the interface, or the filter, is gone already
-            await self._route.tc(
-                "del-filter", "bpf", index, _HANDLE, parent=_INGRESS, prio=_PRIORITY, protocol=_ETH_P_ALL
-            )
+        with contextlib.suppress(NetlinkError, OSError):  # the interface, or what was on it, is gone already
+            await self._on.detach(index)
+
+    @property
+    def _on(self) -> Hook:
+        if self._hook is None:
+            raise RuntimeError("run() was not called")
+        return self._hook
 
     @property
     def _route(self) -> AsyncIPRoute:
         if self._ipr is None:
             raise RuntimeError("run() was not called")
         return self._ipr
-
-
-async def detach_everywhere() -> list[str]:
-    """Remove our filters from every interface, and each clsact qdisc that is empty then; returns interface names."""
-    cleaned = []
-    async with AsyncIPRoute() as ipr:
-        for link in [link async for link in await ipr.link("dump")]:
-            # An interface may go at any moment, and its filters with it.
-            with contextlib.suppress(NetlinkError):
-                if await _clean(ipr, link["index"]):
-                    cleaned.append(link.get("ifname"))
-    return cleaned
-
-
-async def _clean(ipr: AsyncIPRoute, index: int) -> bool:
-    filters = [item async for item in await ipr.get_filters(index=index, parent=_INGRESS)]
-    if not any((item["info"] >> 16, item["handle"]) == (_PRIORITY, _HANDLE) for item in filters):
-        return False
-    await ipr.tc("del-filter", "bpf", index, _HANDLE, parent=_INGRESS, prio=_PRIORITY, protocol=_ETH_P_ALL)
-    others = [item async for item in await ipr.get_filters(index=index, parent=_INGRESS)]
-    others += [item async for item in await ipr.get_filters(index=index, parent=_INGRESS + 1)]
-    if not others:
-        await ipr.tc("del", "clsact", index)
-    return True
 
 
 async def prepare_tap(datapath: Datapath, index: int, name: str) -> None:

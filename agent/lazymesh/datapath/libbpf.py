@@ -12,6 +12,7 @@ import ctypes
 import errno
 import functools
 import os
+import socket
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -98,6 +99,9 @@ def library() -> ctypes.CDLL:
     lib.perf_buffer__new.restype = pointer
     for name in ("perf_buffer__epoll_fd", "perf_buffer__consume", "perf_buffer__free"):
         getattr(lib, name).argtypes = (pointer,)
+    lib.bpf_link_create.argtypes = (number, number, number, pointer)
+    lib.bpf_link_update.argtypes = (number, number, pointer)
+    lib.bpf_prog_query.argtypes = (number, number, ctypes.c_uint32, pointer, pointer, pointer)
     lib.libbpf_set_print(None)  # its words on stderr would double our own errors
     return lib
 
@@ -143,6 +147,97 @@ def open_pin(path: Path) -> int:
     return _checked(library().bpf_obj_get(os.fsencode(path)))
 
 
+# --- programs and tcx links -------------------------------------------------------------------------------------------
+
+_TCX_INGRESS = 46
+_BPF_F_BEFORE = 1 << 3
+"""Without a program to stand before: at the head."""
+_CHAIN_MOST = 64
+"""BPF_MPROG_MAX: no chain is longer."""
+
+
+class _LinkCreateOpts(ctypes.Structure):
+    _fields_ = (
+        ("sz", ctypes.c_size_t),
+        ("flags", ctypes.c_uint32),
+        ("iter_info", ctypes.c_void_p),
+        ("iter_info_len", ctypes.c_uint32),
+        ("target_btf_id", ctypes.c_uint32),
+        ("union", ctypes.c_uint64 * 4),
+    )
+
+
+class _LinkInfo(ctypes.Structure):
+    """The head of ``struct bpf_link_info``, with the member of tcx links."""
+
+    _fields_ = (
+        ("type", ctypes.c_uint32),
+        ("id", ctypes.c_uint32),
+        ("prog_id", ctypes.c_uint32),
+        ("pad", ctypes.c_uint32),
+        ("ifindex", ctypes.c_uint32),
+        ("attach_type", ctypes.c_uint32),
+    )
+
+
+class _ProgramInfo(ctypes.Structure):
+    """The head of ``struct bpf_prog_info``."""
+
+    _fields_ = (
+        ("type", ctypes.c_uint32),
+        ("id", ctypes.c_uint32),
+    )
+
+
+def attach_tcx(program: int, ifindex: int) -> int:
+    """Put a program at the head of an interface's tcx ingress; return the link's file descriptor."""
+    opts = _LinkCreateOpts(sz=ctypes.sizeof(_LinkCreateOpts), flags=_BPF_F_BEFORE)
+    return _checked(library().bpf_link_create(program, ifindex, _TCX_INGRESS, ctypes.byref(opts)))
+
+
+def update_link(link: int, program: int) -> None:
+    """Put another program in a link's place."""
+    _checked(library().bpf_link_update(link, program, None))
+
+
+def link_ifindex(link: int) -> int:
+    """Return the interface that a tcx link is on; 0 when that is gone."""
+    info = _LinkInfo()
+    _get_info(link, info)
+    return int(info.ifindex)
+
+
+def tcx_programs(ifindex: int) -> list[int]:
+    """Return the ids of the programs on an interface's tcx ingress, in the order in which they see a packet."""
+    ids, count = (ctypes.c_uint32 * _CHAIN_MOST)(), ctypes.c_uint32(_CHAIN_MOST)
+    flags = ctypes.c_uint32()
+    words = (ctypes.byref(flags), ids, ctypes.byref(count))
+    _checked(library().bpf_prog_query(ifindex, _TCX_INGRESS, 0, *words))
+    return list(ids[: count.value])
+
+
+@functools.cache
+def has_tcx() -> bool:
+    """Tell whether this kernel has tcx: by asking for the chain of loopback."""
+    try:
+        tcx_programs(socket.if_nametoindex("lo"))
+    except OSError:
+        return False
+    return True
+
+
+def program_id(program: int) -> int:
+    """Return the kernel's number of a program."""
+    info = _ProgramInfo()
+    _get_info(program, info)
+    return int(info.id)
+
+
+def _get_info(fd: int, info: ctypes.Structure) -> None:
+    size = ctypes.c_uint32(ctypes.sizeof(info))
+    _checked(library().bpf_obj_get_info_by_fd(fd, ctypes.byref(info), ctypes.byref(size)))
+
+
 class Map:
     """One open BPF map: elements as bytes."""
 
@@ -150,8 +245,7 @@ class Map:
         self.fd = fd
         self._lib = library()
         info = _MapInfo()
-        size = ctypes.c_uint32(ctypes.sizeof(info))
-        _checked(self._lib.bpf_obj_get_info_by_fd(fd, ctypes.byref(info), ctypes.byref(size)))
+        _get_info(fd, info)
         self.map_id = info.id
         self.layout = MapLayout(info.type, info.key_size, info.value_size, info.max_entries, info.map_flags)
         copies = possible_cpus() if info.type == MAP_TYPE_PERCPU_ARRAY else 1

@@ -266,6 +266,8 @@ class DatapathConfig:
     """Directions in which mesh traffic is denied unless the policy map allows it."""
     policy_tag: int = 0
     """Which policy the policy map is filled for."""
+    parked: int = 2
+    """The verdict that ends the way of a parked packet: a drop (2), as all hooks know it."""
 
 
 class ConfigMap:
@@ -279,6 +281,7 @@ class ConfigMap:
     def write(self, config: DatapathConfig) -> None:
         """Put new settings in force; lowers the mute flag."""
         raw = abi.Config(
+            parked=config.parked,
             rearm_ns=int(config.rearm_s * 1e9),
             on_miss=config.on_miss,
             enforced=sum(1 << direction for direction in config.enforced),

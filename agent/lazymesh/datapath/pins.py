@@ -21,6 +21,7 @@ HOLD_PROGRAMS = ("lm_hold_out", "lm_hold_back")
 HOLD_FILTER = "lm_hold_whole"
 SIGNALS = "lm_signals"
 IPCACHE = "lm_ipcache"
+LINKS = "links"
 
 
 def expected_layouts(ipcache_size: int) -> dict[str, MapLayout]:
@@ -30,7 +31,7 @@ def expected_layouts(ipcache_size: int) -> dict[str, MapLayout]:
         IPCACHE: MapLayout(libbpf.MAP_TYPE_LPM_TRIE, 24, 24, ipcache_size, lazy),
         "lm_mesh_cidrs": MapLayout(libbpf.MAP_TYPE_LPM_TRIE, 24, 4, 131_072, lazy),
         "lm_owned": MapLayout(libbpf.MAP_TYPE_HASH, 24, 56, ipcache_size, lazy),
-        "lm_config": MapLayout(libbpf.MAP_TYPE_ARRAY, 4, 80, 1, 0),
+        "lm_config": MapLayout(libbpf.MAP_TYPE_ARRAY, 4, 88, 1, 0),
         "lm_counters": MapLayout(libbpf.MAP_TYPE_PERCPU_ARRAY, 4, 120, 2, 0),
         "lm_dedup": MapLayout(libbpf.MAP_TYPE_LRU_HASH, 20, 8, 65_536, 0),
         "lm_windows": MapLayout(libbpf.MAP_TYPE_LRU_HASH, 20, 40, 16_384, 0),
@@ -63,6 +64,15 @@ class Pins:
         """Return the pin of a map or program."""
         return self.directory / name
 
+    def link(self, ifindex: int) -> Path:
+        """Return the pin of an interface's tcx link."""
+        return self.directory / LINKS / str(ifindex)
+
+    def linked(self) -> set[int]:
+        """Return the indexes of interfaces that have a pinned link, were they gone by now."""
+        directory = self.directory / LINKS
+        return {int(path.name) for path in directory.iterdir()} if directory.is_dir() else set()
+
     def prepare(self, ipcache_size: int) -> None:
         """Make the directory and check every pin that is there already; DatapathError says what is wrong."""
         check_bpffs(self.directory.parent)
@@ -93,8 +103,11 @@ class Pins:
         for name in (*PROGRAMS, *HOLD_PROGRAMS, HOLD_FILTER, SIGNALS, *expected_layouts(0)):
             with contextlib.suppress(FileNotFoundError):
                 self.path(name).unlink()
-        with contextlib.suppress(OSError):
-            self.directory.rmdir()
+        for index in self.linked():
+            self.link(index).unlink(missing_ok=True)
+        for directory in (self.directory / LINKS, self.directory):
+            with contextlib.suppress(OSError):
+                directory.rmdir()
 
     def lock(self) -> int:
         """Hold the directory for this process alone; returns the file descriptor that holds it."""

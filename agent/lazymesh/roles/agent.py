@@ -24,8 +24,9 @@ from lazymesh.core.policy import PolicyEngine
 from lazymesh.core.policyfile import parse_policy
 from lazymesh.core.resolver import Limits, Resolver
 from lazymesh.datapath.holdmaps import HoldControl, HoldCounterMap, HoldLimits
+from lazymesh.datapath.hooks import detach_everywhere
 from lazymesh.datapath.installer import Installer
-from lazymesh.datapath.interfaces import InterfaceFollower, InterfaceSelection, detach_everywhere
+from lazymesh.datapath.interfaces import InterfaceFollower, InterfaceSelection
 from lazymesh.datapath.maps import DatapathConfig, OnMiss, kernel_honours_noexist
 from lazymesh.datapath.pins import IPCACHE, Pins, check_bpffs
 from lazymesh.datapath.program import load
@@ -139,7 +140,7 @@ class Agent:
         driver.fail = self._fail
         if not settings.shadow:
             self._adopted = list(installer.adopt())
-        follower = InterfaceFollower(datapath, self._selection)
+        follower = InterfaceFollower(datapath, self._selection, settings.datapath.attach)
         holding = Holding(datapath, HoldControl(datapath.pins.directory), self._hold_settings())
         if settings.datapath.on_miss == "hold" and not settings.shadow:
             holding.want()
@@ -300,7 +301,7 @@ class Agent:
         interfaces: list[str] = []
         if self._touched or not self._fresh:
             try:
-                interfaces = await detach_everywhere()
+                interfaces = await detach_everywhere(pins)
             except LazymeshError as exc:
                 log.error("clean-up", error=str(exc))
         pins.remove()

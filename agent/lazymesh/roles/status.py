@@ -81,6 +81,7 @@ class Status:
                 "interfaces": {
                     name: d.name.lower() for name, d in sorted(self.parts.follower.attached.items())
                 },
+                "attach": self.parts.follower.attach,
                 "onMiss": OnMiss(self.parts.datapath.config.read().on_miss).name.lower(),
                 "holding": self.parts.holding.state,
                 "policy": str(settings.policy) if settings.policy else "none",
@@ -132,6 +133,8 @@ class Status:
     def _wrong(self) -> Iterator[str]:
         if not self.parts.follower.attached:
             yield "no interface carries the program: does --interface match any?"
+        for name in self.parts.follower.behind:
+            yield f"another program insists on being ahead of ours on {name}: what it decides we never see"
         holding = self.parts.holding
         if holding.problem and self.parts.datapath.config.read().on_miss == OnMiss.HOLD:
             yield f"packets are not held, missed ones are passed on: {holding.problem}"
@@ -202,6 +205,11 @@ def export(metrics: Metrics, status: Status) -> None:
     metrics.collect_counter(
         "lazymesh_interface_attach_errors", "Interfaces that could not be attached to", (),
         lambda: [((), status.parts.follower.stats.attach_errors_total)],
+    )  # fmt: skip
+    metrics.collect_counter(
+        "lazymesh_programs_displaced",
+        "How often our program was removed from an interface, or not the first any more, and was attached again", (),
+        lambda: [((), status.parts.follower.stats.displaced_total)],
     )  # fmt: skip
     metrics.collect_counter(
         "lazymesh_signals_invalid",

@@ -21,6 +21,7 @@ ANSWER: dict[str, Any] = {
     "datapath": {
         "mode": "standalone",
         "interfaces": {"lxc0": "egress"},
+        "attach": "tcx",
         "onMiss": "pass",
         "holding": "off",
         "policy": "none",

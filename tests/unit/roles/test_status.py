@@ -33,7 +33,7 @@ def status(links: dict[str, Any], *, attached: bool = True, **mesh: Any) -> Stat
             problem=mesh.get("problem"),
             table=SimpleNamespace(cluster=lambda _: None),
         ),
-        follower=SimpleNamespace(attached={"lxc0": 0} if attached else {}),
+        follower=SimpleNamespace(attached={"lxc0": 0} if attached else {}, behind=[]),
         driver=SimpleNamespace(muted=mesh.get("muted", False)),
         holding=SimpleNamespace(state=mesh.get("holding", "on"), problem=None),
         resolver=SimpleNamespace(clusters={}),

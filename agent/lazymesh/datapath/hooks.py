@@ -1,0 +1,222 @@
+"""The two ways onto an interface's ingress: tcx links (kernel 6.6 and later) and clsact filters.
+
+Ours goes first, since a packet that is held must not have been seen by anybody behind us. On a tcx hook that is the
+head of the chain; a clsact filter shares priority 1, the lowest, and the kernel puts the newest of a priority in front.
+tcx programs run before clsact filters, and other agents (Cilium at each program load) delete filters that are not
+theirs, so tcx is used wherever the kernel has it. Both outlive the agent: a link by its pin, a filter by itself.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import errno
+import os
+from typing import TYPE_CHECKING, Protocol
+
+from pyroute2 import AsyncIPRoute, NetlinkError
+
+from lazymesh.datapath import libbpf
+from lazymesh.errors import DatapathError
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+    from pathlib import Path
+
+    from lazymesh.datapath.pins import Pins
+
+TC_ACT_SHOT, TC_ACT_STOLEN = 2, 4
+
+_INGRESS = 0xFFFFFFF2
+"""TC_H_CLSACT with TC_H_MIN_INGRESS."""
+_EGRESS = _INGRESS + 1
+_PRIORITY, _HANDLE, _ETH_P_ALL = 1, 0x1A2E, 3
+"""Cilium's filters are handle 1 of a priority that is 1 unless configured otherwise (cilium-formats 8.1)."""
+_GONE = (errno.ENODEV, errno.ENOENT, errno.EINVAL)
+
+
+class Hook(Protocol):
+    """Puts one program on an interface's ingress, in front of everybody else's."""
+
+    style: str
+    """``tcx`` or ``clsact``."""
+    parked: int
+    """The verdict that ends the way of a packet of which the TAP has a clone."""
+
+    async def attach(self, index: int, program: int, name: str) -> None:
+        """Attach, in place of a program of ours that is there; OSError or NetlinkError when that fails."""
+
+    async def detach(self, index: int) -> None:
+        """Take it off; an interface that is gone has nothing to take off."""
+
+    async def place(self, index: int, program: int) -> int | None:
+        """Return how many programs see a packet before ours; None when ours is not attached."""
+
+    async def put_first(self, index: int, program: int, name: str) -> None:
+        """Attach anew, in front; for some microseconds nothing of ours is attached."""
+
+    async def supersede(self, index: int) -> None:
+        """Take off what an earlier agent attached in the other way, once ours is attached."""
+
+
+class TcxHook:
+    """Links at the head of the tcx chain, pinned under ``links/`` by the interface's index."""
+
+    style = "tcx"
+    # tcx takes every verdict that it does not know, TC_ACT_STOLEN too, for "next".
+    parked = TC_ACT_SHOT
+
+    def __init__(self, pins: Pins, route: AsyncIPRoute) -> None:
+        self._pins = pins
+        self._route = route
+
+    async def attach(self, index: int, program: int, name: str) -> None:  # noqa: ARG002 (a link needs no name)
+        """Update the pinned link, which keeps its place, or make one.
+
+        In a thread: the kernel waits for a grace period before it returns, some ten milliseconds.
+        """
+        await asyncio.to_thread(_attach_link, self._pins.link(index), index, program)
+
+    async def detach(self, index: int) -> None:
+        """Unpin the link: nothing else holds it."""
+        self._pins.link(index).unlink(missing_ok=True)
+
+    async def place(self, index: int, program: int) -> int | None:
+        """Ask the kernel for the chain."""
+        return _index(libbpf.tcx_programs(index), libbpf.program_id(program))
+
+    async def put_first(self, index: int, program: int, name: str) -> None:
+        """Make the link anew: the kernel moves none, and takes no program twice."""
+        await self.detach(index)
+        await self.attach(index, program, name)
+
+    async def supersede(self, index: int) -> None:
+        """Delete a filter of ours."""
+        await _delete_filter(self._route, index)
+
+
+def _attach_link(pin: Path, index: int, program: int) -> None:
+    if _update(pin, index, program):
+        return
+    pin.unlink(missing_ok=True)
+    pin.parent.mkdir(mode=0o700, exist_ok=True)
+    link = libbpf.attach_tcx(program, index)
+    try:
+        libbpf.pin(link, pin)
+    finally:
+        os.close(link)
+
+
+def _update(pin: Path, index: int, program: int) -> bool:
+    """Put the program into a pinned link that is still on this interface; tell whether there was one."""
+    try:
+        link = libbpf.open_pin(pin)
+    except FileNotFoundError:
+        return False
+    try:
+        if libbpf.link_ifindex(link) != index:
+            return False  # of an interface that is gone
+        libbpf.update_link(link, program)
+    finally:
+        os.close(link)
+    return True
+
+
+class ClsactHook:
+    """Filters of priority 1 on clsact."""
+
+    style = "clsact"
+    # As good as a drop, and no drop monitor takes it for one.
+    parked = TC_ACT_STOLEN
+
+    def __init__(self, pins: Pins, route: AsyncIPRoute) -> None:
+        self._pins = pins
+        self._route = route
+
+    async def attach(self, index: int, program: int, name: str) -> None:
+        """Replace our filter, which keeps its place, or add it in front."""
+        try:
+            await self._route.tc("add", "clsact", index)
+        except NetlinkError as exc:
+            if exc.code != errno.EEXIST:
+                raise
+        await self._route.tc(
+            "replace-filter", "bpf", index, _HANDLE,
+            fd=program, name=name, parent=_INGRESS, prio=_PRIORITY, protocol=_ETH_P_ALL, classid=1,
+            direct_action=True,
+        )  # fmt: skip
+
+    async def detach(self, index: int) -> None:
+        """Delete our filter."""
+        await _delete_filter(self._route, index)
+
+    async def place(self, index: int, program: int) -> int | None:  # noqa: ARG002 (a filter is known by its handle)
+        """List the filters, which come in the order in which they run."""
+        return _index(await _filters(self._route, index, _INGRESS), (_PRIORITY, _HANDLE))
+
+    async def put_first(self, index: int, program: int, name: str) -> None:
+        """Delete and add: the newest of a priority runs first."""
+        await self.detach(index)
+        await self.attach(index, program, name)
+
+    async def supersede(self, index: int) -> None:
+        """Unpin a link of ours."""
+        self._pins.link(index).unlink(missing_ok=True)
+
+
+def _index(chain: Sequence[object], ours: object) -> int | None:
+    return chain.index(ours) if ours in chain else None
+
+
+def choose_hook(style: str, pins: Pins, route: AsyncIPRoute) -> Hook:
+    """Return the way that the user wants, or for ``auto`` the better one that this kernel has."""
+    if style == "clsact" or (style == "auto" and not libbpf.has_tcx()):
+        return ClsactHook(pins, route)
+    if not libbpf.has_tcx():
+        raise DatapathError("this kernel has no tcx (it came with 6.6): use --attach clsact, or auto")
+    return TcxHook(pins, route)
+
+
+async def detach_everywhere(pins: Pins) -> list[str]:
+    """Remove our links and filters from every interface, and each clsact qdisc that is empty then; return names."""
+    cleaned = []
+    linked = pins.linked()
+    async with AsyncIPRoute() as route:
+        for link in [link async for link in await route.link("dump")]:
+            pins.link(link["index"]).unlink(missing_ok=True)
+            # An interface may go at any moment, and its filters with it.
+            with contextlib.suppress(NetlinkError):
+                if await _clean(route, link["index"]) or link["index"] in linked:
+                    cleaned.append(link.get("ifname"))
+    return cleaned
+
+
+async def _clean(route: AsyncIPRoute, index: int) -> bool:
+    if not await _delete_filter(route, index):
+        return False
+    if not await _filters(route, index, _INGRESS) and not await _filters(route, index, _EGRESS):
+        await route.tc("del", "clsact", index)
+    return True
+
+
+async def _delete_filter(route: AsyncIPRoute, index: int) -> bool:
+    """Delete our clsact filter; tell whether there was one."""
+    if (_PRIORITY, _HANDLE) not in await _filters(route, index, _INGRESS):
+        return False
+    with contextlib.suppress(NetlinkError):
+        await route.tc(
+            "del-filter", "bpf", index, _HANDLE, parent=_INGRESS, prio=_PRIORITY, protocol=_ETH_P_ALL
+        )
+    return True
+
+
+async def _filters(route: AsyncIPRoute, index: int, parent: int) -> list[tuple[int, int]]:
+    """Return priority and handle of an interface's filters in the order in which they run."""
+    try:
+        found = [item async for item in await route.get_filters(index=index, parent=parent)]
+    except NetlinkError as exc:
+        if exc.code in _GONE:
+            return []
+        raise
+    # Every priority begins with a line for itself, whose handle is 0.
+    return [(item["info"] >> 16, item["handle"]) for item in found if item["handle"]]
