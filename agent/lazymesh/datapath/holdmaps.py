@@ -67,11 +67,17 @@ class HoldCounterMap:
     def __init__(self, pins: Path) -> None:
         self._kernel = Map.pinned(pins / "lm_hold_count")
         self._holder = Map.pinned(pins / "lm_holder_stats")
+        self._total = Map.pinned(pins / "lm_hold_total")
 
     def kernel(self) -> dict[str, int]:
         """Return struct lm_hold_counters, summed over CPUs."""
         copies = (abi.HoldCounters * possible_cpus()).from_buffer_copy(self._kernel.lookup(bytes(4)) or b"")
         return {name: sum(getattr(copy, name) for copy in copies) for name, *_ in abi.HoldCounters._fields_}
+
+    def outstanding(self) -> tuple[int, int]:
+        """Return how many packets are parked or on their way back, and their bytes."""
+        total = abi.Outstanding.from_buffer_copy(self._total.lookup(bytes(4)) or b"")
+        return total.packets, total.bytes
 
     def holder(self) -> dict[str, int]:
         """Return struct lm_holder_stats."""

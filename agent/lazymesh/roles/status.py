@@ -159,6 +159,11 @@ def export(metrics: Metrics, status: Status) -> None:
         ("fate",),
         lambda: [((name,), n) for name, n in status.parts.hold_counters.kernel().items()],
     )
+    for unit, index in (("packets", 0), ("bytes", 1)):
+        metrics.collect_gauge(
+            f"lazymesh_parked_{unit}", "Parked, or on the way back", (),
+            lambda index=index: [((), status.parts.hold_counters.outstanding()[index])],  # type: ignore[misc]
+        )  # fmt: skip
     metrics.collect_counter(
         "lazymesh_released_packets",
         "Packets that the holder gave back, by cause (struct lm_holder_stats)",

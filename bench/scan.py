@@ -1,0 +1,138 @@
+"""One pod scans the mesh at full speed; another pod's first connections, beside its own quiet ones."""
+
+from __future__ import annotations
+
+import sys
+import threading
+import time
+from typing import TYPE_CHECKING, Self
+
+from bench.report import Part, Row, milliseconds, percentiles
+from bench.stage import connect_each, fresh, running
+from lazymesh.datapath.holdmaps import HoldLimits
+from tests.support.lab import Lab
+from tests.support.node import metric
+
+if TYPE_CHECKING:
+    import subprocess
+    from collections.abc import Callable
+
+    from tests.support.lab import AgentProcess
+    from tests.support.namespaces import Namespace
+
+ROUNDS, CONNECTIONS, PAUSE_S = 3, 300, 0.005
+
+
+class Scan:
+    """A process in a pod that sends a datagram to each address of a /17, over and over."""
+
+    _CODE = """
+import itertools, socket
+sock = socket.socket(socket.AF_INET, socket.SOCK_DGRAM)
+for number in itertools.cycle(range(1 << 15)):
+    sock.sendto(b"scan", (f"10.2.{128 + (number >> 8)}.{number & 255}", 9))
+"""
+
+    def __init__(self, namespace: Namespace) -> None:
+        self._namespace = namespace
+
+    def __enter__(self) -> Self:
+        self._process: subprocess.Popen[bytes] = self._namespace.popen(
+            sys.executable, "-I", "-S", "-c", self._CODE
+        )
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        self._process.kill()
+        self._process.wait()
+
+
+class Peak:
+    """Watches how much is parked, by the agent's own account."""
+
+    def __init__(self, agent: AgentProcess) -> None:
+        self._agent = agent
+        self.bytes = 0
+        self._stop = threading.Event()
+        self._thread = threading.Thread(target=self._watch)
+
+    def _watch(self) -> None:
+        while not self._stop.wait(0.1):
+            self.bytes = max(self.bytes, int(metric(self._agent, "lazymesh_parked_bytes")))
+
+    def __enter__(self) -> Self:
+        self._thread.start()
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        self._stop.set()
+        self._thread.join()
+
+
+def run(say: Callable[[str], None]) -> Part:
+    """Measure."""
+    quiet: list[float] = []
+    beside: list[float] = []
+    with Lab(pods=2) as lab, running(lab, "--on-miss", "hold", policy=None) as agent, Peak(agent) as peak:
+        scanner, pod = (one.namespace for one in lab.pods)
+        for number in range(ROUNDS):
+            say(
+                f"round {number + 1} of {ROUNDS}: {CONNECTIONS} connections quiet, {CONNECTIONS} beside a scan"
+            )
+            addresses = fresh(2 * CONNECTIONS)
+            lab.publish_many(addresses)
+            time.sleep(1)
+            quiet += connect_each(pod, addresses[:CONNECTIONS], PAUSE_S)
+            with Scan(scanner):
+                time.sleep(0.5)
+                beside += connect_each(pod, addresses[CONNECTIONS:], PAUSE_S)
+            time.sleep(1)
+        missed = metric(agent, "lazymesh_packets_total", verdict="missed", direction="egress")
+        causes = ("signalled", "suppressed_dedup", "suppressed_rate", "muted", "lost")
+        counted = sum(metric(agent, "lazymesh_packets_total", verdict=c, direction="egress") for c in causes)
+        out = books(agent)
+    figures = {
+        "quiet_ms": percentiles(quiet),
+        "beside_scan_ms": percentiles(beside),
+        "misses": int(missed),
+        "misses_without_cause": int(missed - counted),
+        "parked_bytes_peak": peak.bytes,
+        "packets_unaccounted": out,
+    }
+    return Part(figures, rows(figures))
+
+
+def books(agent: AgentProcess) -> int:
+    """Return by how much the counters of held packets do not add up."""
+    fates = {
+        fate: int(metric(agent, "lazymesh_held_packets_total", fate=fate))
+        for fate in ("held", "gated", "returned", "discarded")
+    }
+    return fates["held"] + fates["gated"] - fates["returned"] - fates["discarded"]
+
+
+def rows(figures: dict) -> list[Row]:
+    """Say what is to be compared."""
+    quiet, beside = figures["quiet_ms"], figures["beside_scan_ms"]
+    bound = HoldLimits().total_bytes
+    return [
+        *(
+            Row(
+                f"another pod's first connection, {rank}", milliseconds(beside[rank]),
+                f"quiet {milliseconds(quiet[rank])}", beside[rank] / quiet[rank], budget,
+            )
+            for rank, budget in (("p50", 2), ("p99", 4))
+        ),
+        Row(
+            "parked at most", f"{figures['parked_bytes_peak']} bytes", f"bound {bound}",
+            figures["parked_bytes_peak"] / bound, 1,
+        ),
+        Row(
+            f"of {figures['misses']} misses without a cause", str(figures["misses_without_cause"]), "none",
+            figures["misses_without_cause"], 0, "misses",
+        ),
+        Row(
+            "held packets unaccounted for", str(figures["packets_unaccounted"]), "none",
+            abs(figures["packets_unaccounted"]), 0, "packets",
+        ),
+    ]  # fmt: skip
