@@ -21,23 +21,82 @@
 #define WORLD_IPV6_ID 10
 #define SCOPE_LOCAL 1 /* top byte of identities that only mean something on this node (CIDR and FQDN policy) */
 
+/* In the order of certainty: of several maps, the one that knows least decides. */
 enum miss {
 	MISS_NO,
-	MISS_YES,
 	MISS_IF_MESH,
+	MISS_YES,
 };
 
 /* What the longest match says of the exact address; the map never tells how long the match was. */
-static __always_inline enum miss miss_of(const struct ipcache_entry *entry)
+static __always_inline enum miss miss_of(u32 identity, int has_tunnel_ep)
 {
-	if (!entry)
+	if (identity == WORLD_ID || identity == WORLD_IPV4_ID || identity == WORLD_IPV6_ID)
+		return has_tunnel_ep ? MISS_YES : MISS_IF_MESH;
+	return identity >> 24 == SCOPE_LOCAL ? MISS_IF_MESH : MISS_NO;
+}
+
+/* Ask one of the ipcaches; the identity is left alone when it has no answer. */
+static __always_inline enum miss ask(u32 view, u32 slot, struct ipcache_key *peer, u32 *identity)
+{
+	struct ipcache_entry_v1 *v1;
+	struct ipcache_entry *v2;
+	void *ipcache;
+
+	if (view == LM_VIEW_V1) {
+		ipcache = lm_view_v1.lookup(&slot);
+		v1 = ipcache ? bpf_map_lookup_elem(ipcache, peer) : NULL;
+		if (!v1)
+			return MISS_IF_MESH;
+		*identity = v1->sec_identity;
+		return miss_of(v1->sec_identity, v1->tunnel_endpoint != 0);
+	}
+	if (view == LM_VIEW_V2) {
+		ipcache = lm_view_v2.lookup(&slot);
+		v2 = ipcache ? bpf_map_lookup_elem(ipcache, peer) : NULL;
+	} else {
+		ipcache = lm_view_v2ro.lookup(&slot);
+		v2 = ipcache ? bpf_map_lookup_elem(ipcache, peer) : NULL;
+	}
+	if (!v2)
 		return MISS_IF_MESH;
-	if (entry->sec_identity == WORLD_ID || entry->sec_identity == WORLD_IPV4_ID ||
-	    entry->sec_identity == WORLD_IPV6_ID)
-		return entry->flags & IPCACHE_FLAG_HAS_TUNNEL_EP ? MISS_YES : MISS_IF_MESH;
-	if (entry->sec_identity >> 24 == SCOPE_LOCAL)
-		return MISS_IF_MESH;
-	return MISS_NO;
+	*identity = v2->sec_identity;
+	return miss_of(v2->sec_identity, v2->flags & IPCACHE_FLAG_HAS_TUNNEL_EP);
+}
+
+/* Ask all of them; the identity is that of the first. */
+static __always_inline enum miss look_up(struct lm_config *config, struct ipcache_key *peer, u32 *identity)
+{
+	enum miss miss = ask(config->view[0], 0, peer, identity), other;
+	u32 slot, ignored;
+
+#pragma unroll
+	for (slot = 1; slot < LM_VIEWS; slot++) {
+		if (!config->view[slot])
+			break;
+		other = ask(config->view[slot], slot, peer, &ignored);
+		if (other > miss)
+			miss = other;
+	}
+	return miss;
+}
+
+/* Remember whom this node talks to, once in an epoch. */
+static __always_inline void note_recent(const struct lm_packet *packet, u32 epoch)
+{
+	const __be32 *a = packet->peer.addr;
+	u32 hash = a[0] * 0x9e3779b1 ^ a[1] * 0x85ebca6b ^ a[2] * 0xc2b2ae35 ^ a[3] * 0x27d4eb2f;
+	u32 index = (hash ^ hash >> 16) & (LM_RECENT_TAGS - 1);
+	u64 tag = (u64)hash << 32 | epoch, *last, value = epoch;
+	struct lm_dedup_key key = {};
+
+	last = lm_recent_tags.lookup(&index);
+	if (!last || *last == tag)
+		return;
+	*last = tag;
+	__builtin_memcpy(key.addr, a, sizeof(key.addr));
+	key.family = packet->peer.family;
+	lm_recent.update(&key, &value);
 }
 
 /*
@@ -150,12 +209,11 @@ static __always_inline int handle(struct __sk_buff *skb, int direction)
 {
 	struct lm_hold_counters *hold_counters;
 	struct lm_packet packet = {};
-	struct ipcache_entry *entry;
 	struct lm_mesh_cidr *mesh;
 	struct lm_counters *counters;
 	struct lm_config *config;
 	enum miss miss;
-	u32 zero = 0, slot = direction;
+	u32 zero = 0, slot = direction, identity = WORLD_ID;
 	enum hold hold = HOLD_NOT;
 	int parsed, verdict, missed = 0, arrived = 0;
 	u64 now;
@@ -175,14 +233,15 @@ static __always_inline int handle(struct __sk_buff *skb, int direction)
 		counters->policy_deny++;
 		return TC_ACT_SHOT;
 	}
-	entry = lm_ipcache.lookup(&packet.peer);
-	miss = miss_of(entry);
+	miss = look_up(config, &packet.peer, &identity);
 	/* A hit stays behind the held packets of its address. */
 	if (miss == MISS_NO && config->hold_cookie && !arrived && hold_pending(&packet, HOLD_GATE_NS) &&
 	    park(skb, &packet, direction, HOLD_GATED, bpf_ktime_get_ns(), hold_counters))
 		return config->parked;
 	if (arrived && miss == MISS_NO)
 		rearm(&packet);
+	if (miss == MISS_NO)
+		note_recent(&packet, config->epoch);
 	if (miss == MISS_NO && !config->enforced) {
 		counters->hit++;
 		return TC_ACT_UNSPEC;
@@ -213,8 +272,7 @@ static __always_inline int handle(struct __sk_buff *skb, int direction)
 	}
 	verdict = TC_ACT_UNSPEC;
 	if (mesh && config->enforced)
-		verdict = judge(skb, &packet, direction, miss == MISS_NO ? entry->sec_identity : WORLD_ID, config,
-				counters);
+		verdict = judge(skb, &packet, direction, miss == MISS_NO ? identity : WORLD_ID, config, counters);
 	if (missed && verdict != TC_ACT_SHOT)
 		note_window(skb, &packet, direction);
 	return verdict;

@@ -34,6 +34,22 @@ struct ipcache_miss {
 	__u64 ktime_ns; /* CLOCK_MONOTONIC */
 };
 
+/*
+ * The ipcaches that a packet is looked up in: all of them have to know its peer. [0] is the one that Cilium's agent (or
+ * ours) writes; while Cilium restarts, its programs go on reading an older one, each until it is replaced.
+ */
+#define LM_VIEWS 3
+
+/* The layouts and flags that the kernel takes for one another in a map of maps. */
+enum lm_view {
+	LM_VIEW_NONE = 0,
+	LM_VIEW_V1 = 1,		 /* Cilium <= 1.17 */
+	LM_VIEW_V2 = 2,		 /* 1.18, and our own */
+	LM_VIEW_V2_READONLY = 3, /* >= 1.19: programs may not write */
+};
+
+#define LM_RECENT_TAGS 8192 /* a power of two */
+
 /* The settings that user space changes at run time; one element, written by the agent only. */
 struct lm_config {
 	__u64 rearm_ns; /* how long an address stays silent after a signal; up to a quarter is added by chance */
@@ -49,6 +65,8 @@ struct lm_config {
 	__u32 enforced; /* bit LM_EGRESS, bit LM_INGRESS: default deny of mesh traffic in that direction */
 	__u32 hold_cookie; /* upper half of the mark of packets that come back from the holder; 0: there are none */
 	__u32 parked; /* the verdict that ends the way of a packet of which the TAP has a clone */
+	__u32 view[LM_VIEWS]; /* enum lm_view: how to read each element of the view maps */
+	__u32 epoch;	      /* counts up every few seconds: lm_recent notes an address once in each */
 	__u32 pad;
 	__u64 policy_tag; /* which policy lm_policy was filled for; user space's alone */
 };
@@ -229,7 +247,7 @@ struct lm_holder_stats {
 };
 
 _Static_assert(sizeof(struct ipcache_miss) == 40, "ipcache_miss has a hole");
-_Static_assert(sizeof(struct lm_config) == 88, "lm_config has a hole");
+_Static_assert(sizeof(struct lm_config) == 104, "lm_config has a hole");
 _Static_assert(sizeof(struct lm_counters) == 120, "lm_counters has a hole");
 _Static_assert(sizeof(struct lm_mesh_cidr) == 4, "lm_mesh_cidr has a hole");
 _Static_assert(sizeof(struct lm_dedup_key) == 20, "lm_dedup_key has a hole");

@@ -12,17 +12,29 @@
 #ifndef BPF_F_MMAPABLE
 #define BPF_F_MMAPABLE 1024
 #endif
+#ifndef BPF_F_RDONLY_PROG
+#define BPF_F_RDONLY_PROG 128
+#endif
 
 #define LM_PINNED(type, key, leaf, name, size, flags) \
 	BPF_F_TABLE(type ":" LM_PIN_DIR "/" #name, key, leaf, name, size, flags)
 
-/* Written by the agent (and whoever writes Cilium's), read by both programs. Full: installs are refused. */
-LM_PINNED("lpm_trie", struct ipcache_key, struct ipcache_entry, lm_ipcache, LM_IPCACHE_SIZE, BPF_F_NO_PREALLOC);
+/*
+ * The ipcaches, by layout and flags: which is where is told by lm_config.view. Set by the agent, which makes one of our
+ * own, lm_ipcache, where there is no Cilium. The maps that they are like exist for the verifier only.
+ */
+BPF_F_TABLE("lpm_trie", struct ipcache_key, struct ipcache_entry_v1, lm_like_v1, 1, BPF_F_NO_PREALLOC);
+BPF_F_TABLE("lpm_trie", struct ipcache_key, struct ipcache_entry, lm_like_v2, 1, BPF_F_NO_PREALLOC);
+BPF_F_TABLE("lpm_trie", struct ipcache_key, struct ipcache_entry, lm_like_v2ro, 1,
+	    BPF_F_NO_PREALLOC | BPF_F_RDONLY_PROG);
+BPF_ARRAY_OF_MAPS(lm_view_v1, "lm_like_v1", LM_VIEWS);
+BPF_ARRAY_OF_MAPS(lm_view_v2, "lm_like_v2", LM_VIEWS);
+BPF_ARRAY_OF_MAPS(lm_view_v2ro, "lm_like_v2ro", LM_VIEWS);
 
 /* Written by the agent from node records and --mesh-cidr. Decides what may miss, and what policy is about. */
 LM_PINNED("lpm_trie", struct ipcache_key, struct lm_mesh_cidr, lm_mesh_cidrs, 131072, BPF_F_NO_PREALLOC);
 
-/* The agent's alone: which entries of lm_ipcache it wrote. No program touches it. */
+/* The agent's alone: which entries of the ipcache it wrote. No program touches it. */
 LM_PINNED("hash", struct ipcache_key, struct lm_owned, lm_owned, LM_IPCACHE_SIZE, BPF_F_NO_PREALLOC);
 
 LM_PINNED("array", u32, struct lm_config, lm_config, 1, 0);
@@ -30,6 +42,13 @@ LM_PINNED("percpu_array", u32, struct lm_counters, lm_counters, 2, 0);
 
 /* Value: until when (ktime) the address stays silent. Eviction costs one more signal, nothing else. */
 LM_PINNED("lru_hash", struct lm_dedup_key, u64, lm_dedup, 65536, 0);
+
+/*
+ * The peers that this node talks to: written by the programs on hits, read by the agent when Cilium begins a new map.
+ * Value: the epoch. The tags spare the hash table nearly every packet; what is lost in a collision comes back.
+ */
+LM_PINNED("lru_hash", struct lm_dedup_key, u64, lm_recent, 16384, 0);
+LM_PINNED("array", u32, u64, lm_recent_tags, LM_RECENT_TAGS, 0);
 
 /* Written by the programs, closed and removed by the agent once the address has its entry. */
 LM_PINNED("lru_hash", struct lm_dedup_key, struct lm_window, lm_windows, 16384, 0);

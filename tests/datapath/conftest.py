@@ -21,7 +21,7 @@ from lazymesh.datapath import abi, libbpf
 from lazymesh.datapath.libbpf import Map
 from lazymesh.datapath.maps import DatapathConfig
 from lazymesh.datapath.pins import Pins, expected_layouts
-from lazymesh.datapath.program import Datapath, load
+from lazymesh.datapath.program import Datapath, load, open_own_ipcache
 from tests.support.namespaces import NamespaceSet
 from tests.support.prog_run import Run, run_packet
 
@@ -44,10 +44,13 @@ class Bench:
 
     def __init__(self, datapath: Datapath) -> None:
         self.datapath = datapath
+        self.ipcache = open_own_ipcache(datapath.pins, IPCACHE_SIZE)
+        datapath.views.show([self.ipcache])
         self.maps = {name: Map.pinned(datapath.pins.path(name)) for name in expected_layouts(IPCACHE_SIZE)}
 
     def close(self) -> None:
         """Give the maps back."""
+        self.ipcache.close()
         for opened in self.maps.values():
             opened.close()
 
@@ -58,6 +61,7 @@ class Bench:
                 opened.delete_many([key for key, _ in opened.items()])
         self.forget_counts()
         self.datapath.config.write(DatapathConfig())
+        self.datapath.config.change(epoch=self.datapath.config.read().epoch + 10)
 
     def forget_counts(self) -> None:
         """Set the packet counters to zero."""
@@ -167,3 +171,9 @@ def node() -> Iterator[Namespace]:
     """Return a network namespace with nothing but a loopback device."""
     with NamespaceSet(["node"]) as spaces:
         yield spaces["node"]
+
+
+@pytest.fixture(params=["tcx", "clsact"])
+def style(request: pytest.FixtureRequest) -> str:
+    """Attach in each way."""
+    return str(request.param)

@@ -23,7 +23,7 @@ from hypothesis import strategies as st
 
 from lazymesh.core.model import Direction, Entry, EntryFlag, parse_address
 from lazymesh.datapath import abi
-from lazymesh.datapath.maps import OnMiss, PacketCounters
+from lazymesh.datapath.maps import OnMiss, PacketCounters, View
 
 INCLUDE = Path(__file__).parents[2] / "bpf" / "include"
 HEADERS = sorted(INCLUDE.glob("*_abi.h"))
@@ -136,6 +136,7 @@ def test_mirror_names_its_struct(name: str) -> None:
                 "LM_SLOT_CUT": abi.SLOT_CUT,
             },
         ),
+        ("lm_view", {"LM_VIEW_NONE": 0, **{f"LM_VIEW_{view.name}": view.value for view in View}}),
         ("numbers", {"THE_SIGNAL": abi.SIGNAL_IPCACHE_MISS}),
     ],
 )
@@ -147,7 +148,7 @@ def test_numbers_agree(btf: list[dict[str, Any]], enum: str, expected: dict[str,
 
 def test_every_enum_is_compared() -> None:
     """A new enum has to be added to the test above."""
-    expected = {"ipcache_family", "ipcache_flag", "lm_direction", "lm_on_miss", "lm_slot_state"}
+    expected = {"ipcache_family", "ipcache_flag", "lm_direction", "lm_on_miss", "lm_slot_state", "lm_view"}
     expected |= {"hold"}  # the programs' own, no number of it crosses to user space
     assert set(c_enum_names()) == expected
 

@@ -30,7 +30,7 @@ from lazymesh.datapath.holdmaps import HoldControl, HoldCounterMap, HoldLimits
 from lazymesh.datapath.interfaces import prepare_tap
 from lazymesh.datapath.maps import DatapathConfig, OnMiss
 from lazymesh.datapath.pins import HOLD_FILTER, Pins
-from lazymesh.datapath.program import load
+from lazymesh.datapath.program import load, open_own_ipcache
 from lazymesh.datapath.tap import VNET_HEADER, open_tap
 from lazymesh.roles.holder import Holder, Mapped, reset
 from tests.support import packets
@@ -55,6 +55,9 @@ class HoldBench:
     def __init__(self, stack: contextlib.ExitStack, bpffs: Path) -> None:
         self.datapath = load(Pins.under(bpffs), 1_000)
         stack.callback(self.datapath.close)
+        self.ipcache = open_own_ipcache(self.datapath.pins, 1_000)
+        self.datapath.views.show([self.ipcache])
+        stack.callback(self.ipcache.close)
         self.pins = self.datapath.pins.directory
         spaces = stack.enter_context(NamespaceSet(["node", "pod"]))
         self.node, self.pod = spaces["node"], spaces["pod"]
@@ -139,7 +142,7 @@ class HoldBench:
         """Put entries of peers in."""
         for host in hosts:
             for text in (host.v4, host.v6):
-                self.datapath.ipcache.replace(parse_address(text), Entry(131_073))
+                self.ipcache.replace(parse_address(text), Entry(131_073))
 
     def counts(self) -> dict[str, int]:
         """Return what holding has counted, without zeros."""
@@ -558,7 +561,7 @@ def test_an_entry_that_vanishes_again_is_signalled_at_once(bench: HoldBench, fol
         bench.write(frame)
         arrivals(follower, signalled)
         assert bench.datapath.counters.read(Direction.EGRESS).signalled == signalled
-        bench.datapath.ipcache.delete(POD_B1.address(4))
+        bench.ipcache.delete(POD_B1.address(4))
     assert follower.seen().without_entry == 0
 
 

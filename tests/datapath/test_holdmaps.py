@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 def pins(tmp_path: Path) -> Iterator[Path]:
     """Return pinned maps without any program."""
     subprocess.run(["mount", "-t", "bpf", "bpf", tmp_path], check=True)
-    for name in ("lm_hold_control", "lm_hold_count", "lm_holder_stats"):
+    for name in ("lm_hold_control", "lm_hold_count", "lm_holder_stats", "lm_hold_total"):
         made = Map.create(name, expected_layouts(1)[name])
         libbpf.pin(made.fd, tmp_path / name)
         made.close()
@@ -64,7 +64,11 @@ def test_counters_are_summed_over_cpus(pins: Path) -> None:
     stats = Map.pinned(pins / "lm_holder_stats")
     stats.update(bytes(4), bytes(abi.HolderStats(lost=3)).ljust(ctypes.sizeof(abi.HolderStats)))
     stats.close()
+    total = Map.pinned(pins / "lm_hold_total")
+    total.update(bytes(4), bytes(abi.Outstanding(packets=2, bytes=3_000)))
+    total.close()
     read = HoldCounterMap(pins)
+    assert read.outstanding() == (2, 3_000)
     n = libbpf.possible_cpus()
     assert (read.kernel()["held"], read.kernel()["stray"]) == (n * (n + 1) // 2, n)
     assert read.holder()["lost"] == 3

@@ -9,7 +9,16 @@ from typing import TYPE_CHECKING
 
 import pytest
 
-from lazymesh.datapath.pins import HOLD_FILTER, HOLD_PROGRAMS, PROGRAMS, SIGNALS, Pins, expected_layouts
+from lazymesh.datapath.pins import (
+    HOLD_FILTER,
+    HOLD_PROGRAMS,
+    IPCACHE,
+    PROGRAMS,
+    SIGNALS,
+    VIEWS,
+    Pins,
+    expected_layouts,
+)
 from tests.datapath.conftest import mounted_bpffs
 
 if TYPE_CHECKING:
@@ -59,10 +68,11 @@ def complaint(said: dict[str, object]) -> str:
 
 
 def test_load_says_ok_and_pins_everything(place: Pins) -> None:
-    """Every map, every program, and the map of signals."""
+    """Every map, every program, and those maps that belong to one load."""
     assert answer(place) == {"ok": True}
     pinned = {path.name for path in place.directory.iterdir()}
-    assert pinned == {*expected_layouts(100), *PROGRAMS, *HOLD_PROGRAMS, HOLD_FILTER, SIGNALS}
+    maps = expected_layouts(100).keys() - {IPCACHE}  # which the agent makes, if anybody
+    assert pinned == {*maps, *VIEWS, *PROGRAMS, *HOLD_PROGRAMS, HOLD_FILTER, SIGNALS}
     place.remove()
     place.prepare(100)
 
@@ -93,7 +103,7 @@ def test_missing_capability_is_the_kernel_s_word(place: Pins) -> None:
 
 
 def test_map_that_the_kernel_refuses_is_named(place: Pins) -> None:
-    """An ipcache without elements stands for every map that cannot be made."""
+    """A journal without elements stands for every map that cannot be made."""
     said = complaint(answer(place, size=0))
     assert said.startswith("BCC could not load the datapath: ")
     assert "Invalid argument" in said
@@ -114,12 +124,12 @@ def test_broken_source_shows_the_compiler_s_first_error(place: Pins, tmp_path: P
 
 def test_size_that_differs_stops_before_any_program_is_pinned(place: Pins) -> None:
     """A mirror that does not fit the compiled struct would write rubbish into a live map."""
-    preamble = (
-        "from lazymesh.datapath import abi, loader\n"
-        "loader._TABLES = {'lm_ipcache': (abi.IpcacheKey, abi.IpcacheEntryV1)}"
-    )
-    said = complaint(answer(place, preamble))
-    assert said.startswith("lm_ipcache: IpcacheEntryV1 is 12 bytes here and 24 in the compiled program")
-    assert not place.path("lm_from_pod").exists()
     place.remove()
     place.prepare(100)
+    preamble = (
+        "from lazymesh.datapath import abi, loader\n"
+        "loader._TABLES = {'lm_owned': (abi.IpcacheKey, abi.IpcacheEntryV1)}"
+    )
+    said = complaint(answer(place, preamble))
+    assert said.startswith("lm_owned: IpcacheEntryV1 is 12 bytes here and 56 in the compiled program")
+    assert not place.path("lm_from_pod").exists()

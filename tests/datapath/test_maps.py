@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 
 import pytest
 
-from lazymesh.core.model import Direction, Entry, parse_address
+from lazymesh.core.model import Direction, Entry, EntryFlag, parse_address
 from lazymesh.datapath import abi, libbpf
 from lazymesh.datapath.libbpf import BPF_F_NO_PREALLOC, MAP_TYPE_HASH, MAP_TYPE_LPM_TRIE, Map, MapLayout
 from lazymesh.datapath.maps import (
@@ -21,6 +21,8 @@ from lazymesh.datapath.maps import (
     MeshCidrs,
     OnMiss,
     PolicyMap,
+    Standing,
+    View,
     kernel_honours_noexist,
     open_map,
 )
@@ -28,6 +30,8 @@ from lazymesh.errors import DatapathError, MapFullError
 from tests.datapath.conftest import key_of, network_of
 from tests.datapath.test_abi_layout import GOLDEN_ENTRIES, GOLDEN_KEYS, tool
 from tests.support import packets
+from tests.support.bpfobject import map_exists
+from tests.support.etcd import wait_until
 from tests.support.packets import NODE_B, POD_B1, POD_B2, Flow, pod_of_b
 
 if TYPE_CHECKING:
@@ -112,15 +116,16 @@ class TestIpcache:
         }
         expected |= {packets.WORLD[4]: Entry(2), packets.WORLD[6]: Entry(2), packets.PODS_OF_B[6]: OTHER}
         bench.entries(expected)
-        listed = list(bench.datapath.ipcache.items())
+        listed = list(bench.ipcache.items())
+        assert bench.ipcache.count() == len(expected)
         assert len(listed) == len(expected)
         assert {network: entry for network, _, entry in listed} == {
             network_of(p): e for p, e in expected.items()
         }
         assert {cluster_id for _, cluster_id, _ in listed} == {0}
 
-    def test_old_map_is_read_and_never_written(self, make_map: Callable[..., Map]) -> None:
-        """Cilium up to 1.17: twelve-byte values, more of them than one batch holds."""
+    def test_old_map_is_read_and_written_in_its_own_layout(self, make_map: Callable[..., Map]) -> None:
+        """Cilium up to 1.17: twelve-byte values, more of them than one batch holds; no bits, no IPv6 endpoint."""
         raw = make_map(MAP_TYPE_LPM_TRIE, 24, 12, size=6_000)
         ipcache = IpcacheMap(raw, HERE)
         endpoint = tuple(NODE_B.address(4))
@@ -131,28 +136,53 @@ class TestIpcache:
         assert ipcache.lookup(pod_of_b(7).address(4)) == expected
         listed = {network: entry for network, _, entry in ipcache.items()}
         assert listed == {network_of(pod_of_b(number).prefix(4)): expected for number in range(5_000)}
-        assert not ipcache.writable
-        for write in (ipcache.insert, ipcache.replace):
-            with pytest.raises(DatapathError, match=r"Cilium <= 1\.17.*only reads"):
-                write(B1, ENTRY)
-        assert ipcache.lookup(B1) is None
+        assert ipcache.view is View.V1
+        entry = Entry(131_073, bytes.fromhex("ac120002"), 0, EntryFlag.HAS_TUNNEL_EP)
+        six = Entry(131_073, bytes(16), 3, EntryFlag.HAS_TUNNEL_EP | EntryFlag.IPV6_TUNNEL_EP)
+        ipcache.replace(B1, entry)
+        assert raw.lookup(abi.pack_address_key(B1)) == bytes.fromhex("01000200 ac120002 0000 00 00")
+        assert ipcache.lookup(B1) == ipcache.as_read_back(entry) == Entry(131_073, entry.tunnel_endpoint)
+        ipcache.replace(B1, six)
+        assert raw.lookup(abi.pack_address_key(B1)) == bytes.fromhex("01000200 00000000 0000 03 00")
+
+    @pytest.mark.parametrize(("value", "flags"), [(12, 1), (24, 1), (24, 129)])
+    def test_tag_tells_ours_from_everybody_else_s(
+        self, make_map: Callable[..., Map], value: int, flags: int
+    ) -> None:
+        """In the padding of either layout: an equal entry of somebody else's has none; nothing else differs."""
+        raw = make_map(MAP_TYPE_LPM_TRIE, 24, value, flags=flags)
+        ours, theirs = IpcacheMap(raw, HERE, tag=0x6D6C), IpcacheMap(raw, HERE)
+        assert ours.stands(B1) is None
+        assert ours.insert(B1, ENTRY)
+        read_back = ours.as_read_back(ENTRY)
+        assert ours.stands(B1) == Standing(read_back, tagged=True)
+        assert theirs.lookup(B1) == ours.lookup(B1) == read_back
+        theirs.replace(B1, ENTRY)
+        assert ours.stands(B1) == Standing(read_back, tagged=False)
+        assert theirs.stands(B1) == Standing(read_back, tagged=False)
 
     @pytest.mark.parametrize(
-        ("kind", "key", "value"),
-        [(MAP_TYPE_LPM_TRIE, 24, 16), (MAP_TYPE_LPM_TRIE, 20, 24), (MAP_TYPE_HASH, 24, 24)],
-        ids=["another value", "another key", "a hash"],
+        ("kind", "key", "value", "flags"),
+        [
+            (MAP_TYPE_LPM_TRIE, 24, 16, 1),
+            (MAP_TYPE_LPM_TRIE, 20, 24, 1),
+            (MAP_TYPE_HASH, 24, 24, 1),
+            (MAP_TYPE_LPM_TRIE, 24, 24, 257),
+            (MAP_TYPE_LPM_TRIE, 24, 12, 129),
+        ],
+        ids=["another value", "another key", "a hash", "other flags", "flags of another layout"],
     )
     def test_unknown_layout_is_refused_in_one_line(
-        self, make_map: Callable[..., Map], kind: int, key: int, value: int
+        self, make_map: Callable[..., Map], kind: int, key: int, value: int, flags: int
     ) -> None:
         """The message says what was found, where, and what was expected."""
         with pytest.raises(DatapathError) as caught:
-            IpcacheMap(make_map(kind, key, value), HERE)
+            IpcacheMap(make_map(kind, key, value, flags=flags), HERE)
         message = str(caught.value)
         assert message.startswith(
             f"/a/pin is no ipcache that lazymesh knows (type {kind}, key {key}B, value {value}B"
         )
-        assert "24-byte (Cilium >= 1.18) or 12-byte (<= 1.17) values" in message
+        assert "24-byte (Cilium >= 1.18, flags 0x1 or 0x81) or 12-byte (<= 1.17, flags 0x1) values" in message
         assert "\n" not in message
 
     def test_write_that_the_kernel_refuses_names_the_map(self, make_map: Callable[..., Map]) -> None:
@@ -276,6 +306,65 @@ class TestPolicy:
         policy = PolicyMap(make_map(MAP_TYPE_HASH, 8, 4, size=2, flags=0))
         with pytest.raises(MapFullError, match="the policy map is full: select fewer identities"):
             policy.apply([(Direction.EGRESS, number) for number in range(3)], [])
+
+
+class TestViews:
+    """The maps that programs look into, while these are replaced."""
+
+    @pytest.fixture
+    def shown(self, bench: Bench) -> Iterator[Bench]:
+        """Give the bench its own map back in the end."""
+        yield bench
+        bench.datapath.views.show([bench.ipcache])
+
+    def peer_is_a_hit(self, bench: Bench) -> bool:
+        """Send a packet of a pod in no mesh CIDR: it is a hit or nothing."""
+        bench.forget_counts()
+        bench.send(Direction.EGRESS, Flow().udp())
+        return bench.counts(Direction.EGRESS) == {"hit": 1}
+
+    @pytest.mark.parametrize(
+        ("value", "flags"), [(12, 1), (24, 1), (24, 129)], ids=["v1", "v2", "read-only v2"]
+    )
+    def test_programs_look_into_any_layout(
+        self, shown: Bench, make_map: Callable[..., Map], value: int, flags: int
+    ) -> None:
+        """No reload for any of them."""
+        raw = make_map(MAP_TYPE_LPM_TRIE, 24, value, flags=flags)
+        theirs = IpcacheMap(raw, HERE)
+        shown.datapath.views.show([theirs])
+        assert not self.peer_is_a_hit(shown)
+        theirs.replace(B1, ENTRY)
+        assert self.peer_is_a_hit(shown)
+
+    def test_every_map_has_to_know_the_peer(self, shown: Bench, make_map: Callable[..., Map]) -> None:
+        """Three at once, of three layouts: a packet is a hit when it is one to all, whichever is missing it."""
+        layouts = [(24, 129), (24, 1), (12, 1)]
+        maps = [IpcacheMap(make_map(MAP_TYPE_LPM_TRIE, 24, v, flags=f), HERE) for v, f in layouts]
+        shown.datapath.views.show(maps)
+        for one in maps:
+            one.replace(B1, ENTRY)
+        assert self.peer_is_a_hit(shown)
+        for one in maps:
+            assert one.delete(B1)
+            assert not self.peer_is_a_hit(shown)
+            one.replace(B1, ENTRY)
+        maps[1].delete(B1)
+        shown.datapath.views.show([maps[0], maps[2]])
+        assert self.peer_is_a_hit(shown), "the one in the middle is looked into no more"
+
+    def test_map_that_is_shown_no_more_can_go(self, shown: Bench) -> None:
+        """The kernel frees it: no element of any view map keeps it."""
+        made = [Map.create("lm_test", MapLayout(MAP_TYPE_LPM_TRIE, 24, 24, 4, flags)) for flags in (1, 129)]
+        numbers = [one.map_id for one in made]
+        maps = [IpcacheMap(one, HERE) for one in made]
+        shown.datapath.views.show(maps)
+        shown.datapath.views.show([maps[1]])
+        shown.datapath.views.show([shown.ipcache])
+        for one in maps:
+            one.close()
+        for number in numbers:
+            wait_until(lambda number=number: not map_exists(number), 5, "the map freed")
 
 
 class TestConfig:

@@ -61,7 +61,7 @@ def test_expected_sizes_are_those_of_the_structs(struct: str) -> None:
 
 def test_loaded_maps_have_the_expected_layouts(bench: Bench) -> None:
     """What the program made is what a later load will insist on."""
-    size = bench.datapath.ipcache.max_entries
+    size = bench.ipcache.max_entries
     assert {name: opened.layout for name, opened in bench.maps.items()} == expected_layouts(size)
 
 

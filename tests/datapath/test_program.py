@@ -17,8 +17,16 @@ from lazymesh.core.model import Direction, Entry
 from lazymesh.datapath import abi, libbpf, program
 from lazymesh.datapath.libbpf import Map
 from lazymesh.datapath.maps import DatapathConfig
-from lazymesh.datapath.pins import HOLD_FILTER, HOLD_PROGRAMS, PROGRAMS, SIGNALS, Pins, expected_layouts
-from lazymesh.datapath.program import Datapath, load
+from lazymesh.datapath.pins import (
+    HOLD_FILTER,
+    HOLD_PROGRAMS,
+    PROGRAMS,
+    SIGNALS,
+    VIEWS,
+    Pins,
+    expected_layouts,
+)
+from lazymesh.datapath.program import Datapath, load, open_own_ipcache
 from lazymesh.errors import DatapathError
 from tests.datapath.conftest import key_of, mounted_bpffs, open_descriptors
 from tests.datapath.test_abi_layout import tool
@@ -57,28 +65,34 @@ def test_second_load_uses_what_is_pinned(own_bpffs: Path) -> None:
     first = load(pins, SIZE)
     address, entry = POD_B1.address(4), Entry(131_073)
     line = abi.OwnedEntry(entry, entry, 2)
-    first.ipcache.insert(address, entry)
+    ipcache = open_own_ipcache(pins, SIZE)
+    first.views.show([ipcache])
+    ipcache.insert(address, entry)
     first.journal.write(address, line)
     first.policy.apply([(Direction.EGRESS, 131_073)], [])
     first.config.write(DatapathConfig(rearm_s=3))
     assert run_packet(first.program(Direction.EGRESS)[1], Flow().udp(), repeat=5).verdict == TC_ACT_UNSPEC
-    before = prog_ids(first), first.ipcache.map_id, first.signals.map_id
+    before = prog_ids(first), ipcache.map_id, first.signals.map_id
+    ipcache.close()
     first.close()
 
     second = load(pins, SIZE)
 
-    assert second.ipcache.lookup(address) == entry
+    again = open_own_ipcache(pins, SIZE)
+    second.views.show([again])
+    assert again.lookup(address) == entry
     assert dict(second.journal.items()) == {address: line}
     assert second.policy.items() == {(Direction.EGRESS, 131_073)}
     assert second.config.read().rearm_ns == 3_000_000_000
     assert second.counters.read(Direction.EGRESS).hit == 5
-    ids, ipcache_id, signals_id = prog_ids(second), second.ipcache.map_id, second.signals.map_id
+    ids, ipcache_id, signals_id = prog_ids(second), again.map_id, second.signals.map_id
     assert ipcache_id == before[1]
     assert signals_id != before[2]
     assert not set(ids) & set(before[0])
     assert run_packet(second.program(Direction.EGRESS)[1], Flow().udp()).verdict == TC_ACT_UNSPEC
     assert second.counters.read(Direction.EGRESS).hit == 6
 
+    again.close()
     second.close()
     pins.remove()
     assert not pins.directory.exists()
@@ -232,11 +246,12 @@ def test_refusal_of_the_loader_is_passed_on(
         load(prepared, SIZE)
 
 
-@pytest.mark.parametrize("missing", ["lm_ipcache", "lm_counters", "lm_from_uplink"])
+@pytest.mark.parametrize("missing", ["lm_owned", "lm_counters", "lm_view_v1", "lm_from_uplink"])
 def test_missing_pin_is_an_error_that_keeps_no_descriptor(prepared: Pins, missing: str) -> None:
     """Somebody may remove a pin at any moment: named in one line, nothing stays open."""
     prepared.prepare(SIZE)
-    for name, layout in {**expected_layouts(SIZE), SIGNALS: expected_layouts(SIZE)["lm_config"]}.items():
+    some = expected_layouts(SIZE)["lm_config"]
+    for name, layout in {**expected_layouts(SIZE), **dict.fromkeys((SIGNALS, *VIEWS), some)}.items():
         made = Map.create("lm_test", layout)
         libbpf.pin(made.fd, prepared.path(name))
         made.close()

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 import pytest
 
 from lazymesh.core.model import Direction, Entry, EntryFlag
+from lazymesh.datapath import abi
 from lazymesh.datapath.maps import OnMiss
 from tests.support import packets
 from tests.support.packets import INTERNET, NODE_B, POD_A1, POD_B1, POD_B2, Flow, Host
@@ -315,3 +316,23 @@ def test_random_bytes_never_crash_and_never_drop(bench: Bench) -> None:
         assert bench.send(Direction.INGRESS, header + version + noise) == TC_ACT_UNSPEC
     counts = bench.counts(Direction.INGRESS)
     assert sum(counts.get(name, 0) for name in ("hit", "missed", "not_mesh", "not_parsed")) == 400
+
+
+def test_peers_that_are_hits_are_remembered_once_an_epoch(bench: Bench) -> None:
+    """Newest first; misses, and what is no mesh at all, are not."""
+    bench.mesh({packets.PODS_OF_B[4]: 2})
+    bench.entries({POD_B1.prefix(4): entry(IDENTITY), POD_B2.prefix(4): entry(IDENTITY)})
+    for host in (POD_B1, POD_B2, packets.pod_of_b(9), INTERNET):
+        for _ in range(3):
+            bench.send(Direction.EGRESS, Flow(peer=host).udp())
+    assert sorted(bench.datapath.recent.newest_first()) == sorted([POD_B1.address(4), POD_B2.address(4)])
+    epoch = bench.datapath.config.read().epoch
+    bench.datapath.config.change(epoch=epoch + 1)
+    bench.send(Direction.EGRESS, Flow(peer=POD_B2).udp())
+    assert bench.datapath.recent.newest_first() == [POD_B2.address(4), POD_B1.address(4)]
+    bench.maps["lm_recent"].delete(abi.pack_dedup_key(POD_B2.address(4)))
+    bench.send(Direction.EGRESS, Flow(peer=POD_B2).udp())
+    assert bench.datapath.recent.newest_first() == [POD_B1.address(4)], "the tag says that it is there"
+    bench.datapath.config.change(epoch=epoch + 2)
+    bench.send(Direction.EGRESS, Flow(peer=POD_B2).udp())
+    assert bench.datapath.recent.newest_first() == [POD_B2.address(4), POD_B1.address(4)]

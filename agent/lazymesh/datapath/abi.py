@@ -90,6 +90,8 @@ class Config(ctypes.Structure):
         ("enforced", c_uint32),
         ("hold_cookie", c_uint32),
         ("parked", c_uint32),
+        ("view", c_uint32 * 3),
+        ("epoch", c_uint32),
         ("pad", c_uint32),
         ("policy_tag", c_uint64),
     )
@@ -345,9 +347,23 @@ def address_of_key(raw: bytes) -> Address | None:
     return None
 
 
-def pack_entry(entry: Entry) -> bytes:
-    """Return the v2 value (24 bytes) of an entry."""
-    return _ENTRY.pack(entry.identity, entry.tunnel_endpoint or b"", 0, entry.encrypt_key, entry.flags)
+def pack_entry(entry: Entry, tag: int = 0) -> bytes:
+    """Return the v2 value (24 bytes) of an entry; the tag goes into its padding."""
+    return _ENTRY.pack(entry.identity, entry.tunnel_endpoint or b"", tag, entry.encrypt_key, entry.flags)
+
+
+def pack_entry_v1(entry: Entry, tag: int = 0) -> bytes:
+    """Return the v1 value (12 bytes): no bits about tunnels, and no IPv6 endpoint (cilium-formats 1.3)."""
+    endpoint = entry.tunnel_endpoint if len(entry.tunnel_endpoint or b"") == 4 else b""
+    return _ENTRY_V1.pack(
+        entry.identity, endpoint, tag, entry.encrypt_key, entry.flags & EntryFlag.SKIP_TUNNEL
+    )
+
+
+def tag_of_entry(raw: bytes) -> int:
+    """Return what stands in the padding of a v1 or v2 value."""
+    layout = _ENTRY_V1 if len(raw) == _ENTRY_V1.size else _ENTRY
+    return int(layout.unpack(raw)[2])
 
 
 def unpack_entry(raw: bytes) -> Entry:

@@ -119,7 +119,8 @@ def _update(pin: Path, index: int, program: int) -> bool:
         libbpf.update_link(link, program)
     finally:
         os.close(link)
-    return True
+    # An index means something in one network namespace only, and that may be gone.
+    return libbpf.program_id(program) in libbpf.tcx_programs(index)
 
 
 class ClsactHook:

@@ -258,6 +258,11 @@ class Map:
         return cls(open_pin(path))
 
     @classmethod
+    def by_id(cls, map_id: int) -> Map:
+        """Open a map by the kernel's number; FileNotFoundError when it is gone."""
+        return cls(_checked(library().bpf_map_get_fd_by_id(map_id)))
+
+    @classmethod
     def create(cls, name: str, layout: MapLayout) -> Map:
         """Make a map of our own that goes with its last file descriptor."""
         opts = _MapCreateOpts(sz=ctypes.sizeof(_MapCreateOpts), map_flags=layout.flags)
@@ -321,6 +326,15 @@ class Map:
         for key in keys:
             self.delete(key)
 
+    def count(self) -> int:
+        """Count the elements. The interpreter is released while the kernel reads: this may be left to a thread."""
+        try:
+            return sum(count for _, _, count in self._batches())
+        except OSError as exc:
+            if exc.errno not in (errno.EINVAL, ENOTSUPP):
+                raise
+            return sum(1 for _ in self._items_one_by_one())
+
     def items(self) -> Iterator[tuple[bytes, bytes]]:
         """Yield every element, in batches; elements that change meanwhile may be seen once, twice or not at all."""
         try:
@@ -331,6 +345,13 @@ class Map:
             yield from self._items_one_by_one()
 
     def _items_batched(self) -> Iterator[tuple[bytes, bytes]]:
+        key_size, value_size = self.layout.key_size, self.layout.value_size
+        for keys, values, count in self._batches():
+            for i in range(count):
+                yield keys[i * key_size : (i + 1) * key_size], values[i * value_size : (i + 1) * value_size]
+
+    def _batches(self) -> Iterator[tuple[bytes, bytes, int]]:
+        """Yield the elements some thousands at a time: all keys, all values, how many."""
         key_size, value_size, room = self.layout.key_size, self.layout.value_size, _BATCH
         # The continuation token of an LPM trie is a whole key, a hash table's is 4 bytes.
         token = ctypes.create_string_buffer(max(key_size, 4))
@@ -354,12 +375,7 @@ class Map:
             if not done and not interrupted:
                 _checked(result)
             first = False
-            raw_keys, raw_values = keys.raw, values.raw
-            for i in range(count.value):
-                yield (
-                    raw_keys[i * key_size : (i + 1) * key_size],
-                    raw_values[i * value_size : (i + 1) * value_size],
-                )
+            yield keys.raw, values.raw, count.value
 
     def _items_one_by_one(self) -> Iterator[tuple[bytes, bytes]]:
         key = ctypes.create_string_buffer(self.layout.key_size)

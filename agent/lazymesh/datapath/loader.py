@@ -19,11 +19,12 @@ from typing import Any
 
 from lazymesh.datapath import abi, libbpf
 from lazymesh.datapath.headers import find_headers, merge_headers
-from lazymesh.datapath.pins import HOLD_FILTER, HOLD_PROGRAMS, PROGRAMS, SIGNALS
+from lazymesh.datapath.pins import HOLD_FILTER, HOLD_PROGRAMS, PROGRAMS, SIGNALS, VIEWS
 from lazymesh.errors import DatapathError
 
 _TABLES: dict[str, tuple[type[ctypes.Structure] | None, type[ctypes.Structure] | None]] = {
-    "lm_ipcache": (abi.IpcacheKey, abi.IpcacheEntry),
+    "lm_like_v1": (abi.IpcacheKey, abi.IpcacheEntryV1),
+    "lm_like_v2": (abi.IpcacheKey, abi.IpcacheEntry),
     "lm_mesh_cidrs": (abi.IpcacheKey, abi.MeshCidr),
     "lm_owned": (abi.IpcacheKey, abi.Owned),
     "lm_config": (None, abi.Config),
@@ -67,7 +68,8 @@ def load(pins: Path, ipcache_size: int) -> None:
         except Exception as exc:  # bcc raises nothing narrower
             raise DatapathError(f"BCC could not load the datapath: {exc}") from exc
     _check_sizes(bpf)
-    libbpf.pin(bpf[SIGNALS.encode()].map_fd, pins / SIGNALS)
+    for name in (SIGNALS, *VIEWS):
+        libbpf.pin(bpf[name.encode()].map_fd, pins / name)
     for name, function in programs.items():
         libbpf.pin(function.fd, pins / name)
 

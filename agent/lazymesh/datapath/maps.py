@@ -8,7 +8,9 @@ from __future__ import annotations
 
 import enum
 import errno
+import sys
 from dataclasses import dataclass, fields
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from lazymesh.core.audit import Window
@@ -26,8 +28,7 @@ from lazymesh.datapath.libbpf import (
 from lazymesh.errors import DatapathError, MapFullError
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Iterator
-    from pathlib import Path
+    from collections.abc import Iterable, Iterator, Mapping, Sequence
 
 _FULL = (errno.ENOSPC, errno.E2BIG, errno.ENOMEM)
 
@@ -44,27 +45,64 @@ def open_map(path: Path) -> Map:
         raise DatapathError(f"cannot open the map at {path}: {exc.strerror}") from exc
 
 
-class IpcacheMap:
-    """An ipcache map of Cilium's layout, v2 or v1."""
+class View(enum.IntEnum):
+    """enum lm_view: what the kernel takes for one kind of map in a map of maps; the words are for people."""
 
-    def __init__(self, bpf_map: Map, path: Path) -> None:
+    V1 = 1
+    """Cilium up to 1.17."""
+    V2 = 2
+    """1.18, and our own."""
+    V2_READONLY = 3
+    """1.19 and later: programs may not write."""
+
+
+_VIEWS = {(12, 1): View.V1, (24, 1): View.V2, (24, 129): View.V2_READONLY}
+"""By value size and flags (cilium-formats 1.1, cilium-live 3.1)."""
+
+
+def view_of(layout: MapLayout) -> View | None:
+    """Return which ipcache a map is by its layout, None for what is none that we know."""
+    if (layout.kind, layout.key_size) != (MAP_TYPE_LPM_TRIE, 24):
+        return None
+    return _VIEWS.get((layout.value_size, layout.flags))
+
+
+class IpcacheMap:
+    """An ipcache map of Cilium's layout, v1 or v2.
+
+    tag: written into the values' padding, which every reader passes over, by those who share the map with Cilium. What
+    carries it is ours, and still what we wrote: Cilium's writer leaves zero there. 0: no tag, the map is our own.
+    """
+
+    def __init__(self, bpf_map: Map, path: Path, tag: int = 0) -> None:
         self._map = bpf_map
         self._path = path
-        layout = bpf_map.layout
-        if (layout.kind, layout.key_size) != (MAP_TYPE_LPM_TRIE, 24) or layout.value_size not in (12, 24):
+        self._tag = tag
+        view = view_of(bpf_map.layout)
+        if view is None:
             bpf_map.close()
             raise DatapathError(
-                f"{path} is no ipcache that lazymesh knows ({layout}): expected an LPM trie with 24-byte keys"
-                " and 24-byte (Cilium >= 1.18) or 12-byte (<= 1.17) values"
+                f"{path} is no ipcache that lazymesh knows ({bpf_map.layout}): expected an LPM trie with 24-byte keys,"
+                " and 24-byte (Cilium >= 1.18, flags 0x1 or 0x81) or 12-byte (<= 1.17, flags 0x1) values"
             )
-        self.writable = layout.value_size == 24
-        self.max_entries = layout.max_entries
+        self.view = view
+        self.max_entries = bpf_map.layout.max_entries
         self.map_id = bpf_map.map_id
 
     @classmethod
-    def pinned(cls, path: Path) -> IpcacheMap:
+    def pinned(cls, path: Path, tag: int = 0) -> IpcacheMap:
         """Open the pinned map and check its layout."""
-        return cls(open_map(path), path)
+        return cls(open_map(path), path, tag)
+
+    @classmethod
+    def by_id(cls, map_id: int, tag: int = 0) -> IpcacheMap:
+        """Open a map that has no pin, or may have lost it; FileNotFoundError when it is gone."""
+        return cls(Map.by_id(map_id), Path(f"map {map_id}"), tag)
+
+    @property
+    def fd(self) -> int:
+        """The map's file descriptor."""
+        return self._map.fd
 
     def close(self) -> None:
         """Give the file descriptor back."""
@@ -75,10 +113,25 @@ class IpcacheMap:
         raw = self._map.lookup(abi.pack_address_key(address))
         return None if raw is None else abi.unpack_entry(raw)
 
+    def stands(self, address: Address) -> Standing | None:
+        """Return the same answer, and whether it is tagged."""
+        raw = self._map.lookup(abi.pack_address_key(address))
+        if raw is None:
+            return None
+        return Standing(abi.unpack_entry(raw), self._tag != 0 and abi.tag_of_entry(raw) == self._tag)
+
+    def as_read_back(self, entry: Entry) -> Entry:
+        """Return what a lookup would say of an entry: v1 has no bits for tunnels, and only IPv4 endpoints."""
+        return abi.unpack_entry(self._pack(entry))
+
     def items(self) -> Iterator[tuple[Network, int, Entry]]:
         """Yield prefix, cluster id and entry of everything in the map."""
         for key, value in self._map.items():
             yield *abi.unpack_key(key), abi.unpack_entry(value)
+
+    def count(self) -> int:
+        """Return how many entries there are: LPM tries keep no account, so this walks over all of them."""
+        return self._map.count()
 
     def insert(self, address: Address, entry: Entry) -> bool:
         """Add the /32 or /128 unless that exact prefix exists; True when it was added."""
@@ -97,13 +150,13 @@ class IpcacheMap:
                 f"cannot delete from the ipcache map at {self._path}: {exc.strerror}"
             ) from exc
 
+    def _pack(self, entry: Entry) -> bytes:
+        pack = abi.pack_entry_v1 if self.view is View.V1 else abi.pack_entry
+        return pack(entry, self._tag)
+
     def _update(self, address: Address, entry: Entry, flags: int) -> bool:
-        if not self.writable:
-            raise DatapathError(
-                f"{self._path} is of Cilium <= 1.17 (12-byte values): lazymesh only reads those"
-            )
         try:
-            self._map.update(abi.pack_address_key(address), abi.pack_entry(entry), flags)
+            self._map.update(abi.pack_address_key(address), self._pack(entry), flags)
         except OSError as exc:
             if exc.errno == errno.EEXIST:
                 return False
@@ -111,6 +164,53 @@ class IpcacheMap:
                 raise MapFullError(f"the ipcache map is full ({self.max_entries} entries)") from exc
             raise DatapathError(f"cannot write to the ipcache map at {self._path}: {exc.strerror}") from exc
         return True
+
+
+@dataclass(frozen=True, slots=True)
+class Standing:
+    """What an ipcache says of an address."""
+
+    entry: Entry
+    tagged: bool
+    """It carries our tag, so it is exactly this address' own, and ours."""
+
+
+class Views:
+    """Which ipcaches the programs look into: a packet is a miss to them when it is one to any of these."""
+
+    def __init__(self, outer: Mapping[View, Map], config: ConfigMap) -> None:
+        self._outer = outer
+        self._config = config
+        self._shown: list[View] = []
+        self.most = len(abi.Config().view)
+
+    def show(self, ipcaches: Sequence[IpcacheMap]) -> None:
+        """Put maps in force, the one that is written to first; programs see all old or all new ones meanwhile, or both.
+
+        From the last to the first: a map that moves up is in its new place before its old one is taken.
+        """
+        before, self._shown = self._shown, [ipcache.view for ipcache in ipcaches]
+        for slot in reversed(range(len(ipcaches))):
+            index = slot.to_bytes(4, sys.byteorder)
+            self._outer[ipcaches[slot].view].update(index, ipcaches[slot].fd.to_bytes(4, sys.byteorder))
+            self._config.set_view(slot, ipcaches[slot].view)
+        for slot in range(len(ipcaches), self.most):  # an earlier life may have shown more
+            self._config.set_view(slot, 0)
+        for slot, view in enumerate(before):
+            if slot >= len(ipcaches) or ipcaches[slot].view is not view:
+                self._outer[view].delete(slot.to_bytes(4, sys.byteorder))
+
+
+class RecentMap:
+    """The peers that this node talks to, as the programs note them."""
+
+    def __init__(self, bpf_map: Map) -> None:
+        self._map = bpf_map
+
+    def newest_first(self) -> list[Address]:
+        """Return their addresses, those of the latest epochs first."""
+        found = [(int.from_bytes(epoch, sys.byteorder), key) for key, epoch in self._map.items()]
+        return [abi.address_of_dedup_key(key) for _, key in sorted(found, reverse=True)]
 
 
 def kernel_honours_noexist() -> bool:
@@ -279,14 +379,12 @@ class ConfigMap:
         self._map = bpf_map
 
     def write(self, config: DatapathConfig) -> None:
-        """Put new settings in force; lowers the mute flag."""
-        raw = abi.Config(
-            parked=config.parked,
-            rearm_ns=int(config.rearm_s * 1e9),
-            on_miss=config.on_miss,
-            enforced=sum(1 << direction for direction in config.enforced),
-            policy_tag=config.policy_tag,
-        )
+        """Put new settings in force; lowers the mute flag. Which maps are looked into stays as it is."""
+        raw = self.read()
+        raw.rearm_ns = int(config.rearm_s * 1e9)
+        raw.on_miss, raw.policy_tag = config.on_miss, config.policy_tag
+        raw.enforced = sum(1 << direction for direction in config.enforced)
+        raw.parked, raw.muted, raw.hold_cookie = config.parked, 0, 0
         for name in ("interface", "uplink", "global"):
             interval, depth = _bucket(getattr(config, f"{name}_rate"), getattr(config, f"{name}_burst"))
             setattr(raw, f"{name}_interval_ns", interval)
@@ -302,6 +400,12 @@ class ConfigMap:
         raw = self.read()
         for name, value in words.items():
             setattr(raw, name, value)
+        self._map.update(self._SLOT, bytes(raw))
+
+    def set_view(self, slot: int, view: int) -> None:
+        """Say how an element of the view maps is to be read; 0: not at all."""
+        raw = self.read()
+        raw.view[slot] = view
         self._map.update(self._SLOT, bytes(raw))
 
     def mute(self, on: bool) -> None:

@@ -22,18 +22,27 @@ HOLD_FILTER = "lm_hold_whole"
 SIGNALS = "lm_signals"
 IPCACHE = "lm_ipcache"
 LINKS = "links"
+VIEWS = ("lm_view_v1", "lm_view_v2", "lm_view_v2ro")
+"""By enum lm_view, from 1 on. Like the signals they belong to one load of the programs."""
+
+
+def own_ipcache(size: int) -> MapLayout:
+    """Return the layout of the ipcache that we make where there is no Cilium: its v2."""
+    return MapLayout(libbpf.MAP_TYPE_LPM_TRIE, 24, 24, size, libbpf.BPF_F_NO_PREALLOC)
 
 
 def expected_layouts(ipcache_size: int) -> dict[str, MapLayout]:
     """Return the layout of every pinned map by name, as bpf/include/maps.h makes them."""
     lazy, mapped = libbpf.BPF_F_NO_PREALLOC, libbpf.BPF_F_MMAPABLE
     return {
-        IPCACHE: MapLayout(libbpf.MAP_TYPE_LPM_TRIE, 24, 24, ipcache_size, lazy),
+        IPCACHE: own_ipcache(ipcache_size),
         "lm_mesh_cidrs": MapLayout(libbpf.MAP_TYPE_LPM_TRIE, 24, 4, 131_072, lazy),
         "lm_owned": MapLayout(libbpf.MAP_TYPE_HASH, 24, 56, ipcache_size, lazy),
-        "lm_config": MapLayout(libbpf.MAP_TYPE_ARRAY, 4, 88, 1, 0),
+        "lm_config": MapLayout(libbpf.MAP_TYPE_ARRAY, 4, 104, 1, 0),
         "lm_counters": MapLayout(libbpf.MAP_TYPE_PERCPU_ARRAY, 4, 120, 2, 0),
         "lm_dedup": MapLayout(libbpf.MAP_TYPE_LRU_HASH, 20, 8, 65_536, 0),
+        "lm_recent": MapLayout(libbpf.MAP_TYPE_LRU_HASH, 20, 8, 16_384, 0),
+        "lm_recent_tags": MapLayout(libbpf.MAP_TYPE_ARRAY, 4, 8, 8_192, 0),
         "lm_windows": MapLayout(libbpf.MAP_TYPE_LRU_HASH, 20, 40, 16_384, 0),
         "lm_rate": MapLayout(libbpf.MAP_TYPE_LRU_HASH, 4, 8, 4_096, 0),
         "lm_policy": MapLayout(libbpf.MAP_TYPE_HASH, 8, 4, 262_144, lazy),
@@ -100,7 +109,7 @@ class Pins:
 
     def remove(self) -> None:
         """Unpin everything that is ours; maps and programs go with their last user."""
-        for name in (*PROGRAMS, *HOLD_PROGRAMS, HOLD_FILTER, SIGNALS, *expected_layouts(0)):
+        for name in (*PROGRAMS, *HOLD_PROGRAMS, HOLD_FILTER, SIGNALS, *VIEWS, *expected_layouts(0)):
             with contextlib.suppress(FileNotFoundError):
                 self.path(name).unlink()
         for index in self.linked():

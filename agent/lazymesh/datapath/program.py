@@ -16,10 +16,13 @@ from lazymesh.datapath.maps import (
     Journal,
     MeshCidrs,
     PolicyMap,
+    RecentMap,
+    View,
+    Views,
     WindowMap,
     open_map,
 )
-from lazymesh.datapath.pins import HOLD_PROGRAMS, IPCACHE, PROGRAMS, SIGNALS
+from lazymesh.datapath.pins import HOLD_PROGRAMS, IPCACHE, PROGRAMS, SIGNALS, VIEWS, own_ipcache
 from lazymesh.errors import DatapathError
 
 if TYPE_CHECKING:
@@ -58,8 +61,18 @@ def load(pins: Pins, ipcache_size: int = IPCACHE_SIZE) -> Datapath:
     return Datapath(pins)
 
 
+def open_own_ipcache(pins: Pins, size: int) -> IpcacheMap:
+    """Return the ipcache of a node without Cilium: the pinned one, or a new one."""
+    path = pins.path(IPCACHE)
+    if not path.exists():
+        made = libbpf.Map.create(IPCACHE, own_ipcache(size))
+        libbpf.pin(made.fd, path)
+        made.close()
+    return IpcacheMap.pinned(path)
+
+
 class Datapath:
-    """Every pinned map, opened, and the two programs as file descriptors."""
+    """Every pinned map, opened, and the two programs as file descriptors; ``views`` has which ipcaches they read."""
 
     def __init__(self, pins: Pins) -> None:
         self.pins = pins
@@ -72,13 +85,15 @@ class Datapath:
             raise
 
     def _open_pins(self) -> None:
-        self.ipcache = IpcacheMap(self._open(IPCACHE), self.pins.path(IPCACHE))
         self.journal = Journal(self._open("lm_owned"))
         self.mesh_cidrs = MeshCidrs(self._open("lm_mesh_cidrs"))
         self.windows = WindowMap(self._open("lm_windows"))
         self.policy = PolicyMap(self._open("lm_policy"))
         self.config = ConfigMap(self._open("lm_config"))
         self.counters = CounterMap(self._open("lm_counters"))
+        self.recent = RecentMap(self._open("lm_recent"))
+        outer = {view: self._open(name) for view, name in zip(View, VIEWS, strict=True)}
+        self.views = Views(outer, self.config)
         self.signals = self._open(SIGNALS)
         for name in (*PROGRAMS, *HOLD_PROGRAMS):
             try:

@@ -28,8 +28,8 @@ from lazymesh.datapath.hooks import detach_everywhere
 from lazymesh.datapath.installer import Installer
 from lazymesh.datapath.interfaces import InterfaceFollower, InterfaceSelection
 from lazymesh.datapath.maps import DatapathConfig, OnMiss, kernel_honours_noexist
-from lazymesh.datapath.pins import IPCACHE, Pins, check_bpffs
-from lazymesh.datapath.program import load
+from lazymesh.datapath.pins import PROGRAMS, Pins, check_bpffs
+from lazymesh.datapath.program import load, open_own_ipcache
 from lazymesh.datapath.signals import SignalReader
 from lazymesh.errors import DatapathError, LazymeshError, SettingsError
 from lazymesh.metrics import HttpServer, Metrics
@@ -111,7 +111,7 @@ class Agent:
         except OSError as exc:
             raise DatapathError(f"cannot make {pins.directory}: {exc.strerror}") from exc
         lock = pins.lock()
-        self._fresh = not pins.path(IPCACHE).exists()
+        self._fresh = not pins.path(PROGRAMS[0]).exists()
         try:
             datapath = await asyncio.to_thread(load, pins, self._settings.datapath.ipcache_size)
             try:
@@ -131,8 +131,10 @@ class Agent:
         keep = datapath.config.read().policy_tag == self._policy_tag
         enforcement = Enforcement(datapath.policy, engine, keep)
         self._configure(datapath)
+        ipcache = open_own_ipcache(datapath.pins, settings.datapath.ipcache_size)
+        datapath.views.show([ipcache])
 
-        installer = Installer(datapath.ipcache, datapath.journal, kernel_honours_noexist())
+        installer = Installer(ipcache, datapath.journal, kernel_honours_noexist())
         mesh = Mesh(settings.mesh, datapath.mesh_cidrs, enforcement, lambda event: driver.feed(event))  # noqa: PLW0108 (made two lines on)
         resolver = Resolver(limits, mesh.table, mesh.identities, settings.mesh.region, random.random)
         writer = Shadow() if settings.shadow else installer
@@ -160,6 +162,7 @@ class Agent:
             Parts(
                 settings,
                 datapath,
+                ipcache,
                 mesh,
                 resolver,
                 driver,

@@ -150,7 +150,7 @@ def _layout(bpffs: Path) -> str:
     if not path.exists():
         return "no ipcache map pinned yet: the agent makes it"
     ipcache = IpcacheMap.pinned(path)
-    return f"{path}: {'v2' if ipcache.writable else 'v1'}, {ipcache.max_entries} entries"
+    return f"{path}: {ipcache.view.name.lower()}, {ipcache.max_entries} entries"
 
 
 def _certificates(cluster: str, config: EtcdConfig) -> Iterator[Finding]:

@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from lazymesh.core.resolver import Limits, Resolver
     from lazymesh.datapath.holdmaps import HoldCounterMap
     from lazymesh.datapath.interfaces import InterfaceFollower
+    from lazymesh.datapath.maps import IpcacheMap
     from lazymesh.datapath.program import Datapath
     from lazymesh.datapath.signals import SignalReader
     from lazymesh.metrics import Metrics, Sample
@@ -34,6 +35,7 @@ class Parts:
 
     settings: AgentSettings
     datapath: Datapath
+    ipcache: IpcacheMap
     mesh: Mesh
     resolver: Resolver
     driver: Driver
@@ -85,13 +87,13 @@ class Status:
                 "onMiss": OnMiss(self.parts.datapath.config.read().on_miss).name.lower(),
                 "holding": self.parts.holding.state,
                 "policy": str(settings.policy) if settings.policy else "none",
-                "mapId": self.parts.datapath.ipcache.map_id,
+                "mapId": self.parts.ipcache.map_id,
                 "packets": {d.name.lower(): self.packets(d) for d in Direction},
             },
             "entries": {
                 "owned": self.parts.resolver.owned,
                 "budget": self.parts.limits.owned,
-                "mapSize": self.parts.datapath.ipcache.max_entries,
+                "mapSize": self.parts.ipcache.max_entries,
             },
             "queue": {
                 "waiting": self.parts.resolver.queued,

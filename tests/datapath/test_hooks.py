@@ -1,0 +1,172 @@
+"""Both ways onto a hook: in front, kept in front, taken off again; others' programs are left as they are."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+from typing import TYPE_CHECKING
+
+import pytest
+
+from lazymesh.datapath import interfaces, libbpf
+from lazymesh.datapath.hooks import detach_everywhere
+from lazymesh.datapath.interfaces import InterfaceFollower, InterfaceSelection
+from lazymesh.errors import DatapathError
+from tests.datapath.test_interfaces import (
+    HOOKS,
+    PODS,
+    PODS_ONLY,
+    add_theirs,
+    attach_once,
+    filters,
+    following,
+    has_clsact,
+    index_of,
+    inside,
+    take_off,
+    until,
+    until_attached,
+    veth,
+)
+from tests.support import tcx
+
+if TYPE_CHECKING:
+    from lazymesh.datapath.program import Datapath
+    from tests.support.namespaces import Namespace
+
+
+def leave(node: Namespace, datapath: Datapath) -> list[str]:
+    """Take everything of ours off, inside the namespace."""
+    return node.call(lambda: asyncio.run(detach_everywhere(datapath.pins)))
+
+
+def test_leaving_takes_off_everything_of_ours(loaded: Datapath, node: Namespace) -> None:
+    """Filters and the qdiscs that nobody else uses; a second time there is nothing to do."""
+    node.ip(veth("eth0", "lxc1", "other"))
+    attach_once(node, loaded, PODS)
+    assert sorted(leave(node, loaded)) == ["eth0", "lxc1"]
+    assert [name for name in ("eth0", "lxc1", "other") if has_clsact(node, name) or filters(node, name)] == []
+    assert leave(node, loaded) == []
+
+
+def test_program_that_was_taken_off_is_back(loaded: Datapath, node: Namespace, style: str) -> None:
+    """Cilium deletes the filters of others at each load, which the kernel tells; a tcx link's end it does not."""
+    node.ip(veth("eth0"))
+
+    async def story() -> None:
+        async with following(InterfaceFollower(loaded, PODS, style)) as follower:
+            for number in range(1, 4):
+                await take_off(node, loaded, "eth0", style)
+                took = await until(lambda number=number: follower.stats.displaced_total == number)  # type: ignore[misc]
+                assert took < (0.2 if style == "clsact" else 1)
+                await until_attached(node, "eth0", ["lm_from_uplink"])
+            assert follower.behind == []
+
+    inside(node, story)
+
+
+def test_ours_goes_back_to_the_front(
+    loaded: Datapath, node: Namespace, style: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Once; whoever insists on being ahead is let be for a while, and named."""
+    node.ip(veth("lxc1"))
+    monkeypatch.setattr(interfaces, "LOOK_EVERY_S", 0.05)
+
+    def ahead(number: int) -> None:
+        if style == "clsact":
+            add_theirs(node, loaded, "lxc1", "ingress", "prio", "1", "handle", str(number))
+        else:
+            theirs = libbpf.open_pin(loaded.pins.path("lm_hold_back"))
+            links.append(node.call(tcx.TcxLink.attach, theirs, "lxc1", head=True))
+            os.close(theirs)
+
+    links: list[tcx.TcxLink] = []
+
+    async def story() -> None:
+        async with following(InterfaceFollower(loaded, PODS_ONLY, style)) as follower:
+            await asyncio.to_thread(ahead, 1)
+            await until(lambda: follower.stats.displaced_total == 1, 1)
+            assert (await asyncio.to_thread(filters, node, "lxc1"))[0] == "lm_from_pod"
+            assert follower.behind == []
+            for link in links:
+                link.close()
+            await asyncio.to_thread(ahead, 2)
+            await until(lambda: follower.behind == ["lxc1"], 1)
+            assert follower.stats.displaced_total == 1
+
+    inside(node, story)
+    for link in links:
+        link.close()
+
+
+def test_another_way_to_attach_takes_off_what_was_attached_before(loaded: Datapath, node: Namespace) -> None:
+    """An upgrade of kernel or agent: a packet must not meet both."""
+    node.ip(veth("eth0", "lxc1"))
+    for style in ("clsact", "tcx", "clsact", "auto"):
+        attach_once(node, loaded, PODS, style)
+        assert filters(node, "lxc1") == ["lm_from_pod"]
+        assert filters(node, "eth0") == ["lm_from_uplink"]
+        assert bool(node.call(tcx.tcx_programs, "eth0")) == (style != "clsact")
+
+
+def test_links_of_interfaces_that_went_meanwhile_are_unpinned(loaded: Datapath, node: Namespace) -> None:
+    """Nobody told the agent that was not there."""
+    node.ip(veth("lxc1", "lxc2"))
+    attach_once(node, loaded, PODS_ONLY, "tcx")
+    gone = index_of(node, "lxc1")
+    node.ip(["link del lxc1"])
+    assert gone in loaded.pins.linked()
+    attach_once(node, loaded, PODS_ONLY, "tcx")
+    assert loaded.pins.linked() == {index_of(node, "lxc2")}
+    assert leave(node, loaded) == ["lxc2"]
+
+
+def test_kernel_without_tcx_is_told(
+    loaded: Datapath, node: Namespace, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whoever asks for it by name learns what to ask for instead; auto takes what there is."""
+    node.ip(veth("lxc1"))
+    monkeypatch.setattr(libbpf, "has_tcx", lambda: False)
+    with pytest.raises(DatapathError, match=r"no tcx .*: use --attach clsact"):
+        attach_once(node, loaded, PODS_ONLY, "tcx")
+    attach_once(node, loaded, PODS_ONLY, "auto")
+    assert node.call(tcx.tcx_programs, "lxc1") == []
+    assert filters(node, "lxc1") == ["lm_from_pod"]
+
+
+@pytest.mark.parametrize("hook", HOOKS)
+def test_filters_of_others_stay(loaded: Datapath, node: Namespace, hook: str) -> None:
+    """On either hook of the same interface, with the qdisc that they hang on, in their order."""
+    node.ip(veth("lxc1"))
+    node.run("tc", "qdisc", "add", "dev", "lxc1", "clsact")
+    add_theirs(node, loaded, "lxc1", hook, "prio", "1", "handle", "1")
+    attach_once(node, loaded, InterfaceSelection(pods=("lxc+",)))
+    expected = ["lm_from_pod", "lm_from_uplink"] if hook == "ingress" else ["lm_from_pod"]
+    assert [name.partition(":")[0] for name in filters(node, "lxc1")] == expected
+
+    assert leave(node, loaded) == ["lxc1"]
+
+    assert len(filters(node, "lxc1", hook)) == 1
+    assert has_clsact(node, "lxc1")
+
+
+def test_filter_of_others_at_our_priority_is_not_taken_for_ours(loaded: Datapath, node: Namespace) -> None:
+    """Priority is no name: only our handle at our priority is us."""
+    node.ip(veth("lxc1", "lxc2"))
+    for name in ("lxc1", "lxc2"):
+        node.run("tc", "qdisc", "add", "dev", name, "clsact")
+        add_theirs(node, loaded, name, "ingress", "prio", "1", "handle", "5")
+    attach_once(node, loaded, InterfaceSelection(pods=("lxc1",)))
+    assert len(filters(node, "lxc1")) == 2
+
+    assert leave(node, loaded) == ["lxc1"]
+
+    assert [len(filters(node, name)) for name in ("lxc1", "lxc2")] == [1, 1]
+
+
+def test_qdisc_of_others_is_used_and_left(loaded: Datapath, node: Namespace) -> None:
+    """An interface without us is not touched, though it has an empty qdisc."""
+    node.ip(veth("other"))
+    node.run("tc", "qdisc", "add", "dev", "other", "clsact")
+    assert leave(node, loaded) == []
+    assert has_clsact(node, "other")
