@@ -167,10 +167,12 @@ def bpffs() -> Iterator[Path]:
 
 
 @pytest.fixture
-def node() -> Iterator[Namespace]:
-    """Return a network namespace with nothing but a loopback device."""
+def node(loaded: Datapath) -> Iterator[Namespace]:
+    """Return a network namespace with nothing but a loopback device; what is pinned for it goes with it."""
     with NamespaceSet(["node"]) as spaces:
         yield spaces["node"]
+    for index in loaded.pins.linked():
+        loaded.pins.link(index).unlink()
 
 
 @pytest.fixture(params=["tcx", "clsact"])

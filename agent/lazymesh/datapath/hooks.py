@@ -78,8 +78,8 @@ class TcxHook:
         await asyncio.to_thread(_attach_link, self._pins.link(index), index, program)
 
     async def detach(self, index: int) -> None:
-        """Unpin the link: nothing else holds it."""
-        self._pins.link(index).unlink(missing_ok=True)
+        """Detach and unpin the link."""
+        await asyncio.to_thread(_detach_link, self._pins.link(index))
 
     async def place(self, index: int, program: int) -> int | None:
         """Ask the kernel for the chain."""
@@ -105,6 +105,19 @@ def _attach_link(pin: Path, index: int, program: int) -> None:
         libbpf.pin(link, pin)
     finally:
         os.close(link)
+
+
+def _detach_link(pin: Path) -> None:
+    """Detach and unpin; without the first step the program would go on for a moment, until the kernel has tidied up."""
+    try:
+        link = libbpf.open_pin(pin)
+    except FileNotFoundError:
+        return
+    try:
+        libbpf.detach_link(link)
+    finally:
+        os.close(link)
+        pin.unlink(missing_ok=True)
 
 
 def _update(pin: Path, index: int, program: int) -> bool:
@@ -161,8 +174,8 @@ class ClsactHook:
         await self.attach(index, program, name)
 
     async def supersede(self, index: int) -> None:
-        """Unpin a link of ours."""
-        self._pins.link(index).unlink(missing_ok=True)
+        """Detach and unpin a link of ours."""
+        await asyncio.to_thread(_detach_link, self._pins.link(index))
 
 
 def _index(chain: Sequence[object], ours: object) -> int | None:
@@ -184,7 +197,7 @@ async def detach_everywhere(pins: Pins) -> list[str]:
     linked = pins.linked()
     async with AsyncIPRoute() as route:
         for link in [link async for link in await route.link("dump")]:
-            pins.link(link["index"]).unlink(missing_ok=True)
+            _detach_link(pins.link(link["index"]))
             # An interface may go at any moment, and its filters with it.
             with contextlib.suppress(NetlinkError):
                 if await _clean(route, link["index"]) or link["index"] in linked:

@@ -253,10 +253,10 @@ class InterfaceFollower:
             return
         if place is not None:
             attached.patience = now + INSIST_EVERY_S
-        self.stats.displaced_total += 1
         why = "it was removed" if place is None else "another program went ahead of it"
         log.warning("our program is attached again", interface=attached.name, why=why)
         await self._on.put_first(index, fd, name)
+        self.stats.displaced_total += 1
 
     async def _detach(self, index: int) -> None:
         self._attached.pop(index, None)

@@ -200,6 +200,13 @@ def update_link(link: int, program: int) -> None:
     _checked(library().bpf_link_update(link, program, None))
 
 
+def detach_link(link: int) -> None:
+    """Take a link's program off its interface at once; of an interface that is gone there is nothing to take."""
+    result = library().bpf_link_detach(link)
+    if result not in (0, -errno.ENOLINK):
+        _checked(result)
+
+
 def link_ifindex(link: int) -> int:
     """Return the interface that a tcx link is on; 0 when that is gone."""
     info = _LinkInfo()
