@@ -225,8 +225,10 @@ class EtcdServer:
         self.start()
 
     def freeze(self) -> None:
-        """Stop the process without ending it: connections stay, nothing is answered."""
+        """Stop the process without ending it: connections stay, nothing is answered from here on."""
         os.kill(self.pid, signal.SIGSTOP)
+        # The signal is on its way only: some of its threads may go on for a moment, and answer.
+        os.waitid(os.P_PID, self.pid, os.WSTOPPED)
 
     def thaw(self) -> None:
         """Let a frozen process go on."""
