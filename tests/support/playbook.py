@@ -29,7 +29,7 @@ from lazymesh.core.events import (
 from lazymesh.core.identities import identity_range
 from lazymesh.core.model import Direction, Entry, Reason, Space, format_address, parse_address
 from lazymesh.core.records import NodeRecord, decode_pair, entry_of
-from lazymesh.core.resolver import Resolver
+from lazymesh.core.resolver import Judge, Resolver
 from lazymesh.core.resolver.limits import Limits
 
 if TYPE_CHECKING:
@@ -207,7 +207,8 @@ class Play:
         region: str | None = None,
     ) -> None:
         self.identities = set(identities)
-        self.resolver = Resolver(limits or Limits(), table or mesh(), self.identities, region)
+        judge = Judge(table or mesh(), self.identities, region)
+        self.resolver = Resolver(limits or Limits(), judge)
         self.now = 0.0
         self._said: list[Command] = []
 

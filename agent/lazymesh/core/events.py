@@ -132,7 +132,7 @@ class InstallResult:
     address: Address
     entry: Entry
     error: Reason | None
-    """None: it stands in the map. Else NOT_OURS, MAP_FULL or INSTALL_FAILED."""
+    """None: it stands in the map. Else TAKEN, NOT_OURS, MAP_FULL or INSTALL_FAILED."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -143,6 +143,27 @@ class Adopted:
     entry: Entry
     cluster: str | None
     """None: no configured cluster has the journal's cluster id."""
+
+
+@dataclass(frozen=True, slots=True)
+class Lost:
+    """Entries of ours are not ours any more: the map's owner has written over them, or somebody has removed them."""
+
+    addresses: tuple[Address, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Used:
+    """The node talks to these addresses: their entries, where we have them, are the last to be given up."""
+
+    addresses: tuple[Address, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Shrink:
+    """The map has no room to spare: so many of our entries are to go, the least recently used first."""
+
+    entries: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -165,6 +186,9 @@ Event = (
     | IdentityGone
     | InstallResult
     | Adopted
+    | Lost
+    | Used
+    | Shrink
     | Tick
 )
 
@@ -217,7 +241,7 @@ class Evict:
 
     address: Address
     why: str
-    """``deleted``, ``budget``, ``expired``, ``cluster-gone``, or a Reason's value: the metric's label."""
+    """``deleted``, ``budget``, ``expired``, ``crowded``, ``cluster-gone``, or a Reason's value: the metric's label."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -227,7 +251,7 @@ class Report:
     address: Address
     cluster: str | None
     outcome: str
-    """``installed``, ``updated``, ``absent``, ``failed``, ``shed``, ``evicted``."""
+    """``installed``, ``updated``, ``absent``, ``failed``, ``shed``, ``evicted``, ``taken-over``."""
     reason: Reason | None
     detail: str
     """A few words for the log, empty when the reason says it all."""

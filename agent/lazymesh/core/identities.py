@@ -18,6 +18,9 @@ WORLD = 2
 WORLD_IDENTITIES = frozenset({WORLD, 9, 10})
 """World in single stack, and per family in dual stack: what the default route and pod CIDR entries carry."""
 
+SCOPE_LOCAL = 0x01
+"""Top byte of identities that only mean something on one node: of CIDR and FQDN policies."""
+
 FIRST_ALLOCATED = 256
 """Everything below is reserved, well-known or fixed by the user of one cluster."""
 
@@ -50,6 +53,11 @@ def identity_range(cluster_id: int, max_connected_clusters: int) -> IdentityRang
 def cluster_of_identity(identity: int, max_connected_clusters: int) -> int:
     """Return the id of the cluster whose range holds the identity: 0 for reserved ones, no cluster's for node-local."""
     return identity >> _shift(max_connected_clusters)
+
+
+def is_peer(identity: int) -> bool:
+    """Tell whether an ipcache entry of this identity is an answer, as bpf/lazymesh.c has it (miss_of)."""
+    return identity not in WORLD_IDENTITIES and identity >> _BITS != SCOPE_LOCAL
 
 
 def check_identity(identity: int, of: IdentityRange) -> str | None:

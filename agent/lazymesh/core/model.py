@@ -58,6 +58,16 @@ class Entry:
     flags: int = 0
 
 
+def with_tunnel_flags(entry: Entry) -> Entry:
+    """Return the entry with the bits that follow from its endpoint, as Cilium's writer derives them."""
+    flags = EntryFlag(entry.flags) & ~(EntryFlag.HAS_TUNNEL_EP | EntryFlag.IPV6_TUNNEL_EP)
+    if entry.tunnel_endpoint is not None:
+        flags |= EntryFlag.HAS_TUNNEL_EP
+        if len(entry.tunnel_endpoint) == 16:
+            flags |= EntryFlag.IPV6_TUNNEL_EP
+    return Entry(entry.identity, entry.tunnel_endpoint, entry.encrypt_key, int(flags))
+
+
 class Space(enum.Enum):
     """Which etcd keys a record came from; the value is the keyword used in logs and the journal."""
 
@@ -82,6 +92,8 @@ class Reason(enum.Enum):
     CLUSTER_DOWN = "cluster-down"
     READ_FAILED = "read-failed"
     NOT_OURS = "not-ours"
+    TAKEN = "taken"
+    """The map's owner has an entry of its own there, and programs know the peer by it."""
     MAP_FULL = "map-full"
     INSTALL_FAILED = "install-failed"
     SHED = "shed"

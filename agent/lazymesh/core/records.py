@@ -19,9 +19,11 @@ from typing import TYPE_CHECKING, Annotated, NoReturn, TypeVar
 import msgspec
 
 from lazymesh.core.keys import address_text
-from lazymesh.core.model import Entry, EntryFlag, Reason
+from lazymesh.core.model import Entry, Reason, with_tunnel_flags
 
 if TYPE_CHECKING:
+    from collections.abc import Container
+
     from lazymesh.core.model import Address, Network
 
 MAX_VALUE = 64 * 1024
@@ -153,12 +155,10 @@ def decode_pair(value: bytes, address: Address) -> IpRecord:
     return IpRecord(pair.ID, host, pair.Key, pair.SyncScope or pair.syncScope)
 
 
-def entry_of(record: IpRecord) -> Entry:
-    """Return what the map is to hold: what Cilium writes on all nodes but the pod's own."""
-    flags = EntryFlag.HAS_TUNNEL_EP
-    if len(record.host_ip) == 16:
-        flags |= EntryFlag.IPV6_TUNNEL_EP
-    return Entry(record.identity, record.host_ip, record.encrypt_key, int(flags))
+def entry_of(record: IpRecord, here: Container[Address] = ()) -> Entry:
+    """Return what the map is to hold, as Cilium writes it on a node with these addresses: no tunnel to itself."""
+    endpoint = None if record.host_ip in here else record.host_ip
+    return with_tunnel_flags(Entry(record.identity, endpoint, record.encrypt_key))
 
 
 def decode_node(value: bytes, cluster: str) -> NodeRecord:

@@ -23,6 +23,7 @@ from lazymesh.kvstore.follower import PrefixFollower
 from lazymesh.kvstore.model import Connected
 from lazymesh.kvstore.supervisor import Options
 from lazymesh.kvstore.transport import Transport
+from lazymesh.tasks import together
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Coroutine, Sequence
@@ -296,17 +297,7 @@ class ClusterLink:
                 for prefix in (self.nodes_prefix, self.identities_prefix)
             ]
         self._synced.clear()
-        tasks = [asyncio.create_task(follower.run()) for follower in self._followers]
-        stale = asyncio.create_task(self._stale.wait())
-        try:
-            await asyncio.wait([*tasks, stale], return_when=asyncio.FIRST_COMPLETED)
-        finally:
-            for task in (*tasks, stale):
-                task.cancel()
-            ended = await asyncio.gather(*tasks, stale, return_exceptions=True)
-        for error in ended:
-            if isinstance(error, Exception):
-                raise error
+        await together(*(follower.run() for follower in self._followers), self._stale.wait())
         self._reset()
 
     def on_prefix_changes(self, prefix: bytes, changes: Sequence[Change]) -> None:

@@ -5,7 +5,8 @@ may be believed (``judge``), what is sent when (``backlog``, ``link``, ``breaker
 and which answers were no (``negatives``). ``limits`` bounds all of it, ``views`` shows it.
 """
 
+from lazymesh.core.resolver.judge import Judge
 from lazymesh.core.resolver.limits import Limits
 from lazymesh.core.resolver.machine import Resolver
 
-__all__ = ["Limits", "Resolver"]
+__all__ = ["Judge", "Limits", "Resolver"]

@@ -38,8 +38,10 @@ class Judge:
     table: ClusterTable
     identities: Container[int]
     """The identities whose labels are known here; the shell's own, so it changes under our eyes."""
-    region: str | None
+    region: str | None = None
     """Where this node is; None: unknown, and nothing is out of scope."""
+    here: Container[Address] = ()
+    """This node's own addresses; the shell's, too."""
 
     def verdict(self, value: bytes, address: Address, cluster: ClusterInfo) -> IpRecord | Refusal:
         """Return the record if it may be installed, else why not."""

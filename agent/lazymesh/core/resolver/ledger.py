@@ -59,6 +59,10 @@ class Ledger:
             return None
         return next(iter(self._owned.values()))
 
+    def oldest(self) -> Tracked | None:
+        """Return the least recently used entry."""
+        return next(iter(self._owned.values()), None)
+
     def doubt(self, tracked: Tracked, now: float) -> None:
         """Put the entry in doubt; if it is already, the clock goes on."""
         self._doubted.setdefault(tracked.address, (now, tracked))

@@ -22,6 +22,7 @@ _NEGATIVE_TTL = {
     Reason.FORGED: 60.0,
     Reason.MALFORMED: 60.0,
     Reason.NOT_OURS: 10.0,
+    Reason.TAKEN: 0.0,  # no absence at all: the address is forgotten
     Reason.MAP_FULL: 5.0,
     Reason.INSTALL_FAILED: 2.0,
     # Not watched: nothing but the next miss would notice that the cause is gone.

@@ -20,7 +20,6 @@ from lazymesh.core import events as ev
 from lazymesh.core.model import Reason
 from lazymesh.core.resolver.backlog import Backlog
 from lazymesh.core.resolver.breaker import Breaker, BreakerState
-from lazymesh.core.resolver.judge import Judge
 from lazymesh.core.resolver.ledger import Ledger
 from lazymesh.core.resolver.lifecycle import Lifecycle
 from lazymesh.core.resolver.link import LinkState
@@ -30,10 +29,10 @@ from lazymesh.core.resolver.tracked import Fetch, Phase, Tracked
 from lazymesh.core.resolver.views import AddressView, ClusterView, view_of_address, view_of_cluster
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Container
+    from collections.abc import Callable
 
-    from lazymesh.core.clusters import ClusterTable
     from lazymesh.core.model import Address
+    from lazymesh.core.resolver.judge import Judge
     from lazymesh.core.resolver.limits import Limits
     from lazymesh.core.resolver.link import Link
 
@@ -45,17 +44,10 @@ def _no_jitter() -> float:
 class Resolver:
     """State machine over addresses; ``events`` is its language."""
 
-    def __init__(
-        self,
-        limits: Limits,
-        table: ClusterTable,
-        identities: Container[int],
-        region: str | None = None,
-        jitter: Callable[[], float] = _no_jitter,
-    ) -> None:
-        """Identities: those whose labels are known here, kept by the shell. Jitter: numbers from 0 to 1."""
+    def __init__(self, limits: Limits, judge: Judge, jitter: Callable[[], float] = _no_jitter) -> None:
+        """Jitter: numbers from 0 to 1."""
         self._limits = limits
-        self._judge = Judge(table, identities, region)
+        self._judge = judge
         self._backlog = Backlog(limits)
         self._ledger = Ledger(limits)
         self._negatives = Negatives(limits)
@@ -80,6 +72,9 @@ class Resolver:
             ev.IdentityGone: self._identity_gone,
             ev.InstallResult: self._moves.install_ended,
             ev.Adopted: self._adopted,
+            ev.Lost: self._lost,
+            ev.Used: self._used,
+            ev.Shrink: self._shrink,
             ev.Tick: self._tick,
         }
 
@@ -116,6 +111,7 @@ class Resolver:
             self._resolve(miss.address, miss.at, now)
         else:
             tracked.missed_at = miss.at
+            self._negatives.renew(tracked, now)
             self._moves.report(tracked, "absent", tracked.reason, cached=True)
 
     def _resolve(self, address: Address, missed_at: float | None, now: float) -> None:
@@ -300,6 +296,27 @@ class Resolver:
     def _disclaim(self, event: ev.Adopted, why: str) -> None:
         self._moves.out.append(ev.Evict(event.address, why))
         self._moves.out.append(ev.Report(event.address, event.cluster, "evicted", None, why, None))
+
+    def _lost(self, event: ev.Lost, _now: float) -> None:
+        for address in event.addresses:
+            tracked = self._moves.tracked.get(address)
+            # An Install that is under way will find out by itself.
+            if tracked is not None and tracked.entry is not None and address not in self._ledger.unanswered:
+                self._moves.report(tracked, "taken-over", None)
+                self._moves.give_away(tracked)
+
+    def _used(self, event: ev.Used, _now: float) -> None:
+        for address in event.addresses:
+            tracked = self._moves.tracked.get(address)
+            if tracked is not None and tracked.entry is not None:
+                self._ledger.touch(tracked)
+
+    def _shrink(self, event: ev.Shrink, _now: float) -> None:
+        for _ in range(event.entries):
+            victim = self._ledger.oldest()
+            if victim is None:
+                return
+            self._moves.drop(victim, "crowded", None)
 
     def _tick(self, _event: ev.Tick, now: float) -> None:
         for tracked in self._negatives.expired(now):

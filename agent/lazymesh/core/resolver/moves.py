@@ -111,7 +111,7 @@ class Moves:
             self.refuse(tracked, verdict.reason, verdict.detail, now)
         elif tracked.address in self._ledger.unanswered:
             tracked.again = True
-        elif tracked.entry != (entry := entry_of(verdict)):
+        elif tracked.entry != (entry := entry_of(verdict, self._judge.here)):
             self._ledger.name(tracked, verdict.identity)
             self.install(tracked, entry, now)
 
@@ -155,6 +155,10 @@ class Moves:
         if tracked.entry is not None:
             if result.error is None:
                 self._installed(tracked)
+            elif result.error is Reason.TAKEN:
+                self.report(tracked, "installed", None, "by the map's owner")
+                self.give_away(tracked)
+                return
             else:
                 self.refuse(tracked, result.error, "", now)
         if tracked.again:
@@ -187,6 +191,11 @@ class Moves:
         oldest = self._negatives.overflow()
         if oldest is not None:
             self.forget(oldest)
+
+    def give_away(self, tracked: Tracked) -> None:
+        """Forget an address whose entry is somebody else's by now: nothing is left of ours to be evicted."""
+        self._ledger.disown(tracked)
+        self.forget(tracked)
 
     def report(
         self, tracked: Tracked, outcome: str, reason: Reason | None, detail: str = "", *, cached: bool = False

@@ -22,6 +22,10 @@ if TYPE_CHECKING:
     from lazymesh.core.resolver.tracked import Tracked
 
 
+_STANDING = frozenset({Reason.FORGED, Reason.MALFORMED, Reason.OUT_OF_SCOPE})
+"""What a record says about itself: reading it again says the same."""
+
+
 class Negatives:
     """Absent addresses, oldest first in each reason's row."""
 
@@ -45,6 +49,13 @@ class Negatives:
         tracked.expires = now + ttl
         self._rows[reason, tracked.fleeting][tracked.address] = tracked
         self._count += 1
+
+    def renew(self, tracked: Tracked, now: float) -> None:
+        """Remember anew what is asked for again: a record that is refused, and watched, is refused until it changes."""
+        if tracked.watched and tracked.reason in _STANDING:
+            row = self._rows[tracked.reason, tracked.fleeting]
+            row.move_to_end(tracked.address)
+            tracked.expires = now + self._limits.negative_ttl[tracked.reason]
 
     def remove(self, tracked: Tracked) -> None:
         """Take out an address that was added; it is no longer absent, or absent for another reason."""

@@ -30,19 +30,21 @@ from lazymesh.core.events import (
     Install,
     InstallResult,
     KeyState,
+    Lost,
     Read,
     ReadFailed,
     Report,
+    Shrink,
     StoreReset,
     TableChanged,
     Tick,
     Unwatch,
+    Used,
     Watch,
 )
 from lazymesh.core.model import Entry, Reason, Space
 from lazymesh.core.records import IpRecord, decode_pair, entry_of
-from lazymesh.core.resolver import Resolver
-from lazymesh.core.resolver.judge import Judge
+from lazymesh.core.resolver import Judge, Resolver
 from lazymesh.core.resolver.limits import Limits
 from tests.support.playbook import (
     ALL_IDENTITIES,
@@ -97,6 +99,9 @@ class World(RuleBasedStateMachine):
         self.last: dict[Address, Entry] = {}
         """What was put into the map last, unless it was evicted since."""
         self.foreign: set[Address] = set()
+        """Strangers stand there, which programs take for the world."""
+        self.taken: set[Address] = set()
+        """The map's owner has entries there by which programs know the peer."""
         self.results: list[InstallResult] = []
         self.refusal: Reason | None = None
         self.unanswered: dict[Address, int] = {}
@@ -109,7 +114,7 @@ class World(RuleBasedStateMachine):
         limits = Limits(
             owned=budget, transactions_in_flight=IN_FLIGHT, keys_per_transaction=KEYS, queue=3, negatives=3
         )
-        self.resolver = Resolver(limits, self.table(), self.identities)
+        self.resolver = Resolver(limits, Judge(self.table(), self.identities))
         for address, known in itertools.islice(adopted.items(), budget):
             name = ADDRESSES[address]
             self.map[address] = entry_of(decode_pair(record(address, IDENTITIES[name][0]), address))
@@ -165,7 +170,8 @@ class World(RuleBasedStateMachine):
         assert entry.identity in self.identities, "an identity nobody knows"
         # The same again is no news: it puts back what somebody took away.
         assert self.last.get(address) == entry or self.may_say(address, entry), "out of date"
-        error = Reason.NOT_OURS if address in self.foreign else self.refusal
+        standing = Reason.TAKEN if address in self.taken else Reason.NOT_OURS
+        error = standing if address in self.foreign | self.taken else self.refusal
         self.refusal = None
         if error is None:
             self.map[address] = entry
@@ -289,6 +295,33 @@ class World(RuleBasedStateMachine):
         self.map.pop(address, None)
         self.foreign ^= {address} if stranger else set()
 
+    @rule(address=addresses)
+    def owner_writes_or_deletes(self, address: Address) -> None:
+        """Whoever owns the map writes over ours, or takes its own away again."""
+        self.map.pop(address, None)
+        self.taken ^= {address}
+
+    @rule()
+    def shell_finds_what_is_lost(self) -> None:
+        """It looks at the map once in a while, and gives such entries up first."""
+        lost = [address for address in self.last if address not in self.map]
+        for address in lost:
+            if address not in {result.address for result in self.results}:
+                self.last.pop(address)
+        self.feed(Lost(tuple(lost)))
+
+    @rule(entries=st.integers(1, 2))
+    def map_gets_crowded(self, entries: int) -> None:
+        """Some of ours have to go."""
+        before = self.resolver.owned
+        self.feed(Shrink(entries))
+        assert self.resolver.owned == max(0, before - entries)
+
+    @rule(some=st.sets(addresses))
+    def node_talks_to(self, some: set[Address]) -> None:
+        """And the shell tells."""
+        self.feed(Used(tuple(some)))
+
     @rule(reason=st.sampled_from([Reason.MAP_FULL, Reason.INSTALL_FAILED]))
     def next_install_will_fail(self, reason: Reason) -> None:
         """The kernel refuses once."""
@@ -366,6 +399,7 @@ class World(RuleBasedStateMachine):
         """End everything that keeps addresses from being resolved."""
         self.refusal = None
         self.foreign.clear()
+        self.taken.clear()
         if self.disputed:
             self.dispute()
         for name, cluster in self.clusters.items():

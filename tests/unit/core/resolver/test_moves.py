@@ -2,7 +2,7 @@
 
 import pytest
 
-from lazymesh.core.events import ClusterGone, ClusterReady
+from lazymesh.core.events import ClusterGone, ClusterReady, Lost, Shrink, Used
 from lazymesh.core.model import Reason
 from lazymesh.core.resolver.limits import Limits
 from tests.support.playbook import (
@@ -49,6 +49,50 @@ def test_a_refused_install_makes_the_address_absent(error: Reason, outcome: str)
     story = sent() >> refused(B1, error) << report(B1, outcome, error, missed_at=0.0)
     assert story.resolver.owned == 0
     (story >> put(B1, 11, record(B1, DATABASE)) << install(B1, entry(DATABASE))).end()
+
+
+def test_an_entry_of_the_maps_owner_is_as_good_as_ours() -> None:
+    """The packet may go, and there is nothing of ours to be looked after."""
+    story = (
+        sent()
+        >> refused(B1, Reason.TAKEN)
+        << report(B1, "installed", detail="by the map's owner", missed_at=0.0)
+    )
+    (story << unwatch(B1)).end()
+    assert story.resolver.owned == 0
+    assert story.resolver.describe(B1) is None
+
+
+def test_what_the_maps_owner_has_taken_over_is_let_go_without_an_eviction() -> None:
+    """Whatever stands there now is not ours; a miss would begin from the start."""
+    story = installed() >> Lost((B1, B2)) << report(B1, "taken-over") << unwatch(B1)
+    assert story.resolver.owned == 0
+    (story >> miss(B1, at=1.0) << read(B1)).end()
+
+
+def test_an_install_under_way_finds_out_by_itself_that_the_entry_is_lost() -> None:
+    """Its result is newer."""
+    (sent() >> Lost((B1,)) >> stands(B1) << report(B1, "installed", missed_at=0.0)).end()
+
+
+def test_crowded_map_is_left_by_what_has_not_been_used_for_longest() -> None:
+    """Use is what the shell tells of, too."""
+    story = Play() >> ClusterReady("b")
+    for address in (B1, B2, B3):
+        story = story >> miss(address) << read(address) >> answered(10, {address: record(address)})
+        story = story << install(address) << watch(address, 10) >> stands(address)
+        story = story << report(address, "installed", missed_at=0.0)
+    story = story >> Used((B1, B3)) >> Shrink(2)
+    for address in (B2, B1):
+        story = (
+            story
+            << evict(address, "crowded")
+            << report(address, "evicted", detail="crowded")
+            << unwatch(address)
+        )
+    (
+        story >> Shrink(5) << evict(B3, "crowded") << report(B3, "evicted", detail="crowded") << unwatch(B3)
+    ).end()
 
 
 def test_a_refused_update_evicts_what_stood_before() -> None:

@@ -63,3 +63,20 @@ def test_watches_for_nothing_are_rationed() -> None:
     negatives.add(scanned[3], Reason.NOT_FOUND, 1.0)
     assert not scanned[3].fleeting, "a second later one more is allowed"
     assert negatives.counts() == {Reason.NOT_FOUND: 5, Reason.FORGED: 1}
+
+
+def test_refused_record_that_is_watched_is_refused_until_it_changes() -> None:
+    """Asking again in time renews it; what is not there, or not watched, is read again when its time is over."""
+    negatives = Negatives(Limits())
+    forged, unwatched, missing = absent(B1, B2, B3)
+    forged.watched = missing.watched = (Space.PUSHED,)
+    for tracked, reason in ((forged, Reason.FORGED), (unwatched, Reason.FORGED), (missing, Reason.NOT_FOUND)):
+        negatives.add(tracked, reason, 0.0)
+    for tracked in (forged, unwatched, missing):
+        negatives.renew(tracked, 20.0)
+    assert forged.expires == 20.0 + Limits().negative_ttl[Reason.FORGED]
+    gone = []
+    for tracked in negatives.expired(70.0):
+        negatives.remove(tracked)
+        gone.append(tracked)
+    assert set(map(id, gone)) == {id(unwatched), id(missing)}
