@@ -85,9 +85,9 @@ static __always_inline enum miss look_up(struct lm_config *config, struct ipcach
 static __always_inline void note_recent(const struct lm_packet *packet, u32 epoch)
 {
 	const __be32 *a = packet->peer.addr;
-	u32 hash = a[0] * 0x9e3779b1 ^ a[1] * 0x85ebca6b ^ a[2] * 0xc2b2ae35 ^ a[3] * 0x27d4eb2f;
-	u32 index = (hash ^ hash >> 16) & (LM_RECENT_TAGS - 1);
-	u64 tag = (u64)hash << 32 | epoch, *last, value = epoch;
+	u64 hash = ((u64)(a[0] ^ a[2]) << 32 | (a[1] ^ a[3])) * 0x9e3779b97f4a7c15;
+	u64 tag = (hash & 0xffffffff00000000) | epoch, *last, value = epoch;
+	u32 index = hash >> (64 - LM_RECENT_BITS);
 	struct lm_dedup_key key = {};
 
 	last = lm_recent_tags.lookup(&index);
@@ -207,7 +207,6 @@ static __always_inline void note_window(struct __sk_buff *skb, const struct lm_p
 
 static __always_inline int handle(struct __sk_buff *skb, int direction)
 {
-	struct lm_hold_counters *hold_counters;
 	struct lm_packet packet = {};
 	struct lm_mesh_cidr *mesh;
 	struct lm_counters *counters;
@@ -220,11 +219,10 @@ static __always_inline int handle(struct __sk_buff *skb, int direction)
 
 	config = lm_config.lookup(&zero);
 	counters = lm_counters.lookup(&slot);
-	hold_counters = lm_hold_count.lookup(&zero);
-	if (!config || !counters || !hold_counters)
+	if (!config || !counters)
 		return TC_ACT_UNSPEC; /* array elements always exist: for the verifier */
 	if (config->hold_cookie && skb->mark >> 16 == config->hold_cookie)
-		arrived = arrive(skb, hold_counters);
+		arrived = arrive(skb);
 	parsed = parse_addresses(skb, direction, &packet);
 	if (parsed) {
 		counters->not_parsed++;
@@ -236,7 +234,7 @@ static __always_inline int handle(struct __sk_buff *skb, int direction)
 	miss = look_up(config, &packet.peer, &identity);
 	/* A hit stays behind the held packets of its address. */
 	if (miss == MISS_NO && config->hold_cookie && !arrived && hold_pending(&packet, HOLD_GATE_NS) &&
-	    park(skb, &packet, direction, HOLD_GATED, bpf_ktime_get_ns(), hold_counters))
+	    park(skb, &packet, direction, HOLD_GATED, bpf_ktime_get_ns()))
 		return config->parked;
 	if (arrived && miss == MISS_NO)
 		rearm(&packet);
@@ -267,7 +265,7 @@ static __always_inline int handle(struct __sk_buff *skb, int direction)
 			return TC_ACT_SHOT;
 		}
 		if (hold != HOLD_NOT && config->on_miss == LM_ON_MISS_HOLD &&
-		    park(skb, &packet, direction, hold, now, hold_counters))
+		    park(skb, &packet, direction, hold, now))
 			return config->parked;
 	}
 	verdict = TC_ACT_UNSPEC;

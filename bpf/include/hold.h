@@ -160,16 +160,20 @@ static __always_inline int hold_label(struct __sk_buff *skb, const struct lm_pac
  * of the signal, before which no answer to it can be.
  */
 static __always_inline int park(struct __sk_buff *skb, const struct lm_packet *packet, int direction, enum hold hold,
-				u64 now, struct lm_hold_counters *counters)
+				u64 now)
 {
 	u32 zero = 0, bucket = hold_bucket_of(packet->peer.addr), ifindex = skb->ifindex, id, length = skb->len;
+	struct lm_hold_counters *counters;
 	struct hold_account account = {};
 	struct lm_hold_control *control;
 	struct lm_slot *slot;
 	__u64 *refused;
 
+	counters = lm_hold_count.lookup(&zero);
 	control = lm_hold_control.lookup(&zero);
-	if (!control || hold_account_of(bucket, ifindex, &account)) {
+	if (!counters || !control)
+		return 0; /* array elements always exist: for the verifier */
+	if (hold_account_of(bucket, ifindex, &account)) {
 		counters->park_failed++; /* more interfaces than lm_hold_if has room for */
 		return 0;
 	}
@@ -217,13 +221,15 @@ static __always_inline void hold_settle(u32 id, struct lm_slot *slot)
 }
 
 /* Is this a packet that comes back from the holder? Then it is counted out, and its own mark is put back. */
-static __always_inline int arrive(struct __sk_buff *skb, struct lm_hold_counters *counters)
+static __always_inline int arrive(struct __sk_buff *skb)
 {
-	u32 id = skb->mark & 0xffff;
+	u32 id = skb->mark & 0xffff, zero = 0;
+	struct lm_hold_counters *counters;
 	struct lm_slot *slot;
 
+	counters = lm_hold_count.lookup(&zero);
 	slot = lm_slots.lookup(&id);
-	if (!slot || slot->state != LM_SLOT_RETURNING || slot->ifindex != skb->ifindex)
+	if (!counters || !slot || slot->state != LM_SLOT_RETURNING || slot->ifindex != skb->ifindex)
 		return 0; /* somebody else's mark that looks like ours */
 	skb->mark = slot->mark;
 	counters->returned++;

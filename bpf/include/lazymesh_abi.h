@@ -48,7 +48,8 @@ enum lm_view {
 	LM_VIEW_V2_READONLY = 3, /* >= 1.19: programs may not write */
 };
 
-#define LM_RECENT_TAGS 8192 /* a power of two */
+#define LM_RECENT_BITS 13
+#define LM_RECENT_TAGS (1 << LM_RECENT_BITS)
 
 /* The settings that user space changes at run time; one element, written by the agent only. */
 struct lm_config {

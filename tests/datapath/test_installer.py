@@ -110,7 +110,7 @@ class World:
         self.raw, self.raw_journal = (Map.create("lm_test", layout) for layout in layouts)
         self.ipcache = FragileIpcache(self.raw, self.fuse, honours)
         self.journal = FragileJournal(self.raw_journal, self.fuse)
-        self.installer = Installer(self.ipcache, self.journal, honours)
+        self.installer = Installer([self.ipcache], self.journal, honours)
 
     def close(self) -> None:
         """Let the maps go."""
@@ -127,7 +127,7 @@ class World:
 
     def exact(self) -> dict[str, Entry]:
         """Return what stands in the map, by prefix."""
-        return {str(network): entry for network, _, entry in self.ipcache.items()}
+        return {str(network): standing.entry for network, _, standing in self.ipcache.items()}
 
     def lines(self) -> dict[Address, abi.OwnedEntry]:
         """Return the journal."""
@@ -136,7 +136,7 @@ class World:
     def restart(self) -> dict[Address, Entry]:
         """Begin another life; returns what it takes for its own."""
         self.fuse.left = None
-        self.installer = Installer(self.ipcache, self.journal, self.honours)
+        self.installer = Installer([self.ipcache], self.journal, self.honours)
         return {address: entry for address, entry, _ in self.installer.adopt()}
 
 
@@ -318,7 +318,7 @@ class TestAdopt:
         expected = {B1: (OURS[0], 2), B2: (OURS[1], 3), POD_B1.address(6): (OURS[2], 0)}
         for address, (entry, cluster_id) in expected.items():
             world.installer.install(address, entry, cluster_id)
-        fresh = Installer(world.ipcache, world.journal, world.honours)
+        fresh = Installer([world.ipcache], world.journal, world.honours)
         assert {address: (entry, cluster) for address, entry, cluster in fresh.adopt()} == expected
         assert fresh.owned == 3
         assert all(fresh.evict(address) for address in expected)

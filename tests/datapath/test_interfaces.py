@@ -382,3 +382,22 @@ def attach_once(
             pass
 
     inside(node, story)
+
+
+class NetkitLink(dict[str, Any]):
+    """A link message of a netkit device, which this kernel cannot make."""
+
+    def get_attr(self, name: str) -> Any:
+        """Return its kind, from the message inside the message."""
+        return self if name == "IFLA_LINKINFO" else "netkit"
+
+
+async def test_netkit_device_is_refused_by_name(loaded: Datapath) -> None:
+    """It looks like Ethernet, and would carry our program for nothing."""
+    follower = InterfaceFollower(loaded, PODS)
+    link = NetkitLink(index=7, ifi_type=1, ifname="lxc7")
+    with pytest.raises(DatapathError, match="lxc7 is a netkit device"):
+        await follower._consider(link, strict=True)
+    await follower._consider(link, strict=False)
+    assert follower.stats.attach_errors_total == 2
+    assert follower.attached == {}

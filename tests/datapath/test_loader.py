@@ -104,6 +104,8 @@ def test_missing_capability_is_the_kernel_s_word(place: Pins) -> None:
 
 def test_map_that_the_kernel_refuses_is_named(place: Pins) -> None:
     """A journal without elements stands for every map that cannot be made."""
+    place.remove()
+    place.prepare(100)
     said = complaint(answer(place, size=0))
     assert said.startswith("BCC could not load the datapath: ")
     assert "Invalid argument" in said

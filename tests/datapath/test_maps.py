@@ -119,7 +119,7 @@ class TestIpcache:
         listed = list(bench.ipcache.items())
         assert bench.ipcache.count() == len(expected)
         assert len(listed) == len(expected)
-        assert {network: entry for network, _, entry in listed} == {
+        assert {network: standing.entry for network, _, standing in listed} == {
             network_of(p): e for p, e in expected.items()
         }
         assert {cluster_id for _, cluster_id, _ in listed} == {0}
@@ -134,7 +134,7 @@ class TestIpcache:
 
         expected = Entry(131_073, NODE_B.address(4), 9)
         assert ipcache.lookup(pod_of_b(7).address(4)) == expected
-        listed = {network: entry for network, _, entry in ipcache.items()}
+        listed = {network: standing.entry for network, _, standing in ipcache.items()}
         assert listed == {network_of(pod_of_b(number).prefix(4)): expected for number in range(5_000)}
         assert ipcache.view is View.V1
         entry = Entry(131_073, bytes.fromhex("ac120002"), 0, EntryFlag.HAS_TUNNEL_EP)

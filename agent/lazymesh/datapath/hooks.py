@@ -12,9 +12,11 @@ import asyncio
 import contextlib
 import errno
 import os
-from typing import TYPE_CHECKING, Protocol
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Protocol
 
 from pyroute2 import AsyncIPRoute, NetlinkError
+from pyroute2.netlink.rtnl.tcmsg import sched_bpf
 
 from lazymesh.datapath import libbpf
 from lazymesh.errors import DatapathError
@@ -32,6 +34,13 @@ _INGRESS = 0xFFFFFFF2
 _EGRESS = _INGRESS + 1
 _PRIORITY, _HANDLE, _ETH_P_ALL = 1, 0x1A2E, 3
 """Cilium's filters are handle 1 of a priority that is 1 unless configured otherwise (cilium-formats 8.1)."""
+# The kernel goes on where pyroute2's list of a BPF filter's attributes ends.
+if len(sched_bpf.options.nla_map) == 9:
+    sched_bpf.options.nla_map += (
+        ("TCA_BPF_FLAGS_GEN", "uint32"),
+        ("TCA_BPF_TAG", "hex"),
+        ("TCA_BPF_ID", "uint32"),
+    )
 _GONE = (errno.ENODEV, errno.ENOENT, errno.EINVAL)
 
 
@@ -226,6 +235,41 @@ async def _delete_filter(route: AsyncIPRoute, index: int) -> bool:
 
 async def _filters(route: AsyncIPRoute, index: int, parent: int) -> list[tuple[int, int]]:
     """Return priority and handle of an interface's filters in the order in which they run."""
+    return [(item["info"] >> 16, item["handle"]) for item in await _dump(route, index, parent)]
+
+
+@dataclass(frozen=True, slots=True)
+class Attachment:
+    """One program on a hook."""
+
+    style: str
+    """``tcx`` or ``clsact``."""
+    name: str
+    program_id: int
+
+
+async def attachments(route: AsyncIPRoute, index: int) -> list[Attachment]:
+    """Return whose programs are on an interface's ingress, in the order in which they run: tcx before clsact."""
+    found = []
+    with contextlib.suppress(OSError):  # the interface is gone, or the kernel has no tcx
+        for program_id in libbpf.tcx_programs(index):
+            with contextlib.suppress(OSError):  # it was replaced a moment ago
+                found.append(Attachment("tcx", libbpf.describe_program(program_id).name, program_id))
+    for item in await _dump(route, index, _INGRESS):
+        options = item.get_attr("TCA_OPTIONS")
+        number = options.get_attr("TCA_BPF_ID") if options else None
+        if number:
+            found.append(Attachment("clsact", options.get_attr("TCA_BPF_NAME") or "", number))
+    return found
+
+
+def link_kind(link: Any) -> str | None:
+    """Return the kind of a link message's device, such as ``veth``."""
+    info = link.get_attr("IFLA_LINKINFO")
+    return info.get_attr("IFLA_INFO_KIND") if info else None
+
+
+async def _dump(route: AsyncIPRoute, index: int, parent: int) -> list[Any]:
     try:
         found = [item async for item in await route.get_filters(index=index, parent=parent)]
     except NetlinkError as exc:
@@ -233,4 +277,4 @@ async def _filters(route: AsyncIPRoute, index: int, parent: int) -> list[tuple[i
             return []
         raise
     # Every priority begins with a line for itself, whose handle is 0.
-    return [(item["info"] >> 16, item["handle"]) for item in found if item["handle"]]
+    return [item for item in found if item["handle"]]

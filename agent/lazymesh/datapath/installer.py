@@ -2,101 +2,219 @@
 
 Order of writes: journal, then ipcache when an entry is installed or replaced; ipcache, then journal when it is evicted.
 A journal line therefore always covers what the map may hold of ours, and ``adopt`` sorts it out after a crash.
+
+In a map of our own an entry is ours while it is what the journal says. In Cilium's, whose agent may write the very same
+value at any moment, it is ours while it carries our tag. While Cilium restarts there are several maps: the first is the
+new one, which the journal is about; older ones get the same entries, and go when their last program does.
 """
 
 from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from lazymesh.core.identities import WORLD_IDENTITIES
-from lazymesh.core.model import Reason
+from lazymesh.core.identities import WORLD_IDENTITIES, is_peer
+from lazymesh.core.model import Reason, with_tunnel_flags
 from lazymesh.datapath.abi import OwnedEntry
 from lazymesh.errors import DatapathError, MapFullError
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Callable, Iterator, Sequence
 
     from lazymesh.core.model import Address, Entry
-    from lazymesh.datapath.maps import IpcacheMap, Journal
+    from lazymesh.datapath.maps import IpcacheMap, Journal, Standing
 
 
 class Installer:
-    """Installs and evicts our entries in one ipcache map.
+    """Installs and evicts our entries.
 
+    shared: the maps are Cilium's too, and our entries in them are tagged.
     honours_noexist: what ``kernel_honours_noexist`` found. Without it an insert is guarded by a lookup, which cannot
     see an exact entry behind an equal answer of a shorter prefix, so everything that is not world is taken for one.
     """
 
-    def __init__(self, ipcache: IpcacheMap, journal: Journal, honours_noexist: bool) -> None:
-        self._ipcache = ipcache
+    def __init__(
+        self, maps: Sequence[IpcacheMap], journal: Journal, honours_noexist: bool, *, shared: bool = False
+    ) -> None:
+        self.crowded = False
+        """The map is nearly full: nothing new is put in, what is left is for Cilium."""
+        self.on_full: Callable[[], None] = lambda: None
+        """Told when the kernel has no room for an entry."""
+        self._maps = list(maps)
         self._journal = journal
         self._honours_noexist = honours_noexist
-        self._owned: dict[Address, Entry] = {}
+        self._shared = shared
+        self._owned: dict[Address, tuple[Entry, int]] = {}
+        """Entry and cluster id of what is ours in the first map."""
+        self._beside: set[Address] = set()
+        """What is ours in old maps only: in the first one Cilium has written its own by now."""
 
     @property
     def owned(self) -> int:
         """How many entries of the map are ours."""
         return len(self._owned)
 
+    def owns(self, address: Address) -> bool:
+        """Tell whether an entry of this address in the first map is ours, as far as we know."""
+        return address in self._owned
+
+    def owned_addresses(self) -> list[Address]:
+        """Return the addresses whose entries are ours, the latest installed first."""
+        return [*reversed(self._owned), *self._beside]
+
     def adopt(self) -> Iterator[tuple[Address, Entry, int]]:
         """Take over the journal of an earlier life; yield address, entry and cluster id of what still stands.
 
-        A line whose entry is gone, or was replaced by somebody else's, is struck out.
+        A line whose entry is gone, or was replaced by somebody else's, is struck out. Old maps are cleared of what no
+        line stands for: it would be kept true by nobody.
         """
         for address, line in list(self._journal.items()):
-            standing = self._ipcache.lookup(address)
-            if standing is not None and standing in (line.entry, line.previous):
-                self._owned[address] = standing
-                yield address, standing, line.cluster_id
+            standing = self._main.stands(address)
+            if standing is not None and self._is_of_line(standing, line):
+                entry = (
+                    line.entry if self._main.as_read_back(line.entry) == standing.entry else standing.entry
+                )
+                self._owned[address] = (entry, line.cluster_id)
+                yield address, entry, line.cluster_id
             else:
                 self._journal.remove(address)
+        for ipcache in self._maps[1:]:
+            for address in [each for each in ipcache.tagged() if each not in self._owned]:
+                ipcache.delete(address)
+
+    def has_leftovers(self) -> bool:
+        """Tell whether an earlier life has left an entry of ours."""
+        return any(
+            (standing := self._main.stands(address)) is not None and self._is_of_line(standing, line)
+            for address, line in self._journal.items()
+        )
+
+    def use(self, maps: Sequence[IpcacheMap]) -> None:
+        """Write into these maps from now on. What is ours in another first map is to be carried over."""
+        self._maps = list(maps)
+
+    def carry_over(self, address: Address) -> Reason | None:
+        """Put an entry of ours into a first map that is new; returns why not, and then it is not ours any more."""
+        entry, cluster_id = self._owned[address]
+        if self._is_ours(address, self._main.stands(address)):
+            return None
+        return self.install(address, with_tunnel_flags(entry), cluster_id)
 
     def install(self, address: Address, entry: Entry, cluster_id: int) -> Reason | None:
-        """Put the entry into the map, new or in place of ours; returns why not, or None."""
-        mine, standing = self._owned.get(address), self._ipcache.lookup(address)
-        try:
-            if mine is not None and standing == mine:
-                self._journal.write(address, OwnedEntry(entry, mine, cluster_id))
-                self._ipcache.replace(address, entry)
-            elif self._is_foreign(standing, entry):
-                self._forget(address)
-                return Reason.NOT_OURS
-            else:
-                self._journal.write(address, OwnedEntry(entry, entry, cluster_id))
-                if not self._ipcache.insert(address, entry):
-                    self._forget(address)
-                    return Reason.NOT_OURS
-        except MapFullError:
-            self._settle(address, mine)
-            return Reason.MAP_FULL
-        except DatapathError:
-            self._settle(address, mine)
-            return Reason.INSTALL_FAILED
-        self._owned[address] = entry
-        return None
+        """Put the entry in, new or in place of ours; returns why not, or None.
+
+        TAKEN: somebody else's entry stands there, and the programs know the peer by it. NOT_OURS: they do not.
+        """
+        in_old = [self._put_beside(ipcache, address, entry) for ipcache in self._maps[1:]]
+        reason = self._put(address, entry, cluster_id)
+        if reason is Reason.TAKEN and any(in_old):
+            # As long as programs read the old map, our entry there has to be kept true.
+            self._beside.add(address)
+            return None
+        if reason is not None:
+            self._take_back(address)
+        self._beside.discard(address)
+        return reason
 
     def evict(self, address: Address) -> bool:
         """Remove our entry if it still is what we wrote; True when it was."""
-        mine = self._owned.get(address)
-        standing = mine is not None and self._ipcache.lookup(address) == mine
-        if standing:
-            self._ipcache.delete(address)
+        self._take_back(address)
+        self._beside.discard(address)
+        ours = self._is_ours(address, self._main.stands(address))
+        if ours:
+            self._main.delete(address)
         self._forget(address)
-        return standing
+        return ours
 
-    def _is_foreign(self, standing: Entry | None, entry: Entry) -> bool:
+    def is_lost(self, address: Address) -> bool:
+        """Tell whether an entry of ours is not there any more: removed, or written over by the map's owner."""
+        if address in self._beside:
+            return len(self._maps) == 1
+        return address in self._owned and not self._is_ours(address, self._main.stands(address))
+
+    def forget(self, address: Address) -> None:
+        """Give up an entry that is lost."""
+        self._beside.discard(address)
+        self._forget(address)
+
+    @property
+    def _main(self) -> IpcacheMap:
+        return self._maps[0]
+
+    def _insert(self, address: Address, entry: Entry, cluster_id: int) -> bool:
+        if self.crowded:
+            raise MapFullError("the ipcache map is nearly full, and what is left of it is Cilium's")
+        self._journal.write(address, OwnedEntry(entry, entry, cluster_id))
+        return self._main.insert(address, entry)
+
+    def _put(self, address: Address, entry: Entry, cluster_id: int) -> Reason | None:
+        standing = self._main.stands(address)
+        try:
+            if self._is_ours(address, standing):
+                previous = standing.entry if standing else entry
+                self._journal.write(address, OwnedEntry(entry, previous, cluster_id))
+                self._main.replace(address, entry)
+            elif self._is_foreign(standing, entry) or not self._insert(address, entry, cluster_id):
+                self._forget(address)
+                return self._whose(address)
+        except MapFullError:
+            self._settle(address)
+            if not self.crowded:
+                self.on_full()
+            return Reason.MAP_FULL
+        except DatapathError:
+            self._settle(address)
+            return Reason.INSTALL_FAILED
+        self._owned.pop(address, None)
+        self._owned[address] = (entry, cluster_id)
+        return None
+
+    def _put_beside(self, ipcache: IpcacheMap, address: Address, entry: Entry) -> bool:
+        """Put the entry into an old map, for the programs that still read it; tell whether it stands there."""
+        standing = ipcache.stands(address)
+        try:
+            if standing is not None and standing.tagged:
+                ipcache.replace(address, entry)
+                return True
+            return not self._is_foreign(standing, entry) and ipcache.insert(address, entry)
+        except DatapathError:  # it costs what it did before
+            return False
+
+    def _take_back(self, address: Address) -> None:
+        """Take our entry out of the old maps."""
+        for ipcache in self._maps[1:]:
+            standing = ipcache.stands(address)
+            if standing is not None and standing.tagged:
+                ipcache.delete(address)
+
+    def _is_ours(self, address: Address, standing: Standing | None) -> bool:
+        if standing is None or self._shared:
+            return standing is not None and standing.tagged
+        mine = self._owned.get(address)
+        return mine is not None and standing.entry == self._main.as_read_back(mine[0])
+
+    def _is_of_line(self, standing: Standing, line: OwnedEntry) -> bool:
+        return standing.tagged if self._shared else standing.entry in (line.entry, line.previous)
+
+    def _is_foreign(self, standing: Standing | None, entry: Entry) -> bool:
         """Tell whether the answer that stands belongs to somebody else, as far as a lookup can say.
 
-        One that equals ours must not get a line in the journal, not even for a moment: after a crash in that moment
-        we would take it for ours.
+        In our own map one that equals ours must not get a line in the journal, not even for a moment: after a crash in
+        that moment we would take it for ours.
         """
-        if standing is None:
+        if standing is None or standing.tagged:
             return False
-        return standing == entry or not (self._honours_noexist or standing.identity in WORLD_IDENTITIES)
+        if not self._shared and standing.entry == entry:
+            return True
+        return not self._honours_noexist and standing.entry.identity not in WORLD_IDENTITIES
 
-    def _settle(self, address: Address, mine: Entry | None) -> None:
+    def _whose(self, address: Address) -> Reason:
+        standing = self._main.stands(address)
+        known = self._shared and standing is not None and is_peer(standing.entry.identity)
+        return Reason.TAKEN if known else Reason.NOT_OURS
+
+    def _settle(self, address: Address) -> None:
         """After a failed write: keep the line of an entry that still stands, strike out any other."""
-        if mine is None or self._ipcache.lookup(address) != mine:
+        if not self._is_ours(address, self._main.stands(address)):
             self._forget(address)
 
     def _forget(self, address: Address) -> None:

@@ -19,8 +19,9 @@ from pyroute2 import AsyncIPRoute, NetlinkError
 from pyroute2.netlink.rtnl import RTMGRP_LINK, RTMGRP_TC
 
 from lazymesh.core.model import Direction
-from lazymesh.datapath.hooks import choose_hook
+from lazymesh.datapath.hooks import choose_hook, link_kind
 from lazymesh.errors import DatapathError
+from lazymesh.tasks import together
 
 if TYPE_CHECKING:
     from lazymesh.datapath.hooks import Hook
@@ -128,16 +129,7 @@ class InterfaceFollower:
         async with AsyncIPRoute() as self._ipr:
             self._hook = choose_hook(self.style, self.datapath.pins, self._ipr)
             self.datapath.config.change(parked=self._hook.parked)
-            tasks = [asyncio.create_task(self._keep_attached(ready)), asyncio.create_task(self._keep_first())]
-            try:
-                await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
-                for task in tasks:
-                    if task.done():
-                        task.result()
-            finally:
-                for task in tasks:
-                    task.cancel()
-                await asyncio.gather(*tasks, return_exceptions=True)
+            await together(self._keep_attached(ready), self._keep_first())
 
     async def _keep_attached(self, ready: asyncio.Event) -> None:
         first = True
@@ -205,6 +197,10 @@ class InterfaceFollower:
             if link["ifi_type"] != _ARPHRD_ETHER:
                 raise DatapathError(
                     f"{name} is no Ethernet interface, which is all that lazymesh can read so far"
+                )
+            if link_kind(link) == "netkit":
+                raise DatapathError(
+                    f"{name} is a netkit device, which lazymesh does not support yet: use veth"
                 )
             await self._attach(index, direction)
         except (DatapathError, NetlinkError) as exc:

@@ -13,6 +13,7 @@ import errno
 import functools
 import os
 import socket
+import sys
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -30,6 +31,7 @@ BPF_F_MMAPABLE = 1024
 
 MAP_TYPE_HASH = 1
 MAP_TYPE_ARRAY = 2
+MAP_TYPE_PROG_ARRAY = 3
 MAP_TYPE_PERF_EVENT_ARRAY = 4
 MAP_TYPE_PERCPU_ARRAY = 6
 MAP_TYPE_LRU_HASH = 9
@@ -186,7 +188,29 @@ class _ProgramInfo(ctypes.Structure):
     _fields_ = (
         ("type", ctypes.c_uint32),
         ("id", ctypes.c_uint32),
+        ("tag", ctypes.c_uint8 * 8),
+        ("jited_prog_len", ctypes.c_uint32),
+        ("xlated_prog_len", ctypes.c_uint32),
+        ("jited_prog_insns", ctypes.c_uint64),
+        ("xlated_prog_insns", ctypes.c_uint64),
+        ("load_time", ctypes.c_uint64),
+        ("created_by_uid", ctypes.c_uint32),
+        ("nr_map_ids", ctypes.c_uint32),
+        ("map_ids", ctypes.c_uint64),
+        ("name", ctypes.c_char * 16),
     )
+
+
+_MAPS_MOST = 64
+"""MAX_USED_MAPS: no program refers to more."""
+
+
+@dataclass(frozen=True, slots=True)
+class ProgramDescription:
+    """What the kernel says of a program; its name is cut at 15 characters."""
+
+    name: str
+    map_ids: tuple[int, ...]
 
 
 def attach_tcx(program: int, ifindex: int) -> int:
@@ -238,6 +262,18 @@ def program_id(program: int) -> int:
     info = _ProgramInfo()
     _get_info(program, info)
     return int(info.id)
+
+
+def describe_program(number: int) -> ProgramDescription:
+    """Ask the kernel about anybody's program by its number; FileNotFoundError when it is gone."""
+    fd = _checked(library().bpf_prog_get_fd_by_id(number))
+    try:
+        ids = (ctypes.c_uint32 * _MAPS_MOST)()
+        info = _ProgramInfo(nr_map_ids=_MAPS_MOST, map_ids=ctypes.addressof(ids))
+        _get_info(fd, info)
+        return ProgramDescription(info.name.decode(errors="replace"), tuple(ids[: info.nr_map_ids]))
+    finally:
+        os.close(fd)
 
 
 def _get_info(fd: int, info: ctypes.Structure) -> None:
@@ -302,6 +338,11 @@ class Map:
             return False
         _checked(result)
         return True
+
+    def program_ids(self) -> list[int]:
+        """Return the numbers of the programs in an array of programs."""
+        slots = (index.to_bytes(4, sys.byteorder) for index in range(self.layout.max_entries))
+        return [int.from_bytes(raw, sys.byteorder) for raw in map(self.lookup, slots) if raw is not None]
 
     def push(self, value: bytes) -> None:
         """Add to a queue map."""

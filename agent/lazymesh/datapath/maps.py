@@ -9,7 +9,7 @@ from __future__ import annotations
 import enum
 import errno
 import sys
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -55,6 +55,11 @@ class View(enum.IntEnum):
     V2_READONLY = 3
     """1.19 and later: programs may not write."""
 
+    @property
+    def words(self) -> str:
+        """What people call it."""
+        return self.name.lower().replace("_", "-")
+
 
 _VIEWS = {(12, 1): View.V1, (24, 1): View.V2, (24, 129): View.V2_READONLY}
 """By value size and flags (cilium-formats 1.1, cilium-live 3.1)."""
@@ -74,11 +79,14 @@ class IpcacheMap:
     carries it is ours, and still what we wrote: Cilium's writer leaves zero there. 0: no tag, the map is our own.
     """
 
-    def __init__(self, bpf_map: Map, path: Path, tag: int = 0) -> None:
+    def __init__(self, bpf_map: Map, path: Path, tag: int = 0, *, read_only: bool = False) -> None:
         self._map = bpf_map
         self._path = path
         self._tag = tag
         view = view_of(bpf_map.layout)
+        if view is None and read_only:
+            # Flags say who may write: entries can be read whatever they are.
+            view = view_of(replace(bpf_map.layout, flags=BPF_F_NO_PREALLOC))
         if view is None:
             bpf_map.close()
             raise DatapathError(
@@ -90,9 +98,9 @@ class IpcacheMap:
         self.map_id = bpf_map.map_id
 
     @classmethod
-    def pinned(cls, path: Path, tag: int = 0) -> IpcacheMap:
-        """Open the pinned map and check its layout."""
-        return cls(open_map(path), path, tag)
+    def pinned(cls, path: Path, tag: int = 0, *, read_only: bool = False) -> IpcacheMap:
+        """Open the pinned map and check its layout; read_only: of whatever flags."""
+        return cls(open_map(path), path, tag, read_only=read_only)
 
     @classmethod
     def by_id(cls, map_id: int, tag: int = 0) -> IpcacheMap:
@@ -116,18 +124,22 @@ class IpcacheMap:
     def stands(self, address: Address) -> Standing | None:
         """Return the same answer, and whether it is tagged."""
         raw = self._map.lookup(abi.pack_address_key(address))
-        if raw is None:
-            return None
-        return Standing(abi.unpack_entry(raw), self._tag != 0 and abi.tag_of_entry(raw) == self._tag)
+        return None if raw is None else self._standing(raw)
 
     def as_read_back(self, entry: Entry) -> Entry:
         """Return what a lookup would say of an entry: v1 has no bits for tunnels, and only IPv4 endpoints."""
         return abi.unpack_entry(self._pack(entry))
 
-    def items(self) -> Iterator[tuple[Network, int, Entry]]:
-        """Yield prefix, cluster id and entry of everything in the map."""
+    def items(self) -> Iterator[tuple[Network, int, Standing]]:
+        """Yield prefix, cluster id and what stands there, for everything in the map."""
         for key, value in self._map.items():
-            yield *abi.unpack_key(key), abi.unpack_entry(value)
+            yield *abi.unpack_key(key), self._standing(value)
+
+    def tagged(self) -> Iterator[Address]:
+        """Yield the addresses whose entries carry our tag: a look at everything in the map."""
+        for key, value in self._map.items():
+            if abi.tag_of_entry(value) == self._tag and (address := abi.address_of_key(key)) is not None:
+                yield address
 
     def count(self) -> int:
         """Return how many entries there are: LPM tries keep no account, so this walks over all of them."""
@@ -149,6 +161,9 @@ class IpcacheMap:
             raise DatapathError(
                 f"cannot delete from the ipcache map at {self._path}: {exc.strerror}"
             ) from exc
+
+    def _standing(self, raw: bytes) -> Standing:
+        return Standing(abi.unpack_entry(raw), self._tag != 0 and abi.tag_of_entry(raw) == self._tag)
 
     def _pack(self, entry: Entry) -> bytes:
         pack = abi.pack_entry_v1 if self.view is View.V1 else abi.pack_entry
@@ -209,8 +224,14 @@ class RecentMap:
 
     def newest_first(self) -> list[Address]:
         """Return their addresses, those of the latest epochs first."""
-        found = [(int.from_bytes(epoch, sys.byteorder), key) for key, epoch in self._map.items()]
-        return [abi.address_of_dedup_key(key) for _, key in sorted(found, reverse=True)]
+        return [abi.address_of_dedup_key(key) for _, key in sorted(self._read(), reverse=True)]
+
+    def of_epoch(self, epoch: int) -> list[Address]:
+        """Return those that were talked to in this epoch, or since."""
+        return [abi.address_of_dedup_key(key) for at, key in self._read() if at >= epoch]
+
+    def _read(self) -> list[tuple[int, bytes]]:
+        return [(int.from_bytes(epoch, sys.byteorder), key) for key, epoch in self._map.items()]
 
 
 def kernel_honours_noexist() -> bool:

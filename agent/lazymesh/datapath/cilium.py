@@ -1,0 +1,158 @@
+"""A Cilium agent on the node: where it pins its ipcache, and which ipcache its programs really look into.
+
+On a node that went from 1.17 to 1.18, or back, both pins can be there, and only the running version's is kept up to
+date (cilium-formats 1.1). The programs tell: not the one on a pod's interface, but those behind its array of tail calls
+(cilium-live 6). Only read here; nothing of Cilium's is ever loaded, pinned or detached by us.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import socket
+from typing import TYPE_CHECKING, Self
+
+from pyroute2 import AsyncIPRoute
+
+from lazymesh.core.model import parse_address
+from lazymesh.datapath import libbpf
+from lazymesh.datapath.hooks import attachments, link_kind
+from lazymesh.datapath.libbpf import MAP_TYPE_PROG_ARRAY, Map
+from lazymesh.datapath.maps import IpcacheMap, view_of
+from lazymesh.errors import DatapathError
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable
+    from pathlib import Path
+
+    from lazymesh.core.model import Address
+    from lazymesh.datapath.hooks import Attachment
+    from lazymesh.datapath.interfaces import InterfaceSelection
+
+PINS = ("cilium_ipcache_v2", "cilium_ipcache")
+"""Since 1.18, and before."""
+TAG = 0x6D6C
+"""``lm`` in memory: what our entries in Cilium's map carry in their padding (maps.IpcacheMap)."""
+_PREFIX = "cil_"
+"""What Cilium itself knows its programs by."""
+_CALLS_MOST = 1_024
+"""An endpoint's array of tail calls has some dozens of slots; the one of all endpoints' policies has 65,535."""
+
+
+def pins_directory(bpffs: Path) -> Path:
+    """Return where Cilium pins its maps."""
+    return bpffs / "tc" / "globals"
+
+
+def pinned_ipcaches(bpffs: Path) -> dict[Path, int]:
+    """Return the ids of the maps behind Cilium's pins; DatapathError when one cannot be opened."""
+    found = {}
+    for name in PINS:
+        path = pins_directory(bpffs) / name
+        try:
+            with contextlib.suppress(FileNotFoundError), contextlib.closing(Map.pinned(path)) as opened:
+                found[path] = opened.map_id
+        except OSError as exc:
+            raise DatapathError(f"cannot open Cilium's ipcache at {path}: {exc.strerror}") from exc
+    return found
+
+
+def running_ipcache(pinned: dict[Path, int], read: Iterable[int]) -> int | None:
+    """Return the running agent's map: one that is read, else the youngest (ids count up); None: there is no pin."""
+    known = set(read)
+    return max(pinned.values(), key=lambda map_id: (map_id in known, map_id), default=None)
+
+
+class NodeView:
+    """The node around the selected interfaces: which ipcaches their programs look into, and the node's addresses.
+
+    To be entered (``async with``); asks the kernel about each program once.
+    """
+
+    def __init__(self, selection: InterfaceSelection) -> None:
+        self._selection = selection
+        self.tcx_in_use = False
+        """Cilium is attached by tcx: what runs by clsact comes too late, or is deleted."""
+        self._known: dict[int, frozenset[int]] = {}
+        self._route = AsyncIPRoute()
+
+    async def __aenter__(self) -> Self:
+        await self._route.__aenter__()
+        return self
+
+    async def __aexit__(self, *exc: object) -> None:
+        await self._route.__aexit__(*exc)
+
+    async def chains(self) -> dict[str, list[Attachment]]:
+        """Return the programs at the ingress of every selected interface, in the order in which they run."""
+        here = [
+            (i, name) for i, name in socket.if_nameindex() if self._selection.direction_of(name) is not None
+        ]
+        return {name: await attachments(self._route, index) for index, name in here}
+
+    async def ipcaches(self) -> frozenset[int]:
+        """Return the ids of the maps that Cilium's programs at the ingress of these interfaces look into."""
+        theirs = {
+            each.program_id: each
+            for chain in (await self.chains()).values()
+            for each in chain
+            if each.name.startswith(_PREFIX)
+        }
+        self.tcx_in_use = any(each.style == "tcx" for each in theirs.values())
+        # A program that is loaded never changes; one that leads nowhere is perhaps just being set up.
+        self._known = {number: self._known.get(number) or _ipcaches_behind(number) for number in theirs}
+        return frozenset().union(*self._known.values())
+
+    async def netkit(self) -> list[str]:
+        """Return the names of netkit devices, on which lazymesh cannot be yet."""
+        links = [link async for link in await self._route.link("dump", kind="netkit")]
+        return sorted(link.get("ifname") for link in links if link_kind(link) == "netkit")
+
+    async def addresses(self) -> set[Address]:
+        """Return all addresses of this node."""
+        items = [item async for item in await self._route.addr("dump")]
+        found = [item.get_attr("IFA_LOCAL") or item.get_attr("IFA_ADDRESS") for item in items]
+        return {parse_address(text) for text in found if text}
+
+
+def _ipcaches_behind(program_id: int) -> frozenset[int]:
+    """Return the ipcaches that a program, or one of its tail calls, refers to."""
+    try:
+        program = libbpf.describe_program(program_id)
+    except OSError:  # it was replaced a moment ago
+        return frozenset()
+    found: set[int] = set()
+    calls: set[int] = set()
+    for map_id in program.map_ids:
+        _note_map(map_id, found, calls)
+    for call in calls:
+        with contextlib.suppress(OSError):
+            for map_id in libbpf.describe_program(call).map_ids:
+                _note_map(map_id, found, set())
+    return frozenset(found)
+
+
+def _note_map(map_id: int, ipcaches: set[int], calls: set[int]) -> None:
+    """Add a map to the ipcaches if it is one, or what is in it to the calls if it is an array of them."""
+    with contextlib.suppress(OSError), contextlib.closing(Map.by_id(map_id)) as opened:
+        if view_of(opened.layout) is not None:
+            ipcaches.add(map_id)
+        elif opened.layout.kind == MAP_TYPE_PROG_ARRAY and opened.layout.max_entries <= _CALLS_MOST:
+            calls.update(opened.program_ids())
+
+
+def is_pinned_here(bpffs: Path) -> bool:
+    """Tell whether a Cilium agent has pinned its ipcache here; False also for whoever may not look."""
+    return any(os.access(pins_directory(bpffs) / name, os.F_OK) for name in PINS)
+
+
+def take_out_ours(bpffs: Path) -> int:
+    """Delete every entry of ours from the ipcaches that Cilium has pinned; return how many there were."""
+    taken = 0
+    for path in pinned_ipcaches(bpffs):
+        with contextlib.closing(IpcacheMap.pinned(path, TAG, read_only=True)) as ipcache:
+            for address in list(ipcache.tagged()):
+                standing = ipcache.stands(address)
+                if standing is not None and standing.tagged:
+                    taken += ipcache.delete(address)
+    return taken

@@ -1,0 +1,209 @@
+"""Ours and Cilium's in Cilium's maps, in any order, its restarts and ours included.
+
+On real maps of each layout. Cilium is the stand-in's own writer, which packs its bytes and forgets its map as the real
+one does; what it wrote last is the truth that no step of ours may change.
+"""
+
+from __future__ import annotations
+
+import ipaddress
+import struct
+from pathlib import Path
+
+import pytest
+from hypothesis import HealthCheck, settings
+from hypothesis import strategies as st
+from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
+
+from lazymesh.core.model import Entry, Reason, parse_address
+from lazymesh.datapath.cilium import TAG
+from lazymesh.datapath.installer import Installer
+from lazymesh.datapath.libbpf import MAP_TYPE_HASH, Map, MapLayout
+from lazymesh.datapath.maps import IpcacheMap, Journal
+from tests.support.cilium_ipcache import V1, V2, Layout, Record, Writer, pack_value, unpack_key
+
+NODE, HOST = ("192.168.100.1",), "192.168.100.2"
+PEERS = ("10.2.0.5", "10.2.0.6", "fd00:10:2::5")
+CIDRS = ("10.2.0.0/24", "0.0.0.0/0")
+IDENTITIES = (131_073, 131_074)
+KINDS: dict[str, tuple[Layout, int]] = {"v1": (V1, 1), "v2": (V2, 1), "v2-readonly": (V2, 129)}
+MOST = 3
+CLUSTER = 2
+_TAG_BYTES = struct.pack("=H", TAG)
+
+Table = dict[str, bytes]
+
+
+class CiliumMap:
+    """One map of Cilium's: what it wrote there, and what stands."""
+
+    def __init__(self, layout: Layout, flags: int) -> None:
+        self.raw = layout.create(64, flags)
+        self.theirs: Table = {}
+        self.ours = IpcacheMap(self.raw, Path("/the/ipcache"), TAG)
+
+    def read(self) -> Table:
+        """Return everything that stands, by prefix."""
+        return {unpack_key(key): value for key, value in self.raw.items()}
+
+    def tagged(self) -> Table:
+        """Return what says of itself that it is ours."""
+        return {prefix: value for prefix, value in self.read().items() if value[-4:-2] == _TAG_BYTES}
+
+
+class Interleavings(RuleBasedStateMachine):
+    """The agent of Cilium's, ours, and what each of them believes."""
+
+    layout, flags = V2, 129
+    peers, identities = st.sampled_from(PEERS), st.sampled_from(IDENTITIES)
+
+    @initialize()
+    def begin(self) -> None:
+        """Both agents start; Cilium's knows routes only."""
+        self.world: dict[str, Record] = {cidr: Record(2, HOST) for cidr in CIDRS}
+        self.maps: list[CiliumMap] = []
+        self.raw_journal = Map.create("lm_test", MapLayout(MAP_TYPE_HASH, 24, 56, 64, 0))
+        self.believed: dict[str, Entry] = {}
+        """What our resolver goes on watching."""
+        self.cilium_restarts()
+        self.fill(len(CIDRS))
+        self.we_start()
+
+    # What Cilium does.
+
+    def cilium_restarts(self) -> None:
+        """Make a new map; what the world says waits to be listed."""
+        self.maps.insert(0, CiliumMap(self.layout, self.flags))
+        self.writer = Writer(self.layout, NODE, [])
+        self.writer.use(self.maps[0].raw)
+        self.queue: list[tuple[str, Record | None]] = sorted(self.world.items())
+
+    @rule(prefix=peers, identity=identities | st.just(2), host=st.sampled_from((HOST, NODE[0])))
+    def upsert(self, prefix: str, identity: int, host: str) -> None:
+        """A record comes, or changes; while a listing is under way it waits behind it."""
+        self.world[prefix] = Record(identity, host)
+        self.queue.append((prefix, self.world[prefix]))
+        if len(self.queue) == 1:
+            self.fill(1)
+
+    @rule(prefix=peers)
+    def delete(self, prefix: str) -> None:
+        """A record goes."""
+        self.world.pop(prefix, None)
+        self.queue.append((prefix, None))
+        if len(self.queue) == 1:
+            self.fill(1)
+
+    @rule(count=st.integers(1, 4))
+    def fill(self, count: int) -> None:
+        """Write some of what waits."""
+        part, self.queue = self.queue[:count], self.queue[count:]
+        for prefix, record in part:
+            theirs = self.maps[0].theirs
+            if record is None:
+                if self.writer.delete(prefix):
+                    theirs.pop(prefix, None)
+            elif self.writer.upsert(prefix, record):
+                theirs[prefix] = pack_value(self.layout, record, NODE)
+
+    @precondition(lambda self: len(self.maps) < MOST)
+    @rule()
+    def restart(self) -> None:
+        """Start again; our agent sees it, and carries its entries over."""
+        self.cilium_restarts()
+        self.installer.use([one.ours for one in self.maps])
+        for address in self.installer.owned_addresses():
+            if self.installer.owns(address) and self.installer.carry_over(address) is not None:
+                self.believed.pop(_text(address))
+
+    @precondition(lambda self: len(self.maps) > 1)
+    @rule()
+    def switch(self) -> None:
+        """Its programs let go of the oldest map; once there is but one, our agent lets go of what is not its own."""
+        self.maps.pop().raw.close()
+        self.installer.use([one.ours for one in self.maps])
+        self.sweep()
+
+    # What we do.
+
+    @rule(prefix=peers, identity=identities)
+    def install(self, prefix: str, identity: int) -> None:
+        """A miss, or a watch, brought a record."""
+        entry = Entry(identity, parse_address(HOST), 0, 2)
+        reason = self.installer.install(parse_address(prefix), entry, CLUSTER)
+        if reason is None:
+            self.believed[prefix] = entry
+        else:
+            assert reason in (Reason.TAKEN, Reason.NOT_OURS)
+            assert prefix in self.maps[0].theirs, "refused without a reason"
+            self.believed.pop(prefix, None)
+
+    @rule(prefix=peers)
+    def evict(self, prefix: str) -> None:
+        """The record was deleted, or the budget is spent."""
+        self.installer.evict(parse_address(prefix))
+        self.believed.pop(prefix, None)
+
+    @rule()
+    def sweep(self) -> None:
+        """Look for what is not ours any more, as the agent does once there is but one map."""
+        if len(self.maps) > 1:
+            return
+        for address in self.installer.owned_addresses():
+            if self.installer.is_lost(address):
+                self.installer.forget(address)
+                self.believed.pop(_text(address))
+        assert set(self.maps[0].tagged()) == set(self.believed)
+
+    @rule()
+    def we_start(self) -> None:
+        """Our agent is killed, and starts again with what is pinned."""
+        journal = Journal(self.raw_journal)
+        self.installer = Installer(
+            [one.ours for one in self.maps], journal, honours_noexist=True, shared=True
+        )
+        self.believed = {_text(address): entry for address, entry, _ in self.installer.adopt()}
+
+    # What must hold.
+
+    @invariant()
+    def nothing_of_ciliums_is_changed_or_removed(self) -> None:
+        """Byte for byte."""
+        for one in self.maps:
+            stands = one.read()
+            assert {prefix: stands.get(prefix) for prefix in one.theirs} == one.theirs
+
+    @invariant()
+    def nothing_of_ours_is_stale(self) -> None:
+        """What carries our tag is what the resolver believes, and is watched by it."""
+        for one in self.maps:
+            for prefix, value in one.tagged().items():
+                assert prefix in self.believed, "left behind"
+                assert struct.unpack_from("=I", value)[0] == self.believed[prefix].identity
+
+    @invariant()
+    def every_crash_would_find_what_is_ours(self) -> None:
+        """The journal covers all of ours in the map that Cilium writes."""
+        lines = {_text(address) for address, _ in Journal(self.raw_journal).items()}
+        assert set(self.maps[0].tagged()) <= lines
+
+    def teardown(self) -> None:
+        """Let the maps go."""
+        for one in self.maps:
+            one.raw.close()
+        self.raw_journal.close()
+
+
+def _text(address: bytes) -> str:
+    return str(ipaddress.ip_address(address))
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_any_interleaving(kind: str) -> None:
+    """A thousand of them in all."""
+    machine = type(kind, (Interleavings,), dict(zip(("layout", "flags"), KINDS[kind], strict=True)))
+    case = machine.TestCase
+    case.settings = settings(
+        max_examples=334, stateful_step_count=30, deadline=None, suppress_health_check=list(HealthCheck)
+    )
+    case("runTest").runTest()
