@@ -124,6 +124,12 @@ async def _handshake(
         ours = f"client certificate {config.cert_file}" if config.cert_file else "missing cert-file"
         reason = f"the server ends the TLS handshake: {_words(exc)}"
         return HandshakeFailure(reason, f"check the {ours} in {config.source}")
+    except ConnectionResetError:
+        # Whoever speaks no TLS may hang up before its answer, which says so, has arrived.
+        if writer is not None:
+            raise
+        reason = "the server hangs up in the TLS handshake"
+        return HandshakeFailure(reason, f"https where it wants http? see endpoints in {config.source}")
     finally:
         if writer is not None:
             writer.close()
