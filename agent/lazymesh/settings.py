@@ -55,6 +55,10 @@ class MeshSettings:
             )
 
 
+CILIUM_INTERFACES = ("lxc+",)
+"""What Cilium calls its pods' host-side interfaces."""
+
+
 @dataclass(frozen=True, slots=True)
 class DatapathSettings:
     """What is attached where."""
@@ -76,10 +80,13 @@ class DatapathSettings:
     an uplink, ten times from all. More of a scanning pod's would take the agent's time from the others' first packets
     (measured with etcd on the same two cores: at 250 their p99 doubles, at 1,000 it grows tenfold)."""
     ipcache_size: int = 512_000
+    mode: str = "standalone"
+    """Where entries go: ``standalone``, into an ipcache of our own; ``cilium``, into that of the Cilium agent here;
+    ``auto``, into Cilium's if there is one."""
 
     def __post_init__(self) -> None:
-        """There must be something to attach to."""
-        if not self.interfaces and not self.uplinks:
+        """There must be something to attach to; beside Cilium it is known what its pods' interfaces are called."""
+        if self.mode == "standalone" and not self.interfaces and not self.uplinks:
             raise SettingsError("nothing to attach to: give --interface (for example 'lxc+') or --uplink")
 
 

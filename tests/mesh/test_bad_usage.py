@@ -314,6 +314,7 @@ def secured(lab: Lab) -> Iterator[tuple[EtcdServer, Authority, Path]]:
     settings = EtcdSettings(command_prefix=tuple(lab.node_a.command()), tls=authority)
     with EtcdServer(settings, port=free_port()) as server:
         server.put("cilium/cluster-config/b", '{"id":2,"capabilities":{"maxConnectedClusters":255}}')
+        server.put("cilium/state/identities/v1/id/131073", "k8s:app=server;")
         server.enable_auth(cilium_roles("b"))
         yield server, authority, where
 

@@ -401,7 +401,7 @@ log-level: info
             agent.wait_ready()
             answer = status(other)
             assert answer["cluster"] == "a"
-            assert answer["datapath"]["mode"] == "shadow"
+            assert answer["datapath"]["shadow"]
             assert answer["datapath"]["interfaces"] == {"eth0": "ingress", "lxc0": "egress"}
             assert packets(agent, "missed") == 0
             assert agent.stop() == 0

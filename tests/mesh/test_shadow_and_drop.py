@@ -36,7 +36,7 @@ def test_shadow_resolves_and_reports_but_changes_no_packet_and_no_map() -> None:
         assert entries(lab) == {}
         assert raw_entries(lab, "lm_owned") == {}
         assert packets(agent, "policy_deny") == packets(agent, "missed_drop") == 0
-        assert status(lab)["datapath"]["mode"] == "shadow"
+        assert status(lab)["datapath"]["shadow"]
         assert metric(agent, "lazymesh_resolutions_total", outcome="installed") >= 1
 
 

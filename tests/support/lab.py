@@ -182,9 +182,11 @@ class Lab:
         """Say that cluster b lives, as its apiserver does every minute."""
         self.store.put_many({"cilium/.heartbeat": _now()})
 
-    def publish(self, ip: str, identity: int = SERVER_IDENTITY, space: str = "default") -> None:
-        """Publish a remote pod: ``default`` is pushed, ``ondemand`` pull-only."""
-        self.publish_many([ip], identity, space)
+    def publish(
+        self, ip: str, identity: int = SERVER_IDENTITY, space: str = "default", **fields: object
+    ) -> None:
+        """Publish a remote pod: ``default`` is pushed, ``ondemand`` pull-only; fields: others of the record."""
+        self.store.put_many({_ip_key(space, ip): _json(_endpoint(ip, identity) | fields)})
 
     def publish_many(
         self, ips: Iterable[str], identity: int = SERVER_IDENTITY, space: str = "default"

@@ -73,6 +73,15 @@ def launched(lab: Lab, *argv: str, env: Mapping[str, str] | None = None) -> Iter
         agent.stop()
 
 
+@contextlib.contextmanager
+def beside_cilium(lab: Lab, *argv: str, **changes: str | None) -> Iterator[AgentProcess]:
+    """Run an agent beside the stand-in for Cilium until the end of the block; it leaves nothing behind."""
+    words = options(lab, **{"datapath": "cilium", "policy": None, **changes})
+    with launched(lab, *words, "--cleanup", *argv) as agent:
+        agent.wait_ready()
+        yield agent
+
+
 def raw_entries(lab: Lab, name: str = "lm_ipcache") -> dict[bytes, bytes]:
     """Return a map's keys and values as bpftool reads them from its pin."""
     pin = lab.bpffs / "lazymesh" / name

@@ -8,7 +8,6 @@ from typing import Any
 import click
 
 from lazymesh.cli.options import SettingsCommand, bpffs_option, config_option, socket_option
-from lazymesh.errors import SettingsError
 from lazymesh.roles.agent import run_agent
 from lazymesh.roles.logs import configure_logging
 from lazymesh.settings import (
@@ -27,16 +26,16 @@ _path = click.Path(path_type=Path)
 @config_option
 @click.option(
     "--datapath",
-    type=click.Choice(["auto", "standalone"]),
+    type=click.Choice(["auto", "standalone", "cilium"]),
     default="auto",
     show_default=True,
-    help="standalone: an ipcache map of our own. auto: that, unless Cilium's map is pinned here.",
+    help="standalone: an ipcache of our own. cilium: that of the Cilium agent here. auto: Cilium's, if there is any.",
 )
 @click.option(
     "--interface",
     multiple=True,
     metavar="IF",
-    help="Pods' host-side interface; 'lxc+' matches a prefix. Repeatable.",
+    help="Pods' host-side interface; 'lxc+' matches a prefix, and is the default beside Cilium. Repeatable.",
 )
 @click.option(
     "--uplink",
@@ -155,11 +154,6 @@ def agent(**options: Any) -> None:
 
 
 def _settings(options: dict[str, Any]) -> AgentSettings:
-    if options["datapath"] == "auto" and cilium_is_here(options["bpffs"]):
-        raise SettingsError(
-            "Cilium's ipcache is pinned here, and this version cannot work beside it yet:"
-            " --datapath standalone keeps to a map of its own"
-        )
     address = options["metrics_address"]
     return AgentSettings(
         mesh=MeshSettings(
@@ -173,6 +167,7 @@ def _settings(options: dict[str, Any]) -> AgentSettings:
             region=options["cluster_region"],
         ),
         datapath=DatapathSettings(
+            mode=options["datapath"],
             bpffs=options["bpffs"],
             interfaces=options["interface"],
             uplinks=options["uplink"],
@@ -188,11 +183,3 @@ def _settings(options: dict[str, Any]) -> AgentSettings:
         socket=options["socket"],
         metrics_address=None if address == "off" else parse_host_port(address),
     )
-
-
-def cilium_is_here(bpffs: Path) -> bool:
-    """Tell whether a Cilium agent's ipcache is pinned (cilium-formats 1.1)."""
-    try:
-        return any((bpffs / "tc/globals" / name).exists() for name in ("cilium_ipcache", "cilium_ipcache_v2"))
-    except PermissionError:  # whoever may not look there is told soon that root is needed
-        return False

@@ -4,14 +4,20 @@ from __future__ import annotations
 
 import asyncio
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import click
 
 from lazymesh.cli.options import SettingsCommand, bpffs_option
 from lazymesh.cli.output import output_option, print_json
-from lazymesh.roles.check import Finding, check_node
+from lazymesh.roles.check import check_node
 from lazymesh.roles.logs import configure_logging
-from lazymesh.settings import DEFAULT_CLUSTERMESH_CONFIG
+from lazymesh.settings import CILIUM_INTERFACES, DEFAULT_CLUSTERMESH_CONFIG
+
+if TYPE_CHECKING:
+    from collections.abc import AsyncIterator
+
+    from lazymesh.roles.finding import Finding
 
 _MARKS = {"ok": ("ok", "green"), "warn": ("WARN", "yellow"), "fail": ("FAIL", "red")}
 _path = click.Path(path_type=Path)
@@ -28,19 +34,33 @@ _path = click.Path(path_type=Path)
     help="Cilium's directory of etcd client files.",
 )
 @click.option("--remote-config", type=_path, default=None, metavar="DIR", help="The agent's --remote-config.")
+@click.option(
+    "--interface",
+    multiple=True,
+    default=CILIUM_INTERFACES,
+    show_default=True,
+    metavar="IF",
+    help="The agent's interfaces.",
+)
 @output_option
-def check(bpffs: Path, clustermesh_config: Path, remote_config: Path | None, output: str) -> None:
-    """Check kernel, headers, bcc, bpffs, map layout, etcd and certificates. Exit 3 if a needed part is missing."""
+def check(
+    bpffs: Path,
+    clustermesh_config: Path,
+    remote_config: Path | None,
+    interface: tuple[str, ...],
+    output: str,
+) -> None:
+    """Check kernel, headers, bcc, bpffs, Cilium, etcd and certificates. Exit 3 if a needed part is missing."""
     configure_logging("text", "error")  # what is wrong is told by the findings
     directories = [clustermesh_config] + ([remote_config] if remote_config else [])
-    if asyncio.run(_run(bpffs, directories, output)):
+    if asyncio.run(_run(check_node(bpffs, directories, interface), output)):
         raise SystemExit(3)
 
 
-async def _run(bpffs: Path, directories: list[Path], output: str) -> bool:
+async def _run(check: AsyncIterator[Finding], output: str) -> bool:
     """Print findings as they come; tell whether one failed."""
     failed, findings = False, []
-    async for finding in check_node(bpffs, directories):
+    async for finding in check:
         failed |= finding.verdict == "fail"
         findings.append({"name": finding.name, "verdict": finding.verdict, "text": finding.text})
         if output == "table":

@@ -22,6 +22,7 @@ _COMMANDS = {
     "ipcache": "lazymesh.cli.ipcache",
     "misses": "lazymesh.cli.misses",
     "status": "lazymesh.cli.status",
+    "uninstall": "lazymesh.cli.uninstall",
 }
 
 

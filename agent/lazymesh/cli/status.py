@@ -39,14 +39,18 @@ def _show(answer: dict[str, Any]) -> None:
     interfaces = (
         ", ".join(f"{name} ({direction})" for name, direction in datapath["interfaces"].items()) or "none"
     )
+    mode = datapath["mode"] + (", shadow" if datapath["shadow"] else "")
     click.echo(
-        f"Datapath:   {datapath['mode']}, attached by {datapath['attach']}, on miss: {datapath['onMiss']},"
+        f"Datapath:   {mode}, attached by {datapath['attach']}, on miss: {datapath['onMiss']},"
         f" policy: {datapath['policy']}"
     )
     click.echo(f"Interfaces: {interfaces}")
     click.echo(f"Holding:    {datapath['holding']}")
+    maps = [f"{one['id']} ({one['layout']}, {one['role']})" for one in datapath["ipcache"]["maps"]]
+    click.echo(f"Ipcache:    map {', '.join(maps)}")
+    would = f"; not written: {entries['shadowChanges']} changes" if datapath["shadow"] else ""
     click.echo(
-        f"Entries:    {entries['owned']} of at most {entries['budget']} ours, map of {entries['mapSize']}"
+        f"Entries:    {entries['owned']} of at most {entries['budget']} ours, map of {entries['mapSize']}{would}"
     )
     muted = ", MUTED" if queue["muted"] else ""
     click.echo(

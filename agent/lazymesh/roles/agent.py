@@ -15,6 +15,7 @@ import signal
 import socket
 import time
 import zlib
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import structlog
@@ -22,14 +23,15 @@ import structlog
 from lazymesh.core import events
 from lazymesh.core.policy import PolicyEngine
 from lazymesh.core.policyfile import parse_policy
-from lazymesh.core.resolver import Limits, Resolver
+from lazymesh.core.resolver import Judge, Limits, Resolver
+from lazymesh.datapath.cilium import NodeView, is_pinned_here, take_out_ours
 from lazymesh.datapath.holdmaps import HoldControl, HoldCounterMap, HoldLimits
 from lazymesh.datapath.hooks import detach_everywhere
 from lazymesh.datapath.installer import Installer
 from lazymesh.datapath.interfaces import InterfaceFollower, InterfaceSelection
 from lazymesh.datapath.maps import DatapathConfig, OnMiss, kernel_honours_noexist
-from lazymesh.datapath.pins import PROGRAMS, Pins, check_bpffs
-from lazymesh.datapath.program import load, open_own_ipcache
+from lazymesh.datapath.pins import IPCACHE, Pins, check_bpffs
+from lazymesh.datapath.program import load
 from lazymesh.datapath.signals import SignalReader
 from lazymesh.errors import DatapathError, LazymeshError, SettingsError
 from lazymesh.metrics import HttpServer, Metrics
@@ -38,21 +40,27 @@ from lazymesh.roles.configdir import check_directories
 from lazymesh.roles.control import ControlServer
 from lazymesh.roles.driver import Driver, Shadow
 from lazymesh.roles.enforcement import Enforcement
+from lazymesh.roles.guest import GuestIpcaches
 from lazymesh.roles.holding import Holding, HoldSettings
+from lazymesh.roles.ipcaches import OwnIpcache
 from lazymesh.roles.mesh import Mesh
 from lazymesh.roles.status import Parts, Status, export, export_audit
+from lazymesh.settings import CILIUM_INTERFACES
+from lazymesh.tasks import together
 
 if TYPE_CHECKING:
-    from collections.abc import Coroutine
-
     from lazymesh.core.model import Address, Entry
     from lazymesh.core.policy import Policy
     from lazymesh.datapath.program import Datapath
+    from lazymesh.roles.auditing import Allows
+    from lazymesh.roles.ipcaches import NodeIpcaches
     from lazymesh.settings import AgentSettings
 
 log = structlog.get_logger()
 
 TICK_S = 0.1
+EPOCH_S = 10.0
+"""How long the programs remember that they have noted a peer."""
 SHARE_OF_MAP = 20
 """Our budget is one entry in so many of the map's."""
 
@@ -63,10 +71,26 @@ def run_agent(settings: AgentSettings) -> None:
         raise DatapathError(
             "lazymesh agent needs root: it loads BPF programs (sudo, or a privileged container)"
         )
+    settings = _with_mode(settings)
     policy, text = _read_policy(settings)
     check_directories(settings.mesh.clustermesh_config, settings.mesh.remote_config)
     agent = Agent(settings, policy, zlib.crc32(text.encode()))
     asyncio.run(agent.run())
+
+
+def _with_mode(settings: AgentSettings) -> AgentSettings:
+    """Decide what ``auto`` means here; SettingsError for what does not go together."""
+    datapath = settings.datapath
+    if datapath.mode == "auto":
+        datapath = replace(datapath, mode="cilium" if is_pinned_here(datapath.bpffs) else "standalone")
+    if datapath.mode == "cilium" and not datapath.interfaces and not datapath.uplinks:
+        datapath = replace(datapath, interfaces=CILIUM_INTERFACES)
+    if datapath.mode == "cilium" and settings.policy is not None:
+        raise SettingsError(
+            "--policy is for nodes without Cilium, whose own policies decide here: leave it out,"
+            " or keep to an ipcache of our own with --datapath standalone"
+        )
+    return replace(settings, datapath=datapath)
 
 
 def _read_policy(settings: AgentSettings) -> tuple[Policy | None, str]:
@@ -91,7 +115,7 @@ class Agent:
         self._stop = asyncio.Event()
         self._failure: Exception | None = None
         self._fresh = False
-        """No earlier life of the agent has left a map here."""
+        """Nobody has left a pin here before us."""
         self._touched = False
         """We may have attached to something."""
         self._attached = False
@@ -111,80 +135,97 @@ class Agent:
         except OSError as exc:
             raise DatapathError(f"cannot make {pins.directory}: {exc.strerror}") from exc
         lock = pins.lock()
-        self._fresh = not pins.path(PROGRAMS[0]).exists()
+        self._fresh = not any(pins.directory.iterdir())
         try:
             datapath = await asyncio.to_thread(load, pins, self._settings.datapath.ipcache_size)
             try:
-                await self._serve(datapath)
+                await together(self._stop.wait(), self._serve(datapath))
             finally:
                 datapath.close()
+            if self._failure is not None:
+                raise self._failure
+            log.info("stopped")
         finally:
             # A first start that fails half-way leaves no program behind that denies what nobody resolves.
-            if self._settings.cleanup or (self._fresh and not self._attached):
+            if self._leaves_nothing:
                 await self._clean_up(pins)
             os.close(lock)
 
+    @property
+    def _leaves_nothing(self) -> bool:
+        return self._settings.cleanup or (self._fresh and not self._attached)
+
     async def _serve(self, datapath: Datapath) -> None:
         settings = self._settings
-        limits = Limits(owned=settings.datapath.ipcache_size // SHARE_OF_MAP)
         engine = PolicyEngine(self._policy) if self._policy else None
         keep = datapath.config.read().policy_tag == self._policy_tag
         enforcement = Enforcement(datapath.policy, engine, keep)
         self._configure(datapath)
-        ipcache = open_own_ipcache(datapath.pins, settings.datapath.ipcache_size)
-        datapath.views.show([ipcache])
-
-        installer = Installer(ipcache, datapath.journal, kernel_honours_noexist())
-        mesh = Mesh(settings.mesh, datapath.mesh_cidrs, enforcement, lambda event: driver.feed(event))  # noqa: PLW0108 (made two lines on)
-        resolver = Resolver(limits, mesh.table, mesh.identities, settings.mesh.region, random.random)
-        writer = Shadow() if settings.shadow else installer
-        driver = Driver(resolver, writer, mesh.links, self._metrics, datapath.config.mute)
-        driver.fail = self._fail
-        if not settings.shadow:
-            self._adopted = list(installer.adopt())
-        follower = InterfaceFollower(datapath, self._selection, settings.datapath.attach)
-        holding = Holding(datapath, HoldControl(datapath.pins.directory), self._hold_settings())
-        if settings.datapath.on_miss == "hold" and not settings.shadow:
-            holding.want()
-        auditor = Auditor(datapath.windows, engine, resolver)
-        attached = asyncio.Event()
-        reader = SignalReader(datapath.signals, driver.on_signals)
-        control = ControlServer(
-            settings.socket,
-            {
-                "status": lambda _request: status.describe(),
-                "audit": lambda request: {"windows": auditor.describe(float(request["since"]))},
-                "on-miss": lambda request: self._switch_on_miss(datapath, holding, request["action"]),
-            },
-            lambda on: setattr(driver, "publish", control.publish if on else None),
-        )
-        status = Status(
-            Parts(
-                settings,
-                datapath,
-                ipcache,
-                mesh,
-                resolver,
-                driver,
-                follower,
-                holding,
-                HoldCounterMap(datapath.pins.directory),
-                reader,
-                control,
-                limits,
-                attached,
-                self._started,
-            )
-        )
-        export(self._metrics, status)
-        self._metrics.collect_counter(
-            "lazymesh_unexpected_errors", "Errors that nobody expected; each is in the log", (),
-            lambda: [((), self._unexpected)],
-        )  # fmt: skip
-        driver.release, driver.released = holding.answer, holding.flush
-        driver.installed = auditor.installed
-        export_audit(self._metrics, auditor.log)
         async with contextlib.AsyncExitStack() as stack:
+            ipcaches = await self._open_ipcaches(datapath, stack)
+            limits = Limits(owned=ipcaches.maps[0].max_entries // SHARE_OF_MAP)
+            installer = Installer(
+                ipcaches.maps, datapath.journal, kernel_honours_noexist(), shared=ipcaches.shared
+            )
+            stack.callback(lambda: ipcaches.leave(installer) if self._leaves_nothing else None)
+            mesh = Mesh(settings.mesh, datapath.mesh_cidrs, enforcement, lambda event: driver.feed(event))  # noqa: PLW0108 (made two lines on)
+            judge = Judge(mesh.table, mesh.identities, settings.mesh.region, ipcaches.here)
+            resolver = Resolver(limits, judge, random.random)
+            shadow = Shadow(ipcaches) if settings.shadow else None
+            driver = Driver(resolver, shadow or installer, mesh.links, self._metrics, datapath.config.mute)
+            driver.fail = self._fail
+            if shadow is not None and ipcaches.shared and installer.has_leftovers():
+                raise DatapathError(
+                    "entries of an earlier run without --shadow stand in Cilium's ipcache, and nobody would keep them"
+                    " true: run `lazymesh uninstall` first"
+                )
+            if shadow is None:
+                self._adopted = list(installer.adopt())
+                ipcaches.connect(installer, driver, resolver, mesh)
+            follower = InterfaceFollower(datapath, self._selection, settings.datapath.attach)
+            holding = Holding(datapath, HoldControl(datapath.pins.directory), self._hold_settings())
+            if settings.datapath.on_miss == "hold" and shadow is None:
+                holding.want()
+            auditor = Auditor(datapath.windows, self._allows(engine), resolver)
+            attached = asyncio.Event()
+            reader = SignalReader(datapath.signals, driver.on_signals)
+            control = ControlServer(
+                settings.socket,
+                {
+                    "status": lambda _request: status.describe(),
+                    "audit": lambda request: {"windows": auditor.describe(float(request["since"]))},
+                    "on-miss": lambda request: self._switch_on_miss(datapath, holding, request["action"]),
+                },
+                lambda on: setattr(driver, "publish", control.publish if on else None),
+            )
+            status = Status(
+                Parts(
+                    settings,
+                    datapath,
+                    ipcaches,
+                    mesh,
+                    resolver,
+                    driver,
+                    shadow,
+                    follower,
+                    holding,
+                    HoldCounterMap(datapath.pins.directory),
+                    reader,
+                    control,
+                    limits,
+                    attached,
+                    self._started,
+                )
+            )
+            export(self._metrics, status)
+            ipcaches.export(self._metrics)
+            self._metrics.collect_counter(
+                "lazymesh_unexpected_errors", "Errors that nobody expected; each is in the log", (),
+                lambda: [((), self._unexpected)],
+            )  # fmt: skip
+            driver.release, driver.released = holding.answer, holding.flush
+            driver.installed = auditor.installed
+            export_audit(self._metrics, auditor.log)
             stack.callback(reader.close)
             await control.start()
             stack.push_async_callback(control.close)
@@ -195,32 +236,42 @@ class Agent:
             reader.start()
             stack.callback(lambda: setattr(self, "_attached", attached.is_set()))
             self._touched = True
-            await self._run_parts(
+            await together(
                 mesh.run(),
+                ipcaches.run(),
                 follower.run(attached),
                 self._tick(driver),
+                self._note_use(datapath, driver),
                 self._hand_out(mesh, driver, limits),
                 holding.run(),
                 auditor.run(),
             )
 
-    async def _run_parts(self, *parts: Coroutine[None, None, None]) -> None:
-        """Run until told to stop, or until one part fails: then its error is ours."""
-        tasks = [asyncio.create_task(part) for part in parts]
-        stopped = asyncio.create_task(self._stop.wait())
-        try:
-            await asyncio.wait([*tasks, stopped], return_when=asyncio.FIRST_COMPLETED)
-            for task in tasks:
-                if task.done():
-                    task.result()
-        finally:
-            stopped.cancel()
-            for task in tasks:
-                task.cancel()
-            await asyncio.gather(*tasks, stopped, return_exceptions=True)
-        if self._failure is not None:
-            raise self._failure
-        log.info("stopped")
+    def _allows(self, engine: PolicyEngine | None) -> Allows | None:
+        """Return whom the audit asks: our policy if there is one; Cilium's, beside it, cannot be asked."""
+        if engine is not None:
+            return engine.verdict
+        return None if self._settings.datapath.mode == "cilium" else lambda _direction, _identity: True
+
+    async def _open_ipcaches(self, datapath: Datapath, stack: contextlib.AsyncExitStack) -> NodeIpcaches:
+        """Put the ipcache in force that entries go to: our own, or Cilium's."""
+        settings = self._settings.datapath
+        if settings.mode == "standalone":
+            if not self._settings.shadow:
+                # An earlier life may have been beside Cilium; nobody would look after its entries any more.
+                take_out_ours(settings.bpffs)
+            return OwnIpcache(datapath, settings.ipcache_size)
+        datapath.pins.path(IPCACHE).unlink(
+            missing_ok=True
+        )  # of an earlier life, which had no Cilium beside it
+        node = await stack.enter_async_context(NodeView(self._selection))
+        guest = GuestIpcaches(settings.bpffs, datapath, node)
+        await guest.open()
+        if settings.attach == "clsact" and node.tcx_in_use:
+            raise DatapathError(
+                "Cilium is attached by tcx here, and deletes clsact filters of others: leave out --attach clsact"
+            )
+        return guest
 
     def _check_interfaces(self) -> None:
         """Look for the interfaces named exactly before a second is spent on compiling."""
@@ -279,6 +330,14 @@ class Agent:
         while True:
             await asyncio.sleep(TICK_S)
             driver.feed(events.Tick())
+
+    async def _note_use(self, datapath: Datapath, driver: Driver) -> None:
+        """Tell the resolver whom the node talks to, and have the programs note it anew."""
+        while True:
+            await asyncio.sleep(EPOCH_S)
+            epoch = datapath.config.read().epoch
+            datapath.config.change(epoch=(epoch + 1) % (1 << 32))
+            driver.feed(events.Used(tuple(datapath.recent.of_epoch(epoch))))
 
     async def _hand_out(self, mesh: Mesh, driver: Driver, limits: Limits) -> None:
         """Give the journal's entries to the resolver as their clusters join; what nobody claims for long is evicted."""

@@ -11,11 +11,14 @@ from lazymesh.core.audit import AuditLog, Finding
 from lazymesh.core.model import format_address
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     from lazymesh.core.audit import Window
     from lazymesh.core.model import Address, Direction
-    from lazymesh.core.policy import PolicyEngine
     from lazymesh.core.resolver import Resolver
     from lazymesh.datapath.maps import WindowMap
+
+    Allows = Callable[[Direction, int], bool]
 
 LOOK_EVERY_S = 5.0
 IDLE_S = 60.0
@@ -23,12 +26,15 @@ IDLE_S = 60.0
 
 
 class Auditor:
-    """Owns the log; the driver tells it which addresses have their entry now."""
+    """Owns the log; the driver tells it which addresses have their entry now.
 
-    def __init__(self, windows: WindowMap, engine: PolicyEngine | None, resolver: Resolver) -> None:
+    allows: what policy says of a peer; None: somebody else decides that.
+    """
+
+    def __init__(self, windows: WindowMap, allows: Allows | None, resolver: Resolver) -> None:
         self.log = AuditLog()
         self._windows = windows
-        self._engine = engine
+        self._allows = allows
         self._resolver = resolver
 
     def installed(self, address: Address) -> None:
@@ -60,11 +66,9 @@ class Auditor:
         return Finding(window, view.cluster if view else None, identity, verdict, open_)
 
     def _verdict(self, direction: Direction, identity: int | None) -> str:
-        if identity is None:
+        if identity is None or self._allows is None:
             return "unknown"
-        if self._engine is None:
-            return "allowed"  # no policy, nothing is denied
-        return "allowed" if self._engine.verdict(direction, identity) else "denied"
+        return "allowed" if self._allows(direction, identity) else "denied"
 
 
 def _as_object(finding: Finding) -> dict[str, Any]:

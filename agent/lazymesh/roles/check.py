@@ -6,7 +6,7 @@ import asyncio
 import importlib.util
 import os
 import re
-from dataclasses import dataclass
+from contextlib import aclosing
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -22,7 +22,10 @@ from lazymesh.datapath.tap import try_tap
 from lazymesh.errors import DatapathError, KvstoreError, LazymeshError
 from lazymesh.kvstore.certificate import certificate_facts
 from lazymesh.kvstore.client import EtcdClient
+from lazymesh.roles.checkcilium import check_cilium
 from lazymesh.roles.configdir import read_directory
+from lazymesh.roles.finding import Finding
+from lazymesh.settings import CILIUM_INTERFACES
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Callable, Iterator
@@ -34,23 +37,16 @@ EXPIRY_WARNING = timedelta(days=30)
 ETCD_TIMEOUT_S = 5.0
 
 
-@dataclass(frozen=True, slots=True)
-class Finding:
-    """One line of the check."""
-
-    name: str
-    verdict: str
-    """``ok``, ``warn`` or ``fail``."""
-    text: str
-    """What was found, and for warn and fail what to do."""
-
-
-async def check_node(bpffs: Path, directories: list[Path]) -> AsyncIterator[Finding]:
-    """Yield a finding for every need: first the node's, then each cluster's."""
+async def check_node(
+    bpffs: Path, directories: list[Path], interfaces: tuple[str, ...] = CILIUM_INTERFACES
+) -> AsyncIterator[Finding]:
+    """Yield a finding for every need: first the node's, then those of a Cilium on it, then each cluster's."""
     for name, look in _NODE_CHECKS.items():
         yield _found(name, look)
     yield _found("bpffs", lambda: _bpffs(bpffs))
     yield _found("map layout", lambda: _layout(bpffs))
+    async for finding in check_cilium(bpffs, interfaces):
+        yield finding
     for directory in directories:
         try:
             files = read_directory(directory)
@@ -148,9 +144,9 @@ def _bpffs(bpffs: Path) -> str:
 def _layout(bpffs: Path) -> str:
     path = Pins.under(bpffs).path(IPCACHE)
     if not path.exists():
-        return "no ipcache map pinned yet: the agent makes it"
+        return "no ipcache of our own: the agent makes it, unless it works beside Cilium"
     ipcache = IpcacheMap.pinned(path)
-    return f"{path}: {ipcache.view.name.lower()}, {ipcache.max_entries} entries"
+    return f"{path}: {ipcache.view.words}, {ipcache.max_entries} entries"
 
 
 def _certificates(cluster: str, config: EtcdConfig) -> Iterator[Finding]:
@@ -198,6 +194,25 @@ async def _ask_store(name: str, cluster: str, client: EtcdClient) -> Finding:
     except RecordError as exc:
         return Finding(name, "fail", f"{endpoint}: cluster-config of {cluster} is malformed: {exc.detail}")
     space = Space.CACHED if described.cached else Space.PULL_ONLY
-    await client.get(keys.ip_key(space, bytes(4), cluster))
-    kind = "local cache" if described.cached else "cluster's own store"
-    return Finding(name, "ok", f"{endpoint}: id {described.cluster_id}, {kind}, may be read")
+    kind, role = ("local cache", "local") if described.cached else ("cluster's own store", "remote")
+    try:
+        await client.get(keys.ip_key(space, bytes(4), cluster))
+        identities = await _some(client, keys.identities_prefix(described.cached, cluster))
+    except KvstoreError as exc:
+        hint = f" (the certificate for a {kind} is `{role}`)" if exc.kind == "permission" else ""
+        return Finding(name, "fail", f"{exc}{hint}")
+    text = f"{endpoint}: id {described.cluster_id}, {kind}, may be read"
+    if not identities:
+        return Finding(
+            name,
+            "warn",
+            f"{text}, but holds no identities: every endpoint will be refused as unknown-identity;"
+            " look into its clustermesh-apiserver",
+        )
+    return Finding(name, "ok", text)
+
+
+async def _some(client: EtcdClient, prefix: bytes) -> bool:
+    """Tell whether a prefix has keys."""
+    async with aclosing(client.list_prefix(prefix, page=1)) as pages:
+        return bool((await anext(pages)).items)

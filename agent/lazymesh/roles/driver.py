@@ -15,15 +15,17 @@ import structlog
 
 from lazymesh.core import events
 from lazymesh.core.hold import Cause
+from lazymesh.core.identities import is_peer
 from lazymesh.core.model import Direction, Reason, format_address
 from lazymesh.roles.logs import OncePer
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Mapping
+    from collections.abc import Callable, Mapping, Sequence
 
     from lazymesh.core.model import Address, Entry
     from lazymesh.core.resolver import Resolver
     from lazymesh.datapath.abi import Signal
+    from lazymesh.datapath.maps import IpcacheMap
     from lazymesh.metrics import Metrics
     from lazymesh.roles.link import ClusterLink
 
@@ -49,13 +51,30 @@ class Installs(Protocol):
 class Shadow:
     """Stands in for the installer in shadow mode: everything is decided and reported, nothing is written."""
 
-    def install(self, _address: Address, _entry: Entry, _cluster_id: int) -> Reason | None:
-        """Say that it went well."""
+    def __init__(self, ipcaches: HasMaps) -> None:
+        self.changes_total = 0
+        """Installs that would have changed what programs take a peer for, and so what policy says of its packets."""
+        self._ipcaches = ipcaches
+
+    def install(self, address: Address, _entry: Entry, _cluster_id: int) -> Reason | None:
+        """Say that it went well, unless the map's owner has been quicker, as the installer would."""
+        standing = self._ipcaches.maps[0].lookup(address)
+        if standing is not None and is_peer(standing.identity):
+            return Reason.TAKEN
+        self.changes_total += 1
         return None
 
     def evict(self, _address: Address) -> bool:
         """There is nothing to take out."""
         return False
+
+
+class HasMaps(Protocol):
+    """Whoever knows the ipcaches that count."""
+
+    @property
+    def maps(self) -> Sequence[IpcacheMap]:
+        """The one that is written, then others."""
 
 
 def _no_one_to_tell(error: Exception) -> None:
@@ -199,12 +218,14 @@ class Driver:
         if latency is not None and not report.cached:
             self._metrics.duration.labels(report.outcome).observe(latency)
         if self.publish is not None:
+            known = self._resolver.describe(report.address)
             self.publish(
                 {
                     "address": format_address(report.address),
                     "cluster": report.cluster,
                     "outcome": report.outcome,
                     "reason": reason,
+                    "identity": known.entry.identity if known and known.entry else None,
                     "latency_ms": None if latency is None else round(latency * 1000, 3),
                     "cached": report.cached,
                     "detail": report.detail or None,

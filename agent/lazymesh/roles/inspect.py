@@ -1,11 +1,13 @@
-"""Reads the pinned ipcache map and journal for people; needs no agent and writes nothing."""
+"""Reads the ipcache for people; needs no agent and writes nothing."""
 
 from __future__ import annotations
 
+import os
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from lazymesh.core.model import format_address, parse_address
+from lazymesh.datapath.cilium import TAG, pinned_ipcaches
 from lazymesh.datapath.maps import IpcacheMap, Journal, open_map
 from lazymesh.datapath.pins import IPCACHE, Pins
 from lazymesh.errors import SettingsError
@@ -14,8 +16,8 @@ if TYPE_CHECKING:
     from collections.abc import Iterator
     from pathlib import Path
 
-    from lazymesh.core.model import Address, Entry
     from lazymesh.datapath.abi import OwnedEntry
+    from lazymesh.datapath.maps import Standing
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,24 +35,33 @@ class Row:
 
 
 class IpcacheView:
-    """A look at the map behind ``<bpffs>/lazymesh``."""
+    """A look at the map that lazymesh serves, or would: its own, or the running Cilium agent's.
 
-    def __init__(self, ipcache: IpcacheMap, journal: Journal) -> None:
+    In our own map an entry is ours while it is what the journal says, in Cilium's while it carries our tag.
+    """
+
+    def __init__(self, ipcache: IpcacheMap, journal: Journal | None = None) -> None:
+        """Journal: of our own map; None: the map is Cilium's."""
         self._ipcache = ipcache
         self._journal = journal
 
     @classmethod
     def open(cls, bpffs: Path) -> IpcacheView:
-        """Open the pins; DatapathError when they are missing or of an unknown layout."""
+        """Open the pins; DatapathError when there are none, or what they hold cannot be read."""
         pins = Pins.under(bpffs)
+        if not os.access(pins.path(IPCACHE), os.F_OK) and (pinned := pinned_ipcaches(bpffs)):
+            # Each start of an agent makes a new map, and ids count up: the youngest is the running agent's.
+            path = max(pinned, key=pinned.__getitem__)
+            return cls(IpcacheMap.pinned(path, TAG, read_only=True))
         return cls(IpcacheMap.pinned(pins.path(IPCACHE)), Journal(open_map(pins.path("lm_owned"))))
 
     def rows(self) -> Iterator[Row]:
         """Yield every entry in the map's order."""
-        owned = dict(self._journal.items())
-        for network, cluster_id, entry in self._ipcache.items():
-            line = owned.get(network.network_address.packed) if network.num_addresses == 1 else None
-            yield _row(f"{network}@{cluster_id}" if cluster_id else str(network), entry, line)
+        lines = {} if self._journal is None else dict(self._journal.items())
+        for network, cluster_id, standing in self._ipcache.items():
+            line = lines.get(network.network_address.packed) if network.num_addresses == 1 else None
+            prefix = f"{network}@{cluster_id}" if cluster_id else str(network)
+            yield _row(prefix, standing, line)
 
     def get(self, text: str) -> Row | None:
         """Return the longest-prefix answer for an address; SettingsError if the text is none."""
@@ -58,15 +69,15 @@ class IpcacheView:
             address = parse_address(text)
         except ValueError as exc:
             raise SettingsError(f"{text!r} is no IP address") from exc
-        entry = self._ipcache.lookup(address)
-        return None if entry is None else _row(format_address(address), entry, self._line_of(address))
+        standing = self._ipcache.stands(address)
+        if standing is None:
+            return None
+        return _row(format_address(address), standing, self._journal.read(address) if self._journal else None)
 
-    def _line_of(self, address: Address) -> OwnedEntry | None:
-        return self._journal.read(address)
 
-
-def _row(prefix: str, entry: Entry, line: OwnedEntry | None) -> Row:
-    ours = line is not None and entry in (line.entry, line.previous)
+def _row(prefix: str, standing: Standing, line: OwnedEntry | None) -> Row:
+    entry = standing.entry
+    ours = standing.tagged or (line is not None and entry in (line.entry, line.previous))
     endpoint = format_address(entry.tunnel_endpoint) if entry.tunnel_endpoint else "0.0.0.0"  # noqa: S104
     owner = "lazymesh" if ours else "other"
     return Row(prefix, entry.identity, endpoint, entry.encrypt_key, entry.flags, owner)

@@ -7,7 +7,7 @@ from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
 from lazymesh import __version__
-from lazymesh.core.model import Direction
+from lazymesh.core.model import Direction, Reason
 from lazymesh.datapath.maps import OnMiss
 
 if TYPE_CHECKING:
@@ -18,13 +18,13 @@ if TYPE_CHECKING:
     from lazymesh.core.resolver import Limits, Resolver
     from lazymesh.datapath.holdmaps import HoldCounterMap
     from lazymesh.datapath.interfaces import InterfaceFollower
-    from lazymesh.datapath.maps import IpcacheMap
     from lazymesh.datapath.program import Datapath
     from lazymesh.datapath.signals import SignalReader
     from lazymesh.metrics import Metrics, Sample
     from lazymesh.roles.control import ControlServer
-    from lazymesh.roles.driver import Driver
+    from lazymesh.roles.driver import Driver, Shadow
     from lazymesh.roles.holding import Holding
+    from lazymesh.roles.ipcaches import NodeIpcaches
     from lazymesh.roles.mesh import Mesh
     from lazymesh.settings import AgentSettings
 
@@ -35,10 +35,11 @@ class Parts:
 
     settings: AgentSettings
     datapath: Datapath
-    ipcache: IpcacheMap
+    ipcaches: NodeIpcaches
     mesh: Mesh
     resolver: Resolver
     driver: Driver
+    shadow: Shadow | None
     follower: InterfaceFollower
     holding: Holding
     hold_counters: HoldCounterMap
@@ -79,7 +80,8 @@ class Status:
             "cluster": settings.mesh.cluster_name,
             "ready": self.not_ready() is None,
             "datapath": {
-                "mode": "shadow" if settings.shadow else "standalone",
+                "mode": self.parts.ipcaches.mode,
+                "shadow": settings.shadow,
                 "interfaces": {
                     name: d.name.lower() for name, d in sorted(self.parts.follower.attached.items())
                 },
@@ -87,13 +89,14 @@ class Status:
                 "onMiss": OnMiss(self.parts.datapath.config.read().on_miss).name.lower(),
                 "holding": self.parts.holding.state,
                 "policy": str(settings.policy) if settings.policy else "none",
-                "mapId": self.parts.ipcache.map_id,
+                "ipcache": self.parts.ipcaches.describe(),
                 "packets": {d.name.lower(): self.packets(d) for d in Direction},
             },
             "entries": {
                 "owned": self.parts.resolver.owned,
                 "budget": self.parts.limits.owned,
-                "mapSize": self.parts.ipcache.max_entries,
+                "mapSize": self.parts.ipcaches.maps[0].max_entries,
+                **({"shadowChanges": self.parts.shadow.changes_total} if self.parts.shadow else {}),
             },
             "queue": {
                 "waiting": self.parts.resolver.queued,
@@ -137,6 +140,7 @@ class Status:
             yield "no interface carries the program: does --interface match any?"
         for name in self.parts.follower.behind:
             yield f"another program insists on being ahead of ours on {name}: what it decides we never see"
+        yield from self.parts.ipcaches.problems()
         holding = self.parts.holding
         if holding.problem and self.parts.datapath.config.read().on_miss == OnMiss.HOLD:
             yield f"packets are not held, missed ones are passed on: {holding.problem}"
@@ -144,6 +148,11 @@ class Status:
             yield "signals are muted: misses come faster than they can be resolved"
         if self.parts.mesh.problem:
             yield f"the pod CIDRs in force are out of date: {self.parts.mesh.problem}"
+        if unknown := self.parts.resolver.absent.get(Reason.UNKNOWN_IDENTITY):
+            yield (
+                f"{unknown} addresses are refused because their clusters do not publish their identities, without which"
+                " no policy can select them: `lazymesh misses` names them"
+            )
         for name, link in sorted(self.parts.mesh.links.items()):
             if link.state != "ready":
                 yield f"cluster {name} is {link.state}: {link.problem or 'not listed yet'}"
@@ -205,6 +214,12 @@ def export(metrics: Metrics, status: Status) -> None:
         (),
         lambda: [((), status.parts.resolver.owned)],
     )
+    if status.parts.shadow is not None:
+        shadow = status.parts.shadow
+        metrics.collect_counter(
+            "lazymesh_shadow_changes", "Entries not written that would have changed what a peer is taken for", (),
+            lambda: [((), shadow.changes_total)],
+        )  # fmt: skip
     metrics.collect_gauge(
         "lazymesh_interfaces_attached", "Interfaces that carry our program", (),
         lambda: [((), len(status.parts.follower.attached))],

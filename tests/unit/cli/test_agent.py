@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 import pytest
 from click.testing import CliRunner
 
-from lazymesh.cli.agent import agent, cilium_is_here
+from lazymesh.cli.agent import agent
 from lazymesh.errors import SettingsError
 
 if TYPE_CHECKING:
@@ -73,19 +73,13 @@ def test_several_values_from_the_environment(caught: Caught, tmp_path: Path) -> 
     assert caught.settings[0].cleanup
 
 
-@pytest.mark.parametrize("name", ["cilium_ipcache", "cilium_ipcache_v2"])
-def test_auto_refuses_to_run_beside_cilium(caught: Caught, tmp_path: Path, name: str) -> None:
-    """Not in this version; standalone keeps to its own map."""
-    (tmp_path / "tc/globals").mkdir(parents=True)
-    (tmp_path / "tc/globals" / name).touch()
-    assert cilium_is_here(tmp_path)
-    refused = caught.run("--interface", "x", "--bpffs", str(tmp_path))
+def test_interfaces_need_not_be_named_beside_cilium(caught: Caught, tmp_path: Path) -> None:
+    """What auto means is found out by the role, as root; without Cilium there must be something to attach to."""
+    for mode in ("auto", "cilium"):
+        assert caught.run("--bpffs", str(tmp_path), "--datapath", mode).exception is None
+    assert [(one.datapath.mode, one.datapath.interfaces) for one in caught.settings] == [
+        ("auto", ()),
+        ("cilium", ()),
+    ]
+    refused = caught.run("--bpffs", str(tmp_path), "--datapath", "standalone")
     assert isinstance(refused.exception, SettingsError)
-    caught.run("--interface", "x", "--bpffs", str(tmp_path), "--datapath", "standalone")
-    assert len(caught.settings) == 1
-
-
-def test_no_cilium_here(tmp_path: Path) -> None:
-    """An empty or missing directory."""
-    assert not cilium_is_here(tmp_path)
-    assert not cilium_is_here(tmp_path / "none")

@@ -17,6 +17,7 @@ from lazymesh.roles.driver import Driver, Shadow
 
 if TYPE_CHECKING:
     from lazymesh.core.resolver import Resolver
+    from lazymesh.roles.driver import HasMaps
 
 IP = parse_address("10.2.0.5")
 ENTRY = Entry(131_073)
@@ -34,6 +35,16 @@ class Scripted:
         self.told.append(event)
         return self.answers.get(type(event), [])
 
+    def describe(self, _address: bytes) -> Any:
+        """Know one entry."""
+        return SimpleNamespace(entry=ENTRY)
+
+
+def shadow(standing: Entry | None = None) -> Shadow:
+    """Return a shadow over a map that says the same of every address."""
+    ipcache = SimpleNamespace(lookup=lambda _address: standing)
+    return Shadow(cast("HasMaps", SimpleNamespace(maps=(ipcache,))))
+
 
 class Fixture:
     """A driver with fakes all around."""
@@ -45,7 +56,7 @@ class Fixture:
         self.metrics = Metrics()
         self.muted: list[bool] = []
         self.driver = Driver(
-            cast("Resolver", self.resolver), Shadow(), links or {}, self.metrics, self.muted.append
+            cast("Resolver", self.resolver), shadow(), links or {}, self.metrics, self.muted.append
         )
 
     def sample(self, name: str, **labels: str) -> float:
@@ -138,13 +149,30 @@ def test_outcomes_are_counted_and_told() -> None:
     fixture.driver.publish = told.append
     fixture.driver.feed(events.Tick())
     assert [line["outcome"] for line in told] == ["installed", "absent", "evicted"]
-    assert told[0].items() >= {"address": "10.2.0.5", "cluster": "b", "reason": None}.items()
+    expected = {"address": "10.2.0.5", "cluster": "b", "reason": None, "identity": ENTRY.identity}
+    assert told[0].items() >= expected.items()
     assert 250 <= told[0]["latency_ms"] < 5000
     assert told[2]["latency_ms"] is None
     assert fixture.sample("cilium_ipcache_miss_resolution_errors_total", reason="forged") == 1
     assert fixture.sample("cilium_ipcache_miss_resolution_errors_total", reason="not-found") == 0
     assert fixture.sample("cilium_ipcache_miss_resolution_duration_seconds_count", outcome="installed") == 1
     assert fixture.sample("cilium_ipcache_miss_resolution_duration_seconds_count", outcome="absent") == 0
+
+
+@pytest.mark.parametrize("standing", [None, Entry(2), Entry(9), Entry(1 << 24 | 5)])
+def test_shadow_counts_what_it_would_have_changed(standing: Entry | None) -> None:
+    """Where the map has the world, or nothing, an entry would change what policy says."""
+    one = shadow(standing)
+    assert one.install(IP, ENTRY, 2) is None
+    assert one.changes_total == 1
+    assert not one.evict(IP)
+
+
+def test_shadow_leaves_alone_what_is_known_by_now() -> None:
+    """As the installer would."""
+    one = shadow(Entry(131_074))
+    assert one.install(IP, ENTRY, 2) is Reason.TAKEN
+    assert one.changes_total == 0
 
 
 def test_mute_reaches_the_kernel_and_evictions_are_counted() -> None:

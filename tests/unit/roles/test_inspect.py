@@ -9,6 +9,7 @@ import pytest
 
 from lazymesh.core.model import Address, Entry, Network, parse_address
 from lazymesh.datapath.abi import OwnedEntry
+from lazymesh.datapath.maps import Standing
 from lazymesh.errors import SettingsError
 from lazymesh.roles.inspect import IpcacheView
 
@@ -28,15 +29,19 @@ class FakeMap:
         self._entries = entries
         self._cluster_id = cluster_id
 
-    def items(self) -> Iterator[tuple[Network, int, Entry]]:
+    def items(self) -> Iterator[tuple[Network, int, Standing]]:
         """Yield all."""
         for prefix, entry in self._entries.items():
-            yield ipaddress.ip_network(prefix), self._cluster_id, entry
+            yield (
+                ipaddress.ip_network(prefix),
+                self._cluster_id,
+                Standing(entry, tagged=entry.encrypt_key == 9),
+            )
 
-    def lookup(self, address: Address) -> Entry | None:
+    def stands(self, address: Address) -> Standing | None:
         """Know single addresses only."""
-        network = str(ipaddress.ip_network(address))
-        return self._entries.get(network)
+        entry = self._entries.get(str(ipaddress.ip_network(address)))
+        return None if entry is None else Standing(entry, tagged=False)
 
 
 class FakeJournal(dict[Address, OwnedEntry]):
@@ -59,6 +64,13 @@ def test_entry_is_ours_while_it_is_what_the_journal_says() -> None:
     for entry, owner in ((OURS, "lazymesh"), (THEIRS, "lazymesh"), (Entry(77), "other")):
         (row,) = view({"10.2.0.5/32": entry}, lines).rows()
         assert (row.prefix, row.owner) == ("10.2.0.5/32", owner)
+
+
+def test_entry_in_the_map_of_cilium_is_ours_while_it_is_tagged() -> None:
+    """There is no journal that could be asked: the value says it."""
+    entries = {"10.2.0.5/32": Entry(131_073, encrypt_key=9), "10.2.0.6/32": OURS}
+    rows = IpcacheView(cast("IpcacheMap", FakeMap(entries))).rows()
+    assert [row.owner for row in rows] == ["lazymesh", "other"]
 
 
 def test_prefixes_are_never_ours() -> None:

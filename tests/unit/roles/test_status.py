@@ -6,6 +6,7 @@ import asyncio
 from types import SimpleNamespace
 from typing import Any, cast
 
+from lazymesh.core.model import Reason
 from lazymesh.roles.status import Parts, Status
 
 
@@ -36,7 +37,8 @@ def status(links: dict[str, Any], *, attached: bool = True, **mesh: Any) -> Stat
         follower=SimpleNamespace(attached={"lxc0": 0} if attached else {}, behind=[]),
         driver=SimpleNamespace(muted=mesh.get("muted", False)),
         holding=SimpleNamespace(state=mesh.get("holding", "on"), problem=None),
-        resolver=SimpleNamespace(clusters={}),
+        resolver=SimpleNamespace(clusters={}, absent=mesh.get("absent", {})),
+        ipcaches=SimpleNamespace(problems=lambda: iter(mesh.get("problems", ()))),
     )
     return Status(cast("Parts", parts))
 
@@ -66,11 +68,18 @@ def test_everything_that_is_wrong_is_a_line() -> None:
             file_errors={"e": "not YAML"},
             problem="no space",
             muted=True,
+            absent={Reason.UNKNOWN_IDENTITY: 3, Reason.NOT_FOUND: 5},
+            problems=("two maps",),
         )._wrong()
     )
     assert lines == [
+        "two maps",
         "signals are muted: misses come faster than they can be resolved",
         "the pod CIDRs in force are out of date: no space",
+        (
+            "3 addresses are refused because their clusters do not publish their identities, without which no policy"
+            " can select them: `lazymesh misses` names them"
+        ),
         "cluster b is silent: gone",
         "cluster c is connecting: not listed yet",
         "cluster d: the last read failed: denied",

@@ -1,0 +1,111 @@
+"""Looks at a Cilium on this node as the agent would: which ipcache counts, whose programs come first."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from lazymesh.datapath.cilium import NodeView, pinned_ipcaches, pins_directory, running_ipcache
+from lazymesh.datapath.interfaces import InterfaceSelection
+from lazymesh.datapath.maps import IpcacheMap
+from lazymesh.datapath.pins import PROGRAMS
+from lazymesh.errors import DatapathError
+from lazymesh.roles.finding import Finding
+
+if TYPE_CHECKING:
+    from collections.abc import AsyncIterator, Iterator
+    from pathlib import Path
+
+    from lazymesh.datapath.hooks import Attachment
+
+_STARTING = (
+    "while its agent starts this is as it should be, for a minute or two; if it stays, restart that agent"
+)
+
+
+async def check_cilium(bpffs: Path, interfaces: tuple[str, ...]) -> AsyncIterator[Finding]:
+    """Yield findings on Cilium's maps, its programs, and ours beside them; one if there is no Cilium."""
+    try:
+        pinned = pinned_ipcaches(bpffs)
+        async with NodeView(InterfaceSelection(interfaces)) as node:
+            read = await node.ipcaches()
+            chains, netkit = await node.chains(), await node.netkit()
+    except (DatapathError, OSError) as exc:
+        yield Finding("cilium", "fail", f"cannot look at Cilium's maps and programs: {exc}")
+        return
+    if netkit:
+        yield Finding(
+            "interfaces",
+            "fail",
+            f"{_some(netkit)}: netkit devices, which lazymesh does not support yet; Cilium makes veth pairs with"
+            " bpf.datapathMode=veth",
+        )
+    if pinned:
+        for finding in _maps(pinned, read):
+            yield finding
+    else:
+        yield Finding(
+            "cilium", "ok", f"no ipcache of Cilium's in {pins_directory(bpffs)}: lazymesh brings its own"
+        )
+    for finding in _order(chains, tcx_in_use=node.tcx_in_use):
+        yield finding
+
+
+def _maps(pinned: dict[Path, int], read: frozenset[int]) -> Iterator[Finding]:
+    running = running_ipcache(pinned, read)
+    for path, map_id in pinned.items():
+        name = f"cilium {path.name.removeprefix('cilium_')}"
+        try:
+            ipcache = IpcacheMap.pinned(path)
+        except DatapathError as exc:
+            yield Finding(name, "fail", str(exc))
+            continue
+        text = f"map {map_id}: {ipcache.view.words}, {ipcache.max_entries} entries"
+        ipcache.close()
+        if map_id != running:
+            others = f"the running agent's is map {running}"
+            yield Finding(name, "warn", f"{text}; of another version of Cilium, {others}: it may be removed")
+        elif not read:
+            yield Finding(
+                name, "warn", f"{text}; no program here reads it: do --interface or lxc+ match any pod's?"
+            )
+        elif map_id not in read:
+            old = ", ".join(map(str, sorted(read)))
+            yield Finding(
+                name, "warn", f"{text}; Cilium's programs still read map {old} instead: {_STARTING}"
+            )
+        elif len(read) > 1:
+            old = ", ".join(map(str, sorted(read - {map_id})))
+            yield Finding(
+                name, "warn", f"{text}; some of Cilium's programs still read map {old}: {_STARTING}"
+            )
+        else:
+            yield Finding(name, "ok", text)
+
+
+def _order(chains: dict[str, list[Attachment]], *, tcx_in_use: bool) -> Iterator[Finding]:
+    """Say where our programs are, if they are anywhere."""
+    ours = {name: [each.name in PROGRAMS for each in chain] for name, chain in chains.items()}
+    carried = [name for name, places in ours.items() if any(places)]
+    clsact = [name for name in carried if chains[name][ours[name].index(True)].style == "clsact"]
+    behind = {name: chains[name][0].name for name in carried if not ours[name][0]}
+    if tcx_in_use and clsact:
+        yield Finding(
+            "attachment",
+            "fail",
+            f"{_some(clsact)}: ours is a clsact filter, but Cilium is on tcx, which comes first and deletes filters of"
+            " others: restart the agent without --attach clsact",
+        )
+    elif behind:
+        name, first = next(iter(behind.items()))
+        yield Finding(
+            "attachment",
+            "warn",
+            f"{_some(list(behind))}: {first} is ahead of our program on {name}: what it decides"
+            " we never see; the agent goes back to the front every few seconds",
+        )
+    elif carried:
+        yield Finding("attachment", "ok", f"our program is the first on {_some(carried)}")
+
+
+def _some(names: list[str]) -> str:
+    return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")

@@ -1,0 +1,406 @@
+"""Beside Cilium: its ipcache is ours to read, and to lend entries to; its agent's own writes win, silently.
+
+Cilium makes a new map at each start, and its programs move to it one by one. So this looks at pins and programs, puts
+all maps that count in front of our programs (core/ipcaches.py), and fills the new one at once with what this node
+needs: our own entries, and the peers that it talks to as the old map knew them, which the resolver then confirms with
+their clusters. What is missing still when a program switches is a miss like any other: held, resolved, given back.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import math
+import time
+from collections import Counter
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+import structlog
+
+from lazymesh.core import events
+from lazymesh.core.identities import is_peer
+from lazymesh.core.ipcaches import Arrangement
+from lazymesh.core.model import Reason, with_tunnel_flags
+from lazymesh.datapath.cilium import TAG, pinned_ipcaches, pins_directory, running_ipcache
+from lazymesh.datapath.maps import IpcacheMap
+from lazymesh.errors import DatapathError
+from lazymesh.roles.ipcaches import describe_map
+from lazymesh.tasks import together
+
+if TYPE_CHECKING:
+    from collections.abc import Awaitable, Callable, Container, Iterator, Sequence
+    from pathlib import Path
+
+    from lazymesh.core.model import Address, Entry
+    from lazymesh.core.resolver import Resolver
+    from lazymesh.datapath.cilium import NodeView
+    from lazymesh.datapath.installer import Installer
+    from lazymesh.datapath.program import Datapath
+    from lazymesh.metrics import Metrics
+    from lazymesh.roles.driver import Driver
+    from lazymesh.roles.mesh import Mesh
+
+log = structlog.get_logger()
+
+LOOK_EVERY_S = 0.05
+"""Between looks at the pin: what Cilium re-creates is in our programs' view within 100 ms."""
+READ_EVERY_S, READ_SETTLED_S = 0.25, 2.0
+"""Between looks at the programs, while some of them may still read an old map, and otherwise."""
+SWEEP_EVERY_S = 30.0
+"""Between looks for entries of ours that Cilium has taken over."""
+ADDRESSES_EVERY_S = 10.0
+SLICE = 200
+"""Entries handled between two looks at what else there is to do."""
+ROOM_EVERY_S, ROOM_TIGHT_S = 60.0, 5.0
+"""Between counts of the map's entries: at most, and when it fills up."""
+CROWDED, ROOMY = 0.95, 0.93
+"""Shares of the map: nothing new of ours beyond the first; well again below the second."""
+CILIUM_PER_S = 5_000
+"""No agent adds more entries in a second: 3,900 were seen (cilium-live 6)."""
+FIRST_S = 0.1
+"""A new map is filled for so long before programs look into it; the rest comes while they do."""
+
+
+@dataclass(slots=True)
+class _Writer:
+    """Who has a say in what stands in Cilium's map."""
+
+    installer: Installer
+    driver: Driver
+    resolver: Resolver
+    mesh: Mesh
+    full: asyncio.Event = field(default_factory=asyncio.Event)
+    """The kernel has found no room for an entry of ours."""
+
+    def lend(self, address: Address, old: Sequence[IpcacheMap]) -> str | None:
+        """Put an address into the new map, as ours or as the old maps know it; return what became of it, or None."""
+        if self.installer.owns(address):
+            reason = self.installer.carry_over(address)
+            if reason is not None:
+                self.driver.feed(events.Lost((address,)))
+            return _fate("carried", reason)
+        if self.resolver.describe(address) is not None:
+            return None  # it is being resolved, or there is no such pod
+        known = self._known(address, old)
+        if known is None:
+            return None
+        entry, cluster, cluster_id = known
+        reason = self.installer.install(address, entry, cluster_id)
+        if reason is None:
+            self.driver.feed(events.Adopted(address, entry, cluster))
+        return _fate("warmed", reason)
+
+    def _known(self, address: Address, old: Sequence[IpcacheMap]) -> tuple[Entry, str, int] | None:
+        """Return what the old maps say of a peer, and whose it is; None for what no cluster of the mesh would say."""
+        owners = self.mesh.table.owners(address)
+        info = self.mesh.table.cluster(owners[0]) if len(owners) == 1 else None
+        if info is None:
+            return None
+        for ipcache in old:
+            entry = ipcache.lookup(address)
+            if entry is None or not is_peer(entry.identity):
+                continue
+            if entry.identity in info.identities and entry.identity in self.mesh.identities:
+                return with_tunnel_flags(entry), info.name, info.cluster_id
+        return None
+
+    def give_up_if_lost(self, address: Address) -> None:
+        """Let go of an entry that is not ours any more."""
+        if self.installer.is_lost(address):
+            self.installer.forget(address)
+            self.driver.feed(events.Lost((address,)))
+
+    def make_room(self, used: int, size: int) -> None:
+        """Stop putting entries in where room is scarce, and take out what is too much."""
+        crowded = used >= (ROOMY if self.installer.crowded else CROWDED) * size
+        if crowded != self.installer.crowded:
+            log.log(30 if crowded else 20, "room in the ipcache", crowded=crowded, entries=used, size=size)
+        self.installer.crowded = crowded
+        if crowded:
+            self.driver.feed(events.Shrink(max(0, used - int(ROOMY * size))))
+
+
+class GuestIpcaches:
+    """Cilium's maps: followed, looked into, and written to with good manners."""
+
+    mode = "cilium"
+    shared = True
+
+    def __init__(self, bpffs: Path, datapath: Datapath, node: NodeView) -> None:
+        self.recreated_total = 0
+        self.lent: Counter[str] = Counter()
+        """What became of entries at re-creations."""
+        self._here: set[Address] = set()
+        self._bpffs = bpffs
+        self._datapath = datapath
+        self._node = node
+        self._arrangement = Arrangement()
+        self._maps: list[IpcacheMap] = []
+        self._read: frozenset[int] = frozenset()
+        self._read_at = -math.inf
+        self._used = 0
+        self._noticed_s: float | None = None
+        """How long after it was pinned the last new map was seen."""
+        self._settled = asyncio.Event()
+        """Only one map is left: what is ours in it can be told from what is not."""
+        self._problem: str | None = None
+        """Why Cilium's map cannot be used: meanwhile the last good arrangement stays in force."""
+        self._writer: _Writer | None = None
+
+    @property
+    def here(self) -> Container[Address]:
+        """The node's own addresses: no tunnel leads to them."""
+        return self._here
+
+    @property
+    def maps(self) -> Sequence[IpcacheMap]:
+        """The one that Cilium's agent writes, then those that its programs still read."""
+        return tuple(self._maps)
+
+    async def open(self) -> None:
+        """Wait until Cilium has pinned its map, and put it in force; DatapathError for a layout that we do not know."""
+        await self._learn_addresses()
+        waiting = False
+        while not pinned_ipcaches(self._bpffs):
+            if not waiting:
+                log.warning(
+                    "waiting for Cilium to pin its ipcache", directory=str(pins_directory(self._bpffs))
+                )
+            waiting = True
+            await asyncio.sleep(1)
+        await self._look()
+        if not self._maps:
+            raise DatapathError(
+                f"no ipcache is pinned in {pins_directory(self._bpffs)} any more: is Cilium leaving?"
+            )
+
+    def connect(self, installer: Installer, driver: Driver, resolver: Resolver, mesh: Mesh) -> None:
+        """Let entries be written."""
+        self._writer = _Writer(installer, driver, resolver, mesh)
+        installer.on_full = self._writer.full.set
+
+    async def run(self) -> None:
+        """Follow Cilium until cancelled."""
+        parts = [
+            _repeat(self._look_on, LOOK_EVERY_S),
+            _repeat(self._learn_addresses, ADDRESSES_EVERY_S),
+        ]
+        if self._writer is not None:
+            parts += [self._sweep(self._writer), self._watch_room(self._writer)]
+        await together(*parts)
+
+    def problems(self) -> Iterator[str]:
+        """Yield what is wrong, a line each."""
+        if self._problem:
+            yield self._problem
+        if self._node.tcx_in_use and not self._datapath.pins.linked():
+            yield "Cilium is attached by tcx here, our programs by clsact are never asked: leave out --attach clsact"
+        if self._arrangement.orphan is not None:
+            yield (
+                f"nothing reads the pinned ipcache (map {self._arrangement.orphan}), Cilium's programs are on map"
+                f" {self._arrangement.maps[0]}, which is served instead: restart the Cilium agent"
+            )
+        if self._writer is not None and self._writer.installer.crowded:
+            yield (
+                f"the ipcache map is nearly full ({self._used} of {self._maps[0].max_entries} entries): what is left"
+                " is for Cilium, new addresses are refused; publish fewer endpoints, or more of them pull-only"
+            )
+
+    def describe(self) -> dict[str, Any]:
+        """Show the maps."""
+        first = "pinned" if self._arrangement.orphan is None else "read"
+        return {
+            "maps": [describe_map(one, "old" if n else first) for n, one in enumerate(self._maps)],
+            "recreated": self.recreated_total,
+            "noticedMs": None if self._noticed_s is None else round(self._noticed_s * 1000),
+            "entriesInMap": self._used,
+            "lent": dict(self.lent),
+        }
+
+    def export(self, metrics: Metrics) -> None:
+        """Register what is counted."""
+        metrics.collect_gauge(
+            "lazymesh_ipcache_maps", "Ipcaches of Cilium's that count: more than one while it restarts", (),
+            lambda: [((), len(self._maps))],
+        )  # fmt: skip
+        metrics.collect_counter(
+            "lazymesh_ipcache_recreated", "New ipcaches that Cilium has pinned", (),
+            lambda: [((), self.recreated_total)],
+        )  # fmt: skip
+        metrics.collect_counter(
+            "lazymesh_ipcache_lent_entries",
+            "Entries put into new ipcaches: carried (ours), warmed (peers that the old one knew); taken: Cilium was"
+            " first, refused: there was no room",
+            ("fate",),
+            lambda: [((fate,), count) for fate, count in self.lent.items()],
+        )
+        metrics.collect_gauge(
+            "lazymesh_ipcache_entries",
+            "Entries in the ipcache, whoever wrote them",
+            (),
+            lambda: [((), self._used)],
+        )
+
+    def leave(self, installer: Installer) -> None:
+        """Take every entry of ours out again."""
+        for address in installer.owned_addresses():
+            installer.evict(address)
+
+    # --- which maps ---------------------------------------------------------------------------------------------------
+
+    async def _look_on(self) -> None:
+        try:
+            await self._look()
+        except DatapathError as exc:  # what we have is better than nothing
+            self._complain(str(exc))
+
+    async def _look(self) -> None:
+        """Look at pins and, less often, at programs; put the maps that count in force."""
+        now = time.monotonic()
+        pinned = self._pinned()
+        moved = pinned is not None and pinned not in self._arrangement.maps
+        pause = READ_SETTLED_S if self._arrangement.settled else READ_EVERY_S
+        if moved or now >= self._read_at + pause:
+            self._read, self._read_at = await self._node.ipcaches(), now
+            pinned = self._pinned()
+        maps = self._arrangement.step(pinned, self._read, now)
+        if maps != tuple(one.map_id for one in self._maps):
+            await self._rearrange(self._open(maps))
+        self._problem = None
+
+    def _pinned(self) -> int | None:
+        """Return the map that Cilium's agent writes; None while the pin is away.
+
+        A pin that an earlier version has left behind is not its replacement: map ids count up.
+        """
+        pinned = pinned_ipcaches(self._bpffs)
+        if self._maps:
+            pinned = {path: map_id for path, map_id in pinned.items() if map_id >= self._maps[0].map_id}
+        return running_ipcache(pinned, self._read)
+
+    async def _rearrange(self, maps: list[IpcacheMap]) -> None:
+        if not maps:
+            return
+        before, self._maps = self._maps, maps
+        moved = bool(before) and before[0] is not maps[0]
+        if moved:
+            self.recreated_total += 1
+            self._noticed_s = time.time() - _pinned_at(self._bpffs)
+        log.info("ipcaches", maps=[one.map_id for one in maps], layouts=[one.view.words for one in maps])
+        if self._writer is not None:
+            self._writer.installer.use(maps)
+        lending = self._lend(self._writer) if self._writer is not None and moved else iter(())
+        # Cilium's programs go on reading the old map for seconds, so ours may for a moment.
+        await _take_turns(lending, FIRST_S)
+        self._datapath.views.show(maps)
+        for gone in [one for one in before if one not in maps]:
+            gone.close()
+        await _take_turns(lending)
+        if len(maps) == 1:
+            self._settled.set()
+
+    def _open(self, map_ids: tuple[int, ...]) -> list[IpcacheMap]:
+        """Return the maps, those opened already as they are; DatapathError if one is not what it should be."""
+        opened = {one.map_id: one for one in self._maps}
+        maps: list[IpcacheMap] = []
+        try:
+            for map_id in map_ids:
+                # A map may go with its last program while we look.
+                with contextlib.suppress(FileNotFoundError):
+                    maps.append(opened.get(map_id) or IpcacheMap.by_id(map_id, TAG))
+        except DatapathError:
+            for one in maps:
+                if one.map_id not in opened:
+                    one.close()
+            raise
+        return maps
+
+    def _complain(self, problem: str) -> None:
+        if problem != self._problem:
+            log.error("Cilium's ipcache cannot be used", problem=problem)
+        self._problem = problem
+
+    # --- what is in them ----------------------------------------------------------------------------------------------
+
+    def _lend(self, writer: _Writer) -> Iterator[None]:
+        """Fill a new map, in steps: with whom this node has talked to, the latest first, then with all of ours."""
+        wanted = dict.fromkeys([*self._datapath.recent.newest_first(), *writer.installer.owned_addresses()])
+        for count, address in enumerate(wanted, 1):
+            fate = writer.lend(address, self._maps[1:])
+            if fate is not None:
+                self.lent[fate] += 1
+            if count % SLICE == 0:
+                yield
+
+    async def _sweep(self, writer: _Writer) -> None:
+        """Look for entries of ours that are not ours any more, and let go of them."""
+        while True:
+            await _wait(self._settled, SWEEP_EVERY_S)
+            for count, address in enumerate(writer.installer.owned_addresses(), 1):
+                # In a map that is being filled most of ours do not stand yet.
+                if not self._arrangement.settled:
+                    break
+                writer.give_up_if_lost(address)
+                if count % SLICE == 0:
+                    await asyncio.sleep(0)
+
+    async def _watch_room(self, writer: _Writer) -> None:
+        """Count the entries often enough that Cilium finds room for its own."""
+        while True:
+            ipcache = self._maps[0]
+            with contextlib.suppress(OSError):
+                self._used = await asyncio.to_thread(_count, ipcache.map_id)
+                writer.make_room(self._used, ipcache.max_entries)
+            ahead = (CROWDED * ipcache.max_entries - self._used) / CILIUM_PER_S
+            await asyncio.sleep(1)  # one count a second is enough for anybody
+            await _wait(writer.full, min(max(ahead, ROOM_TIGHT_S), ROOM_EVERY_S))
+
+    async def _learn_addresses(self) -> None:
+        found = await self._node.addresses()
+        self._here.clear()
+        self._here.update(found)
+
+
+def _pinned_at(bpffs: Path) -> float:
+    """Return when the youngest pin was made."""
+    found = []
+    for path in pins_directory(bpffs).glob("cilium_ipcache*"):
+        with contextlib.suppress(FileNotFoundError):
+            found.append(path.stat().st_ctime)
+    return max(found, default=time.time())
+
+
+def _fate(well: str, reason: Reason | None) -> str:
+    if reason is None:
+        return well
+    return "taken" if reason in (Reason.TAKEN, Reason.NOT_OURS) else "refused"
+
+
+def _count(map_id: int) -> int:
+    """Count a map's entries, through a descriptor of our own: the agent may close its own meanwhile."""
+    with contextlib.closing(IpcacheMap.by_id(map_id)) as ipcache:
+        return ipcache.count()
+
+
+async def _wait(event: asyncio.Event, seconds: float) -> None:
+    """Wait for an event, but not longer than so long; clear it."""
+    with contextlib.suppress(TimeoutError):
+        async with asyncio.timeout(seconds):
+            await event.wait()
+    event.clear()
+
+
+async def _take_turns(steps: Iterator[None], seconds: float = math.inf) -> None:
+    """Go through the steps, for so long, and let others have their turn in between; what is left stays."""
+    until = time.monotonic() + seconds
+    for _ in steps:
+        await asyncio.sleep(0)
+        if time.monotonic() > until:
+            return
+
+
+async def _repeat(step: Callable[[], Awaitable[None]], seconds: float) -> None:
+    while True:
+        await asyncio.sleep(seconds)
+        await step()

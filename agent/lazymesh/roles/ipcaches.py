@@ -1,0 +1,103 @@
+"""Where entries go: an ipcache of our own, on a node without Cilium. Beside Cilium it is ``guest``'s."""
+
+from __future__ import annotations
+
+import asyncio
+from typing import TYPE_CHECKING, Any, Protocol
+
+from lazymesh.datapath.program import open_own_ipcache
+
+if TYPE_CHECKING:
+    from collections.abc import Container, Iterator, Sequence
+
+    from lazymesh.core.model import Address
+    from lazymesh.core.resolver import Resolver
+    from lazymesh.datapath.installer import Installer
+    from lazymesh.datapath.maps import IpcacheMap
+    from lazymesh.datapath.program import Datapath
+    from lazymesh.metrics import Metrics
+    from lazymesh.roles.driver import Driver
+    from lazymesh.roles.mesh import Mesh
+
+
+class NodeIpcaches(Protocol):
+    """The ipcaches of a node, as the agent has them."""
+
+    mode: str
+    """``standalone`` or ``cilium``."""
+    shared: bool
+    """Somebody else writes there too."""
+
+    @property
+    def here(self) -> Container[Address]:
+        """The node's own addresses, which no tunnel leads to; empty where there are no tunnels."""
+
+    @property
+    def maps(self) -> Sequence[IpcacheMap]:
+        """The map that is written for good, then others that programs still read."""
+
+    def connect(self, installer: Installer, driver: Driver, resolver: Resolver, mesh: Mesh) -> None:
+        """Say who writes; without this, in shadow mode, nothing is ever written."""
+
+    async def run(self) -> None:
+        """Follow the maps until cancelled."""
+
+    def problems(self) -> Iterator[str]:
+        """Yield what is wrong, a line each."""
+
+    def describe(self) -> dict[str, Any]:
+        """Return what there is to see, as an object for people."""
+
+    def export(self, metrics: Metrics) -> None:
+        """Register what is counted."""
+
+    def leave(self, installer: Installer) -> None:
+        """Take every entry of ours out: the agent is to leave nothing behind."""
+
+
+class OwnIpcache:
+    """One map, and nobody else's."""
+
+    mode = "standalone"
+    shared = False
+    here: tuple[Address, ...] = ()
+
+    def __init__(self, datapath: Datapath, size: int) -> None:
+        self._ipcache = open_own_ipcache(datapath.pins, size)
+        datapath.views.show([self._ipcache])
+
+    @property
+    def maps(self) -> Sequence[IpcacheMap]:
+        """The one."""
+        return (self._ipcache,)
+
+    def connect(self, installer: Installer, driver: Driver, resolver: Resolver, mesh: Mesh) -> None:
+        """Nobody but the driver writes here."""
+
+    async def run(self) -> None:
+        """Do nothing: it stays where it is."""
+        await asyncio.Event().wait()
+
+    def problems(self) -> Iterator[str]:
+        """Nothing can go wrong with it."""
+        return iter(())
+
+    def describe(self) -> dict[str, Any]:
+        """Show the map."""
+        return {"maps": [describe_map(self._ipcache, "own")]}
+
+    def export(self, metrics: Metrics) -> None:
+        """There is nothing to count."""
+
+    def leave(self, installer: Installer) -> None:
+        """The map goes with its pin, and its entries with it."""
+
+
+def describe_map(ipcache: IpcacheMap, role: str) -> dict[str, Any]:
+    """Return one map for people."""
+    return {
+        "id": ipcache.map_id,
+        "layout": ipcache.view.words,
+        "size": ipcache.max_entries,
+        "role": role,
+    }

@@ -1,0 +1,46 @@
+"""Takes everything of lazymesh off a node: entries, programs, pins. The agent must have been stopped."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from lazymesh.datapath.cilium import take_out_ours
+from lazymesh.datapath.hooks import detach_everywhere
+from lazymesh.datapath.pins import Pins, check_bpffs
+from lazymesh.errors import DatapathError
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+
+@dataclass(frozen=True, slots=True)
+class Removed:
+    """What there was."""
+
+    entries: int
+    """Entries of ours in Cilium's ipcache; those in a map of our own went with it."""
+    interfaces: tuple[str, ...]
+    """That carried our programs."""
+    pins: bool
+    """Whether maps and programs were pinned."""
+
+
+async def uninstall(bpffs: Path) -> Removed:
+    """Remove it all; DatapathError while an agent runs, or without the rights to."""
+    if os.geteuid() != 0:
+        raise DatapathError("lazymesh uninstall needs root: it detaches BPF programs")
+    check_bpffs(bpffs)
+    pins = Pins.under(bpffs)
+    there = pins.directory.is_dir()
+    lock = pins.lock() if there else None
+    try:
+        # Programs first: who detached, holds nothing back that nobody resolves any more.
+        interfaces = await detach_everywhere(pins)
+        entries = take_out_ours(bpffs)
+        pins.remove()
+    finally:
+        if lock is not None:
+            os.close(lock)
+    return Removed(entries, tuple(interfaces), there)

@@ -1,0 +1,73 @@
+"""Nothing of lazymesh is left on a node, and nothing of Cilium's is missing."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+from typing import TYPE_CHECKING, Any
+
+import pytest
+
+from tests.support.lab import Lab, remote_address
+from tests.support.node import connect, filters, launched, options, pins
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    from tests.support.cilium import Cilium
+
+pytestmark = pytest.mark.needs("clang")
+
+
+@pytest.fixture(scope="module")
+def lab() -> Iterator[Lab]:
+    """One lab."""
+    with Lab(pods=2) as built:
+        yield built
+
+
+def dump(cilium: Cilium) -> list[Any]:
+    """Return the bytes of Cilium's map as bpftool reads them, in the order of the keys."""
+    argv = ["bpftool", "--json", "map", "dump", "pinned", str(cilium.pin)]
+    rows = json.loads(subprocess.run(argv, check=True, capture_output=True, text=True).stdout)
+    return sorted([row["key"], row["value"]] for row in rows)
+
+
+def test_uninstall_leaves_no_trace(cilium: Cilium, lab: Lab) -> None:
+    """Of an agent that was killed: programs, pins and exactly our entries go; it may be run twice."""
+    peers = [remote_address(number) for number in range(5)]
+    lab.publish_many(peers)
+    cilium.upsert("10.2.7.7")
+    before, pinned, attached = dump(cilium), pins(lab), filters(lab.node_a)
+    with launched(lab, *options(lab, datapath="cilium", policy=None)) as agent:
+        agent.wait_ready()
+        for peer in peers:
+            assert connect(lab.pods[0].namespace, peer) is not None
+        busy = lab.cli("uninstall", check=False)
+        assert (busy.returncode, busy.stdout) == (3, "")
+        assert "stop it first" in busy.stderr
+        agent.kill()
+    assert len(dump(cilium)) == len(before) + len(peers)
+    removed = json.loads(lab.cli("uninstall", "-o", "json").stdout)
+    assert removed == {"entries": len(peers), "interfaces": ["eth0", "lxc0", "lxc1"], "pins": True}
+    assert dump(cilium) == before
+    assert pins(lab) == pinned
+    assert filters(lab.node_a) == attached
+    again = json.loads(lab.cli("uninstall", "-o", "json").stdout)
+    assert again == {"entries": 0, "interfaces": [], "pins": False}
+
+
+def test_standalone_agent_takes_out_what_its_life_beside_cilium_has_left(agent: Cilium, lab: Lab) -> None:
+    """Nobody would look after these entries any more."""
+    peer = remote_address(20)
+    lab.publish(peer)
+    before = dump(agent)
+    with launched(lab, *options(lab, datapath="cilium", policy=None)) as beside:
+        beside.wait_ready()
+        assert connect(lab.pods[0].namespace, peer) is not None
+        beside.kill()
+    assert dump(agent) != before
+    with launched(lab, *options(lab, policy=None), "--cleanup") as alone:
+        alone.wait_ready()
+        assert dump(agent) == before
+        assert connect(lab.pods[0].namespace, peer, 0.2) is None, "Cilium decides by its own map"

@@ -1,0 +1,41 @@
+"""A map of our own, as the agent has it."""
+
+from __future__ import annotations
+
+import asyncio
+from types import SimpleNamespace
+from typing import TYPE_CHECKING, Any, cast
+
+import pytest
+
+from lazymesh.datapath.maps import View
+from lazymesh.roles import ipcaches as module
+from lazymesh.roles.ipcaches import OwnIpcache
+
+if TYPE_CHECKING:
+    from lazymesh.datapath.program import Datapath
+
+
+@pytest.fixture
+def own(monkeypatch: pytest.MonkeyPatch) -> tuple[OwnIpcache, list[Any]]:
+    """Return one over fakes, and what was put in force."""
+    shown: list[Any] = []
+    ipcache = SimpleNamespace(map_id=7, view=View.V2, max_entries=100)
+    monkeypatch.setattr(module, "open_own_ipcache", lambda _pins, _size: ipcache)
+    datapath = SimpleNamespace(pins=None, views=SimpleNamespace(show=shown.append))
+    return OwnIpcache(cast("Datapath", datapath), 100), shown
+
+
+async def test_it_is_put_in_force_and_stays(own: tuple[OwnIpcache, list[Any]]) -> None:
+    """Nobody else writes there, and nothing can be wrong with it."""
+    ipcaches, shown = own
+    assert shown == [[ipcaches.maps[0]]]
+    assert (ipcaches.mode, ipcaches.shared, len(ipcaches.here)) == ("standalone", False, 0)
+    assert list(ipcaches.problems()) == []
+    with pytest.raises(TimeoutError):
+        await asyncio.wait_for(ipcaches.run(), 0.01)
+
+
+def test_it_is_described(own: tuple[OwnIpcache, list[Any]]) -> None:
+    """For status."""
+    assert own[0].describe() == {"maps": [{"id": 7, "layout": "v2", "size": 100, "role": "own"}]}
