@@ -1,5 +1,5 @@
 .DEFAULT_GOAL := help
-.PHONY: help setup check format test unit datapath mesh demo clean
+.PHONY: help setup check format test unit datapath mesh demo bench clean
 
 PYTEST = .venv/bin/python -m pytest
 
@@ -23,6 +23,9 @@ unit datapath mesh: setup ## tests of one tier: unit, datapath or mesh
 
 demo: ## two clusters in network namespaces, without and with lazymesh
 	@scripts/demo
+
+bench: ## figures, each beside what it is compared with
+	@scripts/bench
 
 clean: ## remove .venv, caches and build leftovers
 	@rm -rf .venv .cache .*_cache .hypothesis build dist agent/*.egg-info

@@ -9,12 +9,12 @@ import time
 
 import click
 
-from bench import first_packet, scan
+from bench import first_packet, packet, restart, scan
 from bench.report import table
 from bench.stage import load
 from tests.support.namespaces import tidy_signals
 
-PARTS = {"first_packet": first_packet.run, "scan": scan.run}
+PARTS = {"first_packet": first_packet.run, "scan": scan.run, "restart": restart.run, "packet": packet.run}
 _BEGAN = time.monotonic()
 
 

@@ -15,8 +15,10 @@ import os
 import sys
 import time
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from scripts import demo_restart
 from tests.support.lab import REMOTE_CIDRS, Lab, remote_address
 from tests.support.namespaces import tidy_signals
 from tests.support.traffic import Exchange, Probe, probe
@@ -58,17 +60,21 @@ def main() -> int:
     options = parse_arguments()
     if os.geteuid() != 0:
         return fail("needs root, for network namespaces and BPF")
-    plan = Plan(options.connections)
+    scene = SCENES[options.scene]
     try:
         with tidy_signals():
-            results = run(plan)
+            results = scene.run(options)
     except KeyboardInterrupt:
         say("interrupted; everything it made is removed")
         return 130
     except (OSError, RuntimeError) as error:
         return fail(str(error))
-    print(json.dumps(results) if options.output == "json" else table(results))
-    return 0 if shows_the_difference(results) else 1
+    if options.picture is not None:
+        from scripts.demo_picture import draw  # noqa: PLC0415 (half a second, and not often wanted)
+
+        draw(results, options.picture)
+    print(json.dumps(results) if options.output == "json" else scene.table(results))
+    return 0 if scene.shows(results) else 1
 
 
 def parse_arguments() -> argparse.Namespace:
@@ -78,17 +84,44 @@ def parse_arguments() -> argparse.Namespace:
     )
     parser.add_argument("-o", "--output", choices=("table", "json"), default="table")
     parser.add_argument(
-        "--connections", type=count, default=20, metavar="N", help="of each protocol (default: 20)"
+        "--scene",
+        choices=tuple(SCENES),
+        default="gap",
+        help="gap: first connections in a sync gap (default). restart: a Cilium agent restarts under traffic.",
     )
-    return parser.parse_args()
+    parser.add_argument(
+        "--connections",
+        type=count(1, 400),
+        default=20,
+        metavar="N",
+        help="gap: of each protocol (default: 20)",
+    )
+    parser.add_argument(
+        "--endpoints",
+        type=count(1_000, 400_000),
+        default=60_000,
+        metavar="N",
+        help="restart: remote pods in the mesh (default: 60000, which takes two minutes)",
+    )
+    parser.add_argument("--picture", type=Path, metavar="FILE", help="restart: draw it, as .svg or .png")
+    options = parser.parse_args()
+    if options.picture is not None and options.scene != "restart":
+        parser.error("--picture is of the restart scene")
+    if options.picture is not None and options.picture.suffix not in (".svg", ".png"):
+        parser.error("--picture: give a name that ends in .svg or .png")
+    return options
 
 
-def count(text: str) -> int:
-    """Read a number of connections."""
-    number = int(text)
-    if not 1 <= number <= 400:
-        raise argparse.ArgumentTypeError("give 1 to 400")
-    return number
+def count(least: int, most: int) -> Callable[[str], int]:
+    """Return a reader of numbers in these bounds."""
+
+    def read(text: str) -> int:
+        number = int(text)
+        if not least <= number <= most:
+            raise argparse.ArgumentTypeError(f"give {least} to {most}")
+        return number
+
+    return read
 
 
 def run(plan: Plan) -> Numbers:
@@ -213,6 +246,25 @@ def fail(words: str) -> int:
     """Say why it could not run."""
     print(f"demo: {words}", file=sys.stderr)
     return 3
+
+
+@dataclass(frozen=True)
+class Show:
+    """One of the scenes."""
+
+    run: Callable[[argparse.Namespace], Numbers]
+    table: Callable[[Numbers], str]
+    shows: Callable[[Numbers], bool]
+
+
+SCENES = {
+    "gap": Show(lambda options: run(Plan(options.connections)), table, shows_the_difference),
+    "restart": Show(
+        lambda options: demo_restart.run(options.endpoints, say),
+        demo_restart.table,
+        demo_restart.shows_the_difference,
+    ),
+}
 
 
 if __name__ == "__main__":
