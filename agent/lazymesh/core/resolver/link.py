@@ -70,7 +70,14 @@ class Link:
     VOID stands for a read that was sent to a store that no longer is, or for an address that was forgotten."""
     lanes: dict[tuple[Space, ...], Lane] = field(default_factory=dict)
     checks_after: float = -math.inf
-    """No checks are sent before: the last one failed."""
+    """No checks are sent before: the last one failed, or all nodes would ask at once."""
+    ready_at: float = -math.inf
+    """Since when it is ready: no answer could come before."""
+
+    @property
+    def missed(self) -> int:
+        """How many missed addresses wait for a read."""
+        return sum([len(lane.misses) for lane in self.lanes.values()])
 
     def void_reads(self) -> None:
         """Make the answers of all reads in flight worthless: they may carry revisions of a replaced store."""
