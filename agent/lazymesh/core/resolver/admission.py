@@ -3,8 +3,8 @@
 Each cluster is compared with itself: its fastest answers of the last minute tell how far away its store is, and when
 its slowest ones (the 99th percentile of a second) take many times as long, they wait for something. Whether that is its
 store or this agent, nobody can tell from one cluster; but when *every* cluster that answers has become slow, the cause
-is here, and fewer misses are let in: half as many, then a look at what it helped. A slow cluster among good ones
-changes nothing for them.
+is here, and fewer misses are let in: half as many, then a look at what it helped. One slow second is a burst and no
+cause; a slow cluster among good ones changes nothing for them.
 
 Down at once and up by a tenth a second: it neither swings nor starves. The queue's own alarm is the mute flag
 (machine); after it, too, the share is halved, so that the flood does not come back at once.
@@ -40,6 +40,7 @@ class Admission:
         self._clusters: dict[str, _Cluster] = {}
         self._ends = 0.0
         self._settling = False
+        self._late = 0
 
     def took(self, cluster: str, seconds: float) -> None:
         """Take note that a miss was answered from the cluster's store."""
@@ -66,7 +67,8 @@ class Admission:
             return self._grow()
         self.p99, usual = min(slowness, key=lambda each: each[0] / self._bound(each[1]))
         bound = self._bound(usual)
-        if self.p99 > bound:
+        self._late = self._late + 1 if self.p99 > bound else 0
+        if self._late > 1:
             return self._halve("latency")
         return self._grow() if self.p99 <= bound / 2 else False
 

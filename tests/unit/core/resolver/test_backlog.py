@@ -202,7 +202,7 @@ def test_late_answers_let_fewer_misses_in_and_none_at_all_let_more_in() -> None:
     """Said once a second, while it changes; how late is measured from the packet to its answer."""
     story = play()
     said: list[Command] = []
-    for second in range(4):
+    for second in range(5):
         for address in MANY[second * 20 : second * 20 + 20]:
             story.tell(miss(address, at=story.now))
         story.now += 0.5 if second else 0.001
