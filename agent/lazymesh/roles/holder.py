@@ -69,8 +69,10 @@ def reset(pins: Path, mapped: Mapped) -> None:
     """Make everything about holding as if nothing had ever been parked; what was out is counted as lost."""
     mapped.control.tap_ifindex = 0
     time.sleep(DRAIN_S)  # a program that read the old value may still be parking
-    mapped.stats.lost += sum(slot.state != abi.SLOT_FREE for slot in mapped.slots)
+    # Counted in a copy: what still arrives while we count must not be counted twice.
+    found = type(mapped.slots).from_buffer_copy(mapped.slots)
     ctypes.memset(mapped.slots, 0, ctypes.sizeof(mapped.slots))
+    mapped.stats.lost += sum(slot.state != abi.SLOT_FREE for slot in found)
     bucket, total = Map.pinned(pins / "lm_hold_bucket"), Map.pinned(pins / "lm_hold_total")
     nothing = bytes(ctypes.sizeof(abi.Outstanding))
     bucket.update_many([(i.to_bytes(4, sys.byteorder), nothing) for i in range(bucket.layout.max_entries)])
