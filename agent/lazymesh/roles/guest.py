@@ -20,7 +20,7 @@ import structlog
 
 from lazymesh.core import events
 from lazymesh.core.identities import is_peer
-from lazymesh.core.ipcaches import Arrangement
+from lazymesh.core.ipcaches import Arrangement, Room
 from lazymesh.core.model import Reason, with_tunnel_flags
 from lazymesh.datapath.cilium import TAG, pinned_ipcaches, pins_directory, running_ipcache
 from lazymesh.datapath.maps import IpcacheMap
@@ -52,12 +52,6 @@ SWEEP_EVERY_S = 30.0
 ADDRESSES_EVERY_S = 10.0
 SLICE = 200
 """Entries handled between two looks at what else there is to do."""
-ROOM_EVERY_S, ROOM_TIGHT_S = 60.0, 5.0
-"""Between counts of the map's entries: at most, and when it fills up."""
-CROWDED, ROOMY = 0.95, 0.93
-"""Shares of the map: nothing new of ours beyond the first; well again below the second."""
-CILIUM_PER_S = 5_000
-"""No agent adds more entries in a second: 3,900 were seen (cilium-live 6)."""
 FIRST_S = 0.1
 """A new map is filled for so long before programs look into it; the rest comes while they do."""
 
@@ -70,8 +64,15 @@ class _Writer:
     driver: Driver
     resolver: Resolver
     mesh: Mesh
-    full: asyncio.Event = field(default_factory=asyncio.Event)
-    """The kernel has found no room for an entry of ours."""
+    room: Room = field(default_factory=Room)
+    count: asyncio.Event = field(default_factory=asyncio.Event)
+    """The map's entries are to be counted now: the kernel has found no room for one of ours, or the map is new."""
+
+    def begin(self) -> None:
+        """Take note that the map is a new one."""
+        self.room.begin()
+        self.installer.crowded = False
+        self.count.set()
 
     def lend(self, address: Address, old: Sequence[IpcacheMap]) -> str | None:
         """Put an address into the new map, as ours or as the old maps know it; return what became of it, or None."""
@@ -113,12 +114,12 @@ class _Writer:
 
     def make_room(self, used: int, size: int) -> None:
         """Stop putting entries in where room is scarce, and take out what is too much."""
-        crowded = used >= (ROOMY if self.installer.crowded else CROWDED) * size
-        if crowded != self.installer.crowded:
-            log.log(30 if crowded else 20, "room in the ipcache", crowded=crowded, entries=used, size=size)
-        self.installer.crowded = crowded
-        if crowded:
-            self.driver.feed(events.Shrink(max(0, used - int(ROOMY * size))))
+        before, surplus = self.room.crowded, self.room.step(used, size)
+        if self.room.crowded != before:
+            log.log(20 if before else 30, "room in the ipcache", crowded=not before, entries=used, size=size)
+        self.installer.crowded = self.room.crowded
+        if surplus:
+            self.driver.feed(events.Shrink(surplus))
 
 
 class GuestIpcaches:
@@ -178,7 +179,7 @@ class GuestIpcaches:
     def connect(self, installer: Installer, driver: Driver, resolver: Resolver, mesh: Mesh) -> None:
         """Let entries be written."""
         self._writer = _Writer(installer, driver, resolver, mesh)
-        installer.on_full = self._writer.full.set
+        installer.on_full = self._writer.count.set
 
     async def run(self) -> None:
         """Follow Cilium until cancelled."""
@@ -290,6 +291,8 @@ class GuestIpcaches:
         log.info("ipcaches", maps=[one.map_id for one in maps], layouts=[one.view.words for one in maps])
         if self._writer is not None:
             self._writer.installer.use(maps)
+            if moved:
+                self._writer.begin()
         lending = self._lend(self._writer) if self._writer is not None and moved else iter(())
         # Cilium's programs go on reading the old map for seconds, so ours may for a moment.
         await _take_turns(lending, FIRST_S)
@@ -350,11 +353,12 @@ class GuestIpcaches:
         while True:
             ipcache = self._maps[0]
             with contextlib.suppress(OSError):
-                self._used = await asyncio.to_thread(_count, ipcache.map_id)
-                writer.make_room(self._used, ipcache.max_entries)
-            ahead = (CROWDED * ipcache.max_entries - self._used) / CILIUM_PER_S
+                used = await asyncio.to_thread(_count, ipcache.map_id)
+                if ipcache is self._maps[0]:  # else it says nothing of the one that is
+                    self._used = used
+                    writer.make_room(used, ipcache.max_entries)
             await asyncio.sleep(1)  # one count a second is enough for anybody
-            await _wait(writer.full, min(max(ahead, ROOM_TIGHT_S), ROOM_EVERY_S))
+            await _wait(writer.count, writer.room.pause(ipcache.max_entries))
 
     async def _learn_addresses(self) -> None:
         found = await self._node.addresses()

@@ -4,7 +4,15 @@ from __future__ import annotations
 
 import pytest
 
-from lazymesh.core.ipcaches import LETTING_GO_S, MOST, ORPHAN_AFTER_S, Arrangement
+from lazymesh.core.ipcaches import (
+    LETTING_GO_S,
+    MOST,
+    ORPHAN_AFTER_S,
+    ROOM_EVERY_S,
+    ROOM_TIGHT_S,
+    Arrangement,
+    Room,
+)
 
 NOTHING: frozenset[int] = frozenset()
 
@@ -85,3 +93,59 @@ def test_pinned_map_without_any_program_is_no_orphan() -> None:
     for now in (0, 2 * ORPHAN_AFTER_S):
         assert arrangement.step(5, NOTHING, now) == (5,)
     assert arrangement.orphan is None
+
+
+def test_room_gets_scarce_and_is_there_again_well_below() -> None:
+    """So that it does not change at every count; what is too much is told."""
+    room = Room()
+    assert (room.step(949, 1000), room.crowded) == (0, False)
+    assert (room.step(960, 1000), room.crowded) == (30, True)
+    assert (room.step(940, 1000), room.crowded) == (10, True)
+    assert (room.step(929, 1000), room.crowded) == (0, False)
+
+
+def test_new_map_is_not_crowded_before_it_holds_what_the_last_one_did() -> None:
+    """Until then what is ours in it is what Cilium is about to write."""
+    room = Room()
+    room.step(975, 1000)
+    room.begin()
+    assert not room.crowded
+    for used in (10, 500, 960, 975):
+        assert (room.step(used, 1000), room.crowded) == (0, False)
+    assert (room.step(976, 1000), room.crowded) == (46, True)
+
+
+def test_new_map_that_grows_no_more_is_judged_like_any_other() -> None:
+    """Also after two restarts in a row; a pause at its beginning does not count."""
+    room = Room()
+    room.step(975, 1000)
+    room.begin()
+    room.step(300, 1000)
+    room.begin()
+    for used in (0, 0, 960):
+        assert (room.step(used, 1000), room.crowded) == (0, False)
+    assert (room.step(960, 1000), room.crowded) == (30, True)
+
+
+def test_some_room_is_left_whatever_the_last_map_held() -> None:
+    """Cilium's next entry must fit."""
+    room = Room()
+    room.step(1000, 1000)
+    room.begin()
+    room.step(900, 1000)
+    assert (room.step(981, 1000), room.crowded) == (51, True)
+
+
+def test_count_comes_before_the_map_can_be_full() -> None:
+    """Seldom while there is room, at once in the last stretch of a map that fills up."""
+    room = Room()
+    assert room.pause(512_000) == ROOM_EVERY_S
+    room.step(400_000, 512_000)
+    assert room.pause(512_000) == pytest.approx(17.28)
+    room.step(500_000, 512_000)
+    assert room.pause(512_000) == ROOM_TIGHT_S
+    room.begin()
+    room.step(480_000, 512_000)
+    assert room.pause(512_000) == pytest.approx(4)
+    room.step(500_000, 512_000)
+    assert room.pause(512_000) == 0
