@@ -104,3 +104,12 @@ def test_nearly_full_map_is_lent_to_all_the_same_when_it_begins_anew(lab: Lab) -
             assert metric(agent, "lazymesh_ipcache_lent_entries_total", fate="warmed") > 0
             assert (seen.fates.lost, seen.overwritten, cilium.log) == (0, 0, [])
             wait_until(lambda: "nearly full" in " ".join(status(lab)["wrong"]), what="the alarm again")
+
+
+def test_upgrade_is_a_restart_like_any_other(lab: Lab) -> None:
+    """The new map is under another name, and the old pin stays: programs read that one for a while."""
+    with Cilium(lab, layout="v1") as cilium:
+        cilium.upsert_many(addresses(SCENE.endpoints))
+        with beside_cilium(lab):
+            cilium.become("v2")
+            costs_nothing_to_restart(cilium, lab)

@@ -10,6 +10,10 @@ Pure: map ids and counts in, decisions out. Looking at pins, programs and maps i
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from collections.abc import Collection, Set
 
 MOST = 3
 """LM_VIEWS: the newest are kept. More than two old maps take three restarts within a minute."""
@@ -29,6 +33,11 @@ ROOM_EVERY_S, ROOM_TIGHT_S = 60.0, 5.0
 """Between counts of the map's entries: at most, and when it fills up."""
 
 
+def running_ipcache(pins: Collection[int], read: Collection[int]) -> int | None:
+    """Return the running agent's of all pinned maps: one that is read, else the youngest (ids count up), if any."""
+    return max(pins, key=lambda map_id: (map_id in read, map_id), default=None)
+
+
 @dataclass(slots=True)
 class Arrangement:
     """Follows the maps; ``maps`` is the arrangement in force: the one to be written for good first, then old ones."""
@@ -36,7 +45,10 @@ class Arrangement:
     maps: tuple[int, ...] = ()
     orphan: int | None = None
     """A pinned map that nothing reads; it is left alone."""
+    _pins: Set[int] = frozenset()
+    """All that was pinned when we last looked."""
     _pinned: int | None = None
+    """The running agent's."""
     _pinned_at: float = 0.0
     _read_at: dict[int, float] = field(default_factory=dict)
     """When each old map was last seen being read."""
@@ -46,11 +58,13 @@ class Arrangement:
         """Whether only one map counts."""
         return len(self.maps) == 1
 
-    def step(self, pinned: int | None, read: frozenset[int], now: float) -> tuple[int, ...]:
+    def step(self, pins: Set[int], read: Set[int], now: float) -> tuple[int, ...]:
         """Take a look at the node; return the maps that count from now on.
 
-        pinned: None while there is no pin, which says nothing. read: what programs on our interfaces look into.
+        pins: the maps behind all pins; that one is missing says nothing. read: what programs on our interfaces look
+        into.
         """
+        pinned = self._running(pins, read)
         if pinned is not None and pinned != self._pinned:
             self._pinned, self._pinned_at = pinned, now
         if self._pinned is None:
@@ -67,10 +81,26 @@ class Arrangement:
         self._read_at = {m: at for m, at in self._read_at.items() if m in self.maps}
         return self.maps
 
+    def has_news(self, pins: Set[int]) -> bool:
+        """Tell whether something is pinned that was not at the last step."""
+        return not pins <= self._pins
+
+    def _running(self, pins: Set[int], read: Set[int]) -> int | None:
+        """Return the map that the running agent has pinned, if that is anew or for the first time.
+
+        One of another version than the agent before it uses another name, and the old pin stays. So what gets pinned
+        under our eyes is the running agent's; of what was there before us, what programs read.
+        """
+        before, self._pins = self._pins, pins
+        if self._pinned is None:
+            return running_ipcache(pins, read)
+        newer = [m for m in pins if m > self._pinned and (m not in before or m in read)]
+        return max(newer, default=None)
+
     def _counts(self, map_id: int, now: float) -> bool:
         return now - self._read_at[map_id] < LETTING_GO_S
 
-    def _is_orphan(self, read: frozenset[int], now: float) -> bool:
+    def _is_orphan(self, read: Set[int], now: float) -> bool:
         return bool(read) and self._pinned not in read and now - self._pinned_at > ORPHAN_AFTER_S
 
 

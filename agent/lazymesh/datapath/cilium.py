@@ -22,7 +22,6 @@ from lazymesh.datapath.maps import IpcacheMap, view_of
 from lazymesh.errors import DatapathError
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable
     from pathlib import Path
 
     from lazymesh.core.model import Address
@@ -55,12 +54,6 @@ def pinned_ipcaches(bpffs: Path) -> dict[Path, int]:
         except OSError as exc:
             raise DatapathError(f"cannot open Cilium's ipcache at {path}: {exc.strerror}") from exc
     return found
-
-
-def running_ipcache(pinned: dict[Path, int], read: Iterable[int]) -> int | None:
-    """Return the running agent's map: one that is read, else the youngest (ids count up); None: there is no pin."""
-    known = set(read)
-    return max(pinned.values(), key=lambda map_id: (map_id in known, map_id), default=None)
 
 
 class NodeView:

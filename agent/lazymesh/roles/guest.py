@@ -22,7 +22,7 @@ from lazymesh.core import events
 from lazymesh.core.identities import is_peer
 from lazymesh.core.ipcaches import Arrangement, Room
 from lazymesh.core.model import Reason, with_tunnel_flags
-from lazymesh.datapath.cilium import TAG, pinned_ipcaches, pins_directory, running_ipcache
+from lazymesh.datapath.cilium import TAG, pinned_ipcaches, pins_directory
 from lazymesh.datapath.maps import IpcacheMap
 from lazymesh.errors import DatapathError
 from lazymesh.roles.ipcaches import describe_map
@@ -259,26 +259,18 @@ class GuestIpcaches:
     async def _look(self) -> None:
         """Look at pins and, less often, at programs; put the maps that count in force."""
         now = time.monotonic()
-        pinned = self._pinned()
-        moved = pinned is not None and pinned not in self._arrangement.maps
+        pins = self._pins()
         pause = READ_SETTLED_S if self._arrangement.settled else READ_EVERY_S
-        if moved or now >= self._read_at + pause:
+        if self._arrangement.has_news(pins) or now >= self._read_at + pause:
             self._read, self._read_at = await self._node.ipcaches(), now
-            pinned = self._pinned()
-        maps = self._arrangement.step(pinned, self._read, now)
+            pins = self._pins()
+        maps = self._arrangement.step(pins, self._read, now)
         if maps != tuple(one.map_id for one in self._maps):
             await self._rearrange(self._open(maps))
         self._problem = None
 
-    def _pinned(self) -> int | None:
-        """Return the map that Cilium's agent writes; None while the pin is away.
-
-        A pin that an earlier version has left behind is not its replacement: map ids count up.
-        """
-        pinned = pinned_ipcaches(self._bpffs)
-        if self._maps:
-            pinned = {path: map_id for path, map_id in pinned.items() if map_id >= self._maps[0].map_id}
-        return running_ipcache(pinned, self._read)
+    def _pins(self) -> frozenset[int]:
+        return frozenset(pinned_ipcaches(self._bpffs).values())
 
     async def _rearrange(self, maps: list[IpcacheMap]) -> None:
         if not maps:
