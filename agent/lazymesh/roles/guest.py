@@ -289,9 +289,12 @@ class GuestIpcaches:
         # Cilium's programs go on reading the old map for seconds, so ours may for a moment.
         await _take_turns(lending, FIRST_S)
         self._datapath.views.show(maps)
-        for gone in [one for one in before if one not in maps]:
-            gone.close()
         await _take_turns(lending)
+        gone = [one for one in before if one not in maps]
+        if self._writer is not None and gone:
+            await _take_turns(_withdraw(self._writer.installer, gone))
+        for one in gone:
+            one.close()
         if len(maps) == 1:
             self._settled.set()
 
@@ -356,6 +359,15 @@ class GuestIpcaches:
         found = await self._node.addresses()
         self._here.clear()
         self._here.update(found)
+
+
+def _withdraw(installer: Installer, gone: Sequence[IpcacheMap]) -> Iterator[None]:
+    """Take all of ours out of maps that do not count any more, in steps: not every one of them dies at once."""
+    for count, address in enumerate(installer.owned_addresses(), 1):
+        for ipcache in gone:
+            installer.withdraw(ipcache, address)
+        if count % SLICE == 0:
+            yield
 
 
 def _pinned_at(bpffs: Path) -> float:
