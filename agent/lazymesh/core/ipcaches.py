@@ -45,6 +45,8 @@ class Arrangement:
     maps: tuple[int, ...] = ()
     orphan: int | None = None
     """A pinned map that nothing reads; it is left alone."""
+    there_at: float = 0.0
+    """When the running agent's map was last seen pinned."""
     _pins: Set[int] = frozenset()
     """All that was pinned when we last looked."""
     _pinned: int | None = None
@@ -69,6 +71,8 @@ class Arrangement:
             self._pinned, self._pinned_at = pinned, now
         if self._pinned is None:
             return self.maps
+        if self._pinned in pins:
+            self.there_at = now
         self.orphan = self._pinned if self._is_orphan(read, now) else None
         for map_id in read:
             self._read_at[map_id] = now

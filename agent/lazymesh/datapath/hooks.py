@@ -250,11 +250,22 @@ class Attachment:
 
 async def attachments(route: AsyncIPRoute, index: int) -> list[Attachment]:
     """Return whose programs are on an interface's ingress, in the order in which they run: tcx before clsact."""
+    return [*tcx_attachments(index), *await clsact_attachments(route, index)]
+
+
+def tcx_attachments(index: int) -> list[Attachment]:
+    """Return those on tcx; none if the interface is gone, or the kernel has no tcx."""
     found = []
-    with contextlib.suppress(OSError):  # the interface is gone, or the kernel has no tcx
+    with contextlib.suppress(OSError):
         for program_id in libbpf.tcx_programs(index):
             with contextlib.suppress(OSError):  # it was replaced a moment ago
                 found.append(Attachment("tcx", libbpf.describe_program(program_id).name, program_id))
+    return found
+
+
+async def clsact_attachments(route: AsyncIPRoute, index: int) -> list[Attachment]:
+    """Return those on clsact; none if the interface is gone."""
+    found = []
     for item in await _dump(route, index, _INGRESS):
         options = item.get_attr("TCA_OPTIONS")
         number = options.get_attr("TCA_BPF_ID") if options else None

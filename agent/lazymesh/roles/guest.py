@@ -47,6 +47,10 @@ LOOK_EVERY_S = 0.05
 """Between looks at the pin: what Cilium re-creates is in our programs' view within 100 ms."""
 READ_EVERY_S, READ_SETTLED_S = 0.25, 2.0
 """Between looks at the programs, while some of them may still read an old map, and otherwise."""
+READ_SHARE = 0.1
+"""Of the time at most: hundreds of interfaces with filters take half a second to look at."""
+PIN_AWAY_S = 10.0
+"""No start of an agent takes the pin away for longer than a moment (cilium-live 6)."""
 SWEEP_EVERY_S = 30.0
 """Between looks for entries of ours that Cilium has taken over."""
 ADDRESSES_EVERY_S = 10.0
@@ -138,8 +142,12 @@ class GuestIpcaches:
         self._node = node
         self._arrangement = Arrangement()
         self._maps: list[IpcacheMap] = []
+        self._shown = False
+        """They are in force."""
+        self._gone: list[IpcacheMap] = []
+        """Maps that count no more, but are in force still, or have entries of ours."""
         self._read: frozenset[int] = frozenset()
-        self._read_at = -math.inf
+        self._read_at, self._read_took = -math.inf, 0.0
         self._used = 0
         self._noticed_s: float | None = None
         """How long after it was pinned the last new map was seen."""
@@ -195,6 +203,12 @@ class GuestIpcaches:
         """Yield what is wrong, a line each."""
         if self._problem:
             yield self._problem
+        away = time.monotonic() - self._arrangement.there_at
+        if away > PIN_AWAY_S:
+            yield (
+                f"Cilium's ipcache has not been pinned in {pins_directory(self._bpffs)} for {away:.0f} s, its last map"
+                " is served meanwhile: does its agent start? If Cilium has left this node, run `lazymesh uninstall`"
+            )
         if self._node.tcx_in_use and not self._datapath.pins.linked():
             yield "Cilium is attached by tcx here, our programs by clsact are never asked: leave out --attach clsact"
         if self._arrangement.orphan is not None:
@@ -255,19 +269,23 @@ class GuestIpcaches:
             await self._look()
         except DatapathError as exc:  # what we have is better than nothing
             self._complain(str(exc))
+        else:
+            self._problem = None
 
     async def _look(self) -> None:
         """Look at pins and, less often, at programs; put the maps that count in force."""
         now = time.monotonic()
         pins = self._pins()
         pause = READ_SETTLED_S if self._arrangement.settled else READ_EVERY_S
-        if self._arrangement.has_news(pins) or now >= self._read_at + pause:
-            self._read, self._read_at = await self._node.ipcaches(), now
+        due = self._read_at + max(pause, self._read_took / READ_SHARE)
+        if self._arrangement.has_news(pins) or now >= due:
+            self._read = await self._node.ipcaches()
+            self._read_at = time.monotonic()
+            self._read_took = self._read_at - now
             pins = self._pins()
         maps = self._arrangement.step(pins, self._read, now)
-        if maps != tuple(one.map_id for one in self._maps):
+        if maps != tuple(one.map_id for one in self._maps) or not self._shown:
             await self._rearrange(self._open(maps))
-        self._problem = None
 
     def _pins(self) -> frozenset[int]:
         return frozenset(pinned_ipcaches(self._bpffs).values())
@@ -275,12 +293,14 @@ class GuestIpcaches:
     async def _rearrange(self, maps: list[IpcacheMap]) -> None:
         if not maps:
             return
-        before, self._maps = self._maps, maps
+        before, self._maps, self._shown = self._maps, maps, False
+        self._gone = [one for one in (*self._gone, *before) if one not in maps]
         moved = bool(before) and before[0] is not maps[0]
         if moved:
             self.recreated_total += 1
             self._noticed_s = time.time() - _pinned_at(self._bpffs)
-        log.info("ipcaches", maps=[one.map_id for one in maps], layouts=[one.view.words for one in maps])
+        if before != maps:
+            log.info("ipcaches", maps=[one.map_id for one in maps], layouts=[one.view.words for one in maps])
         if self._writer is not None:
             self._writer.installer.use(maps)
             if moved:
@@ -289,12 +309,13 @@ class GuestIpcaches:
         # Cilium's programs go on reading the old map for seconds, so ours may for a moment.
         await _take_turns(lending, FIRST_S)
         self._datapath.views.show(maps)
+        self._shown = True
         await _take_turns(lending)
-        gone = [one for one in before if one not in maps]
-        if self._writer is not None and gone:
-            await _take_turns(_withdraw(self._writer.installer, gone))
-        for one in gone:
+        if self._writer is not None and self._gone:
+            await _take_turns(_withdraw(self._writer.installer, self._gone))
+        for one in self._gone:
             one.close()
+        self._gone = []
         if len(maps) == 1:
             self._settled.set()
 
@@ -356,7 +377,11 @@ class GuestIpcaches:
             await _wait(writer.count, writer.room.pause(ipcache.max_entries))
 
     async def _learn_addresses(self) -> None:
-        found = await self._node.addresses()
+        try:
+            found = await self._node.addresses()
+        except DatapathError as exc:  # they hardly ever change
+            log.warning("the node's addresses are not known anew", error=str(exc))
+            return
         self._here.clear()
         self._here.update(found)
 
