@@ -159,11 +159,17 @@ def is_pinned_here(bpffs: Path) -> bool:
     return any(os.access(pins_directory(bpffs) / name, os.F_OK) for name in PINS)
 
 
-def take_out_ours(bpffs: Path) -> int:
-    """Delete every entry of ours from the ipcaches that Cilium has pinned; return how many there were."""
+def take_out_ours(bpffs: Path, read: Iterable[int] = ()) -> int:
+    """Delete every entry of ours from Cilium's ipcaches; return how many there were.
+
+    read: maps that its programs look into, which need not be pinned. One of a layout that we do not know has none.
+    """
     taken = 0
-    for path in pinned_ipcaches(bpffs):
-        with contextlib.closing(IpcacheMap.pinned(path, TAG, read_only=True)) as ipcache:
+    for map_id in {*pinned_ipcaches(bpffs).values(), *read}:
+        with contextlib.suppress(FileNotFoundError), contextlib.closing(Map.by_id(map_id)) as opened:
+            if view_of(opened.layout) is None:
+                continue
+            ipcache = IpcacheMap(opened, pins_directory(bpffs), TAG)
             for address in list(ipcache.tagged()):
                 standing = ipcache.stands(address)
                 if standing is not None and standing.tagged:
