@@ -49,6 +49,8 @@ class Hook(Protocol):
 
     style: str
     """``tcx`` or ``clsact``."""
+    told: bool
+    """The kernel tells when something on it changes."""
     parked: int
     """The verdict that ends the way of a packet of which the TAP has a clone."""
 
@@ -72,6 +74,7 @@ class TcxHook:
     """Links at the head of the tcx chain, pinned under ``links/`` by the interface's index."""
 
     style = "tcx"
+    told = False
     # tcx takes every verdict that it does not know, TC_ACT_STOLEN too, for "next".
     parked = TC_ACT_SHOT
 
@@ -149,6 +152,7 @@ class ClsactHook:
     """Filters of priority 1 on clsact."""
 
     style = "clsact"
+    told = True
     # As good as a drop, and no drop monitor takes it for one.
     parked = TC_ACT_STOLEN
 
