@@ -20,7 +20,7 @@ import structlog
 
 from lazymesh.core import events
 from lazymesh.core.identities import is_peer
-from lazymesh.core.ipcaches import Arrangement, Room
+from lazymesh.core.ipcaches import ROOM_EVERY_S, Arrangement, Room
 from lazymesh.core.model import Reason, with_tunnel_flags
 from lazymesh.datapath.cilium import TAG, pinned_ipcaches, pins_directory
 from lazymesh.datapath.maps import IpcacheMap
@@ -194,9 +194,10 @@ class GuestIpcaches:
         parts = [
             _repeat(self._look_on, LOOK_EVERY_S),
             _repeat(self._learn_addresses, ADDRESSES_EVERY_S),
+            self._watch_room(self._writer),
         ]
         if self._writer is not None:
-            parts += [self._sweep(self._writer), self._watch_room(self._writer)]
+            parts.append(self._sweep(self._writer))
         await together(*parts)
 
     def problems(self) -> Iterator[str]:
@@ -364,15 +365,19 @@ class GuestIpcaches:
                 if count % SLICE == 0:
                     await asyncio.sleep(0)
 
-    async def _watch_room(self, writer: _Writer) -> None:
-        """Count the entries often enough that Cilium finds room for its own."""
+    async def _watch_room(self, writer: _Writer | None) -> None:
+        """Count the entries, often enough that Cilium finds room for its own."""
         while True:
             ipcache = self._maps[0]
             with contextlib.suppress(OSError):
                 used = await asyncio.to_thread(_count, ipcache.map_id)
                 if ipcache is self._maps[0]:  # else it says nothing of the one that is
                     self._used = used
-                    writer.make_room(used, ipcache.max_entries)
+                    if writer is not None:
+                        writer.make_room(used, ipcache.max_entries)
+            if writer is None:
+                await asyncio.sleep(ROOM_EVERY_S)
+                continue
             await asyncio.sleep(1)  # one count a second is enough for anybody
             await _wait(writer.count, writer.room.pause(ipcache.max_entries))
 

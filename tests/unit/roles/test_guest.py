@@ -55,16 +55,28 @@ class Node:
             raise DatapathError(f"no {what} today")
 
 
+class FakeMap:
+    """A map of which only the number counts."""
+
+    view, max_entries = View.V2, 100
+
+    def __init__(self, map_id: int) -> None:
+        self.map_id = map_id
+
+    def count(self) -> int:
+        """Some entries."""
+        return 3
+
+    def close(self) -> None:
+        """There is nothing to close."""
+
+
 @pytest.fixture
 def node(monkeypatch: pytest.MonkeyPatch) -> Node:
     """Return one with a Cilium, which is looked at all the time."""
     made = Node()
     monkeypatch.setattr(module, "pinned_ipcaches", lambda _bpffs: made.pins)
-    opened = SimpleNamespace(
-        by_id=lambda number, _tag: SimpleNamespace(
-            map_id=number, view=View.V2, max_entries=100, close=lambda: None
-        )
-    )
+    opened = SimpleNamespace(by_id=lambda number, _tag=0: FakeMap(number))
     monkeypatch.setattr(module, "IpcacheMap", opened)
     for pause in ("LOOK_EVERY_S", "READ_EVERY_S", "READ_SETTLED_S", "ADDRESSES_EVERY_S"):
         monkeypatch.setattr(module, pause, 0.001)
