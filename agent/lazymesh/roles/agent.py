@@ -266,7 +266,7 @@ class Agent:
             if not self._settings.shadow:
                 # An earlier life may have been beside Cilium; nobody would look after its entries any more.
                 take_out_ours(settings.bpffs)
-            return OwnIpcache(datapath, settings.ipcache_size)
+            return OwnIpcache(datapath, settings.ipcache_size, settings.bpffs)
         datapath.pins.path(IPCACHE).unlink(
             missing_ok=True
         )  # of an earlier life, which had no Cilium beside it
