@@ -39,7 +39,7 @@ def test_batch_asks_for_each_key_without_consensus_and_answers_in_order() -> Non
         header=pb.ResponseHeader(revision=9),
         responses=[pb.ResponseOp(response_range=pb.RangeResponse()), pb.ResponseOp(response_range=found)],
     )
-    result = requests.read_result(answer)
+    result = requests.read_result(answer, 2)
     assert result.revision == 9
     assert result.values == [None, KeyValue(b"b", b"v", 7, 3)]
 
