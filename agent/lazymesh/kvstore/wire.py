@@ -303,7 +303,7 @@ class Wire:
         try:
             pairs = self._decoder.decode(block)
         except (HPACKError, UnicodeDecodeError, IndexError, ValueError) as exc:
-            raise ProtocolError(f"headers that cannot be read: {exc}") from exc
+            raise ProtocolError(f"headers that cannot be read ({type(exc).__name__})") from exc
         head = _Head({str(name): str(value) for name, value in pairs})
         # What changes the table is not the same the second time. (Ours has no room, but a server may not know yet.)
         resizes = b"\x20" <= block[:1] < b"\x40"
