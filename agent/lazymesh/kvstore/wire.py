@@ -42,7 +42,7 @@ _MOST = (1 << 31) - 1
 FRAME_SIZE = 16_384
 """The largest frame that we take: the default, and all that Go's servers ever send."""
 STREAM_WINDOW = 16 << 20
-"""A page of 10,000 records arrives without waiting for our credit."""
+"""A page of 1,000 records arrives without waiting for our credit."""
 _CREDIT_AT = STREAM_WINDOW // 2
 _HEADERS_MOST = 64 << 10
 _REASON_MOST = 1_000
