@@ -35,7 +35,7 @@ log = structlog.get_logger()
 
 TABLE_DELAY_S = 0.02
 """Node records that come in a burst make one new table, not one each."""
-TABLE_SHARE = 10
+TABLE_SHARE = 3
 """So many times as long as a table has taken passes before the next: a cluster may write nodes without end."""
 COMPLAIN_EVERY_S = 600.0
 RESTART_S = 5.0

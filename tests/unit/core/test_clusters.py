@@ -68,7 +68,9 @@ def cidrs(table: ClusterTable) -> dict[str, int]:
         pytest.param(mesh(node("b", "n", "fd00:2::/64")), "fd00:2::5", ("b",), id="IPv6"),
         pytest.param(mesh(node("b", "n", "fd00::/32")), "10.2.0.5", (), id="the other family never matches"),
         pytest.param(mesh(node("b", "n", "10.2.0.5/32")), "10.2.0.5", ("b",), id="a single address"),
-        pytest.param(mesh(explicit=[("b", "0.0.0.0/0")]), "8.8.8.8", ("b",), id="everything, by the operator"),
+        pytest.param(
+            mesh(explicit=[("b", "0.0.0.0/0")]), "8.8.8.8", ("b",), id="everything, by the operator"
+        ),
         pytest.param(
             mesh(node("a", "n", "10.2.0.0/24"), node("b", "n", "10.2.0.0/24")),
             "10.2.0.5",
