@@ -73,6 +73,13 @@ TIERS: dict[str, tuple[str, ...]] = {
 }
 
 
+def pytest_addoption(parser: pytest.Parser) -> None:
+    """Let a run be repeated that found something."""
+    parser.addoption(
+        "--frames-seed", type=int, help="seed of the hostile frames; a failed test prints its own"
+    )
+
+
 def pytest_configure(config: pytest.Config) -> None:
     """Declare the tier that pyproject.toml does not name, and the mark for a single test's further needs."""
     config.addinivalue_line("markers", "vm: a kernel of its own, booted with KVM")
