@@ -73,6 +73,20 @@ TIERS: dict[str, tuple[str, ...]] = {
 }
 
 
+def pytest_addoption(parser: pytest.Parser) -> None:
+    """Let faults be drawn as in another run."""
+    parser.addoption(
+        "--fault-seed", type=int, default=6, help="what faults are drawn from; a run prints its own (default: 6)"
+    )
+
+
+@pytest.fixture(scope="session")
+def fault_seed(request: pytest.FixtureRequest) -> int:
+    """Return what faults are to be drawn from."""
+    seed: int = request.config.getoption("--fault-seed")
+    return seed
+
+
 def pytest_configure(config: pytest.Config) -> None:
     """Declare the tier that pyproject.toml does not name, and the mark for a single test's further needs."""
     config.addinivalue_line("markers", "vm: a kernel of its own, booted with KVM")
