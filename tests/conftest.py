@@ -76,7 +76,10 @@ TIERS: dict[str, tuple[str, ...]] = {
 def pytest_addoption(parser: pytest.Parser) -> None:
     """Let faults be drawn as in another run."""
     parser.addoption(
-        "--fault-seed", type=int, default=6, help="what faults are drawn from; a run prints its own (default: 6)"
+        "--fault-seed",
+        type=int,
+        default=6,
+        help="what faults are drawn from; a run prints its own (default: 6)",
     )
 
 

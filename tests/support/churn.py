@@ -95,7 +95,9 @@ def settle(churns: Sequence[Churn], timeout_s: float = 30.0) -> float:
         wait_until(same, timeout_s)
     except TimeoutError:
         different = {address: pair for churn in churns for address, pair in churn.differences().items()}
-        raise TimeoutError(f"after {timeout_s:g} s the map still differs from the records: {different}") from None
+        raise TimeoutError(
+            f"after {timeout_s:g} s the map still differs from the records: {different}"
+        ) from None
     for churn in churns:
         churn.settle()
     return time.monotonic() - began

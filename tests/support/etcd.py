@@ -1,8 +1,8 @@
 """Real etcd servers for tests: started on free ports, broken in every way a test asks for, always cleaned up.
 
-One ``EtcdServer`` is one member with a data directory of its own, ``EtcdCluster`` several of them. It may run behind a command prefix (``ip
-netns exec b``) and listen on an address of that namespace. Data, users and roles are prepared through etcd's
-JSON gateway by curl, so that the client under test is not needed to prepare its own test.
+One ``EtcdServer`` is one member with a data directory of its own, ``EtcdCluster`` several of them. They may run behind
+a command prefix (``ip netns exec b``) and listen on an address of that namespace. Data, users and roles are prepared
+through etcd's JSON gateway by curl, so that the client under test is not needed to prepare its own test.
 """
 
 from __future__ import annotations
@@ -78,14 +78,15 @@ class Authority:
     def issue(
         self, common_name: str, names: str = "IP:127.0.0.1,IP:::1,DNS:localhost", *, expired: bool = False
     ) -> Pair:
-        """Issue a certificate for client and server use; ``expired`` ended yesterday."""
+        """Issue a certificate for client and server use; ``expired`` ended yesterday; the name may be empty."""
         self._serial += 1
         stem = self.directory / f"{common_name.replace('*', '_')}-{self._serial}"
+        subject = f"/CN={common_name}" if common_name else "/O=nobody"
         pair = Pair(stem.with_suffix(".crt"), stem.with_suffix(".key"))
         request, extensions = stem.with_suffix(".csr"), stem.with_suffix(".ext")
         extensions.write_text(f"subjectAltName={names}\nextendedKeyUsage=serverAuth,clientAuth\n")
         self._openssl("ecparam", "-name", "prime256v1", "-genkey", "-noout", "-out", pair.key)
-        self._openssl("req", "-new", "-key", pair.key, "-subj", f"/CN={common_name}", "-out", request)
+        self._openssl("req", "-new", "-key", pair.key, "-subj", subject, "-out", request)
         # OpenSSL 3.0 cannot set a start date here; a negative number of days ends in the past all the same.
         days = "-1" if expired else "2"
         signer = ("-CA", self.cert, "-CAkey", self._key, "-set_serial", str(self._serial))
@@ -179,6 +180,11 @@ class EtcdServer:
     def url(self) -> str:
         """Where clients find it."""
         return self._url(self.port)
+
+    @property
+    def urls(self) -> list[str]:
+        """The same of all its members, who are one."""
+        return [self.url]
 
     @property
     def running(self) -> bool:
@@ -309,6 +315,10 @@ class EtcdServer:
         self.call("auth/enable", {})
         self._root_password = root_password
 
+    def revoke_tokens(self, role: Role) -> None:
+        """Make every token of its user worthless, by a new password that is the old one."""
+        self.call("auth/user/changepw", {"name": role.name, "password": role.password})
+
     def add_role(self, role: Role) -> None:
         """Make one role and its user."""
         self.call("auth/role/add", {"name": role.name})
@@ -343,12 +353,16 @@ class EtcdServer:
         if self.settings.tls:
             words += ["--cacert", str(self.settings.tls.cert)]
         if self.settings.tls and self.settings.client_certificates:
-            self._admin = self._admin or self.settings.tls.issue("root")
+            # With a common name the gateway would refuse to take our password's token for us.
+            self._admin = self._admin or self.settings.tls.issue("")
             words += ["--cert", str(self._admin.cert), "--key", str(self._admin.key)]
         done = subprocess.run([*words, f"{self.url}/v3/{path}"], capture_output=True, text=True, check=False)
         if done.returncode:
             raise RuntimeError(f"{path}: {done.stderr.strip()}")
-        answer: dict[str, Any] = json.loads(done.stdout)
+        try:
+            answer: dict[str, Any] = json.loads(done.stdout)
+        except json.JSONDecodeError as exc:  # it is about to stop, and says so in words
+            raise RuntimeError(f"{path}: {done.stdout.strip()!r}") from exc
         if "error" in answer:
             raise RuntimeError(f"{path}: {answer['error']}")
         return answer
@@ -417,7 +431,9 @@ class EtcdCluster:
     def __init__(self, settings: EtcdSettings | None = None, size: int = 3) -> None:
         settings = settings or EtcdSettings()
         # A lone member elects itself at once; several need time to hear of each other on a busy machine.
-        settings = replace(settings, extra=(*settings.extra, "--heartbeat-interval=50", "--election-timeout=500"))
+        settings = replace(
+            settings, extra=(*settings.extra, "--heartbeat-interval=50", "--election-timeout=500")
+        )
         peers = {f"m{number}": free_port() for number in range(size)}
         members = tuple(f"{name}=http://{settings.address}:{port}" for name, port in peers.items())
         self.members = [
@@ -474,9 +490,7 @@ class EtcdCluster:
         """Have another member lead, as before maintenance, and return it."""
         leader = self.wait_leader()
         heir = next(member for member in self.members if member.running and member is not leader)
-        leader.call(
-            "maintenance/transfer-leadership", {"targetID": heir.status()["header"]["member_id"]}
-        )
+        leader.call("maintenance/transfer-leadership", {"targetID": heir.status()["header"]["member_id"]})
         return self.wait_leader(other_than=leader)
 
     def put(self, key: str, value: str) -> int:
@@ -486,6 +500,12 @@ class EtcdCluster:
     def delete(self, key: str) -> int:
         """Delete one key likewise."""
         return self._try(lambda member: member.delete(key))
+
+    def enable_auth(self, roles: list[Role], root_password: str) -> None:
+        """Switch authentication on, for all members."""
+        self.members[0].enable_auth(roles, root_password)
+        for member in self.members:
+            member._root_password = root_password
 
     def _try(self, work: Callable[[EtcdServer], int]) -> int:
         def attempt() -> int | None:

@@ -1,6 +1,7 @@
 """Traffic by the clock: established UDP flows and new TCP connections, each packet numbered, each with its fate.
 
-The oracle of whoever claims that nothing was lost: losses are counted for each flow, with their moments. A process of its own inside a pod's namespace, so that neither a test nor a stand-in's threads make it late.
+The oracle of whoever claims that nothing was lost: losses are counted for each flow, with their moments. A process of
+its own inside a pod's namespace, so that neither a test nor a stand-in's threads make it late.
 """
 
 from __future__ import annotations

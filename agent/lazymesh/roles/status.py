@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 from lazymesh import __version__
 from lazymesh.core.model import Direction, Reason
 from lazymesh.datapath.maps import OnMiss
+from lazymesh.roles import logs
 
 if TYPE_CHECKING:
     import asyncio
@@ -141,6 +142,7 @@ class Status:
         for name in self.parts.follower.behind:
             yield f"another program insists on being ahead of ours on {name}: what it decides we never see"
         yield from self.parts.ipcaches.problems()
+        yield from self._about_maps()
         holding = self.parts.holding
         if holding.problem and self.parts.datapath.config.read().on_miss == OnMiss.HOLD:
             yield f"packets are not held, missed ones are passed on: {holding.problem}"
@@ -160,6 +162,18 @@ class Status:
                 yield f"cluster {name}: the last read failed: {link.read_problem}"
         for name, error in sorted(self.parts.mesh.file_errors.items()):
             yield f"cluster {name}: {error}"
+
+    def _about_maps(self) -> Iterator[str]:
+        if missing := self.parts.datapath.pins.missing(own_ipcache=not self.parts.ipcaches.shared):
+            yield (
+                f"{len(missing)} pins are gone from {self.parts.datapath.pins.directory}, {missing[0]} among them: this"
+                " agent goes on, commands and the next agent find nothing; restart it to make them anew"
+            )
+        if full := self.parts.resolver.absent.get(Reason.MAP_FULL):
+            yield (
+                f"{full} addresses have no entry because the ipcache map is full: `lazymesh ipcache list` shows whose"
+                " entries those are"
+            )
 
 
 def export(metrics: Metrics, status: Status) -> None:
@@ -239,6 +253,10 @@ def export(metrics: Metrics, status: Status) -> None:
         (),
         lambda: [((), status.parts.reader.invalid)],
     )
+    metrics.collect_counter(
+        "lazymesh_log_lines_lost", "Lines of the log that could not be written: disk full, or nobody reads", (),
+        lambda: [((), logs.stderr.lost)],
+    )  # fmt: skip
     metrics.collect_counter(
         "lazymesh_stream_lines_dropped", "Lines not sent to a `lazymesh misses` that reads too slowly", (),
         lambda: [((), status.parts.control.dropped)],

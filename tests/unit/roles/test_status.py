@@ -38,7 +38,10 @@ def status(links: dict[str, Any], *, attached: bool = True, **mesh: Any) -> Stat
         driver=SimpleNamespace(muted=mesh.get("muted", False)),
         holding=SimpleNamespace(state=mesh.get("holding", "on"), problem=None),
         resolver=SimpleNamespace(clusters={}, absent=mesh.get("absent", {})),
-        ipcaches=SimpleNamespace(problems=lambda: iter(mesh.get("problems", ()))),
+        ipcaches=SimpleNamespace(problems=lambda: iter(mesh.get("problems", ())), shared=False),
+        datapath=SimpleNamespace(
+            pins=SimpleNamespace(directory="/bpf", missing=lambda own_ipcache: mesh.get("missing", []))
+        ),
     )
     return Status(cast("Parts", parts))
 
@@ -68,12 +71,21 @@ def test_everything_that_is_wrong_is_a_line() -> None:
             file_errors={"e": "not YAML"},
             problem="no space",
             muted=True,
-            absent={Reason.UNKNOWN_IDENTITY: 3, Reason.NOT_FOUND: 5},
+            absent={Reason.UNKNOWN_IDENTITY: 3, Reason.NOT_FOUND: 5, Reason.MAP_FULL: 7},
+            missing=["lm_owned", "lm_ipcache"],
             problems=("two maps",),
         )._wrong()
     )
     assert lines == [
         "two maps",
+        (
+            "2 pins are gone from /bpf, lm_owned among them: this agent goes on, commands and the next agent find"
+            " nothing; restart it to make them anew"
+        ),
+        (
+            "7 addresses have no entry because the ipcache map is full: `lazymesh ipcache list` shows whose entries"
+            " those are"
+        ),
         "signals are muted: misses come faster than they can be resolved",
         "the pod CIDRs in force are out of date: no space",
         (
