@@ -167,6 +167,7 @@ class Resolver:
         if tracked is None or tracked.link is not link or spaces is None:
             return None
         if spaces:
+            link.unproven.discard(address)
             tracked.fetch = Fetch.IDLE
             tracked.wants = spaces
             return tracked
@@ -289,6 +290,7 @@ class Resolver:
         self._ledger.own(tracked, event.entry)
         self._ledger.name(tracked, event.entry.identity)
         self._ledger.doubt(tracked, now)
+        link.unproven.add(event.address)
         cluster = self._judge.table.cluster(link.name)
         if link.state is LinkState.READY and cluster is not None:
             self._moves.read(tracked, cluster.spaces[0])
