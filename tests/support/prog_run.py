@@ -56,7 +56,7 @@ class _SkBuff(ctypes.Structure):
     )
 
 
-class _TestRunOpts(ctypes.Structure):
+class TestRunOpts(ctypes.Structure):
     """``struct bpf_test_run_opts`` of libbpf 1."""
 
     _fields_ = (
@@ -95,8 +95,8 @@ def run_packet(
     """Run a program over one frame, ``repeat`` times; OSError when the kernel refuses the frame."""
     context = _SkBuff(ifindex=ifindex, mark=mark, gso_size=gso_size, gso_segs=2 if gso_size else 0)
     room = ctypes.create_string_buffer(len(frame) + 256)
-    options = _TestRunOpts(
-        sz=ctypes.sizeof(_TestRunOpts),
+    options = TestRunOpts(
+        sz=ctypes.sizeof(TestRunOpts),
         data_in=frame,
         data_size_in=len(frame),
         data_out=ctypes.addressof(room),

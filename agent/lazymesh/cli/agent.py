@@ -7,7 +7,7 @@ from typing import Any
 
 import click
 
-from lazymesh.cli.options import SettingsCommand, bpffs_option, config_option, socket_option
+from lazymesh.cli.options import Period, SettingsCommand, bpffs_option, config_option, socket_option
 from lazymesh.roles.agent import run_agent
 from lazymesh.roles.logs import configure_logging
 from lazymesh.settings import (
@@ -129,6 +129,13 @@ _path = click.Path(path_type=Path)
     " all together: 10 times); 0: no limit.",
 )
 @click.option(
+    "--stale-limit",
+    type=Period(),
+    default="10m",
+    show_default=True,
+    help="How long an entry is served that its cluster does not confirm because it is silent: 90s, 15m, 1h.",
+)
+@click.option(
     "--shadow",
     is_flag=True,
     help="Resolve and report; write nothing into the ipcache, enforce nothing, drop nothing.",
@@ -179,6 +186,7 @@ def _settings(options: dict[str, Any]) -> AgentSettings:
         ),
         policy=options["policy"],
         shadow=options["shadow"],
+        stale_limit_s=options["stale_limit"],
         cleanup=options["cleanup"],
         socket=options["socket"],
         metrics_address=None if address == "off" else parse_host_port(address),

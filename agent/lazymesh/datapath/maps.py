@@ -398,9 +398,13 @@ class ConfigMap:
 
     def __init__(self, bpf_map: Map) -> None:
         self._map = bpf_map
+        self._intervals: dict[str, int] = {}
 
     def write(self, config: DatapathConfig) -> None:
-        """Put new settings in force; lowers the mute flag. Which maps are looked into stays as it is."""
+        """Put new settings in force; lowers the mute flag, and admits all that they allow.
+
+        Which maps are looked into stays as it is.
+        """
         raw = self.read()
         raw.rearm_ns = int(config.rearm_s * 1e9)
         raw.on_miss, raw.policy_tag = config.on_miss, config.policy_tag
@@ -410,6 +414,7 @@ class ConfigMap:
             interval, depth = _bucket(getattr(config, f"{name}_rate"), getattr(config, f"{name}_burst"))
             setattr(raw, f"{name}_interval_ns", interval)
             setattr(raw, f"{name}_burst_ns", depth)
+            self._intervals[f"{name}_interval_ns"] = interval
         self._map.update(self._SLOT, bytes(raw))
 
     def read(self) -> abi.Config:
@@ -432,6 +437,10 @@ class ConfigMap:
     def mute(self, on: bool) -> None:
         """Raise or lower the mute flag: while it is up the programs count misses and signal none."""
         self.change(muted=int(on))
+
+    def admit(self, share: float) -> None:
+        """Let this share of the rates that were written be signalled; of a burst, too, as the depth stays."""
+        self.change(**{name: int(interval / share) for name, interval in self._intervals.items()})
 
 
 def _bucket(rate: int, burst: int) -> tuple[int, int]:

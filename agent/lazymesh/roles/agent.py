@@ -21,6 +21,7 @@ from typing import TYPE_CHECKING, Any
 import structlog
 
 from lazymesh.core import events
+from lazymesh.core.model import format_address
 from lazymesh.core.policy import PolicyEngine
 from lazymesh.core.policyfile import parse_policy
 from lazymesh.core.resolver import Judge, Limits, Resolver
@@ -171,7 +172,9 @@ class Agent:
         self._configure(datapath)
         async with contextlib.AsyncExitStack() as stack:
             ipcaches = await self._open_ipcaches(datapath, stack)
-            limits = Limits(owned=ipcaches.maps[0].max_entries // SHARE_OF_MAP)
+            limits = Limits(
+                owned=ipcaches.maps[0].max_entries // SHARE_OF_MAP, stale_after=self._settings.stale_limit_s
+            )
             installer = Installer(
                 ipcaches.maps, datapath.journal, kernel_honours_noexist(), shared=ipcaches.shared
             )
@@ -180,7 +183,7 @@ class Agent:
             judge = Judge(mesh.table, mesh.identities, settings.mesh.region, ipcaches.here)
             resolver = Resolver(limits, judge, random.random)
             shadow = Shadow(ipcaches) if settings.shadow else None
-            driver = Driver(resolver, shadow or installer, mesh.links, self._metrics, datapath.config.mute)
+            driver = Driver(resolver, shadow or installer, mesh.links, self._metrics, datapath.config)
             driver.fail = self._fail
             if shadow is not None and ipcaches.shared and installer.has_leftovers():
                 raise DatapathError(
@@ -201,6 +204,9 @@ class Agent:
                 settings.socket,
                 {
                     "status": lambda _request: status.describe(),
+                    "stale": lambda _request: {
+                        "addresses": [format_address(each) for each in resolver.stale_addresses()]
+                    },
                     "audit": lambda request: {"windows": auditor.describe(float(request["since"]))},
                     "on-miss": lambda request: self._switch_on_miss(datapath, holding, request["action"]),
                 },

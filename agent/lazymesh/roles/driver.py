@@ -48,6 +48,16 @@ class Installs(Protocol):
         """Take an entry of ours out."""
 
 
+class Valve(Protocol):
+    """What the kernel may signal."""
+
+    def mute(self, on: bool) -> None:
+        """Nothing at all, or something again."""
+
+    def admit(self, share: float) -> None:
+        """So much of what the settings allow."""
+
+
 class Shadow:
     """Stands in for the installer in shadow mode: everything is decided and reported, nothing is written."""
 
@@ -90,15 +100,16 @@ class Driver:
         installer: Installs,
         links: Mapping[str, ClusterLink],
         metrics: Metrics,
-        mute: Callable[[bool], None],
+        valve: Valve,
     ) -> None:
         self.muted = False
         self._resolver = resolver
         self._installer = installer
         self._links = links
         self._metrics = metrics
-        self._mute = mute
+        self._valve = valve
         self._failed = False
+        self._admitted = 1.0
         self._events: deque[events.Event] = deque()
         self._busy = False
         self._reports: list[events.Report] = []
@@ -192,13 +203,22 @@ class Driver:
             case events.Evict():
                 self._installer.evict(command.address)
                 self._metrics.evictions.labels(command.why).inc()
+            case events.Admit():
+                self._admit(command.share)
             case events.Mute():
                 self.muted = command.on
-                self._mute(command.on)
+                self._valve.mute(command.on)
                 self._metrics.muted.set(command.on)
                 log.warning(
                     "the kernel is told to signal nothing" if command.on else "the kernel may signal again"
                 )
+
+    def _admit(self, share: float) -> None:
+        # The way back up takes many steps.
+        if share < self._admitted or share == 1.0:
+            log.warning("share of misses that are let in", share=round(share, 3))
+        self._admitted = share
+        self._valve.admit(share)
 
     def _read(self, command: events.Read) -> None:
         link = self._links.get(command.cluster)

@@ -96,6 +96,7 @@ class Status:
             "entries": {
                 "owned": self.parts.resolver.owned,
                 "budget": self.parts.limits.owned,
+                "stale": sum(self.parts.resolver.stale.values()),
                 "mapSize": self.parts.ipcaches.maps[0].max_entries,
                 **({"shadowChanges": self.parts.shadow.changes_total} if self.parts.shadow else {}),
             },
@@ -104,6 +105,7 @@ class Status:
                 "inFlight": sum(view.in_flight for view in views.values()),
                 "negative": counts["absent"],
                 "muted": self.parts.driver.muted,
+                "admitted": round(self.parts.resolver.admission.share, 3),
             },
             "clusters": [
                 self._cluster(name) for name in sorted({*self.parts.mesh.links, *self.parts.mesh.file_errors})
@@ -127,6 +129,7 @@ class Status:
             or self.parts.mesh.file_errors.get(name),
             "nodes": nodes,
             "identities": identities,
+            "staleEntries": self.parts.resolver.stale.get(name, 0),
             "watchedKeys": link.watched_keys if link else 0,
             "breaker": view.breaker if view else "closed",
             "inFlight": view.in_flight if view else 0,
@@ -148,6 +151,12 @@ class Status:
             yield f"packets are not held, missed ones are passed on: {holding.problem}"
         if self.parts.driver.muted:
             yield "signals are muted: misses come faster than they can be resolved"
+        admission = self.parts.resolver.admission
+        if admission.share < 1:
+            yield (
+                f"only {admission.share:.0%} of --signal-rate is let in: misses came faster than they could be answered"
+                f" (99th percentile {admission.p99 * 1000:.0f} ms)"
+            )
         if self.parts.mesh.problem:
             yield f"the pod CIDRs in force are out of date: {self.parts.mesh.problem}"
         if unknown := self.parts.resolver.absent.get(Reason.UNKNOWN_IDENTITY):
@@ -157,7 +166,9 @@ class Status:
             )
         for name, link in sorted(self.parts.mesh.links.items()):
             if link.state != "ready":
-                yield f"cluster {name} is {link.state}: {link.problem or 'not listed yet'}"
+                stale = self.parts.resolver.stale.get(name, 0)
+                kept = f" ({stale} entries are served as they were last known)" if stale else ""
+                yield f"cluster {name} is {link.state}{kept}: {link.problem or 'not listed yet'}"
             elif link.read_problem:
                 yield f"cluster {name}: the last read failed: {link.read_problem}"
         for name, error in sorted(self.parts.mesh.file_errors.items()):
@@ -228,6 +239,18 @@ def export(metrics: Metrics, status: Status) -> None:
         (),
         lambda: [((), status.parts.resolver.owned)],
     )
+    metrics.collect_gauge(
+        "lazymesh_entries_stale", "Entries of ours that are served although their cluster does not confirm them now",
+        ("cluster",), lambda: [((name,), n) for name, n in status.parts.resolver.stale.items()],
+    )  # fmt: skip
+    metrics.collect_gauge(
+        "lazymesh_admitted_ratio", "Misses that may be signalled, as a share of what --signal-rate allows", (),
+        lambda: [((), status.parts.resolver.admission.share)],
+    )  # fmt: skip
+    metrics.collect_counter(
+        "lazymesh_admission_cuts", "How often that share was halved, by cause: slow answers, or a full queue",
+        ("cause",), lambda: [((cause,), n) for cause, n in status.parts.resolver.admission.cuts.items()],
+    )  # fmt: skip
     if status.parts.shadow is not None:
         shadow = status.parts.shadow
         metrics.collect_counter(

@@ -55,8 +55,13 @@ class Fixture:
         self.resolver = Scripted(answers)
         self.metrics = Metrics()
         self.muted: list[bool] = []
+        self.admitted: list[float] = []
         self.driver = Driver(
-            cast("Resolver", self.resolver), shadow(), links or {}, self.metrics, self.muted.append
+            cast("Resolver", self.resolver),
+            shadow(),
+            links or {},
+            self.metrics,
+            SimpleNamespace(mute=self.muted.append, admit=self.admitted.append),
         )
 
     def sample(self, name: str, **labels: str) -> float:
@@ -177,7 +182,8 @@ def test_shadow_leaves_alone_what_is_known_by_now() -> None:
 
 def test_mute_reaches_the_kernel_and_evictions_are_counted() -> None:
     """Both are told by commands."""
-    fixture = Fixture({events.Tick: [events.Mute(True), events.Evict(IP, "deleted"), events.Mute(False)]})
+    commands = [events.Mute(True), events.Admit(0.5), events.Evict(IP, "deleted"), events.Mute(False)]
+    fixture = Fixture({events.Tick: commands})
     fixture.driver.feed(events.Tick())
-    assert (fixture.muted, fixture.driver.muted) == ([True, False], False)
+    assert (fixture.muted, fixture.driver.muted, fixture.admitted) == ([True, False], False, [0.5])
     assert fixture.sample("lazymesh_entries_evicted_total", why="deleted") == 1

@@ -37,7 +37,12 @@ def status(links: dict[str, Any], *, attached: bool = True, **mesh: Any) -> Stat
         follower=SimpleNamespace(attached={"lxc0": 0} if attached else {}, behind=[]),
         driver=SimpleNamespace(muted=mesh.get("muted", False)),
         holding=SimpleNamespace(state=mesh.get("holding", "on"), problem=None),
-        resolver=SimpleNamespace(clusters={}, absent=mesh.get("absent", {})),
+        resolver=SimpleNamespace(
+            clusters={},
+            absent=mesh.get("absent", {}),
+            stale=mesh.get("stale", {}),
+            admission=SimpleNamespace(share=mesh.get("admitted", 1.0), p99=0.08),
+        ),
         ipcaches=SimpleNamespace(problems=lambda: iter(mesh.get("problems", ())), shared=False),
         datapath=SimpleNamespace(
             pins=SimpleNamespace(directory="/bpf", missing=lambda own_ipcache: mesh.get("missing", []))
@@ -71,6 +76,8 @@ def test_everything_that_is_wrong_is_a_line() -> None:
             file_errors={"e": "not YAML"},
             problem="no space",
             muted=True,
+            admitted=0.25,
+            stale={"b": 7},
             absent={Reason.UNKNOWN_IDENTITY: 3, Reason.NOT_FOUND: 5, Reason.MAP_FULL: 7},
             missing=["lm_owned", "lm_ipcache"],
             problems=("two maps",),
@@ -87,12 +94,13 @@ def test_everything_that_is_wrong_is_a_line() -> None:
             " those are"
         ),
         "signals are muted: misses come faster than they can be resolved",
+        "only 25% of --signal-rate is let in: misses came faster than they could be answered (99th percentile 80 ms)",
         "the pod CIDRs in force are out of date: no space",
         (
             "3 addresses are refused because their clusters do not publish their identities, without which no policy"
             " can select them: `lazymesh misses` names them"
         ),
-        "cluster b is silent: gone",
+        "cluster b is silent (7 entries are served as they were last known): gone",
         "cluster c is connecting: not listed yet",
         "cluster d: the last read failed: denied",
         "cluster e: not YAML",

@@ -81,10 +81,15 @@ class Link:
     lanes: dict[tuple[Space, ...], Lane] = field(default_factory=dict)
     unproven: set[Address] = field(default_factory=set)
     """Addresses with an entry of an earlier life of the agent that no read has ended for yet."""
-    prove_until: float | None = None
-    """Nothing but these is read before then; None: reading has not begun."""
     checks_after: float = -math.inf
-    """No checks are sent before: the last one failed."""
+    """No checks are sent before: the last one failed, or all nodes would ask at once."""
+    ready_at: float = -math.inf
+    """Since when it is ready: no answer could come before."""
+
+    @property
+    def missed(self) -> int:
+        """How many missed addresses wait for a read."""
+        return sum([len(lane.misses) for lane in self.lanes.values()])
 
     def void_reads(self) -> None:
         """Make the answers of all reads in flight worthless: they may carry revisions of a replaced store."""
