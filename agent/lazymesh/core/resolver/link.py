@@ -4,7 +4,8 @@ Each cluster has its own lanes, in-flight window and breaker, so that a dead or 
 nothing. A lane holds the addresses that wait for one read group. Misses go first, because packets wait for
 them; re-reads of known addresses (*checks*) take what room is left, but at least a quarter, so that a storm
 of misses cannot keep old entries unverified. Before both go those of entries that an earlier life of the
-agent has left (*proofs*): their records may have changed while nobody looked. What is sent when is decided in ``backlog``.
+agent has left (*proofs*): their records may have changed while nobody looked. What is sent when is decided in
+``backlog``.
 """
 
 from __future__ import annotations

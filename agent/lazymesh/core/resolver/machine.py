@@ -170,7 +170,6 @@ class Resolver:
         if tracked is None or tracked.link is not link or spaces is None:
             return None
         if spaces:
-            link.unproven.discard(address)
             tracked.fetch = Fetch.IDLE
             tracked.wants = spaces
             return tracked
@@ -182,6 +181,8 @@ class Resolver:
         tracked.spaces = tracked.wants
         self._moves.settle(tracked, now)
         # Not IDLE: the next group is being asked, and may know more.
+        if tracked.fetch is Fetch.IDLE:
+            link.unproven.discard(tracked.address)
         if tracked.entry is not None and tracked.fetch is Fetch.IDLE and link.state is LinkState.READY:
             self._ledger.trust(tracked)
 
@@ -212,6 +213,7 @@ class Resolver:
             tracked = self._land(link, address)
             if tracked is None:
                 continue
+            link.unproven.discard(address)
             if tracked.withdrawn:
                 self._moves.refuse(tracked, Reason.NOT_FOUND, "", now)
             elif tracked.waiting:
