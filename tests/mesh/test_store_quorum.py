@@ -53,7 +53,6 @@ def agent(lab: Lab, third: Neighbour) -> Iterator[AgentProcess]:
         for address in KNOWN:
             missed_until(lab, address, SERVER)
         yield running
-        print(running.log)
         assert metric(running, "lazymesh_unexpected_errors_total") == 0
 
 
