@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from lazymesh.roles.driver import Driver, Shadow
     from lazymesh.roles.holding import Holding
     from lazymesh.roles.ipcaches import NodeIpcaches
+    from lazymesh.roles.link import ClusterLink
     from lazymesh.roles.mesh import Mesh
     from lazymesh.settings import AgentSettings
 
@@ -125,7 +126,7 @@ class Status:
             "name": name,
             "id": info.cluster_id if info else None,
             "state": link.state if link else "refused",
-            "problem": (link and (link.problem or link.read_problem))
+            "problem": (link and (problem_of(link) or link.read_problem))
             or self.parts.mesh.file_errors.get(name),
             "nodes": nodes,
             "identities": identities,
@@ -168,7 +169,7 @@ class Status:
             if link.state != "ready":
                 stale = self.parts.resolver.stale.get(name, 0)
                 kept = f" ({stale} entries are served as they were last known)" if stale else ""
-                yield f"cluster {name} is {link.state}{kept}: {link.problem or 'not listed yet'}"
+                yield f"cluster {name} is {link.state}{kept}: {problem_of(link) or 'not listed yet'}"
             elif link.read_problem:
                 yield f"cluster {name}: the last read failed: {link.read_problem}"
         for name, error in sorted(self.parts.mesh.file_errors.items()):
@@ -185,6 +186,13 @@ class Status:
                 f"{full} addresses have no entry because the ipcache map is full: `lazymesh ipcache list` shows whose"
                 " entries those are"
             )
+
+
+def problem_of(link: ClusterLink) -> str | None:
+    """Return why a cluster is not ready, None when it is; of a store that is gone, why it does not come back."""
+    info = link.client.info
+    gone = link.state == "silent" and not info.endpoint
+    return (info.last_error if gone else None) or link.problem
 
 
 def export(metrics: Metrics, status: Status) -> None:

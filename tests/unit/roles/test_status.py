@@ -11,10 +11,18 @@ from lazymesh.roles.status import Parts, Status
 
 
 def link(
-    state: str, *, tried: bool = True, problem: str | None = None, read_problem: str | None = None
+    state: str,
+    *,
+    tried: bool = True,
+    problem: str | None = None,
+    read_problem: str | None = None,
+    last_error: str | None = None,
 ) -> Any:
-    """Return what status looks at of a link."""
-    info = SimpleNamespace(endpoint="e", cluster_id=0xAB, revision=3, reconnects=1)
+    """Return what status looks at of a link; last_error: there is no connection, for this reason."""
+    endpoint = None if last_error else "e"
+    info = SimpleNamespace(
+        endpoint=endpoint, cluster_id=0xAB, revision=3, reconnects=1, last_error=last_error
+    )
     return SimpleNamespace(
         state=state, tried=tried, problem=problem, read_problem=read_problem, sizes=(1, 2), watched_keys=3,
         client=SimpleNamespace(info=info),
@@ -106,6 +114,15 @@ def test_everything_that_is_wrong_is_a_line() -> None:
         "cluster e: not YAML",
     ]
     assert "no interface carries the program" in next(status({}, attached=False)._wrong())
+
+
+def test_store_that_does_not_come_back_has_its_latest_reason() -> None:
+    """The connection was lost, and by now the certificate has expired: that is what has to be put right."""
+    silent = link("silent", problem="the connection was lost", last_error="the certificate has expired")
+    assert list(status({"b": silent})._wrong()) == ["cluster b is silent: the certificate has expired"]
+    assert status({"b": silent})._cluster("b")["problem"] == "the certificate has expired"
+    back = link("ready", last_error="the certificate has expired")
+    assert list(status({"b": back})._wrong()) == []
 
 
 def test_line_of_a_cluster_names_its_store() -> None:
