@@ -78,6 +78,19 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption(
         "--frames-seed", type=int, help="seed of the hostile frames; a failed test prints its own"
     )
+    parser.addoption(
+        "--fault-seed",
+        type=int,
+        default=6,
+        help="what faults are drawn from; a run prints its own (default: 6)",
+    )
+
+
+@pytest.fixture(scope="session")
+def fault_seed(request: pytest.FixtureRequest) -> int:
+    """Return what faults are to be drawn from."""
+    seed: int = request.config.getoption("--fault-seed")
+    return seed
 
 
 def pytest_configure(config: pytest.Config) -> None:

@@ -161,9 +161,8 @@ def test_second_agent_finds_the_directory_taken(bpffs: Path) -> None:
     place = Pins.under(bpffs)
     place.prepare(SIZE)
     first = place.lock()
-    with pytest.raises(
-        DatapathError, match=r"another lazymesh agent holds .*/lazymesh: stop it first.*--bpffs"
-    ):
+    holder = rf"another lazymesh agent \(process {os.getpid()}\) holds .*/lazymesh: stop it first.*--bpffs"
+    with pytest.raises(DatapathError, match=holder):
         place.lock()
     os.close(first)
     os.close(place.lock())
@@ -180,6 +179,18 @@ def test_refused_lock_keeps_no_descriptor(bpffs: Path) -> None:
             place.lock()
     assert open_descriptors() == before
     os.close(first)
+
+
+def test_pins_that_somebody_removed_are_named(bench: Bench) -> None:
+    """The ipcache is missed only where it is ours."""
+    place = bench.datapath.pins
+    assert place.missing(own_ipcache=True) == []
+    for name in (pins.IPCACHE, "lm_owned"):
+        place.path(name).rename(place.path(name + "_away"))
+    assert place.missing(own_ipcache=False) == ["lm_owned"]
+    assert set(place.missing(own_ipcache=True)) == {pins.IPCACHE, "lm_owned"}
+    for name in (pins.IPCACHE, "lm_owned"):
+        place.path(name + "_away").rename(place.path(name))
 
 
 def test_remove_leaves_nothing_of_ours(bpffs: Path) -> None:

@@ -192,7 +192,7 @@ class Programs:
     def _attach(self, device: _Device, program: int) -> None:
         ours = None if self.settings.style == "tcx" else "cil_"
         if self.settings.style == "tcx":
-            if device.link:
+            if device.link and device.link.follows(device.name):
                 device.link.update(program)
             else:
                 device.link = TcxLink.attach(program, device.name)

@@ -255,6 +255,18 @@ class Lab:
         """Replace the standalone policy."""
         self.policy.write_text(text, encoding="utf-8")
 
+    # What befalls a pod.
+
+    def unplug(self, pod: Pod) -> None:
+        """Delete a pod's interface, both ends of it, under whatever traffic there is."""
+        self.node_a.ip([f"link del {pod.interface}"])
+
+    def plug(self, pod: Pod) -> None:
+        """Give it one again, with the same addresses."""
+        ip_batch([_pod_veth(pod, self.node_a)])
+        self.node_a.ip(_host_side(pod))
+        pod.namespace.ip(_pod_side(pod))
+
     # What runs on node a.
 
     def start_agent(
@@ -433,10 +445,7 @@ def _wire(node_a: Namespace, node_b: Namespace, pods: list[Pod]) -> None:
     ip_batch(
         [
             _veth("eth0", _mac(1, 0), node_a, _mac(2, 0), node_b),
-            *(
-                _veth(pod.interface, _mac(3, pod.number), node_a, _mac(4, pod.number), pod.namespace)
-                for pod in pods
-            ),
+            *(_pod_veth(pod, node_a) for pod in pods),
         ]
     )
     node_a.ip(
@@ -470,6 +479,10 @@ def _mac(kind: int, number: int) -> str:
 def _veth(name: str, mac: str, home: Namespace, peer_mac: str, peer_home: Namespace) -> str:
     one, other = f"netns {home.name} address {mac}", f"netns {peer_home.name} address {peer_mac}"
     return f"link add name {name} {one} type veth peer name eth0 {other}"
+
+
+def _pod_veth(pod: Pod, node: Namespace) -> str:
+    return _veth(pod.interface, _mac(3, pod.number), node, _mac(4, pod.number), pod.namespace)
 
 
 def _uplink(mine: tuple[str, str], theirs: tuple[str, str], mac: str, cidrs: tuple[str, str]) -> list[str]:

@@ -107,6 +107,11 @@ class Pins:
                     f" remove {self.directory} while no agent runs, or run that version with --cleanup"
                 )
 
+    def missing(self, *, own_ipcache: bool) -> list[str]:
+        """Return the names of pinned maps and programs that somebody has removed; own_ipcache: ours is one of them."""
+        names = (*PROGRAMS, *HOLD_PROGRAMS, *expected_layouts(0))
+        return [name for name in names if not self.path(name).exists() and (own_ipcache or name != IPCACHE)]
+
     def remove(self) -> None:
         """Unpin everything that is ours; maps and programs go with their last user."""
         for name in (*PROGRAMS, *HOLD_PROGRAMS, HOLD_FILTER, SIGNALS, *VIEWS, *expected_layouts(0)):
@@ -124,11 +129,25 @@ class Pins:
         try:
             fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError as exc:
+            holder = _flock_holder(fd)
             os.close(fd)
+            who = f" (process {holder})" if holder else ""
             raise DatapathError(
-                f"another lazymesh agent holds {self.directory}: stop it first, or use another --bpffs"
+                f"another lazymesh agent{who} holds {self.directory}: stop it first, or use another --bpffs"
             ) from exc
         return fd
+
+
+def _flock_holder(fd: int) -> int | None:
+    """Return the process that has the file locked; None when the kernel does not say, as to other pid namespaces."""
+    found = os.fstat(fd)
+    wanted = f"{os.major(found.st_dev):02x}:{os.minor(found.st_dev):02x}:{found.st_ino}"
+    with open("/proc/locks", encoding="ascii") as lines:  # noqa: PTH123 (pathlib is imported for types only)
+        for line in lines:
+            words = line.split()
+            if "FLOCK" in words and "->" not in words and wanted in words:
+                return int(words[words.index(wanted) - 1]) or None
+    return None
 
 
 def check_bpffs(path: Path) -> None:

@@ -117,6 +117,8 @@ class Agent:
         self._failure: Exception | None = None
         self._fresh = False
         """Nobody has left a pin here before us."""
+        self._refused = False
+        """What somebody has left here is none of our kind: it is not ours to remove."""
         self._touched = False
         """We may have attached to something."""
         self._attached = False
@@ -138,7 +140,11 @@ class Agent:
         lock = pins.lock()
         self._fresh = not any(pins.directory.iterdir())
         try:
-            datapath = await asyncio.to_thread(load, pins, self._settings.datapath.ipcache_size)
+            try:
+                datapath = await asyncio.to_thread(load, pins, self._settings.datapath.ipcache_size)
+            except DatapathError:
+                self._refused = not self._fresh
+                raise
             try:
                 await together(self._stop.wait(), self._serve(datapath))
             finally:
@@ -154,6 +160,8 @@ class Agent:
 
     @property
     def _leaves_nothing(self) -> bool:
+        if self._refused:
+            return False
         return self._settings.cleanup or (self._fresh and not self._attached)
 
     async def _serve(self, datapath: Datapath) -> None:

@@ -3,9 +3,47 @@
 from __future__ import annotations
 
 import logging
+import os
+import select
 import sys
+from typing import TYPE_CHECKING, cast
 
 import structlog
+
+if TYPE_CHECKING:
+    from typing import TextIO
+
+
+class LogSink:
+    """A file descriptor for lines that may be lost: a full disk or a reader that hangs must not stop who logs.
+
+    Without a buffer, since what is left in one fails again at the process's end.
+    """
+
+    def __init__(self, fd: int) -> None:
+        self.lost = 0
+        """Lines that could not be written, at least not whole."""
+        self._fd = fd
+        self._room = select.poll()
+        self._room.register(fd, select.POLLOUT)
+
+    def write(self, text: str) -> None:
+        """Write a line, or count it as lost."""
+        data = text.encode(errors="backslashreplace")
+        try:
+            while data:
+                # A pipe that says yes takes this much at once; one that says no is full, and a write would wait.
+                if not self._room.poll(0):
+                    raise BlockingIOError
+                data = data[os.write(self._fd, data[: select.PIPE_BUF]) :]
+        except OSError:
+            self.lost += 1
+
+    def flush(self) -> None:
+        """There is nothing to flush."""
+
+
+stderr = LogSink(2)
 
 
 def configure_logging(form: str, level: str) -> None:
@@ -23,7 +61,7 @@ def configure_logging(form: str, level: str) -> None:
             renderer,
         ],
         wrapper_class=structlog.make_filtering_bound_logger(logging.getLevelName(level.upper())),
-        logger_factory=structlog.WriteLoggerFactory(sys.stderr),
+        logger_factory=structlog.WriteLoggerFactory(cast("TextIO", stderr)),
         cache_logger_on_first_use=True,
     )
 

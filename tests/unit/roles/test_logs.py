@@ -1,8 +1,10 @@
-"""Logs that do not flood."""
+"""Logs that do not flood, and that stop nobody."""
 
 from __future__ import annotations
 
-from lazymesh.roles.logs import OncePer
+import os
+
+from lazymesh.roles.logs import LogSink, OncePer
 
 
 def test_key_speaks_once_in_its_period() -> None:
@@ -32,3 +34,40 @@ def test_being_turned_away_costs_next_to_nothing() -> None:
     seen = id(once._until)
     assert not once("another", 2.0)
     assert id(once._until) == seen, "nobody has looked through all of them again"
+
+
+def test_line_is_written_whole() -> None:
+    """However long it is."""
+    reader, writer = os.pipe()
+    sink = LogSink(writer)
+    sink.write("é" * 5_000 + "\n")
+    sink.flush()
+    assert os.read(reader, 20_000) == "é".encode() * 5_000 + b"\n"
+    assert sink.lost == 0
+    os.close(reader)
+    sink.write("to nobody\n")
+    assert sink.lost == 1
+    os.close(writer)
+
+
+def test_full_disk_loses_lines() -> None:
+    """Each is counted, and raises nothing."""
+    with open("/dev/full", "wb") as full:  # noqa: PTH123 (a file descriptor is wanted)
+        sink = LogSink(full.fileno())
+        for _ in range(3):
+            sink.write("a line\n")
+        assert sink.lost == 3
+
+
+def test_pipe_that_is_not_read_loses_lines_and_waits_for_nobody() -> None:
+    """Once there is room again, lines come through again."""
+    reader, writer = os.pipe()
+    sink = LogSink(writer)
+    while not sink.lost:
+        sink.write("x" * 4_095 + "\n")
+    os.read(reader, 1 << 20)
+    sink.write("heard\n")
+    assert os.read(reader, 100) == b"heard\n"
+    assert sink.lost == 1
+    os.close(reader)
+    os.close(writer)
