@@ -101,6 +101,8 @@ class AgentSettings:
     """Resolve and report; write nothing into the ipcache, enforce nothing, drop nothing."""
     cleanup: bool = False
     """Leave no pin, filter or entry behind when stopped."""
+    uninstall_mark: Path | None = None
+    """While this file is there the agent is not ready, and stopped it does as ``cleanup``."""
     socket: Path = DEFAULT_SOCKET
     metrics_address: tuple[str, int] | None = field(default=None)
 

@@ -134,6 +134,14 @@ _path = click.Path(path_type=Path)
     help="Resolve and report; write nothing into the ipcache, enforce nothing, drop nothing.",
 )
 @click.option("--cleanup", is_flag=True, help="When stopped, leave no pin, no filter and no entry behind.")
+@click.option(
+    "--uninstall-mark",
+    type=_path,
+    default=None,
+    metavar="FILE",
+    help="The same while this file exists: so a whole cluster's agents can be told. Until then such an agent is not"
+    " ready.",
+)
 @bpffs_option
 @socket_option
 @click.option(
@@ -180,6 +188,7 @@ def _settings(options: dict[str, Any]) -> AgentSettings:
         policy=options["policy"],
         shadow=options["shadow"],
         cleanup=options["cleanup"],
+        uninstall_mark=options["uninstall_mark"],
         socket=options["socket"],
         metrics_address=None if address == "off" else parse_host_port(address),
     )

@@ -153,7 +153,9 @@ class Agent:
 
     @property
     def _leaves_nothing(self) -> bool:
-        return self._settings.cleanup or (self._fresh and not self._attached)
+        mark = self._settings.uninstall_mark
+        marked = mark is not None and mark.exists()
+        return self._settings.cleanup or marked or (self._fresh and not self._attached)
 
     async def _serve(self, datapath: Datapath) -> None:
         settings = self._settings
