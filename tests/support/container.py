@@ -6,15 +6,19 @@ has and this has not.
 
 from __future__ import annotations
 
+import functools
 import itertools
 import json
 import os
 import subprocess
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import yaml
+
+if TYPE_CHECKING:
+    from tests.support.lab import Lab
 
 ROOT = Path(__file__).parents[2]
 MANIFESTS = ROOT / "deploy" / "kubernetes"
@@ -27,6 +31,13 @@ def image_root() -> Path:
     """Return the root of the image of this checkout, built if need be."""
     subprocess.run([ROOT / "scripts" / "image"], check=True, stdout=subprocess.DEVNULL)
     return ROOT / ".cache" / "image" / "root"
+
+
+def in_lab(lab: Lab, root: Path, capabilities: tuple[str, ...] | None = None) -> Container:
+    """Return a container on node a of a lab, which sees the lab's directory where the node does."""
+    here = str(lab.directory)
+    mounts = (Mount(here, here), Mount("/dev/net/tun", "/dev/net/tun"))
+    return Container(root, lab.directory / "containers", capabilities, mounts)
 
 
 def manifest(kind: str, directory: Path = MANIFESTS) -> dict[str, Any]:
@@ -85,7 +96,7 @@ class Container:
         )
 
     def _config(self, args: tuple[str, ...]) -> dict[str, Any]:
-        names = ALL_CAPABILITIES if self.capabilities is None else self.capabilities
+        names = _all_capabilities() if self.capabilities is None else self.capabilities
         capabilities = [f"CAP_{name}" for name in names]
         env = {"PATH": "/opt/lazymesh/bin:/usr/sbin:/usr/bin", "PYTHONDONTWRITEBYTECODE": "1", **self.env}
         privileged = self.capabilities is None
@@ -136,11 +147,9 @@ class Container:
         }
 
 
+@functools.cache
 def _all_capabilities() -> tuple[str, ...]:
     """Return what this machine lets anybody have: less than the kernel knows, in a sandbox."""
     names = subprocess.run(["capsh", "--print"], check=True, capture_output=True, text=True).stdout
     (line,) = [line for line in names.splitlines() if line.startswith("Bounding set")]
     return tuple(name.strip().removeprefix("cap_").upper() for name in line.partition("=")[2].split(","))
-
-
-ALL_CAPABILITIES = _all_capabilities()
