@@ -63,9 +63,9 @@ def check_capabilities(beside_cilium: bool) -> list[str]:
     held = held_here()
     lacking = missing(held, Circumstances.here(beside_cilium))
     if lacking:
-        words = "; ".join(f"CAP_{name}, {FOR[name]}" for name in lacking)
+        words = "; CAP_".join(f"{name}, {FOR[name]}" for name in lacking)
         raise DatapathError(
-            f"missing {words}: add {'it' if len(lacking) == 1 else 'them'} to the container's capabilities,"
+            f"missing CAP_{words}: add {'it' if len(lacking) == 1 else 'them'} to the container's capabilities,"
             " or make it privileged"
         )
     return sorted(held)
