@@ -52,6 +52,18 @@ def _can_make_namespaces() -> bool:
     return _is_root() and subprocess.run(attempt, check=False, capture_output=True).returncode == 0
 
 
+def _has_helm() -> bool:
+    return shutil.which("helm") is not None or (TESTS.parent / ".cache/bin/helm").exists()
+
+
+def _can_build_images() -> bool:
+    return all(shutil.which(name) for name in ("buildah", "mmdebstrap"))
+
+
+def _has_crun() -> bool:
+    return shutil.which("crun") is not None and shutil.which("capsh") is not None
+
+
 def _has_kvm() -> bool:
     return os.access("/dev/kvm", os.R_OK | os.W_OK)
 
@@ -62,6 +74,9 @@ NEEDS: dict[str, tuple[str, Callable[[], bool]]] = {
     "clang": ("install clang-14", _has_clang),
     "etcd": ("install etcd-server", _has_etcd),
     "network namespaces": ("allow this container to make network namespaces", _can_make_namespaces),
+    "helm": ("run scripts/helm --build once", _has_helm),
+    "buildah": ("install buildah and mmdebstrap", _can_build_images),
+    "crun": ("install crun and libcap2-bin", _has_crun),
     "/dev/kvm": ("run on a machine with virtualisation", _has_kvm),
 }
 
@@ -69,6 +84,7 @@ TIERS: dict[str, tuple[str, ...]] = {
     "unit": (),
     "datapath": ("root", "bcc"),
     "mesh": ("root", "bcc", "etcd", "network namespaces"),
+    "ship": ("root", "etcd", "network namespaces", "buildah", "crun"),
     "vm": ("root", "/dev/kvm"),
 }
 
