@@ -17,6 +17,9 @@ from typing import TYPE_CHECKING
 
 import pytest
 
+from lazymesh.datapath import libbpf
+from lazymesh.datapath.maps import kernel_honours_noexist
+
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
 
@@ -25,9 +28,7 @@ TESTS = Path(__file__).parent
 PATIENCE_SECONDS = 120
 """For one test; a hanging one must fail by name instead of taking the whole run with it."""
 
-SKIPS_ALLOWED_IN_CI = {
-    "/dev/kvm": "rented build machines have no nested virtualisation",
-}
+SKIPS_ALLOWED_IN_CI: dict[str, str] = {}
 """Needs that a build machine may lack, each with the reason."""
 
 
@@ -52,8 +53,16 @@ def _can_make_namespaces() -> bool:
     return _is_root() and subprocess.run(attempt, check=False, capture_output=True).returncode == 0
 
 
-def _has_kvm() -> bool:
-    return os.access("/dev/kvm", os.R_OK | os.W_OK)
+def _has_tcx() -> bool:
+    return libbpf.has_tcx()
+
+
+def _honours_noexist() -> bool:
+    return kernel_honours_noexist()
+
+
+def _has_machines() -> bool:
+    return "LAZYMESH_VM_SYSTEM" in os.environ
 
 
 NEEDS: dict[str, tuple[str, Callable[[], bool]]] = {
@@ -62,20 +71,24 @@ NEEDS: dict[str, tuple[str, Callable[[], bool]]] = {
     "clang": ("install clang-14", _has_clang),
     "etcd": ("install etcd-server", _has_etcd),
     "network namespaces": ("allow this container to make network namespaces", _can_make_namespaces),
-    "/dev/kvm": ("run on a machine with virtualisation", _has_kvm),
+    "tcx": ("run on kernel 6.6 or later", _has_tcx),
+    "BPF_NOEXIST": (
+        "run on a kernel that honours it on LPM tries: 6.13, or a later stable one",
+        _honours_noexist,
+    ),
+    "virtual machines": ("run scripts/vm test, which installs and starts all of it", _has_machines),
 }
 
 TIERS: dict[str, tuple[str, ...]] = {
     "unit": (),
     "datapath": ("root", "bcc"),
     "mesh": ("root", "bcc", "etcd", "network namespaces"),
-    "vm": ("root", "/dev/kvm"),
+    "vm": ("root", "virtual machines"),
 }
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    """Declare the tier that pyproject.toml does not name, and the mark for a single test's further needs."""
-    config.addinivalue_line("markers", "vm: a kernel of its own, booted with KVM")
+    """Declare the marks for a single test's further needs."""
     config.addinivalue_line("markers", "needs(name, ...): what this one test needs beyond its tier")
     config.addinivalue_line(
         "markers", f"patience(seconds): how long this test may take, if not {PATIENCE_SECONDS}"
