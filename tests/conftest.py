@@ -17,6 +17,9 @@ from typing import TYPE_CHECKING
 
 import pytest
 
+from lazymesh.datapath import libbpf
+from lazymesh.datapath.maps import kernel_honours_noexist
+
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
 
@@ -25,9 +28,7 @@ TESTS = Path(__file__).parent
 PATIENCE_SECONDS = 120
 """For one test; a hanging one must fail by name instead of taking the whole run with it."""
 
-SKIPS_ALLOWED_IN_CI = {
-    "/dev/kvm": "rented build machines have no nested virtualisation",
-}
+SKIPS_ALLOWED_IN_CI: dict[str, str] = {}
 """Needs that a build machine may lack, each with the reason."""
 
 
@@ -64,8 +65,16 @@ def _has_crun() -> bool:
     return shutil.which("crun") is not None and shutil.which("capsh") is not None
 
 
-def _has_kvm() -> bool:
-    return os.access("/dev/kvm", os.R_OK | os.W_OK)
+def _has_tcx() -> bool:
+    return libbpf.has_tcx()
+
+
+def _honours_noexist() -> bool:
+    return kernel_honours_noexist()
+
+
+def _has_machines() -> bool:
+    return "LAZYMESH_VM_SYSTEM" in os.environ
 
 
 NEEDS: dict[str, tuple[str, Callable[[], bool]]] = {
@@ -77,7 +86,12 @@ NEEDS: dict[str, tuple[str, Callable[[], bool]]] = {
     "helm": ("run scripts/helm --build once", _has_helm),
     "buildah": ("install buildah and mmdebstrap", _can_build_images),
     "crun": ("install crun and libcap2-bin", _has_crun),
-    "/dev/kvm": ("run on a machine with virtualisation", _has_kvm),
+    "tcx": ("run on kernel 6.6 or later", _has_tcx),
+    "BPF_NOEXIST": (
+        "run on a kernel that honours it on LPM tries: 6.13, or a later stable one",
+        _honours_noexist,
+    ),
+    "virtual machines": ("run scripts/vm test, which installs and starts all of it", _has_machines),
 }
 
 TIERS: dict[str, tuple[str, ...]] = {
@@ -85,7 +99,7 @@ TIERS: dict[str, tuple[str, ...]] = {
     "datapath": ("root", "bcc"),
     "mesh": ("root", "bcc", "etcd", "network namespaces"),
     "ship": ("root", "etcd", "network namespaces", "buildah", "crun"),
-    "vm": ("root", "/dev/kvm"),
+    "vm": ("root", "virtual machines"),
 }
 
 
@@ -110,8 +124,7 @@ def fault_seed(request: pytest.FixtureRequest) -> int:
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    """Declare the tier that pyproject.toml does not name, and the mark for a single test's further needs."""
-    config.addinivalue_line("markers", "vm: a kernel of its own, booted with KVM")
+    """Declare the marks for a single test's further needs."""
     config.addinivalue_line("markers", "needs(name, ...): what this one test needs beyond its tier")
     config.addinivalue_line(
         "markers", f"patience(seconds): how long this test may take, if not {PATIENCE_SECONDS}"

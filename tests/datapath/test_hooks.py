@@ -128,6 +128,7 @@ def test_filters_are_not_asked_for_again_and_again(
     assert (asked > 0) == (style == "tcx")
 
 
+@pytest.mark.needs("tcx")
 def test_another_way_to_attach_takes_off_what_was_attached_before(loaded: Datapath, node: Namespace) -> None:
     """An upgrade of kernel or agent: a packet must not meet both."""
     node.ip(veth("eth0", "lxc1"))
@@ -138,6 +139,7 @@ def test_another_way_to_attach_takes_off_what_was_attached_before(loaded: Datapa
         assert bool(node.call(tcx.tcx_programs, "eth0")) == (style != "clsact")
 
 
+@pytest.mark.needs("tcx")
 def test_links_of_interfaces_that_went_meanwhile_are_unpinned(loaded: Datapath, node: Namespace) -> None:
     """Nobody told the agent that was not there."""
     node.ip(veth("lxc1", "lxc2"))

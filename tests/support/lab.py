@@ -350,7 +350,7 @@ class AgentProcess:
             raise RuntimeError(f"{path}: HTTP {status}: {body.strip()}")
         return body
 
-    def wait_ready(self, deadline: float = 60) -> None:
+    def wait_ready(self, deadline: float = 180) -> None:
         """Return when /readyz says so; on failure the error shows the end of the log."""
         end = time.monotonic() + deadline
         while time.monotonic() < end:
