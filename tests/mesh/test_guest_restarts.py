@@ -20,7 +20,7 @@ pytestmark = pytest.mark.needs("clang")
 
 SCENE = Scene(endpoints=1_000, fill_rate=400, switch_after_s=1.0, lead_s=0.6)
 FULL_SCENE = Scene(
-    endpoints=3_000, fill_rate=2_000, switch_after_s=1.0, flows=20, fresh_every_s=0.05, lead_s=0.6
+    endpoints=3_000, fill_rate=1_500, switch_after_s=1.6, flows=20, fresh_every_s=0.05, lead_s=0.6
 )
 UNKNOWN = 5_000
 """Numbers of pods that Cilium does not know begin here."""
