@@ -249,7 +249,10 @@ def test_what_no_line_stands_for_goes_at_the_next_start() -> None:
     writer.use(theirs.raw)
     writer.upsert(PEERS[1], Record(IDENTITIES[0], HOST))
     node.journal = Map.create("lm_test", MapLayout(MAP_TYPE_HASH, 24, 56, 64, 0))
+    maps = [one.ours for one in node.maps]
+    assert Installer(maps, Journal(node.journal), honours_noexist=True, shared=True).has_leftovers()
     assert node.start() == []
+    assert not node.installer.has_leftovers()
     assert set(theirs.read()) == {PEERS[1]}
 
 

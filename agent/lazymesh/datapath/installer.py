@@ -89,11 +89,8 @@ class Installer:
                     self.withdraw(ipcache, address)
 
     def has_leftovers(self) -> bool:
-        """Tell whether an earlier life has left an entry of ours."""
-        return any(
-            (standing := self._main.stands(address)) is not None and self._is_of_line(standing, line)
-            for address, line in self._journal.items()
-        )
+        """Tell whether an earlier life has left an entry of ours in Cilium's maps, with or without a journal."""
+        return any(True for ipcache in self._maps for _ in ipcache.tagged())
 
     def use(self, maps: Sequence[IpcacheMap]) -> None:
         """Write into these maps from now on. What is ours in another first map is to be carried over."""

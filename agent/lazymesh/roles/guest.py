@@ -338,7 +338,7 @@ class GuestIpcaches:
 
     def _complain(self, problem: str) -> None:
         if problem != self._problem:
-            log.error("Cilium's ipcache cannot be used", problem=problem)
+            log.error("cannot follow Cilium's ipcaches", problem=problem)
         self._problem = problem
 
     # --- what is in them ----------------------------------------------------------------------------------------------
@@ -352,6 +352,8 @@ class GuestIpcaches:
                 self.lent[fate] += 1
             if count % SLICE == 0:
                 yield
+        # By the order of lending those that are used most would be the first to go again.
+        writer.driver.feed(events.Used(tuple(reversed(wanted))))
 
     async def _sweep(self, writer: _Writer) -> None:
         """Look for entries of ours that are not ours any more, and let go of them."""
