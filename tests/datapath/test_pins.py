@@ -211,6 +211,7 @@ def test_remove_leaves_nothing_of_ours(bpffs: Path) -> None:
     for name, layout in expected_layouts(SIZE).items():
         pin_map(place.path(name), layout)
     pin_map(place.path(pins.SIGNALS), expected_layouts(SIZE)["lm_config"])
+    pin_map(place.path("lm_of_another"), expected_layouts(SIZE)["lm_config"])
     for name in pins.PROGRAMS:
         program = load_empty_program()
         libbpf.pin(program, place.path(name))

@@ -128,10 +128,9 @@ class Pins:
         return [name for name in names if not self.path(name).exists() and (own_ipcache or name != IPCACHE)]
 
     def remove(self) -> None:
-        """Unpin everything that is ours; maps and programs go with their last user."""
-        for name in (*PROGRAMS, *HOLD_PROGRAMS, HOLD_FILTER, SIGNALS, *VIEWS, *expected_layouts(0)):
-            with contextlib.suppress(FileNotFoundError):
-                self.path(name).unlink()
+        """Unpin everything that is ours, of whatever version; maps and programs go with their last user."""
+        for path in self.directory.glob("lm_*"):
+            path.unlink(missing_ok=True)
         for index in self.linked():
             self.link(index).unlink(missing_ok=True)
         for directory in (self.directory / LINKS, self.directory):
