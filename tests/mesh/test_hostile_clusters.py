@@ -118,6 +118,7 @@ def first_packets(lab: Lab, seconds: float) -> list[float]:
     return sorted(took)
 
 
+@pytest.mark.patience(400)  # etcd takes a hundred thousand writes, on a busy machine in minutes
 def test_a_flood_of_identities_delays_nobody_else(
     lab: Lab, agent: AgentProcess, liar: Neighbour, writes: Store
 ) -> None:

@@ -78,7 +78,7 @@ _path = click.Path(path_type=Path)
     "--mesh-cidr",
     multiple=True,
     metavar="CLUSTER=CIDR",
-    help="Pod CIDR of a cluster whose node records have none. Repeatable.",
+    help="Pod CIDR of a cluster, which then no other can claim; also for node records that have none. Repeatable.",
 )
 @click.option(
     "--cluster-region",
