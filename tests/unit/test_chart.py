@@ -35,7 +35,7 @@ OTHERS: dict[str, tuple[Any, dict[str, Any]]] = {
     "cluster.id": (1, {}),
     "cluster.maxConnected": (511, {}),
     "cluster.region": ("eu", {}),
-    "datapath": ("cilium", {}),
+    "datapath": ("auto", {}),
     "interfaces": (["veth+"], {}),
     "uplinks": (["eth0"], {}),
     "attach": ("clsact", {}),
