@@ -554,7 +554,7 @@ TARGETS: dict[str, Target] = {
             b"a: &a [*a]\n--- \n...",
             b"specs: [&s {endpointSelector: {}, egress: []}, *s]",
         ),
-        longest=1_500,
+        longest=600,
     ),
     "etcd-config": Target(
         etcd_config,
@@ -563,11 +563,11 @@ TARGETS: dict[str, Target] = {
             b"endpoints: ['b:1']",
             b"endpoints: [http://b:1, 2001-99-99, 0x1f, .inf, ~, !!int '']",
             b"endpoints: ['b:1']\ncilium-host-aliases: 5",
-            b"x: " + b"[" * 600,
+            b"x: " + b"[" * 40,
             b"a: &a [x, x]\nb: &b [*a, *a]\nendpoints: [*b]",
             b"{[a]: b}",
         ),
-        longest=1_500,
+        longest=600,
     ),
     "certificate": Target(
         certificate, (CERTIFICATE, b"-----BEGIN CERTIFICATE-----\nMAA=\n-----END CERTIFICATE-----")
