@@ -57,6 +57,11 @@ def _has_helm() -> bool:
     return shutil.which("helm") is not None or (TESTS.parent / ".cache/bin/helm").exists()
 
 
+def _has_history() -> bool:
+    words = ["git", "-C", str(TESTS), "rev-parse", "--is-shallow-repository"]
+    return subprocess.run(words, check=False, capture_output=True, text=True).stdout == "false\n"
+
+
 def _can_build_images() -> bool:
     return all(shutil.which(name) for name in ("buildah", "mmdebstrap"))
 
@@ -83,6 +88,7 @@ NEEDS: dict[str, tuple[str, Callable[[], bool]]] = {
     "clang": ("install clang-14", _has_clang),
     "etcd": ("install etcd-server", _has_etcd),
     "network namespaces": ("allow this container to make network namespaces", _can_make_namespaces),
+    "earlier versions": ("clone the whole history: git fetch --unshallow", _has_history),
     "helm": ("run scripts/helm --build once", _has_helm),
     "buildah": ("install buildah and mmdebstrap", _can_build_images),
     "crun": ("install crun and libcap2-bin", _has_crun),

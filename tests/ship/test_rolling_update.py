@@ -17,6 +17,8 @@ if TYPE_CHECKING:
     from collections.abc import Iterator
 
 ROOT = Path(__file__).parents[2]
+pytestmark = pytest.mark.needs("earlier versions")
+
 PREVIOUS = "524985f"
 """The version before this one: pins and journal of both go into each other."""
 OLDER = "cc98f12"
