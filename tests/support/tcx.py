@@ -101,7 +101,9 @@ class TcxLink:
 
 
 def tcx_programs(interface: str, hook: str = INGRESS) -> list[int]:
-    """Return the ids of the programs on a hook, in the order in which they see a packet."""
+    """Return the ids of the programs on a hook, in the order in which they see a packet; none without tcx."""
+    if not libbpf.has_tcx():
+        return []
     ids, count, flags = (ctypes.c_uint32 * 64)(), ctypes.c_uint32(64), ctypes.c_uint32()
     pointers = (ctypes.byref(flags), ids, ctypes.byref(count))
     index, kind = socket.if_nametoindex(interface), _ATTACH_TYPE[hook]

@@ -31,7 +31,8 @@ if TYPE_CHECKING:
 
 IPCACHE_SIZE = 512_000
 """Cilium's own size (cilium-formats 1.1)."""
-LOAD_TIMEOUT_S = 60
+LOAD_TIMEOUT_S = 180
+"""A second or two on an idle node; half a minute has been seen on emulated processors, more where others compete."""
 
 
 def load(pins: Pins, ipcache_size: int = IPCACHE_SIZE) -> Datapath:

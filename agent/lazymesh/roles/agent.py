@@ -25,6 +25,7 @@ from lazymesh.core.model import format_address
 from lazymesh.core.policy import PolicyEngine
 from lazymesh.core.policyfile import parse_policy
 from lazymesh.core.resolver import Judge, Limits, Resolver
+from lazymesh.datapath.capabilities import check_capabilities
 from lazymesh.datapath.cilium import NodeView, is_pinned_here, take_out_ours
 from lazymesh.datapath.holdmaps import HoldControl, HoldCounterMap, HoldLimits
 from lazymesh.datapath.hooks import detach_everywhere
@@ -73,6 +74,7 @@ def run_agent(settings: AgentSettings) -> None:
             "lazymesh agent needs root: it loads BPF programs (sudo, or a privileged container)"
         )
     settings = _with_mode(settings)
+    check_capabilities(settings.datapath.mode == "cilium")
     policy, text = _read_policy(settings)
     check_directories(settings.mesh.clustermesh_config, settings.mesh.remote_config)
     agent = Agent(settings, policy, zlib.crc32(text.encode()))
@@ -162,7 +164,9 @@ class Agent:
     def _leaves_nothing(self) -> bool:
         if self._refused:
             return False
-        return self._settings.cleanup or (self._fresh and not self._attached)
+        mark = self._settings.uninstall_mark
+        marked = mark is not None and mark.exists()
+        return self._settings.cleanup or marked or (self._fresh and not self._attached)
 
     async def _serve(self, datapath: Datapath) -> None:
         settings = self._settings
@@ -274,7 +278,7 @@ class Agent:
             if not self._settings.shadow:
                 # An earlier life may have been beside Cilium; nobody would look after its entries any more.
                 take_out_ours(settings.bpffs)
-            return OwnIpcache(datapath, settings.ipcache_size)
+            return OwnIpcache(datapath, settings.ipcache_size, settings.bpffs)
         datapath.pins.path(IPCACHE).unlink(
             missing_ok=True
         )  # of an earlier life, which had no Cilium beside it

@@ -67,20 +67,31 @@ def configure_logging(form: str, level: str) -> None:
 
 
 class OncePer:
-    """Lets a key through once per period, and remembers a bounded number of keys: for logs on the miss path."""
+    """Lets a key through once per period, and a bounded number of keys: for logs of what others can cause.
 
-    def __init__(self, period_s: float, keys: int = 4_096) -> None:
+    Whoever is one of many has a table of his own, so that the others are still heard when he has filled it.
+    """
+
+    def __init__(self, period_s: float, keys: int = 1_024) -> None:
         self._period_s = period_s
         self._keys = keys
         self._until: dict[object, float] = {}
+        self._full_until = 0.0
+
+    @property
+    def full(self) -> bool:
+        """No other key is let through for a while."""
+        return len(self._until) >= self._keys
 
     def __call__(self, key: object, now: float) -> bool:
         """Tell whether this key may speak now."""
-        if self._until.get(key, 0.0) > now:
+        if now < self._full_until or self._until.get(key, 0.0) > now:
             return False
-        if len(self._until) >= self._keys:
+        if self.full:
             self._until = {k: t for k, t in self._until.items() if t > now}
-            if len(self._until) >= self._keys:
+            if self.full:
+                # A look through all keys for each that is turned away would cost more than the words.
+                self._full_until = min(self._until.values())
                 return False
         self._until[key] = now + self._period_s
         return True

@@ -65,6 +65,9 @@ class Status:
             return "programs are not attached yet"
         if self.parts.holding.state == "starting":
             return "the holder is not up yet"
+        mark = self.parts.settings.uninstall_mark
+        if mark is not None and mark.exists():
+            return "marked to be uninstalled: stopped, it leaves nothing behind"
         waiting = [name for name, link in self.parts.mesh.links.items() if not link.tried]
         return f"clusters not listed yet: {', '.join(sorted(waiting))}" if waiting else None
 

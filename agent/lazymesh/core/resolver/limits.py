@@ -79,8 +79,8 @@ class Limits:
     """Share of the queue at which it is heard again."""
     one_cluster: float = 0.5
     """Of the queue's level, the part that one cluster alone can make up while others are ready: it mutes nobody."""
-    admission_floor: float = 0.025
-    """Answers that take no longer are fast, whatever is usual: a tenth of the time that a packet is held."""
+    admission_floor: float = 0.1
+    """Answers that take no longer are fast, whatever is usual: well within the time that a packet is held."""
     admission_factor: float = 4.0
     """Beyond the floor, answers that take so many times what is usual are slow."""
     admission_growth: float = 1.1
