@@ -109,7 +109,7 @@ class Outcome:
 
 
 def soak(plan: Plan, say: Callable[[str], None]) -> Outcome:
-    """Do it; a map that does not follow the records, or an agent that ends by itself, ends it early, with a complaint."""
+    """Do it; a map that does not follow the records, or an agent that ends by itself, is a complaint and the end."""
     with contextlib.ExitStack() as stack:
         return Soak(plan, say, stack).run()
 
