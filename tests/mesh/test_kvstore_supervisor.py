@@ -11,10 +11,11 @@ from lazymesh.errors import KvstoreError
 from lazymesh.kvstore.backoff import BackoffLimits
 from lazymesh.kvstore.client import EtcdClient
 from lazymesh.kvstore.config import parse_config
+from lazymesh.kvstore.connection import dial
 from lazymesh.kvstore.model import Connected, Disconnected
 from lazymesh.kvstore.supervisor import Options
 from lazymesh.kvstore.transport import Transport
-from tests.support.etcd import EtcdServer, eventually
+from tests.support.etcd import EtcdCluster, EtcdServer, Role, eventually
 
 if TYPE_CHECKING:
     from lazymesh.kvstore.model import ClientEvent
@@ -74,6 +75,29 @@ async def test_emptied_store_behind_the_same_address_is_a_reset(token: str | Non
             assert events[-1].reset
             assert (client.info.cluster_id == before) is (token is None)
             assert client.info.revision < 5
+
+
+async def test_member_catches_up_with_the_others_or_says_that_it_cannot() -> None:
+    """Whoever may read nothing may ask too; without a majority nobody knows what is true by now."""
+    role = Role("remote", ("cilium/state/",), password="pw")
+    with EtcdCluster() as etcd:
+        etcd.enable_auth([role], root_password="rootpw")
+        text = f"endpoints: ['{etcd.urls[0]}']\nusername: remote\npassword: pw"
+        config = parse_config(text, "c")
+        connection = await dial(config.endpoints[0], config, Transport(dial_timeout_s=2))
+        try:
+            revision = await asyncio.to_thread(etcd.put, "cilium/state/a", "1")
+            await connection.catch_up()
+            assert connection.revision == revision
+            for member in etcd.members[1:]:
+                member.freeze()
+            with pytest.raises(KvstoreError) as caught:
+                await connection.catch_up()
+            assert caught.value.kind in ("timeout", "unavailable")
+            for member in etcd.members[1:]:
+                member.thaw()
+        finally:
+            await connection.close()
 
 
 async def test_clean_restart_with_the_same_data_is_no_reset() -> None:

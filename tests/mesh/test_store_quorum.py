@@ -125,8 +125,9 @@ def test_member_that_slept_does_not_take_the_agent_back_in_time(
     lab: Lab, third: Neighbour, agent: AgentProcess, churn: Churn
 ) -> None:
     """It wakes up with an old state while the others are gone: records of then are not believed again."""
-    first, sleeper, last = third.etcd.members
     for _ in range(3):
+        used = wait_until(lambda: endpoint(lab), 20, "a connection")
+        first, sleeper, last = sorted(third.etcd.members, key=lambda member: member.url != used)
         third.join(first.url, sleeper.url, last.url)
         wait_until(lambda: endpoint(lab) == first.url, 20, "the first member in use")  # noqa: B023
         sleeper.freeze()
@@ -145,7 +146,6 @@ def test_member_that_slept_does_not_take_the_agent_back_in_time(
             member.wait_ready()
         churn.change(3)
         settle([churn], 60)
-        first, sleeper, last = sleeper, last, first
 
 
 def _has_no_leader(member: EtcdServer) -> bool:

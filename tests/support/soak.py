@@ -44,6 +44,8 @@ THIRD_KNOWN = ["10.3.0.5", "10.3.0.6"]
 THIRD_CHANGING = [f"10.3.0.{number}" for number in range(20, 28)]
 SETTLE_S = 60.0
 """A frozen store is given up after 25 s; the rest is for a busy machine."""
+READY_S = 180.0
+"""The datapath is compiled at each start, which others on the machine can make long."""
 _HOUR = 3600
 
 
@@ -107,7 +109,7 @@ class Outcome:
 
 
 def soak(plan: Plan, say: Callable[[str], None]) -> Outcome:
-    """Do it; what ends it early is a map that does not follow the records, or an agent that ends by itself."""
+    """Do it; a map that does not follow the records, or an agent that ends by itself, is a complaint and the end."""
     with contextlib.ExitStack() as stack:
         return Soak(plan, say, stack).run()
 
@@ -133,7 +135,7 @@ class Soak:
         self._publish()
         self.agent = self._start_agent()
         stack.callback(self._stop_agent)
-        self.agent.wait_ready()
+        self.agent.wait_ready(READY_S)
         self._stack = stack
 
     def _publish(self) -> None:
@@ -165,6 +167,9 @@ class Soak:
                 self._began = time.monotonic()
                 try:
                     self._break_things()
+                except (RuntimeError, TimeoutError) as exc:
+                    at = time.monotonic() - self._began
+                    outcome.complaints.append(f"ended early, after {at:.0f} s: {exc}")
                 finally:
                     fates = sender.stop()
                     self._count(fates)
@@ -255,7 +260,7 @@ class Soak:
         self.agent.kill()
         self._calm(self._dice.uniform(0, 2))
         self.agent = self._start_agent()
-        self.agent.wait_ready()
+        self.agent.wait_ready(READY_S)
 
     def kill_starting_agent(self) -> None:
         """Kill it, and its successors before they have become ready."""
@@ -264,7 +269,7 @@ class Soak:
             self.agent.kill()
             self.agent = self._start_agent()
             self._calm(self._dice.uniform(0, 2.5))
-        self.agent.wait_ready()
+        self.agent.wait_ready(READY_S)
 
     def stop_agent(self) -> None:
         """Stop it in good order, and start it again."""
@@ -274,7 +279,7 @@ class Soak:
             self._outcome.complaints.append(f"the agent ended with exit code {code} when it was stopped")
         self._calm(self._dice.uniform(0, 1))
         self.agent = self._start_agent()
-        self.agent.wait_ready()
+        self.agent.wait_ready(READY_S)
 
     def pause_agent(self) -> None:
         """Stop the process for a while, without ending it."""

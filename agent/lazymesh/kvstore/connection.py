@@ -17,7 +17,7 @@ from google.protobuf.message import DecodeError
 
 from lazymesh.errors import KvstoreError
 from lazymesh.kvstore import etcd_pb2 as pb
-from lazymesh.kvstore import rpc
+from lazymesh.kvstore import requests, rpc
 from lazymesh.kvstore.certificate import certificate_facts, handshake_failure
 from lazymesh.kvstore.channel import Code, RpcError, UnaryCall
 from lazymesh.kvstore.failures import Peer, is_stale_auth
@@ -147,6 +147,17 @@ class Connection:
         """Ask for the server's status, the one call that every user may make."""
         response = await self.call(rpc.Call(rpc.STATUS, pb.StatusRequest(), timeout_s, lambda: "connect"))
         self.version = response.version
+
+    async def catch_up(self) -> None:
+        """Have the member learn all that its cluster agrees on by now; KvstoreError when it is cut off from it."""
+        call = rpc.Call(rpc.RANGE, requests.read_agreed(), self._timeout_s, lambda: "connect")
+        try:
+            await self.call(call)
+        except KvstoreError as exc:
+            # The key may be none of ours; whether it is, is looked up after the round.
+            if exc.kind != "permission":
+                raise
+        await self.ping(self._timeout_s)
 
     async def renew_login(self, refused: Metadata) -> None:
         """Get a new token, if we log in by password at all and nobody has got one since."""

@@ -56,6 +56,8 @@ class Peer:
         """Return our error for gRPC's."""
         code, details = error.code, error.details
         kind = "permission" if any(words in details for words in _ABOUT_US) else _KINDS.get(code, "protocol")
+        if kind == "protocol" and "context deadline exceeded" in details:
+            kind = "timeout"  # a member without its leader, in words of the library that it is written with
         reason = details.removeprefix("etcdserver: ") or code.name.lower().replace("_", " ")
         if "required revision has been compacted" in details:
             return self.error(kind, what, reason, "it changes faster than it is read; reading starts over")

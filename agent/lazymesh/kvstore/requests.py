@@ -24,6 +24,11 @@ def read_one(key: bytes) -> pb.RangeRequest:
     return pb.RangeRequest(key=key, serializable=True)
 
 
+def read_agreed() -> pb.RangeRequest:
+    """Ask for nothing in particular, after a round of the cluster's consensus."""
+    return pb.RangeRequest(key=b"\0", count_only=True)
+
+
 def read_batch(keys: Sequence[bytes]) -> pb.TxnRequest:
     """Ask for several keys at one revision."""
     return pb.TxnRequest(success=[pb.RequestOp(request_range=read_one(key)) for key in keys])

@@ -150,12 +150,24 @@ class Supervisor:
             endpoint = self._config.endpoints[self._turn % len(self._config.endpoints)]
             self._turn += 1
             try:
-                return await self._dial(endpoint, self._config, self._options.transport)
+                return await self._up_to_date(
+                    await self._dial(endpoint, self._config, self._options.transport)
+                )
             except KvstoreError as exc:
                 self._failure = exc
                 log.debug("etcd endpoint does not answer", endpoint=str(endpoint), error=str(exc))
         self._settled.set()
         return None
+
+    async def _up_to_date(self, connection: Connection) -> Connection:
+        """Return it once a member that slept has caught up: its old state would pass for a store that went back."""
+        if connection.cluster_id == self._cluster_id and connection.revision < self._revision:
+            try:
+                await connection.catch_up()
+            except KvstoreError:
+                await connection.close()
+                raise
+        return connection
 
     async def _keep(self, connection: Connection) -> None:
         started = time.monotonic()

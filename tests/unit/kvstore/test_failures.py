@@ -22,6 +22,7 @@ PEER = Peer("https://b:2379", "user 'remote' (the certificate's common name)")
         ),
         (Code.UNAUTHENTICATED, "etcdserver: invalid auth token", "permission"),
         (Code.DEADLINE_EXCEEDED, "Deadline Exceeded", "timeout"),
+        (Code.UNKNOWN, "context deadline exceeded", "timeout"),
         (Code.UNAVAILABLE, "failed to connect\nto all addresses", "unavailable"),
         (Code.OUT_OF_RANGE, "etcdserver: mvcc: required revision has been compacted", "protocol"),
         (Code.INTERNAL, "", "protocol"),

@@ -34,6 +34,9 @@ class FakeConnection:
         self.on_down: Callable[[KvstoreError], None] | None = None
         self.hangs = False
         self.pings = 0
+        self.closed = False
+        self.agreed: int | None = revision
+        """The revision that its cluster has; None: it is cut off from the others."""
 
     def fail(self, error: KvstoreError) -> None:
         """Go down."""
@@ -51,8 +54,15 @@ class FakeConnection:
             raise KvstoreError("no answer", "timeout")
         self.heard_at = asyncio.get_running_loop().time()
 
+    async def catch_up(self) -> None:
+        """Learn what the others have."""
+        if self.agreed is None:
+            raise KvstoreError("no leader", "timeout")
+        self.revision = self.agreed
+
     async def close(self) -> None:
-        """Nothing to close."""
+        """Take note."""
+        self.closed = True
 
 
 class FakeNet:
@@ -61,6 +71,8 @@ class FakeNet:
     def __init__(self, **stores: tuple[int, int] | None) -> None:
         self.stores = stores
         self.dialled: list[str] = []
+        self.agreed: dict[str, int | None] = {}
+        """What members learn from the others, where that is not what they have."""
         self.connections: list[FakeConnection] = []
 
     async def dial(self, endpoint: Endpoint, config: EtcdConfig, transport: object) -> FakeConnection:
@@ -70,8 +82,10 @@ class FakeNet:
         store = self.stores[endpoint.host]
         if store is None:
             raise KvstoreError(f"{endpoint} is dead")
-        self.connections.append(FakeConnection(endpoint, *store))
-        return self.connections[-1]
+        connection = FakeConnection(endpoint, *store)
+        connection.agreed = self.agreed.get(endpoint.host, connection.revision)
+        self.connections.append(connection)
+        return connection
 
 
 @asynccontextmanager
@@ -131,6 +145,28 @@ async def test_same_cluster_id_with_a_lower_revision_is_another_store(revision: 
         last = events[-1]
         assert isinstance(last, Connected)
         assert last.reset is reset
+
+
+async def test_member_that_is_behind_catches_up_and_is_no_other_store() -> None:
+    """It slept while the others went on: what it would answer from its own state is older than what we know."""
+    net = FakeNet(a=(7, 100), b=(7, 60))
+    net.agreed["b"] = 101
+    async with supervised(net) as (supervisor, events):
+        (await supervisor.wait_connected()).fail(KvstoreError("lost"))
+        await supervisor.wait_connected()
+        assert events[-1] == Connected("http://b:2", 7, 101, reset=False)
+
+
+async def test_member_that_is_behind_and_cut_off_is_not_believed() -> None:
+    """Another one is asked; it would tell records that were true once."""
+    net = FakeNet(a=(7, 100), b=(7, 60))
+    net.agreed["b"] = None
+    async with supervised(net) as (supervisor, events):
+        (await supervisor.wait_connected()).fail(KvstoreError("lost"))
+        assert (await supervisor.wait_connected()).endpoint == A
+        assert net.dialled[:3] == ["a", "b", "a"]
+        assert net.connections[1].closed
+        assert events[-1] == Connected("http://a:1", 7, 100, reset=False)
 
 
 async def test_silent_server_is_asked_and_given_up_when_it_does_not_answer() -> None:

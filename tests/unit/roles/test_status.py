@@ -36,6 +36,7 @@ def status(links: dict[str, Any], *, attached: bool = True, **mesh: Any) -> Stat
         event.set()
     parts = SimpleNamespace(
         attached=event,
+        settings=SimpleNamespace(uninstall_mark=None),
         mesh=SimpleNamespace(
             links=links,
             file_errors=mesh.get("file_errors", {}),
