@@ -354,6 +354,16 @@ class TestViews:
         shown.datapath.views.show([maps[0], maps[2]])
         assert self.peer_is_a_hit(shown), "the one in the middle is looked into no more"
 
+    def test_map_that_the_kernel_does_not_take_is_named(
+        self, shown: Bench, make_map: Callable[..., Map]
+    ) -> None:
+        """One that is not like the others of its kind."""
+        strange = IpcacheMap(make_map(MAP_TYPE_LPM_TRIE, 24, 12), HERE)
+        strange.view = View.V2
+        with pytest.raises(DatapathError, match=f"with id {strange.map_id}: Invalid argument"):
+            shown.datapath.views.show([strange])
+        shown.datapath.views.show([shown.ipcache])
+
     def test_map_that_is_shown_no_more_can_go(self, shown: Bench) -> None:
         """The kernel frees it: no element of any view map keeps it."""
         made = [Map.create("lm_test", MapLayout(MAP_TYPE_LPM_TRIE, 24, 24, 4, flags)) for flags in (1, 129)]

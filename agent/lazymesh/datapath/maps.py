@@ -72,6 +72,12 @@ def view_of(layout: MapLayout) -> View | None:
     return _VIEWS.get((layout.value_size, layout.flags))
 
 
+def layout_of(view: View) -> MapLayout:
+    """Return the layout of the smallest ipcache of a kind."""
+    value_size, flags = next(layout for layout, kind in _VIEWS.items() if kind is view)
+    return MapLayout(MAP_TYPE_LPM_TRIE, 24, value_size, 1, flags)
+
+
 class IpcacheMap:
     """An ipcache map of Cilium's layout, v1 or v2.
 
@@ -206,14 +212,23 @@ class Views:
         """
         before, self._shown = self._shown, [ipcache.view for ipcache in ipcaches]
         for slot in reversed(range(len(ipcaches))):
-            index = slot.to_bytes(4, sys.byteorder)
-            self._outer[ipcaches[slot].view].update(index, ipcaches[slot].fd.to_bytes(4, sys.byteorder))
+            self._put(slot, ipcaches[slot])
             self._config.set_view(slot, ipcaches[slot].view)
         for slot in range(len(ipcaches), self.most):  # an earlier life may have shown more
             self._config.set_view(slot, 0)
         for slot, view in enumerate(before):
             if slot >= len(ipcaches) or ipcaches[slot].view is not view:
                 self._outer[view].delete(slot.to_bytes(4, sys.byteorder))
+
+    def _put(self, slot: int, ipcache: IpcacheMap) -> None:
+        index, value = (number.to_bytes(4, sys.byteorder) for number in (slot, ipcache.fd))
+        try:
+            self._outer[ipcache.view].update(index, value)
+        except OSError as exc:
+            raise DatapathError(
+                f"the programs cannot look into the ipcache with id {ipcache.map_id}: {exc.strerror}"
+                " (kernels 5.15 to 6.1 allow that only for maps without BTF)"
+            ) from exc
 
 
 class RecentMap:
