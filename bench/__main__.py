@@ -9,12 +9,18 @@ import time
 
 import click
 
-from bench import first_packet, packet, restart, scan
+from bench import first_packet, flood, packet, restart, scan
 from bench.report import table
 from bench.stage import load
 from tests.support.namespaces import tidy_signals
 
-PARTS = {"first_packet": first_packet.run, "scan": scan.run, "restart": restart.run, "packet": packet.run}
+PARTS = {
+    "first_packet": first_packet.run,
+    "scan": scan.run,
+    "flood": flood.run,
+    "restart": restart.run,
+    "packet": packet.run,
+}
 _BEGAN = time.monotonic()
 
 

@@ -53,6 +53,18 @@ def _can_make_namespaces() -> bool:
     return _is_root() and subprocess.run(attempt, check=False, capture_output=True).returncode == 0
 
 
+def _has_helm() -> bool:
+    return shutil.which("helm") is not None or (TESTS.parent / ".cache/bin/helm").exists()
+
+
+def _can_build_images() -> bool:
+    return all(shutil.which(name) for name in ("buildah", "mmdebstrap"))
+
+
+def _has_crun() -> bool:
+    return shutil.which("crun") is not None and shutil.which("capsh") is not None
+
+
 def _has_tcx() -> bool:
     return libbpf.has_tcx()
 
@@ -71,6 +83,9 @@ NEEDS: dict[str, tuple[str, Callable[[], bool]]] = {
     "clang": ("install clang-14", _has_clang),
     "etcd": ("install etcd-server", _has_etcd),
     "network namespaces": ("allow this container to make network namespaces", _can_make_namespaces),
+    "helm": ("run scripts/helm --build once", _has_helm),
+    "buildah": ("install buildah and mmdebstrap", _can_build_images),
+    "crun": ("install crun and libcap2-bin", _has_crun),
     "tcx": ("run on kernel 6.6 or later", _has_tcx),
     "BPF_NOEXIST": (
         "run on a kernel that honours it on LPM tries: 6.13, or a later stable one",
@@ -83,8 +98,29 @@ TIERS: dict[str, tuple[str, ...]] = {
     "unit": (),
     "datapath": ("root", "bcc"),
     "mesh": ("root", "bcc", "etcd", "network namespaces"),
+    "ship": ("root", "etcd", "network namespaces", "buildah", "crun"),
     "vm": ("root", "virtual machines"),
 }
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    """Let a run be repeated that found something."""
+    parser.addoption(
+        "--frames-seed", type=int, help="seed of the hostile frames; a failed test prints its own"
+    )
+    parser.addoption(
+        "--fault-seed",
+        type=int,
+        default=6,
+        help="what faults are drawn from; a run prints its own (default: 6)",
+    )
+
+
+@pytest.fixture(scope="session")
+def fault_seed(request: pytest.FixtureRequest) -> int:
+    """Return what faults are to be drawn from."""
+    seed: int = request.config.getoption("--fault-seed")
+    return seed
 
 
 def pytest_configure(config: pytest.Config) -> None:

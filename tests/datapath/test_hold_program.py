@@ -32,7 +32,7 @@ from lazymesh.datapath.maps import DatapathConfig, OnMiss
 from lazymesh.datapath.pins import HOLD_FILTER, Pins
 from lazymesh.datapath.program import load, open_own_ipcache
 from lazymesh.datapath.tap import VNET_HEADER, open_tap
-from lazymesh.roles.holder import Holder, Mapped, reset
+from lazymesh.roles.holder import Holder, Mapped, frame_of, reset
 from tests.support import packets
 from tests.support.etcd import wait_until
 from tests.support.follower import Follower, Seen
@@ -633,7 +633,7 @@ def test_a_packet_that_never_arrives_is_found(bench: HoldBench) -> None:
     ours, theirs = socket.socketpair()
     with ours, theirs:
         holder = Holder(bench.tap, bench.pins, bench.mapped, theirs)
-        parked = holder._frame(frame)
+        parked = frame_of(frame, bench.mapped.slots)
         assert parked
         now = time.monotonic()
         before = bench.mapped.stats.never_arrived

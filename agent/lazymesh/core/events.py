@@ -268,4 +268,11 @@ class Mute:
     on: bool
 
 
-Command = Read | Watch | Unwatch | Install | Evict | Report | Mute
+@dataclass(frozen=True, slots=True)
+class Admit:
+    """Let the kernel signal so many misses of what the settings allow: a share, at most 1."""
+
+    share: float
+
+
+Command = Read | Watch | Unwatch | Install | Evict | Report | Mute | Admit

@@ -38,7 +38,7 @@ LOAD_TIMEOUT_S = 180
 def load(pins: Pins, ipcache_size: int = IPCACHE_SIZE) -> Datapath:
     """Compile, load and pin in a process of its own; maps that are pinned already are used again."""
     pins.prepare(ipcache_size)
-    request = json.dumps({"pins": str(pins.directory), "ipcache_size": ipcache_size})
+    request = json.dumps({"pins": str(pins.directory), "ipcache_size": ipcache_size, "parent": os.getpid()})
     try:
         done = subprocess.run(  # our own interpreter, our own module
             [sys.executable, "-m", "lazymesh.datapath.loader"],
