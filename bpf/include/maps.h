@@ -12,24 +12,19 @@
 #ifndef BPF_F_MMAPABLE
 #define BPF_F_MMAPABLE 1024
 #endif
-#ifndef BPF_F_RDONLY_PROG
-#define BPF_F_RDONLY_PROG 128
-#endif
 
 #define LM_PINNED(type, key, leaf, name, size, flags) \
 	BPF_F_TABLE(type ":" LM_PIN_DIR "/" #name, key, leaf, name, size, flags)
 
 /*
  * The ipcaches, by layout and flags: which is where is told by lm_config.view. Set by the agent, which makes one of our
- * own, lm_ipcache, where there is no Cilium. The maps that they are like exist for the verifier only.
+ * own, lm_ipcache, where there is no Cilium. The loader makes and pins these before it compiles, since it is particular
+ * about the maps that they are like, and gives them their lasting names when all is well.
  */
-BPF_F_TABLE("lpm_trie", struct ipcache_key, struct ipcache_entry_v1, lm_like_v1, 1, BPF_F_NO_PREALLOC);
-BPF_F_TABLE("lpm_trie", struct ipcache_key, struct ipcache_entry, lm_like_v2, 1, BPF_F_NO_PREALLOC);
-BPF_F_TABLE("lpm_trie", struct ipcache_key, struct ipcache_entry, lm_like_v2ro, 1,
-	    BPF_F_NO_PREALLOC | BPF_F_RDONLY_PROG);
-BPF_ARRAY_OF_MAPS(lm_view_v1, "lm_like_v1", LM_VIEWS);
-BPF_ARRAY_OF_MAPS(lm_view_v2, "lm_like_v2", LM_VIEWS);
-BPF_ARRAY_OF_MAPS(lm_view_v2ro, "lm_like_v2ro", LM_VIEWS);
+#define LM_VIEW(name) BPF_F_TABLE("array_of_maps:" LM_PIN_DIR "/" #name "_new", u32, u32, name, LM_VIEWS, 0)
+LM_VIEW(lm_view_v1);
+LM_VIEW(lm_view_v2);
+LM_VIEW(lm_view_v2ro);
 
 /* Written by the agent from node records and --mesh-cidr. Decides what may miss, and what policy is about. */
 LM_PINNED("lpm_trie", struct ipcache_key, struct lm_mesh_cidr, lm_mesh_cidrs, 131072, BPF_F_NO_PREALLOC);

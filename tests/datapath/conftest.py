@@ -33,6 +33,9 @@ if TYPE_CHECKING:
 IPCACHE_SIZE = 20_000
 """Enough for every test, and quickly wiped."""
 
+LOADED_UNDER = os.environ.get("LAZYMESH_TEST_BPFFS", "")
+"""A BPF file system with a datapath of that size: loading costs half a minute where the processor is emulated."""
+
 _EMPTIED = {libbpf.MAP_TYPE_HASH, libbpf.MAP_TYPE_LRU_HASH, libbpf.MAP_TYPE_LPM_TRIE}
 """Kinds of maps that a wipe empties; arrays have no elements to delete."""
 
@@ -135,7 +138,12 @@ def _sweep() -> None:
 
 @pytest.fixture(scope="session")
 def loaded() -> Iterator[Datapath]:
-    """Return the datapath, loaded once for all tests."""
+    """Return the datapath, loaded once for all tests: by whoever set LAZYMESH_TEST_BPFFS, or here."""
+    if LOADED_UNDER:
+        datapath = Datapath(Pins.under(Path(LOADED_UNDER)))
+        yield datapath
+        datapath.close()
+        return
     with mounted_bpffs() as bpffs:
         pins = Pins.under(bpffs)
         datapath = load(pins, IPCACHE_SIZE)

@@ -98,7 +98,7 @@ def test_missing_headers_name_the_package(place: Pins) -> None:
 def test_missing_capability_is_the_kernel_s_word(place: Pins) -> None:
     """Root in a container that may not load programs."""
     said = complaint(answer(place, wrapper=NO_CAPABILITIES))
-    assert said.startswith("BCC could not load the datapath: ")
+    assert said.startswith("cannot make the map ")
     assert "Operation not permitted" in said
 
 

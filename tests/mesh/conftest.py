@@ -19,7 +19,11 @@ if TYPE_CHECKING:
     from tests.support.lab import Lab, Pod
 
 
-@pytest.fixture(params=KINDS, ids="-".join)
+def _needs(kind: tuple[str, str]) -> list[pytest.MarkDecorator]:
+    return [pytest.mark.needs("tcx")] if "tcx" in kind else []
+
+
+@pytest.fixture(params=[pytest.param(kind, marks=_needs(kind), id="-".join(kind)) for kind in KINDS])
 def cilium(lab: Lab, request: pytest.FixtureRequest) -> Iterator[Cilium]:
     """Bring up an agent of each layout and each way to attach."""
     layout, attach = request.param

@@ -8,6 +8,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
+from lazymesh.datapath.libbpf import has_tcx
 from tests.support.cilium_ipcache import (
     HOST,
     LAYOUTS,
@@ -33,7 +34,7 @@ LOCAL_IDENTITY = 65_537
 
 @dataclass(frozen=True)
 class CiliumSettings:
-    """What kind of agent it is; the defaults are a dual-stack 1.19 or 1.20 on a kernel with tcx."""
+    """What kind of agent it is; the defaults are a dual-stack 1.19 or 1.20, by tcx where the kernel has it."""
 
     layout: str = "v2"
     map_flags: int | None = None
@@ -46,7 +47,7 @@ class CiliumSettings:
     """Identities that pods may talk to; everything else is denied. None: no egress policy."""
     ingress_allowed: Collection[int] | None = None
     """Identities that may talk to pods; None: no ingress policy."""
-    attach: str = "tcx"
+    attach: str = field(default_factory=lambda: "tcx" if has_tcx() else "clsact")
     filter_priority: int = 1
     wipes_filters: bool = True
 

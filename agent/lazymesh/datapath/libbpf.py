@@ -36,6 +36,7 @@ MAP_TYPE_PERF_EVENT_ARRAY = 4
 MAP_TYPE_PERCPU_ARRAY = 6
 MAP_TYPE_LRU_HASH = 9
 MAP_TYPE_LPM_TRIE = 11
+MAP_TYPE_ARRAY_OF_MAPS = 12
 MAP_TYPE_QUEUE = 22
 
 ENOTSUPP = 524
@@ -306,9 +307,9 @@ class Map:
         return cls(_checked(library().bpf_map_get_fd_by_id(map_id)))
 
     @classmethod
-    def create(cls, name: str, layout: MapLayout) -> Map:
-        """Make a map of our own that goes with its last file descriptor."""
-        opts = _MapCreateOpts(sz=ctypes.sizeof(_MapCreateOpts), map_flags=layout.flags)
+    def create(cls, name: str, layout: MapLayout, like: int = 0) -> Map:
+        """Make a map of our own that goes with its last file descriptor; a map of maps takes those like one."""
+        opts = _MapCreateOpts(sz=ctypes.sizeof(_MapCreateOpts), map_flags=layout.flags, inner_map_fd=like)
         sizes = (layout.key_size, layout.value_size, layout.max_entries)
         return cls(_checked(library().bpf_map_create(layout.kind, name.encode(), *sizes, ctypes.byref(opts))))
 

@@ -7,6 +7,7 @@ other module imports bcc.
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import json
 import os
@@ -17,16 +18,20 @@ import sys
 import tempfile
 from importlib import resources
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from lazymesh.datapath import abi, libbpf
 from lazymesh.datapath.headers import find_headers, merge_headers
+from lazymesh.datapath.maps import View, layout_of
 from lazymesh.datapath.pins import HOLD_FILTER, HOLD_PROGRAMS, PROGRAMS, SIGNALS, VIEWS
 from lazymesh.errors import DatapathError
 
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+_VIEW = libbpf.MapLayout(libbpf.MAP_TYPE_ARRAY_OF_MAPS, 4, 4, len(abi.Config().view), 0)
+
 _TABLES: dict[str, tuple[type[ctypes.Structure] | None, type[ctypes.Structure] | None]] = {
-    "lm_like_v1": (abi.IpcacheKey, abi.IpcacheEntryV1),
-    "lm_like_v2": (abi.IpcacheKey, abi.IpcacheEntry),
     "lm_mesh_cidrs": (abi.IpcacheKey, abi.MeshCidr),
     "lm_owned": (abi.IpcacheKey, abi.Owned),
     "lm_config": (None, abi.Config),
@@ -66,7 +71,7 @@ def load(pins: Path, ipcache_size: int) -> None:
             " or an environment made from it with --system-site-packages"
         ) from exc
     _raise_memlock()
-    with resources.as_file(resources.files("lazymesh") / "bpf") as source:
+    with resources.as_file(resources.files("lazymesh") / "bpf") as source, _new_views(pins):
         flags = [
             f"-I{source}",
             f'-DLM_PIN_DIR="{pins}"',
@@ -79,11 +84,43 @@ def load(pins: Path, ipcache_size: int) -> None:
             programs[HOLD_FILTER] = bpf.load_func(HOLD_FILTER, BPF.SOCKET_FILTER)
         except Exception as exc:  # bcc raises nothing narrower
             raise DatapathError(f"BCC could not load the datapath: {exc}") from exc
-    _check_sizes(bpf)
-    for name in (SIGNALS, *VIEWS):
-        libbpf.pin(bpf[name.encode()].map_fd, pins / name)
+        _check_sizes(bpf)
+        for name in VIEWS:
+            _new(pins, name).rename(pins / name)
+    libbpf.pin(bpf[SIGNALS.encode()].map_fd, pins / SIGNALS)
     for name, function in programs.items():
         libbpf.pin(function.fd, pins / name)
+
+
+@contextlib.contextmanager
+def _new_views(pins: Path) -> Iterator[None]:
+    """Pin maps of maps for BCC to find; whatever has not got its lasting name by the end goes again.
+
+    The maps that they take are like one made here, without BTF, as neither ours nor those of Cilium's agent have any:
+    from 5.15 to 6.1 the kernel takes no map without BTF for one with it, and BCC would give it some.
+    """
+    try:
+        for view, name in zip(View, VIEWS, strict=True):
+            _pin_view(view, name, _new(pins, name))
+        yield
+    finally:
+        for name in VIEWS:
+            _new(pins, name).unlink(missing_ok=True)
+
+
+def _pin_view(view: View, name: str, pin: Path) -> None:
+    try:
+        like = libbpf.Map.create("lm_like", layout_of(view))
+        outer = libbpf.Map.create(name, _VIEW, like.fd)
+        libbpf.pin(outer.fd, pin)
+    except OSError as exc:
+        raise DatapathError(f"cannot make the map {name} at {pin}: {exc.strerror}") from exc
+    like.close()
+    outer.close()
+
+
+def _new(pins: Path, view: str) -> Path:
+    return pins / f"{view}_new"
 
 
 def one_text(source: Path) -> str:

@@ -72,6 +72,12 @@ def view_of(layout: MapLayout) -> View | None:
     return _VIEWS.get((layout.value_size, layout.flags))
 
 
+def layout_of(view: View) -> MapLayout:
+    """Return the layout of the smallest ipcache of a kind."""
+    value_size, flags = next(layout for layout, kind in _VIEWS.items() if kind is view)
+    return MapLayout(MAP_TYPE_LPM_TRIE, 24, value_size, 1, flags)
+
+
 class IpcacheMap:
     """An ipcache map of Cilium's layout, v1 or v2.
 
@@ -208,7 +214,10 @@ class Views:
         try:
             self._show(ipcaches)
         except OSError as exc:
-            raise DatapathError(f"cannot show the ipcache to our programs: {exc.strerror}") from exc
+            raise DatapathError(
+                f"cannot show the ipcache to our programs: {exc.strerror}"
+                " (kernels 5.15 to 6.1 allow that for maps without BTF only)"
+            ) from exc
 
     def _show(self, ipcaches: Sequence[IpcacheMap]) -> None:
         for slot in reversed(range(len(ipcaches))):
