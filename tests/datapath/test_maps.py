@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import ipaddress
 import json
+import os
 import subprocess
 from pathlib import Path
-from typing import TYPE_CHECKING
+from types import SimpleNamespace
+from typing import TYPE_CHECKING, cast
 
 import pytest
 
@@ -80,6 +82,7 @@ class TestIpcache:
         assert not ipcache.delete(address)
         assert ipcache.lookup(address) is None
 
+    @pytest.mark.needs("BPF_NOEXIST")
     def test_insert_never_overwrites(self, ipcache: IpcacheMap) -> None:
         """The exact prefix that exists stays as it is."""
         assert ipcache.insert(B1, ENTRY)
@@ -352,6 +355,16 @@ class TestViews:
         maps[1].delete(B1)
         shown.datapath.views.show([maps[0], maps[2]])
         assert self.peer_is_a_hit(shown), "the one in the middle is looked into no more"
+
+    def test_map_that_the_kernel_refuses(self, shown: Bench) -> None:
+        """An error of ours; the next try begins where this one did."""
+        with Path(os.devnull).open("rb") as no_map:
+            refused = SimpleNamespace(view=View.V2, fd=no_map.fileno())
+            with pytest.raises(DatapathError, match="cannot show the ipcache to our programs"):
+                shown.datapath.views.show([shown.ipcache, cast("IpcacheMap", refused)])
+        shown.datapath.views.show([shown.ipcache])
+        shown.ipcache.replace(B1, ENTRY)
+        assert self.peer_is_a_hit(shown)
 
     def test_map_that_is_shown_no_more_can_go(self, shown: Bench) -> None:
         """The kernel frees it: no element of any view map keeps it."""

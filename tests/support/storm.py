@@ -24,7 +24,7 @@ from scapy.layers.l2 import Ether
 
 from lazymesh.datapath.libbpf import Map, MapLayout, library
 from tests.support.bpfobject import BpfObject, compile_bpf
-from tests.support.prog_run import TestRunOpts
+from tests.support.prog_run import _TestRunOpts
 
 if TYPE_CHECKING:
     from tests.support.lab import Lab, Pod
@@ -90,8 +90,8 @@ class Storm:
 
     def _run(self) -> None:
         began = time.monotonic()
-        options = TestRunOpts(
-            sz=ctypes.sizeof(TestRunOpts),
+        options = _TestRunOpts(
+            sz=ctypes.sizeof(_TestRunOpts),
             data_in=self._frame,
             data_size_in=len(self._frame),
             repeat=_CALL,

@@ -78,7 +78,7 @@ _path = click.Path(path_type=Path)
     "--mesh-cidr",
     multiple=True,
     metavar="CLUSTER=CIDR",
-    help="Pod CIDR of a cluster whose node records have none. Repeatable.",
+    help="Pod CIDR of a cluster, which then no other can claim; also for node records that have none. Repeatable.",
 )
 @click.option(
     "--cluster-region",
@@ -141,6 +141,14 @@ _path = click.Path(path_type=Path)
     help="Resolve and report; write nothing into the ipcache, enforce nothing, drop nothing.",
 )
 @click.option("--cleanup", is_flag=True, help="When stopped, leave no pin, no filter and no entry behind.")
+@click.option(
+    "--uninstall-mark",
+    type=_path,
+    default=None,
+    metavar="FILE",
+    help="The same while this file exists: so a whole cluster's agents can be told. Until then such an agent is not"
+    " ready.",
+)
 @bpffs_option
 @socket_option
 @click.option(
@@ -188,6 +196,7 @@ def _settings(options: dict[str, Any]) -> AgentSettings:
         shadow=options["shadow"],
         stale_limit_s=options["stale_limit"],
         cleanup=options["cleanup"],
+        uninstall_mark=options["uninstall_mark"],
         socket=options["socket"],
         metrics_address=None if address == "off" else parse_host_port(address),
     )

@@ -202,18 +202,25 @@ class Views:
     def show(self, ipcaches: Sequence[IpcacheMap]) -> None:
         """Put maps in force, the one that is written to first; programs see all old or all new ones meanwhile, or both.
 
-        From the last to the first: a map that moves up is in its new place before its old one is taken.
+        From the last to the first: a map that moves up is in its new place before its old one is taken. DatapathError
+        when the kernel refuses one; then to be repeated.
         """
-        before, self._shown = self._shown, [ipcache.view for ipcache in ipcaches]
+        try:
+            self._show(ipcaches)
+        except OSError as exc:
+            raise DatapathError(f"cannot show the ipcache to our programs: {exc.strerror}") from exc
+
+    def _show(self, ipcaches: Sequence[IpcacheMap]) -> None:
         for slot in reversed(range(len(ipcaches))):
             index = slot.to_bytes(4, sys.byteorder)
             self._outer[ipcaches[slot].view].update(index, ipcaches[slot].fd.to_bytes(4, sys.byteorder))
             self._config.set_view(slot, ipcaches[slot].view)
         for slot in range(len(ipcaches), self.most):  # an earlier life may have shown more
             self._config.set_view(slot, 0)
-        for slot, view in enumerate(before):
+        for slot, view in enumerate(self._shown):
             if slot >= len(ipcaches) or ipcaches[slot].view is not view:
                 self._outer[view].delete(slot.to_bytes(4, sys.byteorder))
+        self._shown = [ipcache.view for ipcache in ipcaches]
 
 
 class RecentMap:

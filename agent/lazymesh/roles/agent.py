@@ -25,6 +25,7 @@ from lazymesh.core.model import format_address
 from lazymesh.core.policy import PolicyEngine
 from lazymesh.core.policyfile import parse_policy
 from lazymesh.core.resolver import Judge, Limits, Resolver
+from lazymesh.datapath.capabilities import check_capabilities
 from lazymesh.datapath.cilium import NodeView, is_pinned_here, take_out_ours
 from lazymesh.datapath.holdmaps import HoldControl, HoldCounterMap, HoldLimits
 from lazymesh.datapath.hooks import detach_everywhere
@@ -73,6 +74,7 @@ def run_agent(settings: AgentSettings) -> None:
             "lazymesh agent needs root: it loads BPF programs (sudo, or a privileged container)"
         )
     settings = _with_mode(settings)
+    check_capabilities(settings.datapath.mode == "cilium")
     policy, text = _read_policy(settings)
     check_directories(settings.mesh.clustermesh_config, settings.mesh.remote_config)
     agent = Agent(settings, policy, zlib.crc32(text.encode()))
@@ -117,6 +119,8 @@ class Agent:
         self._failure: Exception | None = None
         self._fresh = False
         """Nobody has left a pin here before us."""
+        self._refused = False
+        """What somebody has left here is none of our kind: it is not ours to remove."""
         self._touched = False
         """We may have attached to something."""
         self._attached = False
@@ -138,7 +142,11 @@ class Agent:
         lock = pins.lock()
         self._fresh = not any(pins.directory.iterdir())
         try:
-            datapath = await asyncio.to_thread(load, pins, self._settings.datapath.ipcache_size)
+            try:
+                datapath = await asyncio.to_thread(load, pins, self._settings.datapath.ipcache_size)
+            except DatapathError:
+                self._refused = not self._fresh
+                raise
             try:
                 await together(self._stop.wait(), self._serve(datapath))
             finally:
@@ -154,7 +162,11 @@ class Agent:
 
     @property
     def _leaves_nothing(self) -> bool:
-        return self._settings.cleanup or (self._fresh and not self._attached)
+        if self._refused:
+            return False
+        mark = self._settings.uninstall_mark
+        marked = mark is not None and mark.exists()
+        return self._settings.cleanup or marked or (self._fresh and not self._attached)
 
     async def _serve(self, datapath: Datapath) -> None:
         settings = self._settings
@@ -266,7 +278,7 @@ class Agent:
             if not self._settings.shadow:
                 # An earlier life may have been beside Cilium; nobody would look after its entries any more.
                 take_out_ours(settings.bpffs)
-            return OwnIpcache(datapath, settings.ipcache_size)
+            return OwnIpcache(datapath, settings.ipcache_size, settings.bpffs)
         datapath.pins.path(IPCACHE).unlink(
             missing_ok=True
         )  # of an earlier life, which had no Cilium beside it

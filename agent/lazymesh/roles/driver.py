@@ -114,7 +114,8 @@ class Driver:
         self._busy = False
         self._reports: list[events.Report] = []
         self._later: list[events.Watch | events.Unwatch] = []
-        self._said = OncePer(QUIET_S)
+        self._said: dict[str | None, OncePer] = {}
+        """By cluster: one with many bad records silences itself alone."""
         self._directions = [metrics.signals.labels(direction.name.lower()) for direction in Direction]
         self.fail: Callable[[Exception], None] = _no_one_to_tell
         """Told, once, that the driver has ended by this error."""
@@ -227,6 +228,10 @@ class Driver:
         else:
             link.read(command)
 
+    def _may_say(self, report: events.Report, now: float) -> bool:
+        said = self._said.setdefault(report.cluster, OncePer(QUIET_S))
+        return said((report.address, report.reason), now)
+
     def _report(self, report: events.Report, now: float) -> None:
         if self.installed is not None and report.outcome in _GOOD and not report.cached:
             self.installed(report.address)
@@ -251,7 +256,7 @@ class Driver:
                     "detail": report.detail or None,
                 }
             )
-        if report.reason in _REFUSALS and self._said((report.address, report.reason), now):
+        if report.reason in _REFUSALS and self._may_say(report, now):
             log.warning(
                 "address refused",
                 address=format_address(report.address),

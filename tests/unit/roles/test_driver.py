@@ -7,6 +7,7 @@ from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any, cast
 
 import pytest
+from structlog.testing import capture_logs
 
 from lazymesh.core import events
 from lazymesh.core.hold import Cause
@@ -187,3 +188,18 @@ def test_mute_reaches_the_kernel_and_evictions_are_counted() -> None:
     fixture.driver.feed(events.Tick())
     assert (fixture.muted, fixture.driver.muted, fixture.admitted) == ([True, False], False, [0.5])
     assert fixture.sample("lazymesh_entries_evicted_total", why="deleted") == 1
+
+
+def test_one_cluster_with_many_bad_records_silences_itself_alone() -> None:
+    """Each address is told of once, a bounded number for each cluster."""
+    bad: list[events.Command] = [
+        events.Report(number.to_bytes(4), "c", "absent", Reason.FORGED, "", None) for number in range(3_000)
+    ]
+    good = events.Report(IP, "b", "absent", Reason.MALFORMED, "", None)
+    fixture = Fixture({events.Tick: [*bad, *bad, good, good]})
+    with capture_logs() as logs:
+        fixture.driver.feed(events.Tick())
+    told = [entry for entry in logs if entry["event"] == "address refused"]
+    assert len([entry for entry in told if entry["cluster"] == "c"]) <= 1_024
+    assert [entry["address"] for entry in told if entry["cluster"] == "b"] == ["10.2.0.5"]
+    assert fixture.sample("cilium_ipcache_miss_resolution_errors_total", reason="forged") == 6_000

@@ -64,6 +64,8 @@ class Backlog:
         if urgent:
             lane.misses[address] = tracked
             (self._running if ready else self._parked)[address] = tracked
+        elif address in link.unproven:
+            lane.proofs[address] = tracked
         else:
             lane.checks[address] = tracked
 
@@ -73,7 +75,8 @@ class Backlog:
         tracked.fetch = Fetch.IDLE
         lane = link.lanes[tracked.wants]
         if lane.misses.pop(address, None) is None:
-            del lane.checks[address]
+            if lane.proofs.pop(address, None) is None:
+                del lane.checks[address]
         elif self._running.pop(address, None) is None:
             del self._parked[address]
 
@@ -111,9 +114,10 @@ class Backlog:
     def _read(self, link: Link, now: float, reads: list[Read]) -> bool:
         if link.in_flight >= self._limits.transactions_in_flight or not link.breaker.admits(now):
             return False
+        proving = self._proves(link, now)
         for spaces, lane in link.lanes.items():
             room = max(1, self._limits.keys_per_transaction // len(spaces))
-            taken = lane.take(room, now >= link.checks_after)
+            taken = lane.take_proofs(room) if proving else lane.take(room, now >= link.checks_after)
             if taken:
                 break
         else:
@@ -130,6 +134,10 @@ class Backlog:
         link.breaker.sent()
         reads.append(Read(link.name, spaces, tuple([tracked.address for tracked in taken])))
         return True
+
+    def _proves(self, link: Link, now: float) -> bool:
+        """Tell whether nothing is to be read but entries of an earlier life: also not while their answers are due."""
+        return bool(link.unproven) and now < link.ready_at + self._limits.prove_first
 
 
 def _transfer(

@@ -181,6 +181,8 @@ class Resolver:
         tracked.spaces = tracked.wants
         self._moves.settle(tracked, now)
         # Not IDLE: the next group is being asked, and may know more.
+        if tracked.fetch is Fetch.IDLE:
+            link.unproven.discard(tracked.address)
         if tracked.entry is not None and tracked.fetch is Fetch.IDLE and link.state is LinkState.READY:
             self._ledger.trust(tracked)
 
@@ -211,6 +213,7 @@ class Resolver:
             tracked = self._land(link, address)
             if tracked is None:
                 continue
+            link.unproven.discard(address)
             if tracked.withdrawn:
                 self._moves.refuse(tracked, Reason.NOT_FOUND, "", now)
             elif tracked.waiting:
@@ -292,6 +295,7 @@ class Resolver:
         self._ledger.own(tracked, event.entry)
         self._ledger.name(tracked, event.entry.identity)
         self._ledger.doubt(tracked, now)
+        link.unproven.add(event.address)
         cluster = self._judge.table.cluster(link.name)
         if link.state is LinkState.READY and cluster is not None:
             self._moves.read(tracked, cluster.spaces[0])

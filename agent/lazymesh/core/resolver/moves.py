@@ -72,6 +72,7 @@ class Moves:
             if tracked.watched:
                 self.out.append(Unwatch(link.name, tracked.address))
             del link.members[tracked.address]
+            link.unproven.discard(tracked.address)
             # Whoever still holds the object further up the stack must find nothing to act upon.
             tracked.link = None
         if tracked.phase is Phase.ABSENT:
