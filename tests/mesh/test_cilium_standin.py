@@ -23,7 +23,7 @@ from tests.support.cilium_ipcache import (
     WORLD_IPV6,
     Entry,
 )
-from tests.support.cilium_world import KINDS, LOCAL_IDENTITY, RemoteNode
+from tests.support.cilium_world import KINDS, LINK_LOCAL_A, LOCAL_IDENTITY, ROUTER_A, RemoteNode
 from tests.support.etcd import wait_until
 from tests.support.lab import (
     NODE_A,
@@ -174,7 +174,7 @@ def test_agent_writes_world_nodes_and_pod_cidrs_at_its_start(lab: Lab) -> None:
     own = {
         "0.0.0.0/0": Entry(WORLD_IPV4, None, 0, 0),
         "::/0": Entry(WORLD_IPV6, None, 0, 0),
-        **{address: Entry(HOST, None, 0, 0) for address in NODE_A},
+        **{address: Entry(HOST, None, 0, 0) for address in (*NODE_A, *ROUTER_A, LINK_LOCAL_A)},
         **{address: Entry(REMOTE_NODE, None, 0, REMOTE_CLUSTER) for address in NODE_B},
         **{pod_address(n, f): Entry(LOCAL_IDENTITY, None, 0, 0) for n in (0, 1) for f in (4, 6)},
     }

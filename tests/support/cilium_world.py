@@ -28,6 +28,10 @@ if TYPE_CHECKING:
 
 KINDS = [(layout, attach) for layout in ("v1", "v2") for attach in ("tcx", "clsact")]
 """Each layout, each way to attach."""
+ROUTER_A = ("10.1.0.1", "fd00:10:1::1")
+"""Of node a's ``cilium_host``, out of its pod CIDRs."""
+LINK_LOCAL_A = "fe80::ff:fe01:0"
+"""Of its uplink, as its hardware address makes it: the agent takes it for an address of the host."""
 LOCAL_IDENTITY = 65_537
 """Of this cluster's pods; in cluster 1's range."""
 
@@ -82,7 +86,7 @@ class World:
         self.own = {
             cidr: Record(world_of(cidr, dual)) for cidr in (("0.0.0.0/0", "::/0") if dual else ("0.0.0.0/0",))
         }
-        self.own |= {address: Record(HOST) for address in NODE_A}
+        self.own |= {address: Record(HOST) for address in (*NODE_A, *ROUTER_A, LINK_LOCAL_A)}
         for pod in pods:
             place = Record(LOCAL_IDENTITY, NODE_A[0], 0, f"pod{pod.number}", "default")
             self.own |= dict.fromkeys((pod.ipv4, pod.ipv6), place)

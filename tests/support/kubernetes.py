@@ -78,7 +78,7 @@ class KubeApi:
         """Create custom resource definitions from YAML files and wait until they are served."""
         where = "/apis/apiextensions.k8s.io/v1/customresourcedefinitions"
         names = [self.create(where, yaml.safe_load(one.read_text()))["metadata"]["name"] for one in files]
-        wait_until(lambda: all(map(self._is_established, self.get(where)["items"])), what=f"{names} served")
+        wait_until(lambda: all(map(self._is_established, self.get(where)["items"])), 120, f"{names} served")
 
     def call(self, method: str, path: str, what: dict[str, Any] | None = None) -> tuple[int, dict[str, Any]]:
         """Make one request; return its status and its object, empty for what is no object."""
@@ -104,7 +104,7 @@ class KubeApi:
 
     @staticmethod
     def _is_established(definition: dict[str, Any]) -> bool:
-        conditions = definition.get("status", {}).get("conditions", [])
+        conditions = definition.get("status", {}).get("conditions") or []
         return any(one["type"] == "Established" and one["status"] == "True" for one in conditions)
 
     def _flags(self, store: str) -> list[str]:

@@ -26,6 +26,7 @@ from tests.support import tcx
 from tests.support.bpfobject import program_info_by_id
 from tests.support.cilium_boot import FILLED, PINNED, SWITCHED
 from tests.support.cilium_ipcache import LAYOUTS, V2, Entry, unpack_key, unpack_value
+from tests.support.cilium_world import ROUTER_A
 from tests.support.etcd import wait_until
 from tests.support.kubernetes import KubeApi
 from tests.support.lab import LOCAL_CIDRS, NODE_A, SERVER_IDENTITY, Lab, Pod
@@ -43,14 +44,17 @@ set -e
 mount -t tmpfs tmpfs /run
 mkdir /run/cilium
 mount --bind "$STATE/run" /run/cilium
+umount --recursive --lazy /sys
 mount -t sysfs sysfs /sys
 mount --bind "$BPFFS" /sys/fs/bpf
+awk '$3 == "bpf" && $2 != "/sys/fs/bpf" { print $2 }' /proc/mounts | xargs --no-run-if-empty umount --lazy
 mount -t cgroup2 cgroup2 "$STATE/cgroup"
 mount --bind /proc/sys/kernel /proc/sys/kernel
 mount -o remount,bind,ro /proc/sys/kernel
 exec "$@"
 """
-"""What the agent finds where it looks; nothing of it is seen from outside."""
+"""What the agent finds where it looks; nothing of it is seen from outside. Two file systems at one place it
+refuses, and cilium-dbg takes the first BPF file system that it finds."""
 
 _NATIVE = {
     "routing-mode": "native",
@@ -160,7 +164,7 @@ class RealCilium:
                 env={**os.environ, **settings, "INSIDE": _ENTER},
             )
         if wait:
-            wait_until(self._is_up, 180, f"cilium-agent up; its log is {self.log_path}")
+            wait_until(self._is_up, 600, f"cilium-agent up; its log is {self.log_path}")
 
     def stop(self) -> None:
         """End the agent's process; its programs, pins and maps stay."""
@@ -215,7 +219,7 @@ class RealCilium:
                     found |= _ipcaches_of(info.map_ids)
         return frozenset(found)
 
-    def api(self, method: str, path: str, what: Any = None, timeout: float = 120) -> Any:
+    def api(self, method: str, path: str, what: Any = None, timeout: float = 600) -> Any:
         """Make a request of the agent's API; RuntimeError if it says no."""
         connection = _UnixConnection(self._state / "run" / "cilium.sock", timeout)
         with contextlib.closing(connection):
@@ -229,8 +233,11 @@ class RealCilium:
 
     def dbg(self, *words: str) -> str:
         """Run ``cilium-dbg WORDS`` where the agent is, and return what it prints."""
-        argv = ["nsenter", f"--target={self.pid}", "--mount", "--net", self.build.binaries / "cilium-dbg"]
-        return subprocess.run([*argv, *words], check=True, capture_output=True, text=True, timeout=60).stdout
+        argv = ["nsenter", f"--target={self.pid}", "--mount", "--net", f"{self.build.binaries}/cilium-dbg"]
+        done = subprocess.run([*argv, *words], check=False, capture_output=True, text=True, timeout=60)
+        if done.returncode:
+            raise RuntimeError(f"cilium-dbg {' '.join(words)}: {(done.stderr or done.stdout).strip()}")
+        return done.stdout
 
     def remote(self, name: str = "b") -> dict[str, Any]:
         """Return what the agent says of a cluster of the mesh."""
@@ -248,7 +255,7 @@ class RealCilium:
         """Wait until the agent has read the whole listing of cluster b."""
         wait_until(lambda: is_synced(self.remote()), timeout_s, "cilium-agent has synchronised cluster b")
 
-    def wait_regenerated(self, timeout_s: float = 180) -> None:
+    def wait_regenerated(self, timeout_s: float = 600) -> None:
         """Wait until every endpoint is ready, its programs over the map behind the pin."""
         wait_until(self._is_regenerated, timeout_s, "endpoints ready")
 
@@ -306,22 +313,26 @@ class RealCilium:
     def _populate(self) -> None:
         home = self.build.sources / "pkg/k8s/apis/cilium.io/client/crds"
         self.kubernetes.define(sorted(home.glob("v2*/*.yaml")))
-        annotations = {
-            f"network.cilium.io/ipv{family}-cilium-host": cidr.replace("0/24", "1").replace("/64", "1")
-            for family, cidr in zip((4, 6), LOCAL_CIDRS, strict=True)
-        }
         self.kubernetes.create(
             "/api/v1/nodes",
             {
                 "apiVersion": "v1",
                 "kind": "Node",
-                "metadata": {
-                    "name": NODE,
-                    "annotations": annotations,
-                    "labels": {"kubernetes.io/hostname": NODE},
-                },
+                "metadata": {"name": NODE, "labels": {"kubernetes.io/hostname": NODE}},
                 "spec": {"podCIDR": LOCAL_CIDRS[0], "podCIDRs": list(LOCAL_CIDRS)},
                 "status": {"addresses": [{"type": "InternalIP", "address": one} for one in NODE_A]},
+            },
+        )
+        addresses = [{"type": "InternalIP", "ip": one} for one in NODE_A]
+        # Else the agent chooses its router's addresses by chance, and they may be a pod's.
+        addresses += [{"type": "CiliumInternalIP", "ip": one} for one in ROUTER_A]
+        self.kubernetes.create(
+            "/apis/cilium.io/v2/ciliumnodes",
+            {
+                "apiVersion": "cilium.io/v2",
+                "kind": "CiliumNode",
+                "metadata": {"name": NODE},
+                "spec": {"addresses": addresses, "ipam": {"podCIDRs": list(LOCAL_CIDRS)}},
             },
         )
         wait_until(
@@ -349,14 +360,19 @@ class RealCilium:
     def _add_endpoint(self, pod: Pod) -> None:
         name, container = f"pod{pod.number}", f"{pod.number:064x}"
         for address in (pod.ipv4, pod.ipv6):
-            self.api("POST", f"/ipam/{quote(address, safe='')}?owner=default%2F{name}")
+            self.api("POST", f"/ipam/{quote(address, safe='')}?owner=default%2F{name}&pool=default")
         mine = json.loads(self.lab.node_a.run("ip", "-json", "link", "show", pod.interface))[0]
         theirs = json.loads(pod.namespace.run("ip", "-json", "link", "show", "eth0"))[0]
         self.api(
             "PUT",
             f"/endpoint/{quote(f'cni-attachment-id:{container}:eth0', safe='')}",
             {
-                "addressing": {"ipv4": pod.ipv4, "ipv6": pod.ipv6},
+                "addressing": {
+                    "ipv4": pod.ipv4,
+                    "ipv4-pool-name": "default",
+                    "ipv6": pod.ipv6,
+                    "ipv6-pool-name": "default",
+                },
                 "container-id": container,
                 "container-interface-name": "eth0",
                 "interface-name": pod.interface,

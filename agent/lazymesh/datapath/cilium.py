@@ -7,6 +7,7 @@ date (cilium-formats 1.1). The programs tell: not the one on a pod's interface, 
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import os
 import socket
@@ -22,7 +23,7 @@ from lazymesh.datapath.maps import IpcacheMap, view_of
 from lazymesh.errors import DatapathError
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Iterator
+    from collections.abc import AsyncIterator, Iterable
     from pathlib import Path
 
     from lazymesh.core.model import Address
@@ -70,6 +71,7 @@ class NodeView:
         """Cilium is attached by tcx: what runs by clsact comes too late, or is deleted."""
         self._known: dict[int, frozenset[int]] = {}
         self._route = AsyncIPRoute()
+        self._turn = asyncio.Lock()
 
     async def __aenter__(self) -> Self:
         await self._route.__aenter__()
@@ -80,13 +82,13 @@ class NodeView:
 
     async def chains(self) -> dict[str, list[Attachment]]:
         """Return the programs at the ingress of every selected interface, in the order in which they run."""
-        with _asking_the_kernel():
+        async with self._asking_the_kernel():
             return {name: await attachments(self._route, index) for index, name in self._selected()}
 
     async def ipcaches(self) -> frozenset[int]:
         """Return the ids of the maps that Cilium's programs at the ingress of these interfaces look into."""
         theirs: dict[int, Attachment] = {}
-        with _asking_the_kernel():
+        async with self._asking_the_kernel():
             for index, _ in self._selected():
                 # Filters are asked for one interface at a time, which is dear, and tcx is where it is if it is there.
                 found = _ciliums(tcx_attachments(index)) or _ciliums(
@@ -100,16 +102,28 @@ class NodeView:
 
     async def netkit(self) -> list[str]:
         """Return the names of netkit devices, on which lazymesh cannot be yet."""
-        with _asking_the_kernel():
+        async with self._asking_the_kernel():
             links = [link async for link in await self._route.link("dump", kind="netkit")]
         return sorted(link.get("ifname") for link in links if link_kind(link) == "netkit")
 
     async def addresses(self) -> set[Address]:
         """Return all addresses of this node."""
-        with _asking_the_kernel():
+        async with self._asking_the_kernel():
             items = [item async for item in await self._route.addr("dump")]
         found = [item.get_attr("IFA_LOCAL") or item.get_attr("IFA_ADDRESS") for item in items]
         return {parse_address(text) for text in found if text}
+
+    @contextlib.asynccontextmanager
+    async def _asking_the_kernel(self) -> AsyncIterator[None]:
+        """Take turns, and translate what goes wrong, such as a socket without room for an answer: the next look may do.
+
+        A netlink socket gives one list at a time; asked for another meanwhile, the kernel says that it is busy.
+        """
+        async with self._turn:
+            try:
+                yield
+            except (NetlinkError, OSError) as exc:
+                raise DatapathError(f"cannot ask the kernel about interfaces and programs: {exc}") from exc
 
     def _selected(self) -> list[tuple[int, str]]:
         return [each for each in socket.if_nameindex() if self._selection.direction_of(each[1]) is not None]
@@ -117,15 +131,6 @@ class NodeView:
 
 def _ciliums(chain: list[Attachment]) -> dict[int, Attachment]:
     return {each.program_id: each for each in chain if each.name.startswith(_PREFIX)}
-
-
-@contextlib.contextmanager
-def _asking_the_kernel() -> Iterator[None]:
-    """Translate what goes wrong, such as a netlink socket that has no room for an answer: the next look may do."""
-    try:
-        yield
-    except (NetlinkError, OSError) as exc:
-        raise DatapathError(f"cannot ask the kernel about interfaces and programs: {exc}") from exc
 
 
 def _ipcaches_behind(program_id: int) -> frozenset[int]:
