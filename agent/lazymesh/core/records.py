@@ -49,8 +49,7 @@ class RecordError(Exception):
         self.detail = detail
 
 
-@dataclass(frozen=True, slots=True)
-class IpRecord:
+class IpRecord(msgspec.Struct, frozen=True):
     """One address's record, an IPIdentityPair."""
 
     identity: int
@@ -157,8 +156,12 @@ def decode_pair(value: bytes, address: Address) -> IpRecord:
 
 def entry_of(record: IpRecord, here: Container[Address] = ()) -> Entry:
     """Return what the map is to hold, as Cilium writes it on a node with these addresses: no tunnel to itself."""
-    endpoint = None if record.host_ip in here else record.host_ip
-    return with_tunnel_flags(Entry(record.identity, endpoint, record.encrypt_key))
+    return _entry(record.identity, None if record.host_ip in here else record.host_ip, record.encrypt_key)
+
+
+@lru_cache(maxsize=4096)  # pods of one identity on one node have equal ones
+def _entry(identity: int, endpoint: Address | None, encrypt_key: int) -> Entry:
+    return with_tunnel_flags(Entry(identity, endpoint, encrypt_key))
 
 
 def decode_node(value: bytes, cluster: str) -> NodeRecord:

@@ -172,7 +172,7 @@ class Agent:
             judge = Judge(mesh.table, mesh.identities, settings.mesh.region, ipcaches.here)
             resolver = Resolver(limits, judge, random.random)
             shadow = Shadow(ipcaches) if settings.shadow else None
-            driver = Driver(resolver, shadow or installer, mesh.links, self._metrics, datapath.config.mute)
+            driver = Driver(resolver, shadow or installer, mesh.links, self._metrics, lambda on: mute(on))  # noqa: PLW0108 (as above)
             driver.fail = self._fail
             if shadow is not None and ipcaches.shared and installer.has_leftovers():
                 raise DatapathError(
@@ -189,6 +189,11 @@ class Agent:
             auditor = Auditor(datapath.windows, self._allows(engine), resolver)
             attached = asyncio.Event()
             reader = SignalReader(datapath.signals, driver.on_signals)
+
+            def mute(on: bool) -> None:
+                datapath.config.mute(on)
+                reader.pause(on)
+
             control = ControlServer(
                 settings.socket,
                 {

@@ -58,3 +58,9 @@ def test_write_batch_deletes_where_there_is_no_value() -> None:
     assert (put.request_put.key, put.request_put.value, put.request_put.lease) == (b"a", b"1", 5)
     assert empty.WhichOneof("request") == "request_put"
     assert delete.request_delete_range.key == b"c"
+
+
+@given(keys=st.lists(st.binary(min_size=1, max_size=130), min_size=1, max_size=5))
+def test_reads_are_encoded_as_the_library_would(keys: list[bytes]) -> None:
+    """Byte for byte, for keys short and long."""
+    assert requests.encode_reads(keys) == requests.read_batch(keys).SerializeToString()

@@ -71,6 +71,7 @@ class Resolver:
             ev.IdentityKnown: self._identity_known,
             ev.IdentityGone: self._identity_gone,
             ev.InstallResult: self._moves.install_ended,
+            ev.InstallResults: self._installs_ended,
             ev.Adopted: self._adopted,
             ev.Lost: self._lost,
             ev.Used: self._used,
@@ -193,6 +194,10 @@ class Resolver:
             if state.space not in tracked.watched:
                 tracked.watched += (state.space,)
                 self._moves.out.append(ev.Watch(link.name, state.space, state.address, state.as_of))
+
+    def _installs_ended(self, event: ev.InstallResults, now: float) -> None:
+        for result in event.results:
+            self._moves.install_ended(result, now)
 
     def _read_failed(self, failure: ev.ReadFailed, now: float) -> None:
         link = self._links.get(failure.cluster)
