@@ -109,6 +109,12 @@ class IdentityKnown(Struct, frozen=True):
     identity: int
 
 
+class IdentitiesKnown(Struct, frozen=True):
+    """The same of many: a listing has thousands."""
+
+    identities: tuple[int, ...]
+
+
 class IdentityGone(Struct, frozen=True):
     """The identity was withdrawn by its cluster."""
 
@@ -173,6 +179,7 @@ Event = (
     | ClusterGone
     | TableChanged
     | IdentityKnown
+    | IdentitiesKnown
     | IdentityGone
     | InstallResult
     | InstallResults

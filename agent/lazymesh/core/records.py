@@ -190,17 +190,23 @@ def decode_identity(value: bytes) -> Labels:
         text = value.decode()
     except UnicodeDecodeError:
         _refuse("labels are not UTF-8")
-    labels: Labels = {}
-    for label in filter(None, text.split(";")):
-        key, _, val = label.partition("=")
-        source, _, name = key.partition(":")
-        if not source or not name or key in labels:
-            _refuse(f"label {label[:64]!r}")
-        # A mesh has 100,000 identities made of a few thousand distinct words.
-        labels[sys.intern(key)] = sys.intern(val)
+    pairs = [_label(label) for label in text.split(";") if label]
+    labels = dict(pairs)
+    if len(labels) != len(pairs):
+        _refuse("a label twice")
     if not labels:
         _refuse("no labels")
     return labels
+
+
+@lru_cache(maxsize=8192)
+def _label(label: str) -> tuple[str, str]:
+    key, _, value = label.partition("=")
+    source, _, name = key.partition(":")
+    if not source or not name:
+        _refuse(f"label {label[:64]!r}")
+    # A mesh has 100,000 identities made of a few thousand distinct words.
+    return sys.intern(key), sys.intern(value)
 
 
 def decode_cluster_config(value: bytes) -> ClusterConfig:

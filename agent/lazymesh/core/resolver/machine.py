@@ -69,6 +69,7 @@ class Resolver:
             ev.ClusterGone: self._lifecycle.gone,
             ev.TableChanged: self._table_changed,
             ev.IdentityKnown: self._identity_known,
+            ev.IdentitiesKnown: self._identities_known,
             ev.IdentityGone: self._identity_gone,
             ev.InstallResult: self._moves.install_ended,
             ev.InstallResults: self._installs_ended,
@@ -265,7 +266,14 @@ class Resolver:
                 self._moves.drop(tracked, _unowned(owners).value, _unowned(owners))
 
     def _identity_known(self, event: ev.IdentityKnown, now: float) -> None:
-        for tracked in self._ledger.named(event.identity):
+        self._know(event.identity, now)
+
+    def _identities_known(self, event: ev.IdentitiesKnown, now: float) -> None:
+        for identity in event.identities:
+            self._know(identity, now)
+
+    def _know(self, identity: int, now: float) -> None:
+        for tracked in self._ledger.named(identity):
             if tracked.phase is Phase.ABSENT and tracked.reason is Reason.UNKNOWN_IDENTITY:
                 self._moves.settle(tracked, now)
 
