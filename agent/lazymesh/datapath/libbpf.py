@@ -12,6 +12,7 @@ import ctypes
 import errno
 import functools
 import os
+import platform
 import resource
 import socket
 import struct
@@ -150,6 +151,14 @@ class MapLayout:
             f"type {self.kind}, key {self.key_size}B, value {self.value_size}B, "
             f"max_entries {self.max_entries}, flags {self.flags:#x}"
         )
+
+
+def raise_memlock() -> None:
+    """Kernels before 5.11 charge maps to RLIMIT_MEMLOCK; later ones do not care."""
+    try:
+        resource.setrlimit(resource.RLIMIT_MEMLOCK, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
+    except (ValueError, OSError):  # no CAP_SYS_RESOURCE: only old kernels need it, and they will say so
+        return
 
 
 def pin(fd: int, path: Path) -> None:
@@ -509,6 +518,8 @@ class PerfBuffer:
         return _Ring(base.value or 0, size.value)
 
     def _fence(self) -> None:
+        if _ORDERED:
+            return
         # The call lets go of the interpreter and takes it again: locks, so barriers between what is read before and
         # behind it, as the rings' protocol has it (perf_event_open(2)).
         self._lib.perf_buffer__buffer_cnt(self._buffer)
@@ -565,3 +576,5 @@ class _Ring:
 _RECORD = struct.Struct("=IHHI")
 """perf_event_header, and the length of a sample's bytes."""
 _RECORD_LOST, _RECORD_SAMPLE = 2, 9
+_ORDERED = platform.machine() in ("x86_64", "i686")
+"""Loads stay in their order here, and stores behind them, without a barrier."""
