@@ -1,5 +1,5 @@
 .DEFAULT_GOAL := help
-.PHONY: help setup check format test unit datapath mesh demo bench clean
+.PHONY: help setup check format test unit datapath mesh ship image demo bench clean
 
 PYTEST = .venv/bin/python -m pytest
 
@@ -18,8 +18,11 @@ format: setup ## rewrite the Python code in the house style
 test: ## the checks and every test this machine can run
 	@scripts/test
 
-unit datapath mesh: setup ## tests of one tier: unit, datapath or mesh
+unit datapath mesh ship: setup ## tests of one tier: unit, datapath, mesh or ship
 	@$(PYTEST) tests/$@
+
+image: setup ## the image, from packages: an OCI archive and its unpacked root
+	@scripts/image
 
 demo: ## two clusters in network namespaces, without and with lazymesh
 	@scripts/demo

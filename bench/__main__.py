@@ -11,7 +11,7 @@ from typing import Any
 
 import click
 
-from bench import first_packet, memory, packet, resolve, restart, scan, startup, storm, throughput
+from bench import first_packet, flood, memory, packet, resolve, restart, scan, startup, storm, throughput
 from bench.compare import compare as differences
 from bench.report import table
 from bench.stage import load
@@ -26,6 +26,7 @@ PARTS = {
     "first_packet": first_packet.run,
     "throughput": throughput.run,
     "scan": scan.run,
+    "flood": flood.run,
     "restart": restart.run,
 }
 _BEGAN = time.monotonic()

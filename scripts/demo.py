@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from scripts import demo_restart
+from tests.support.container import in_lab
 from tests.support.lab import REMOTE_CIDRS, Lab, remote_address
 from tests.support.namespaces import tidy_signals
 from tests.support.traffic import Exchange, Probe, probe
@@ -103,10 +104,18 @@ def parse_arguments() -> argparse.Namespace:
         metavar="N",
         help="restart: remote pods in the mesh (default: 60000, which takes two minutes)",
     )
+    parser.add_argument(
+        "--image",
+        type=Path,
+        metavar="DIR",
+        help="gap: run the agent inside this unpacked image (scripts/image), in a container",
+    )
     parser.add_argument("--picture", type=Path, metavar="FILE", help="restart: draw it, as .svg or .png")
     options = parser.parse_args()
     if options.picture is not None and options.scene != "restart":
         parser.error("--picture is of the restart scene")
+    if options.image is not None and options.scene != "gap":
+        parser.error("--image is of the gap scene")
     if options.picture is not None and options.picture.suffix not in (".svg", ".png"):
         parser.error("--picture: give a name that ends in .svg or .png")
     return options
@@ -124,10 +133,12 @@ def count(least: int, most: int) -> Callable[[str], int]:
     return read
 
 
-def run(plan: Plan) -> Numbers:
+def run(plan: Plan, image: Path | None = None) -> Numbers:
     """Build the lab, send the traffic twice, and return what came of it."""
     say("building two clusters in network namespaces, with an etcd")
     with Lab(pods=1) as lab:
+        if image is not None:
+            lab.program = in_lab(lab, image).command
         lab.publish_many([*plan.tcp, *plan.udp])
         modes = {}
         for mode in MODES:
@@ -258,7 +269,7 @@ class Show:
 
 
 SCENES = {
-    "gap": Show(lambda options: run(Plan(options.connections)), table, shows_the_difference),
+    "gap": Show(lambda options: run(Plan(options.connections), options.image), table, shows_the_difference),
     "restart": Show(
         lambda options: demo_restart.run(options.endpoints, say),
         demo_restart.table,

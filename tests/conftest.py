@@ -17,6 +17,9 @@ from typing import TYPE_CHECKING
 
 import pytest
 
+from lazymesh.datapath import libbpf
+from lazymesh.datapath.maps import kernel_honours_noexist
+
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
 
@@ -25,9 +28,7 @@ TESTS = Path(__file__).parent
 PATIENCE_SECONDS = 120
 """For one test; a hanging one must fail by name instead of taking the whole run with it."""
 
-SKIPS_ALLOWED_IN_CI = {
-    "/dev/kvm": "rented build machines have no nested virtualisation",
-}
+SKIPS_ALLOWED_IN_CI: dict[str, str] = {}
 """Needs that a build machine may lack, each with the reason."""
 
 
@@ -52,8 +53,28 @@ def _can_make_namespaces() -> bool:
     return _is_root() and subprocess.run(attempt, check=False, capture_output=True).returncode == 0
 
 
-def _has_kvm() -> bool:
-    return os.access("/dev/kvm", os.R_OK | os.W_OK)
+def _has_helm() -> bool:
+    return shutil.which("helm") is not None or (TESTS.parent / ".cache/bin/helm").exists()
+
+
+def _can_build_images() -> bool:
+    return all(shutil.which(name) for name in ("buildah", "mmdebstrap"))
+
+
+def _has_crun() -> bool:
+    return shutil.which("crun") is not None and shutil.which("capsh") is not None
+
+
+def _has_tcx() -> bool:
+    return libbpf.has_tcx()
+
+
+def _honours_noexist() -> bool:
+    return kernel_honours_noexist()
+
+
+def _has_machines() -> bool:
+    return "LAZYMESH_VM_SYSTEM" in os.environ
 
 
 NEEDS: dict[str, tuple[str, Callable[[], bool]]] = {
@@ -62,20 +83,48 @@ NEEDS: dict[str, tuple[str, Callable[[], bool]]] = {
     "clang": ("install clang-14", _has_clang),
     "etcd": ("install etcd-server", _has_etcd),
     "network namespaces": ("allow this container to make network namespaces", _can_make_namespaces),
-    "/dev/kvm": ("run on a machine with virtualisation", _has_kvm),
+    "helm": ("run scripts/helm --build once", _has_helm),
+    "buildah": ("install buildah and mmdebstrap", _can_build_images),
+    "crun": ("install crun and libcap2-bin", _has_crun),
+    "tcx": ("run on kernel 6.6 or later", _has_tcx),
+    "BPF_NOEXIST": (
+        "run on a kernel that honours it on LPM tries: 6.13, or a later stable one",
+        _honours_noexist,
+    ),
+    "virtual machines": ("run scripts/vm test, which installs and starts all of it", _has_machines),
 }
 
 TIERS: dict[str, tuple[str, ...]] = {
     "unit": (),
     "datapath": ("root", "bcc"),
     "mesh": ("root", "bcc", "etcd", "network namespaces"),
-    "vm": ("root", "/dev/kvm"),
+    "ship": ("root", "etcd", "network namespaces", "buildah", "crun"),
+    "vm": ("root", "virtual machines"),
 }
 
 
+def pytest_addoption(parser: pytest.Parser) -> None:
+    """Let a run be repeated that found something."""
+    parser.addoption(
+        "--frames-seed", type=int, help="seed of the hostile frames; a failed test prints its own"
+    )
+    parser.addoption(
+        "--fault-seed",
+        type=int,
+        default=6,
+        help="what faults are drawn from; a run prints its own (default: 6)",
+    )
+
+
+@pytest.fixture(scope="session")
+def fault_seed(request: pytest.FixtureRequest) -> int:
+    """Return what faults are to be drawn from."""
+    seed: int = request.config.getoption("--fault-seed")
+    return seed
+
+
 def pytest_configure(config: pytest.Config) -> None:
-    """Declare the tier that pyproject.toml does not name, and the mark for a single test's further needs."""
-    config.addinivalue_line("markers", "vm: a kernel of its own, booted with KVM")
+    """Declare the marks for a single test's further needs."""
     config.addinivalue_line("markers", "needs(name, ...): what this one test needs beyond its tier")
     config.addinivalue_line(
         "markers", f"patience(seconds): how long this test may take, if not {PATIENCE_SECONDS}"

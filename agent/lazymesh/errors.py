@@ -28,7 +28,8 @@ class MapFullError(DatapathError):
 class KvstoreError(LazymeshError):
     """Etcd refused or could not be reached; ``kind`` is the machine-readable half.
 
-    kind: one of ``unavailable``, ``timeout``, ``permission``, ``certificate``, ``protocol``.
+    kind: one of ``unavailable``, ``timeout``, ``permission``, ``certificate``, ``protocol``,
+    ``exhausted`` (the answer is larger than we take, or the server has too much to do).
     """
 
     def __init__(self, message: str, kind: str = "unavailable") -> None:

@@ -102,8 +102,12 @@ class AgentSettings:
     policy: Path | None = None
     shadow: bool = False
     """Resolve and report; write nothing into the ipcache, enforce nothing, drop nothing."""
+    stale_limit_s: float = 600.0
+    """An entry that its cluster has not confirmed for so long, because it is silent, is taken out."""
     cleanup: bool = False
     """Leave no pin, filter or entry behind when stopped."""
+    uninstall_mark: Path | None = None
+    """While this file is there the agent is not ready, and stopped it does as ``cleanup``."""
     socket: Path = DEFAULT_SOCKET
     metrics_address: tuple[str, int] | None = field(default=None)
 

@@ -175,7 +175,7 @@ def node(loaded: Datapath) -> Iterator[Namespace]:
         loaded.pins.link(index).unlink()
 
 
-@pytest.fixture(params=["tcx", "clsact"])
+@pytest.fixture(params=[pytest.param("tcx", marks=pytest.mark.needs("tcx")), "clsact"])
 def style(request: pytest.FixtureRequest) -> str:
     """Attach in each way."""
     return str(request.param)

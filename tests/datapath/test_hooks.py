@@ -99,6 +99,36 @@ def test_ours_goes_back_to_the_front(
         link.close()
 
 
+def test_filters_are_not_asked_for_again_and_again(
+    loaded: Datapath, node: Namespace, style: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The kernel tells of them, and each question is dear; of a tcx chain it tells nothing, and that is cheap."""
+    node.ip(veth("lxc1"))
+    monkeypatch.setattr(interfaces, "LOOK_EVERY_S", 0.01)
+    monkeypatch.setattr(interfaces, "LOOK_TOLD", 1_000_000)
+    asked = 0
+
+    async def story() -> None:
+        nonlocal asked
+        async with following(InterfaceFollower(loaded, PODS_ONLY, style)) as follower:
+            hook = follower._hook
+            assert hook is not None
+            place = hook.place
+
+            async def counted(index: int, program: int) -> int | None:
+                nonlocal asked
+                asked += 1
+                return await place(index, program)
+
+            await asyncio.sleep(0.2)  # what we have done ourselves is told, too
+            monkeypatch.setattr(hook, "place", counted)
+            await asyncio.sleep(0.2)
+
+    inside(node, story)
+    assert (asked > 0) == (style == "tcx")
+
+
+@pytest.mark.needs("tcx")
 def test_another_way_to_attach_takes_off_what_was_attached_before(loaded: Datapath, node: Namespace) -> None:
     """An upgrade of kernel or agent: a packet must not meet both."""
     node.ip(veth("eth0", "lxc1"))
@@ -109,6 +139,7 @@ def test_another_way_to_attach_takes_off_what_was_attached_before(loaded: Datapa
         assert bool(node.call(tcx.tcx_programs, "eth0")) == (style != "clsact")
 
 
+@pytest.mark.needs("tcx")
 def test_links_of_interfaces_that_went_meanwhile_are_unpinned(loaded: Datapath, node: Namespace) -> None:
     """Nobody told the agent that was not there."""
     node.ip(veth("lxc1", "lxc2"))

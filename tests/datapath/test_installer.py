@@ -19,7 +19,7 @@ from lazymesh.core.model import Address, Entry, Reason
 from lazymesh.datapath import abi
 from lazymesh.datapath.installer import Installer
 from lazymesh.datapath.libbpf import BPF_F_NO_PREALLOC, MAP_TYPE_HASH, MAP_TYPE_LPM_TRIE, Map, MapLayout
-from lazymesh.datapath.maps import IpcacheMap, Journal
+from lazymesh.datapath.maps import IpcacheMap, Journal, kernel_honours_noexist
 from lazymesh.errors import DatapathError
 from tests.datapath.conftest import key_of
 from tests.support import packets
@@ -34,6 +34,10 @@ THEIRS = [Entry(140_000 + number, ENDPOINT, 0, 2) for number in range(3)]
 ROUTE, FALLBACK = Entry(2), Entry(2, ENDPOINT, 0, 2)
 B1, B2 = POD_B1.address(4), POD_B2.address(4)
 CLUSTER = 2
+KERNELS = [
+    pytest.param(True, id="kernel with BPF_NOEXIST", marks=pytest.mark.needs("BPF_NOEXIST")),
+    pytest.param(False, id="kernel without"),
+]
 
 
 class Crash(BaseException):
@@ -146,7 +150,7 @@ class World:
         return {address: entry for address, entry, _ in self.installer.adopt()}
 
 
-@pytest.fixture(params=[True, False], ids=["kernel with BPF_NOEXIST", "kernel without"])
+@pytest.fixture(params=KERNELS)
 def world(request: pytest.FixtureRequest) -> Iterator[World]:
     """Return a world with a default route and a node's pod CIDR, as Cilium has them."""
     made = World(request.param)
@@ -212,6 +216,7 @@ class TestInstall:
         assert world.installer.owned == 2
 
 
+@pytest.mark.needs("BPF_NOEXIST")
 def test_exact_world_entry_of_theirs_is_left_alone() -> None:
     """Where the kernel honours BPF_NOEXIST even an entry that says world is told from a route."""
     world = World(honours=True)
@@ -261,7 +266,7 @@ class TestEvict:
         assert world.lines() == {}
 
 
-@pytest.mark.parametrize("honours", [True, False], ids=["kernel with BPF_NOEXIST", "kernel without"])
+@pytest.mark.parametrize("honours", KERNELS)
 class TestNoRoom:
     """A map is full, or a write fails: nothing is half there."""
 
@@ -413,7 +418,7 @@ class Lives(RuleBasedStateMachine):
     @initialize(honours=st.booleans())
     def begin(self, honours: bool) -> None:
         """Start with routes only."""
-        self.world = World(honours)
+        self.world = World(honours and kernel_honours_noexist())
         self.theirs: dict[str, Entry] = {}
         for prefix, entry in BACKGROUND.items():
             self.they_write_a_prefix(prefix, entry)

@@ -164,6 +164,13 @@ class Interleavings(RuleBasedStateMachine):
         )
         self.believed = {_text(address): entry for address, entry, _ in self.installer.adopt()}
 
+    @precondition(lambda self: len(self.maps) < MOST)
+    @rule()
+    def both_restart(self) -> None:
+        """The new map was pinned while our agent did not run."""
+        self.cilium_restarts()
+        self.we_start()
+
     # What must hold.
 
     @invariant()
@@ -207,3 +214,83 @@ def test_any_interleaving(kind: str) -> None:
         max_examples=334, stateful_step_count=30, deadline=None, suppress_health_check=list(HealthCheck)
     )
     case("runTest").runTest()
+
+
+class Node:
+    """Maps of Cilium's and an agent of ours over them, which may start again."""
+
+    def __init__(self) -> None:
+        self.maps = [CiliumMap(V2, 129)]
+        self.journal = Map.create("lm_test", MapLayout(MAP_TYPE_HASH, 24, 56, 64, 0))
+        self.start()
+
+    def start(self) -> list[bytes]:
+        """Begin another life; return what it takes over."""
+        maps = [one.ours for one in self.maps]
+        self.installer = Installer(maps, Journal(self.journal), honours_noexist=True, shared=True)
+        return [address for address, _, _ in self.installer.adopt()]
+
+    def use(self, *maps: CiliumMap) -> None:
+        """Let other maps count."""
+        self.maps = list(maps)
+        self.installer.use([one.ours for one in maps])
+
+
+PEER = parse_address(PEERS[0])
+FIRST, SECOND = (Entry(identity, parse_address(HOST), 0, 2) for identity in IDENTITIES)
+
+
+def test_what_no_line_stands_for_goes_at_the_next_start() -> None:
+    """The journal may be lost: with its directory, as one is told to do when another version has made it."""
+    node = Node()
+    node.installer.install(PEER, FIRST, CLUSTER)
+    theirs = node.maps[0]
+    writer = Writer(V2, NODE, [])
+    writer.use(theirs.raw)
+    writer.upsert(PEERS[1], Record(IDENTITIES[0], HOST))
+    node.journal = Map.create("lm_test", MapLayout(MAP_TYPE_HASH, 24, 56, 64, 0))
+    assert node.start() == []
+    assert set(theirs.read()) == {PEERS[1]}
+
+
+def test_entry_is_carried_into_a_map_that_came_while_no_agent_ran() -> None:
+    """Programs that still read the old one keep it meanwhile; where Cilium has written, its own stands."""
+    node = Node()
+    other = parse_address(PEERS[1])
+    for address in (PEER, other):
+        node.installer.install(address, FIRST, CLUSTER)
+    fresh, old = CiliumMap(V2, 129), node.maps[0]
+    writer = Writer(V2, NODE, [])
+    writer.use(fresh.raw)
+    writer.upsert(PEERS[1], Record(IDENTITIES[1], HOST))
+    node.maps = [fresh, old]
+    assert set(node.start()) == {PEER, other}
+    assert set(fresh.tagged()) == {PEERS[0]}
+    assert set(old.tagged()) == set(PEERS[:2])
+
+
+def test_entry_that_is_old_in_a_map_that_counts_again_is_brought_up_to_date() -> None:
+    """Programs may take up a pinned map after all."""
+    node = Node()
+    orphan, read = node.maps[0], CiliumMap(V2, 129)
+    node.installer.install(PEER, FIRST, CLUSTER)
+    node.use(read)
+    node.installer.carry_over(PEER)
+    node.installer.install(PEER, SECOND, CLUSTER)
+    node.use(orphan, read)
+    assert node.installer.carry_over(PEER) is None
+    assert orphan.tagged() == read.tagged() != {}
+
+
+def test_map_that_does_not_count_any_more_keeps_nothing_of_ours() -> None:
+    """And everything of Cilium's."""
+    node = Node()
+    left = node.maps[0]
+    node.installer.install(PEER, FIRST, CLUSTER)
+    node.use(CiliumMap(V2, 129))
+    writer = Writer(V2, NODE, [])
+    writer.use(left.raw)
+    writer.upsert(PEERS[1], Record(IDENTITIES[0], HOST))
+    for prefix in PEERS[:2]:
+        node.installer.withdraw(left.ours, parse_address(prefix))
+    assert set(left.read()) == {PEERS[1]}

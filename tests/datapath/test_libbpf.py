@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import os
+import re
 from typing import TYPE_CHECKING
 
 import pytest
@@ -63,6 +64,13 @@ def test_batch_borders_lose_nothing(opened: Map, count: int) -> None:
     assert dict(opened.items()) == wanted
     opened.delete_many([*wanted, *list(wanted)[:3]])
     assert list(opened.items()) == []
+
+
+def test_probes_agree_with_the_kernel_s_version() -> None:
+    """What a probe tries came with a release, and no stable kernel was given it later."""
+    version = tuple(int(number) for number in re.findall(r"\d+", os.uname().release)[:2])
+    assert libbpf.has_lpm_batches() == (version >= (5, 13))
+    assert libbpf.has_tcx() == (version >= (6, 6))
 
 
 @pytest.mark.parametrize("opened", [HASH, TRIE], indirect=True, ids=["hash", "trie"])

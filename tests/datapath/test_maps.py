@@ -80,6 +80,7 @@ class TestIpcache:
         assert not ipcache.delete(address)
         assert ipcache.lookup(address) is None
 
+    @pytest.mark.needs("BPF_NOEXIST")
     def test_insert_never_overwrites(self, ipcache: IpcacheMap) -> None:
         """The exact prefix that exists stays as it is."""
         assert ipcache.insert(B1, ENTRY)

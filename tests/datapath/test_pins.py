@@ -102,8 +102,19 @@ def test_pins_of_this_version_are_accepted(bpffs: Path) -> None:
     place.prepare(SIZE)
 
 
-@pytest.mark.parametrize("name", expected_layouts(SIZE))
-def test_pin_of_another_layout_is_refused_by_name(bpffs: Path, name: str) -> None:
+@pytest.mark.parametrize("name", sorted(set(expected_layouts(SIZE)) - set(pins.KEPT)))
+def test_pin_of_another_layout_is_made_anew(bpffs: Path, name: str) -> None:
+    """Another version of lazymesh was here: what it held is learned again, all other pins stay."""
+    place = Pins.under(bpffs)
+    place.prepare(SIZE)
+    for other, layout in expected_layouts(SIZE).items():
+        pin_map(place.path(other), layout if other != name else MapLayout(libbpf.MAP_TYPE_HASH, 4, 12, 77, 0))
+    place.prepare(SIZE)
+    assert {path.name for path in place.directory.iterdir()} == set(expected_layouts(SIZE)) - {name}
+
+
+@pytest.mark.parametrize("name", pins.KEPT)
+def test_entries_or_journal_of_another_layout_are_refused_by_name(bpffs: Path, name: str) -> None:
     """Attaching over it would read and write nonsense; the message says which map and what to do."""
     place = Pins.under(bpffs)
     place.prepare(SIZE)
@@ -133,9 +144,9 @@ def test_program_in_place_of_a_map_is_refused(bpffs: Path) -> None:
     place = Pins.under(bpffs)
     place.prepare(SIZE)
     program = load_empty_program()
-    libbpf.pin(program, place.path("lm_config"))
+    libbpf.pin(program, place.path("lm_owned"))
     os.close(program)
-    with pytest.raises(DatapathError, match=r"lm_config (is no BPF map|has another layout)"):
+    with pytest.raises(DatapathError, match=r"lm_owned (is no BPF map|has another layout)"):
         place.prepare(SIZE)
 
 
@@ -161,9 +172,8 @@ def test_second_agent_finds_the_directory_taken(bpffs: Path) -> None:
     place = Pins.under(bpffs)
     place.prepare(SIZE)
     first = place.lock()
-    with pytest.raises(
-        DatapathError, match=r"another lazymesh agent holds .*/lazymesh: stop it first.*--bpffs"
-    ):
+    holder = rf"another lazymesh agent \(process {os.getpid()}\) holds .*/lazymesh: stop it first.*--bpffs"
+    with pytest.raises(DatapathError, match=holder):
         place.lock()
     os.close(first)
     os.close(place.lock())
@@ -180,6 +190,18 @@ def test_refused_lock_keeps_no_descriptor(bpffs: Path) -> None:
             place.lock()
     assert open_descriptors() == before
     os.close(first)
+
+
+def test_pins_that_somebody_removed_are_named(bench: Bench) -> None:
+    """The ipcache is missed only where it is ours."""
+    place = bench.datapath.pins
+    assert place.missing(own_ipcache=True) == []
+    for name in (pins.IPCACHE, "lm_owned"):
+        place.path(name).rename(place.path(name + "_away"))
+    assert place.missing(own_ipcache=False) == ["lm_owned"]
+    assert set(place.missing(own_ipcache=True)) == {pins.IPCACHE, "lm_owned"}
+    for name in (pins.IPCACHE, "lm_owned"):
+        place.path(name + "_away").rename(place.path(name))
 
 
 def test_remove_leaves_nothing_of_ours(bpffs: Path) -> None:

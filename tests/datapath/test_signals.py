@@ -240,6 +240,31 @@ def test_tokens_come_back_at_the_rate_that_was_set(mesh: Bench) -> None:
     assert_every_miss_is_accounted_for(mesh)
 
 
+def test_a_share_of_the_rates_is_admitted_and_of_a_burst_as_well(mesh: Bench) -> None:
+    """Half of the tokens at once, and half as often; new settings admit everything."""
+    mesh.configure(rearm_s=0, interface_rate=10, interface_burst=101, global_rate=0)
+    with reading(mesh):
+        mesh.datapath.config.admit(0.5)
+        mesh.send(EGRESS, Flow().udp(), repeat=200)
+        half = mesh.counts(EGRESS)["signalled"]
+        assert 50 <= half <= 53
+        time.sleep(0.65)
+        mesh.send(EGRESS, Flow().udp(), repeat=200)
+        assert 3 <= mesh.counts(EGRESS)["signalled"] - half <= 20
+        mesh.configure(rearm_s=0, interface_rate=10, interface_burst=101, global_rate=0)
+        assert mesh.datapath.config.read().interface_interval_ns == 100_000_000
+    assert_every_miss_is_accounted_for(mesh)
+
+
+def test_a_rate_without_limit_stays_so(mesh: Bench) -> None:
+    """A share of it is no number."""
+    mesh.configure(rearm_s=0, interface_rate=0, global_rate=0)
+    mesh.datapath.config.admit(0.1)
+    with reading(mesh):
+        mesh.send(EGRESS, Flow().udp(), repeat=50)
+    assert mesh.counts(EGRESS)["signalled"] == 50
+
+
 def test_muted_program_counts_and_is_silent(mesh: Bench) -> None:
     """The flag stops signals at once; when it goes down nothing is left of it, not even an interval."""
     with reading(mesh) as records:

@@ -58,6 +58,14 @@ def test_two_pins(lab: Lab) -> None:
         verdict, text = found["cilium ipcache_v2"]
         assert verdict == "warn"
         assert f"the running agent's is map {cilium.map_id}" in text
+        old = cilium.map_id
+        cilium.become("v2")
+        cilium.begin().pin()
+        verdict, text = findings(lab)["cilium ipcache_v2"]
+        assert verdict == "warn"
+        assert f"programs still read map {old} instead" in text, (
+            "an upgrade under way: nothing may be removed"
+        )
 
 
 def test_pin_that_is_not_in_use(agent: Cilium, lab: Lab) -> None:

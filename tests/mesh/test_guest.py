@@ -198,6 +198,7 @@ def test_shadow_decides_everything_and_writes_nothing(agent: Cilium, lab: Lab) -
         shown = status(lab)
         assert (shown["datapath"]["mode"], shown["datapath"]["shadow"]) == ("cilium", True)
         assert shown["entries"]["shadowChanges"] >= 1
+        assert metric(ours, "lazymesh_ipcache_entries") == len(agent.entries())
         assert metric(ours, "lazymesh_shadow_changes_total") >= 1
         assert dump(agent) == before
     assert dump(agent) == before

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 
 import pytest
 
+from tests.support.cilium import Cilium
 from tests.support.etcd import wait_until
 from tests.support.lab import SERVER_IDENTITY, Lab, remote_address
 from tests.support.node import beside_cilium, connect, metric, programs, status
@@ -15,11 +16,12 @@ from tests.support.restart import Scene, addresses, play
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
-    from tests.support.cilium import Cilium
-
 pytestmark = pytest.mark.needs("clang")
 
 SCENE = Scene(endpoints=1_000, fill_rate=400, switch_after_s=1.0, lead_s=0.6)
+FULL_SCENE = Scene(
+    endpoints=3_000, fill_rate=2_000, switch_after_s=1.0, flows=20, fresh_every_s=0.05, lead_s=0.6
+)
 UNKNOWN = 5_000
 """Numbers of pods that Cilium does not know begin here."""
 
@@ -28,7 +30,7 @@ UNKNOWN = 5_000
 def lab() -> Iterator[Lab]:
     """One lab, with a store that knows everybody."""
     with Lab(pods=1) as built:
-        built.publish_many(addresses(SCENE.endpoints))
+        built.publish_many(addresses(FULL_SCENE.endpoints))
         yield built
 
 
@@ -89,3 +91,25 @@ def costs_nothing_to_restart(cilium: Cilium, lab: Lab) -> None:
         lambda: [one["id"] for one in status(lab)["datapath"]["ipcache"]["maps"]] == [cilium.map_id],
         what="the old map to be let go",
     )
+
+
+def test_nearly_full_map_is_lent_to_all_the_same_when_it_begins_anew(lab: Lab) -> None:
+    """97 %, as with 500,000 pods: what the old map had room for fits into the new one, and Cilium's own does, too."""
+    with Cilium(lab, max_entries=3_100) as cilium:
+        cilium.upsert_many(addresses(FULL_SCENE.endpoints))
+        with beside_cilium(lab) as agent:
+            wait_until(lambda: "nearly full" in " ".join(status(lab)["wrong"]), what="the alarm")
+            seen = play(cilium, lab.pods[0], FULL_SCENE)
+            assert metric(agent, "lazymesh_ipcache_lent_entries_total", fate="refused") == 0
+            assert metric(agent, "lazymesh_ipcache_lent_entries_total", fate="warmed") > 0
+            assert (seen.fates.lost, seen.overwritten, cilium.log) == (0, 0, [])
+            wait_until(lambda: "nearly full" in " ".join(status(lab)["wrong"]), what="the alarm again")
+
+
+def test_upgrade_is_a_restart_like_any_other(lab: Lab) -> None:
+    """The new map is under another name, and the old pin stays: programs read that one for a while."""
+    with Cilium(lab, layout="v1") as cilium:
+        cilium.upsert_many(addresses(SCENE.endpoints))
+        with beside_cilium(lab):
+            cilium.become("v2")
+            costs_nothing_to_restart(cilium, lab)

@@ -18,7 +18,7 @@ from lazymesh.datapath.libbpf import Map
 from tests.support.burst import Sink, Ticker
 from tests.support.etcd import wait_until
 from tests.support.lab import ETCD_PORT, AgentProcess, Lab, remote_address
-from tests.support.node import identity_of, launched, metric, options, send_udp
+from tests.support.node import child_of, identity_of, launched, metric, options, send_udp
 from tests.support.proxy import Proxy
 
 if TYPE_CHECKING:
@@ -77,16 +77,7 @@ def fresh() -> Iterator[str]:
 
 def holder_of(agent: AgentProcess) -> int:
     """Return the process id of its holder."""
-    return int(wait_until(lambda: _child(agent.pid), 5, "a holder"))
-
-
-def _child(parent: int) -> int | None:
-    for path in Path("/proc").glob("[0-9]*"):
-        with contextlib.suppress(OSError):
-            stat = (path / "stat").read_text(encoding="ascii").rpartition(")")[2].split()
-            if int(stat[1]) == parent and b"lazymesh.roles.holder" in (path / "cmdline").read_bytes():
-                return int(path.name)
-    return None
+    return int(wait_until(lambda: child_of(agent.pid), 5, "a holder"))
 
 
 def counts(lab: Lab) -> dict[str, int]:
@@ -202,7 +193,7 @@ def test_a_holder_that_hangs_for_good_is_replaced(lab: Lab, agent: AgentProcess)
     holder = holder_of(agent)
     os.kill(holder, signal.SIGSTOP)
     wait_until(lambda: "the holder hangs" in lab.cli("status", check=False).stdout, 5, "a word about it")
-    wait_until(lambda: _child(agent.pid) not in (None, holder), 15, "another holder")
+    wait_until(lambda: child_of(agent.pid) not in (None, holder), 15, "another holder")
     before = counts(lab)["held"]
     wait_until(lambda: _hold_one(lab) and counts(lab)["held"] > before, 5, "holding to resume")
     assert not Path(f"/proc/{holder}").exists()

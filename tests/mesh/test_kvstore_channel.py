@@ -36,7 +36,7 @@ def etcd() -> Iterator[EtcdServer]:
 @asynccontextmanager
 async def opened(kind: str, config: EtcdConfig) -> AsyncIterator[Channel]:
     """Yield an open channel."""
-    transport = Transport(kind=kind)
+    transport = Transport(kind=kind, max_message_bytes=64 << 20)
     channel = make_channel(
         config.endpoints[0], config, read_tls_files(config) if config.tls else None, transport
     )

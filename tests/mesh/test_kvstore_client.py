@@ -10,6 +10,8 @@ import pytest
 from lazymesh.errors import KvstoreError
 from lazymesh.kvstore.client import EtcdClient
 from lazymesh.kvstore.config import EtcdConfig, parse_config
+from lazymesh.kvstore.supervisor import Options
+from lazymesh.kvstore.transport import Transport
 from tests.support.etcd import EtcdServer, EtcdSettings, free_port
 
 if TYPE_CHECKING:
@@ -149,3 +151,25 @@ async def test_etcd_on_an_ipv6_address_is_reached() -> None:
     with EtcdServer(EtcdSettings(address="::1")) as server:
         async with EtcdClient(config_of(server.url)) as client:
             assert await client.get(b"a") is None
+
+
+@pytest.mark.parametrize("kind", ["native", "grpcio"])
+async def test_listing_of_huge_values_comes_in_small_pages(etcd: EtcdServer, kind: str) -> None:
+    """No answer takes more memory than the transport's bound; behind the huge ones pages grow again."""
+    options = Options(transport=Transport(kind=kind, max_message_bytes=3 << 20))
+    async with EtcdClient(config_of(etcd.url), options) as client:
+        for number in range(6):
+            await client.put(b"p/%03d" % number, bytes(1 << 20))
+        for number in range(6, 300, 98):
+            await client.write_many([(b"p/%03d" % each, b"small") for each in range(number, number + 98)])
+        async with aclosing(client.list_prefix(b"p/", page=100)) as pages:
+            sizes = [len(page.items) async for page in pages]
+        assert sum(sizes) == 300
+        assert max(sizes[:3]) < 3
+        assert max(sizes) > 20
+        await client.put(b"p/000", bytes((1 << 20) + 100_000))
+        large = Options(transport=Transport(kind=kind, max_message_bytes=1 << 20))
+        async with EtcdClient(config_of(etcd.url), large) as narrow:
+            with pytest.raises(KvstoreError, match="records of a megabyte") as refused:
+                await narrow.get_prefix(b"p/")
+            assert refused.value.kind == "exhausted"

@@ -170,7 +170,7 @@ def test_policy_that_changed_over_a_restart_is_in_force(lab: Lab) -> None:
 
 
 def test_second_agent_on_the_node_leaves_the_first_alone(lab: Lab) -> None:
-    """It says so and exits 3; programs, entries, socket and metrics of the first stay."""
+    """It says who holds the node and exits 3; programs, entries, socket and metrics of the first stay."""
     first = lab.start_agent()
     installed(lab, 0)
     before = filters(lab.node_a)
@@ -178,7 +178,7 @@ def test_second_agent_on_the_node_leaves_the_first_alone(lab: Lab) -> None:
     with launched(lab, *argv, "--cleanup") as second:
         assert second.process.wait(20) == 3
         assert len(second.log.strip().splitlines()) == 1
-        assert "another lazymesh agent holds" in second.log
+        assert f"another lazymesh agent (process {first.pid}) holds {lab.bpffs}/lazymesh" in second.log
     assert filters(lab.node_a) == before
     assert len(entries(lab)) == 1
     assert status(lab)["ready"] is True

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import subprocess
 from typing import TYPE_CHECKING, Any
 
 import pytest
 
+from lazymesh.datapath import libbpf
+from lazymesh.datapath.libbpf import MAP_TYPE_LPM_TRIE, Map, MapLayout
+from tests.support.etcd import wait_until
 from tests.support.lab import Lab, remote_address
 from tests.support.node import connect, filters, launched, options, pins
 
@@ -55,6 +59,25 @@ def test_uninstall_leaves_no_trace(cilium: Cilium, lab: Lab) -> None:
     assert filters(lab.node_a) == attached
     again = json.loads(lab.cli("uninstall", "-o", "json").stdout)
     assert again == {"entries": 0, "interfaces": [], "pins": False}
+
+
+def test_uninstall_in_the_middle_of_a_restart(agent: Cilium, lab: Lab) -> None:
+    """Programs read a map that has lost its pin: ours go from it, too. A pin that nobody knows is no obstacle."""
+    peer = remote_address(10)
+    lab.publish(peer)
+    with launched(lab, *options(lab, datapath="cilium", policy=None)) as ours:
+        ours.wait_ready()
+        assert connect(lab.pods[0].namespace, peer) is not None
+        with contextlib.closing(Map.pinned(agent.pin)) as old:
+            agent.begin().pin()
+            wait_until(lambda: peer in agent.entries(), what="the entry to be carried over")
+            ours.kill()
+            unknown = Map.create("x", MapLayout(MAP_TYPE_LPM_TRIE, 24, 28, 100, 1))
+            with contextlib.closing(unknown):
+                libbpf.pin(unknown.fd, agent.stale_pin)
+            assert json.loads(lab.cli("uninstall", "-o", "json").stdout)["entries"] == 2
+            assert b"lm" not in {value[-4:-2] for _, value in old.items()}
+    assert peer not in agent.entries()
 
 
 def test_standalone_agent_takes_out_what_its_life_beside_cilium_has_left(agent: Cilium, lab: Lab) -> None:

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import contextlib
 import threading
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any, Self
 
 from lazymesh.datapath import libbpf
@@ -118,6 +119,16 @@ class Cilium:
     def restart(self, **timeline: Any) -> Boot:
         """End the agent and start it again by the clock; see Timeline for the words."""
         return self.start(Timeline(**timeline))
+
+    def become(self, layout: str) -> None:
+        """Be of another version from the next start on; the pin of this one stays (cilium-formats 1.1)."""
+        self.stop()
+        self.settings = self._world.settings = replace(self.settings, layout=layout)
+        self.layout = LAYOUTS[layout]
+        self._programs.use_layout(layout)
+        self._world.own = {}
+        self._world.learn_node_a(self.lab.pods)
+        self._world.learn_node(RemoteNode())
 
     def reload(self, device: str | None = None) -> None:
         """Regenerate one device's programs, or all, over the map that the agent has now."""

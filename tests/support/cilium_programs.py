@@ -125,17 +125,19 @@ class Programs:
     _loading: threading.Lock = field(default_factory=threading.Lock)
 
     def __post_init__(self) -> None:
-        source, target = (
-            Path(__file__).with_name("cilium_bpf.c"),
-            self.lab.directory / f"cilium_{self.layout}.o",
-        )
-        self._object = compile_bpf(source, target, IPCACHE_LAYOUT=int(self.layout[1:]))
+        self.use_layout(self.layout)
         self.globals = self.lab.bpffs / "tc" / "globals"
         self.globals.mkdir(parents=True, exist_ok=True)
         self._make_shared()
         self._devices[_UPLINK] = _Device(_UPLINK, "cil_from_netdev", 0)
         for pod in self.lab.pods:
             self._add_endpoint(pod.interface, FIRST_ENDPOINT + pod.number, (pod.ipv4, pod.ipv6))
+
+    def use_layout(self, layout: str) -> None:
+        """Load programs for this form of the ipcache from now on."""
+        self.layout = layout
+        source, target = Path(__file__).with_name("cilium_bpf.c"), self.lab.directory / f"cilium_{layout}.o"
+        self._object = compile_bpf(source, target, IPCACHE_LAYOUT=int(layout[1:]))
 
     def _make_shared(self) -> None:
         layouts = {
@@ -190,7 +192,7 @@ class Programs:
     def _attach(self, device: _Device, program: int) -> None:
         ours = None if self.settings.style == "tcx" else "cil_"
         if self.settings.style == "tcx":
-            if device.link:
+            if device.link and device.link.follows(device.name):
                 device.link.update(program)
             else:
                 device.link = TcxLink.attach(program, device.name)

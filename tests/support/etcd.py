@@ -1,8 +1,8 @@
 """Real etcd servers for tests: started on free ports, broken in every way a test asks for, always cleaned up.
 
-One ``EtcdServer`` is one member with a data directory of its own. It may run behind a command prefix (``ip
-netns exec b``) and listen on an address of that namespace. Data, users and roles are prepared through etcd's
-JSON gateway by curl, so that the client under test is not needed to prepare its own test.
+One ``EtcdServer`` is one member with a data directory of its own, ``EtcdCluster`` several of them. They may run behind
+a command prefix (``ip netns exec b``) and listen on an address of that namespace. Data, users and roles are prepared
+through etcd's JSON gateway by curl, so that the client under test is not needed to prepare its own test.
 """
 
 from __future__ import annotations
@@ -78,14 +78,15 @@ class Authority:
     def issue(
         self, common_name: str, names: str = "IP:127.0.0.1,IP:::1,DNS:localhost", *, expired: bool = False
     ) -> Pair:
-        """Issue a certificate for client and server use; ``expired`` ended yesterday."""
+        """Issue a certificate for client and server use; ``expired`` ended yesterday; the name may be empty."""
         self._serial += 1
         stem = self.directory / f"{common_name.replace('*', '_')}-{self._serial}"
+        subject = f"/CN={common_name}" if common_name else "/O=nobody"
         pair = Pair(stem.with_suffix(".crt"), stem.with_suffix(".key"))
         request, extensions = stem.with_suffix(".csr"), stem.with_suffix(".ext")
         extensions.write_text(f"subjectAltName={names}\nextendedKeyUsage=serverAuth,clientAuth\n")
         self._openssl("ecparam", "-name", "prime256v1", "-genkey", "-noout", "-out", pair.key)
-        self._openssl("req", "-new", "-key", pair.key, "-subj", f"/CN={common_name}", "-out", request)
+        self._openssl("req", "-new", "-key", pair.key, "-subj", subject, "-out", request)
         # OpenSSL 3.0 cannot set a start date here; a negative number of days ends in the past all the same.
         days = "-1" if expired else "2"
         signer = ("-CA", self.cert, "-CAkey", self._key, "-set_serial", str(self._serial))
@@ -139,21 +140,27 @@ class EtcdSettings:
     """With TLS: demand one, and take its common name for the user."""
     server_names: str = "IP:127.0.0.1,IP:::1,DNS:localhost"
     token: str = "lazymesh-test"
+    name: str = "test"
+    members: tuple[str, ...] = ()
+    """Names and peer URLs of the whole cluster, as ``m1=http://...``; none: it is alone."""
     extra: tuple[str, ...] = field(default=())
 
 
 class EtcdServer:
     """One etcd; a context manager that starts it and removes all of it at the end."""
 
-    def __init__(self, settings: EtcdSettings | None = None, port: int | None = None) -> None:
+    def __init__(
+        self, settings: EtcdSettings | None = None, port: int | None = None, peer_port: int | None = None
+    ) -> None:
         self.settings = settings or EtcdSettings()
         self.port = port or free_port()
-        self._peer_port = free_port()
+        self._peer_port = peer_port or free_port()
         self._directory = Path(
             tempfile.mkdtemp(prefix="lazymesh-etcd-", dir="/dev/shm")
         )  # fsync costs nothing there
         self._process: subprocess.Popen[bytes] | None = None
         self._starts = 0
+        self._frozen = False
         self._server_pair = self.settings.tls and self.settings.tls.issue("etcd", self.settings.server_names)
         self._admin: Pair | None = None
         self._root_password = ""
@@ -173,6 +180,20 @@ class EtcdServer:
     def url(self) -> str:
         """Where clients find it."""
         return self._url(self.port)
+
+    @property
+    def urls(self) -> list[str]:
+        """The same of all its members, who are one."""
+        return [self.url]
+
+    @property
+    def running(self) -> bool:
+        """Whether there is a process that answers: one that is frozen does not."""
+        return self._process is not None and not self._frozen
+
+    def status(self) -> dict[str, Any]:
+        """Return what the member says of itself and its leader."""
+        return self.call("maintenance/status", {})
 
     @property
     def pid(self) -> int:
@@ -229,10 +250,12 @@ class EtcdServer:
         os.kill(self.pid, signal.SIGSTOP)
         # The signal is on its way only: some of its threads may go on for a moment, and answer.
         os.waitid(os.P_PID, self.pid, os.WSTOPPED)
+        self._frozen = True
 
     def thaw(self) -> None:
         """Let a frozen process go on."""
         os.kill(self.pid, signal.SIGCONT)
+        self._frozen = False
 
     @contextlib.contextmanager
     def elsewhere(self) -> Iterator[None]:
@@ -272,7 +295,7 @@ class EtcdServer:
 
     def revision(self) -> int:
         """Return the store's revision."""
-        return int(self.call("maintenance/status", {})["header"]["revision"])
+        return int(self.status()["header"]["revision"])
 
     def put(self, key: str, value: str) -> int:
         """Write one key, by a way that is not the client under test."""
@@ -291,6 +314,10 @@ class EtcdServer:
             self.add_role(role)
         self.call("auth/enable", {})
         self._root_password = root_password
+
+    def revoke_tokens(self, role: Role) -> None:
+        """Make every token of its user worthless, by a new password that is the old one."""
+        self.call("auth/user/changepw", {"name": role.name, "password": role.password})
 
     def add_role(self, role: Role) -> None:
         """Make one role and its user."""
@@ -326,12 +353,16 @@ class EtcdServer:
         if self.settings.tls:
             words += ["--cacert", str(self.settings.tls.cert)]
         if self.settings.tls and self.settings.client_certificates:
-            self._admin = self._admin or self.settings.tls.issue("root")
+            # With a common name the gateway would refuse to take our password's token for us.
+            self._admin = self._admin or self.settings.tls.issue("")
             words += ["--cert", str(self._admin.cert), "--key", str(self._admin.key)]
         done = subprocess.run([*words, f"{self.url}/v3/{path}"], capture_output=True, text=True, check=False)
         if done.returncode:
             raise RuntimeError(f"{path}: {done.stderr.strip()}")
-        answer: dict[str, Any] = json.loads(done.stdout)
+        try:
+            answer: dict[str, Any] = json.loads(done.stdout)
+        except json.JSONDecodeError as exc:  # it is about to stop, and says so in words
+            raise RuntimeError(f"{path}: {done.stdout.strip()!r}") from exc
         if "error" in answer:
             raise RuntimeError(f"{path}: {answer['error']}")
         return answer
@@ -360,13 +391,13 @@ class EtcdServer:
     def _command(self) -> list[str]:
         peer = self._url(self._peer_port).replace("https:", "http:")
         words = {
-            "name": "test",
+            "name": self.settings.name,
             "data-dir": str(self._data),
             "listen-client-urls": self.url,
             "advertise-client-urls": self.url,
             "listen-peer-urls": peer,
             "initial-advertise-peer-urls": peer,
-            "initial-cluster": f"test={peer}",
+            "initial-cluster": ",".join(self.settings.members) or f"{self.settings.name}={peer}",
             "initial-cluster-token": self.settings.token,
             "log-level": "info",
             "logger": "zap",
@@ -391,6 +422,101 @@ class EtcdServer:
             self._process.send_signal(signal.SIGCONT)
         self._process.wait(timeout=START_TIMEOUT_S)
         self._process = None
+        self._frozen = False
+
+
+class EtcdCluster:
+    """Several members that agree, on ports of one address; a context manager like one of them."""
+
+    def __init__(self, settings: EtcdSettings | None = None, size: int = 3) -> None:
+        settings = settings or EtcdSettings()
+        # A lone member elects itself at once; several need time to hear of each other on a busy machine.
+        settings = replace(
+            settings, extra=(*settings.extra, "--heartbeat-interval=50", "--election-timeout=500")
+        )
+        peers = {f"m{number}": free_port() for number in range(size)}
+        members = tuple(f"{name}=http://{settings.address}:{port}" for name, port in peers.items())
+        self.members = [
+            EtcdServer(replace(settings, name=name, members=members), peer_port=port)
+            for name, port in peers.items()
+        ]
+
+    def __enter__(self) -> Self:
+        try:
+            # One alone has no majority, and is not ready.
+            for member in self.members:
+                member.start(wait=False)
+            for member in self.members:
+                member.wait_ready()
+            self.wait_leader()
+        except BaseException:
+            self.close()
+            raise
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """End all members and remove their files."""
+        for member in self.members:
+            member.close()
+
+    @property
+    def urls(self) -> list[str]:
+        """Where clients find them."""
+        return [member.url for member in self.members]
+
+    def wait_leader(self, *, other_than: EtcdServer | None = None) -> EtcdServer:
+        """Return the member that leads, once there is one, and one whom all that run agree on."""
+
+        def leads() -> EtcdServer | None:
+            try:
+                answers = {member: member.status() for member in self.members if member.running}
+            except RuntimeError:
+                return None
+            named = {status.get("leader") for status in answers.values()}
+            if len(named) != 1:
+                return None
+            found = [
+                each for each, status in answers.items() if status["header"]["member_id"] in named - {None}
+            ]
+            return found[0] if found and found[0] is not other_than else None
+
+        leader: EtcdServer = wait_until(leads, what="a leader")
+        return leader
+
+    def move_leader(self) -> EtcdServer:
+        """Have another member lead, as before maintenance, and return it."""
+        leader = self.wait_leader()
+        heir = next(member for member in self.members if member.running and member is not leader)
+        leader.call("maintenance/transfer-leadership", {"targetID": heir.status()["header"]["member_id"]})
+        return self.wait_leader(other_than=leader)
+
+    def put(self, key: str, value: str) -> int:
+        """Write one key through whichever member does it."""
+        return self._try(lambda member: member.put(key, value))
+
+    def delete(self, key: str) -> int:
+        """Delete one key likewise."""
+        return self._try(lambda member: member.delete(key))
+
+    def enable_auth(self, roles: list[Role], root_password: str) -> None:
+        """Switch authentication on, for all members."""
+        self.members[0].enable_auth(roles, root_password)
+        for member in self.members:
+            member._root_password = root_password
+
+    def _try(self, work: Callable[[EtcdServer], int]) -> int:
+        def attempt() -> int | None:
+            for member in self.members:
+                if member.running:
+                    with contextlib.suppress(RuntimeError):  # it is about to elect a leader
+                        return work(member)
+            return None
+
+        revision: int = wait_until(attempt, what="a write")
+        return revision
 
 
 def _b64(text: str) -> str:

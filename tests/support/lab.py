@@ -35,7 +35,7 @@ from tests.support.namespaces import Namespace, NamespaceSet, ip_batch, stop_pro
 from tests.support.traffic import EchoServer
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Mapping
+    from collections.abc import Callable, Iterable, Mapping, Sequence
 
 LOCAL_CIDRS = ("10.1.0.0/24", "fd00:10:1::/64")
 REMOTE_CIDRS = ("10.2.0.0/16", "fd00:10:2::/64")
@@ -104,6 +104,8 @@ class Lab:
 
     def __init__(self, pods: int = 1, *, name: str = "b", cluster_id: int = 2) -> None:
         self.remote_name, self.remote_id = name, cluster_id
+        self.program: Callable[..., list[str]] = this_checkout
+        """Makes words that run ``lazymesh`` with the given arguments; agents of this lab are started by it."""
         self._pod_count = pods
         self._stack = contextlib.ExitStack()
 
@@ -255,6 +257,18 @@ class Lab:
         """Replace the standalone policy."""
         self.policy.write_text(text, encoding="utf-8")
 
+    # What befalls a pod.
+
+    def unplug(self, pod: Pod) -> None:
+        """Delete a pod's interface, both ends of it, under whatever traffic there is."""
+        self.node_a.ip([f"link del {pod.interface}"])
+
+    def plug(self, pod: Pod) -> None:
+        """Give it one again, with the same addresses."""
+        ip_batch([_pod_veth(pod, self.node_a)])
+        self.node_a.ip(_host_side(pod))
+        pod.namespace.ip(_pod_side(pod))
+
     # What runs on node a.
 
     def start_agent(
@@ -267,7 +281,7 @@ class Lab:
             *("--policy", str(self.policy), "--bpffs", str(self.bpffs), "--socket", str(self.socket)),
             *("--metrics-address", f"127.0.0.1:{METRICS_PORT}", *extra),
         ]
-        agent = AgentProcess(self.node_a, argv, self.directory / "agent.log", env)
+        agent = AgentProcess(self.node_a, argv, self.directory / "agent.log", env, self.program)
         self._stack.callback(agent.stop)
         agent.wait_ready()
         return agent
@@ -289,18 +303,28 @@ class Lab:
         return entries
 
 
+def this_checkout(*args: str) -> list[str]:
+    """Return the words that run this checkout's program."""
+    return [sys.executable, "-m", "lazymesh", *args]
+
+
 class AgentProcess:
     """One ``lazymesh agent`` on a node, its log in a file."""
 
     def __init__(
-        self, node: Namespace, argv: list[str], log: Path, env: Mapping[str, str] | None = None
+        self,
+        node: Namespace,
+        argv: Sequence[str],
+        log: Path,
+        env: Mapping[str, str] | None = None,
+        program: Callable[..., list[str]] = this_checkout,
     ) -> None:
         self._node = node
         self._log_path = log
         with log.open("ab") as sink:
             self._log_start = sink.tell()
             self.process = node.popen(
-                *(sys.executable, "-m", "lazymesh", "agent", *argv),
+                *program("agent", *argv),
                 stdin=subprocess.DEVNULL,
                 stdout=sink,
                 stderr=sink,
@@ -326,7 +350,7 @@ class AgentProcess:
             raise RuntimeError(f"{path}: HTTP {status}: {body.strip()}")
         return body
 
-    def wait_ready(self, deadline: float = 60) -> None:
+    def wait_ready(self, deadline: float = 180) -> None:
         """Return when /readyz says so; on failure the error shows the end of the log."""
         end = time.monotonic() + deadline
         while time.monotonic() < end:
@@ -433,10 +457,7 @@ def _wire(node_a: Namespace, node_b: Namespace, pods: list[Pod]) -> None:
     ip_batch(
         [
             _veth("eth0", _mac(1, 0), node_a, _mac(2, 0), node_b),
-            *(
-                _veth(pod.interface, _mac(3, pod.number), node_a, _mac(4, pod.number), pod.namespace)
-                for pod in pods
-            ),
+            *(_pod_veth(pod, node_a) for pod in pods),
         ]
     )
     node_a.ip(
@@ -470,6 +491,10 @@ def _mac(kind: int, number: int) -> str:
 def _veth(name: str, mac: str, home: Namespace, peer_mac: str, peer_home: Namespace) -> str:
     one, other = f"netns {home.name} address {mac}", f"netns {peer_home.name} address {peer_mac}"
     return f"link add name {name} {one} type veth peer name eth0 {other}"
+
+
+def _pod_veth(pod: Pod, node: Namespace) -> str:
+    return _veth(pod.interface, _mac(3, pod.number), node, _mac(4, pod.number), pod.namespace)
 
 
 def _uplink(mine: tuple[str, str], theirs: tuple[str, str], mac: str, cidrs: tuple[str, str]) -> list[str]:

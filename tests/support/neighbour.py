@@ -1,4 +1,4 @@
-"""More clusters for a lab: an etcd of its own on node a, with whatever records a test gives it."""
+"""More clusters for a lab: an etcd of its own on node a, or several, with whatever records a test gives it."""
 
 from __future__ import annotations
 
@@ -7,7 +7,8 @@ import ipaddress
 import json
 from typing import TYPE_CHECKING, Any, Self
 
-from tests.support.etcd import EtcdServer, EtcdSettings, free_port
+from tests.support.etcd import EtcdCluster, EtcdServer, EtcdSettings, free_port
+from tests.support.lab import NODE_B
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
@@ -16,12 +17,28 @@ if TYPE_CHECKING:
 
 
 class Neighbour:
-    """One more cluster, not joined until told so. ``cached``: the etcd is a kvstoremesh's copy of it."""
+    """One more cluster, not joined until told so.
 
-    def __init__(self, lab: Lab, name: str, cluster_id: int, *, cached: bool = False) -> None:
+    cached: the etcd is a kvstoremesh's copy of it. etcd: instead of a plain one of its own, not entered yet. access:
+    further lines of the client configuration, such as certificates.
+    """
+
+    def __init__(
+        self,
+        lab: Lab,
+        name: str,
+        cluster_id: int,
+        *,
+        cached: bool = False,
+        etcd: EtcdServer | EtcdCluster | None = None,
+        access: str = "",
+    ) -> None:
         self.name, self.cluster_id, self.cached = name, cluster_id, cached
         self._lab = lab
-        self.etcd = EtcdServer(EtcdSettings(command_prefix=tuple(lab.node_a.command())), port=free_port())
+        self._access = access
+        self.etcd = etcd or EtcdServer(
+            EtcdSettings(command_prefix=tuple(lab.node_a.command())), port=free_port()
+        )
 
     def __enter__(self) -> Self:
         self.etcd.__enter__()
@@ -87,10 +104,20 @@ class Neighbour:
         """Return the key of a pushed or mirrored record."""
         return f"cilium/{self._tree}/ip/v1/{self.name if self.cached else 'default'}/{ip}"
 
-    def join(self) -> None:
-        """Write its clustermesh config file, whole or not at all."""
+    def withdraw(self, ip: str) -> None:
+        """Delete a pod's record."""
+        self.etcd.delete(self.ip_key(ip))
+
+    def connect(self, cidr: str) -> None:
+        """Let pods with addresses of this CIDR be reached, and answer."""
+        self._lab.node_a.ip([f"route add {cidr} via {NODE_B[':' in cidr]}"])
+        self._lab.node_b.ip([f"route add local {cidr} dev lo"])
+
+    def join(self, *urls: str) -> None:
+        """Write its clustermesh config file, whole or not at all; urls: instead of its etcd's own."""
         fresh = self._lab.directory / f"fresh-{self.name}"
-        fresh.write_text(f"endpoints:\n- {self.etcd.url}\n", encoding="ascii")
+        text = f"endpoints: {json.dumps(urls or self.etcd.urls)}\n{self._access}"
+        fresh.write_text(text, encoding="ascii")
         fresh.rename(self._lab.config / self.name)
 
     def leave(self) -> None:

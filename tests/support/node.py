@@ -15,6 +15,7 @@ import struct
 import subprocess
 import time
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self
 
 from tests.support import tcx
@@ -25,7 +26,6 @@ from tests.support.traffic import PORT
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping
-    from pathlib import Path
 
     from tests.support.lab import Lab
     from tests.support.namespaces import Namespace
@@ -159,6 +159,16 @@ def metric(agent: AgentProcess, name: str, **labels: str) -> float:
 def packets(agent: AgentProcess, verdict: str, direction: str = "egress") -> int:
     """Return one of the kernel's packet counters."""
     return int(metric(agent, "lazymesh_packets_total", direction=direction, verdict=verdict))
+
+
+def child_of(agent: int) -> int | None:
+    """Return the process id of an agent's holder, None if it has none."""
+    for path in Path("/proc").glob("[0-9]*"):
+        with contextlib.suppress(OSError):
+            stat = (path / "stat").read_text(encoding="ascii").rpartition(")")[2].split()
+            if int(stat[1]) == agent and b"lazymesh.roles.holder" in (path / "cmdline").read_bytes():
+                return int(path.name)
+    return None
 
 
 def http_status(node: Namespace, port: int, path: str) -> tuple[int, str]:

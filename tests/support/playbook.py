@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import ipaddress
 import json
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from lazymesh.core.clusters import ClusterInfo, MeshState
@@ -205,10 +206,12 @@ class Play:
         table: ClusterTable | None = None,
         identities: Iterable[int] = ALL_IDENTITIES,
         region: str | None = None,
+        spread: float = 0.0,
     ) -> None:
+        """Spread: of revalidation after a silence, drawn as large as it can be."""
         self.identities = set(identities)
         judge = Judge(table or mesh(), self.identities, region)
-        self.resolver = Resolver(limits or Limits(), judge)
+        self.resolver = Resolver(replace(limits or Limits(), revalidation_spread=spread), judge)
         self.now = 0.0
         self._said: list[Command] = []
 

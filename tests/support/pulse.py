@@ -1,6 +1,7 @@
-"""Traffic by the clock: established UDP flows and new TCP connections, each packet with its fate.
+"""Traffic by the clock: established UDP flows and new TCP connections, each packet numbered, each with its fate.
 
-A process of its own inside a pod's namespace, so that neither a test nor a stand-in's threads make it late.
+The oracle of whoever claims that nothing was lost: losses are counted for each flow, with their moments. A process of
+its own inside a pod's namespace, so that neither a test nor a stand-in's threads make it late.
 """
 
 from __future__ import annotations
@@ -51,6 +52,16 @@ class Fates:
     """When a datagram was sent, and how many seconds later its answer came; None: never."""
     fresh: list[tuple[float, float | None]] = field(default_factory=list)
     """The same of a connection's SYN."""
+    peers: list[str] = field(default_factory=list)
+    """The flows' addresses; datagram number n was sent to the one at n modulo their number."""
+
+    def losses(self) -> dict[str, list[float]]:
+        """Return the addresses of flows that lost datagrams, with the moments at which these were sent."""
+        found: dict[str, list[float]] = {}
+        for number, (at, took) in enumerate(self.flows):
+            if took is None:
+                found.setdefault(self.peers[number % len(self.peers)], []).append(at)
+        return found
 
     @property
     def lost(self) -> int:
@@ -108,7 +119,7 @@ class _Loop:
     def __init__(self, what: dict[str, Any]) -> None:
         self._what = what
         self._selector = selectors.DefaultSelector()
-        self._fates = Fates(time.monotonic())
+        self._fates = Fates(time.monotonic(), peers=list(what["flows"]))
         self._flows = [self._flow(address) for address in what["flows"]]
         self._open: dict[socket.socket, int] = {}
         """New connections that are under way, oldest first, with their index in the list."""

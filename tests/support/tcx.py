@@ -80,6 +80,10 @@ class TcxLink:
         _checked(libbpf.library().bpf_obj_get_info_by_fd(self.fd, ctypes.byref(info), ctypes.byref(size)))
         return int(info.id)
 
+    def follows(self, interface: str) -> bool:
+        """Tell whether it is on this interface, and not on one of that name which is gone."""
+        return libbpf.link_ifindex(self.fd) == socket.if_nametoindex(interface)
+
     def update(self, program: int) -> None:
         """Put another program in the same place."""
         _checked(libbpf.library().bpf_link_update(self.fd, program, None))
@@ -97,7 +101,9 @@ class TcxLink:
 
 
 def tcx_programs(interface: str, hook: str = INGRESS) -> list[int]:
-    """Return the ids of the programs on a hook, in the order in which they see a packet."""
+    """Return the ids of the programs on a hook, in the order in which they see a packet; none without tcx."""
+    if not libbpf.has_tcx():
+        return []
     ids, count, flags = (ctypes.c_uint32 * 64)(), ctypes.c_uint32(64), ctypes.c_uint32()
     pointers = (ctypes.byref(flags), ids, ctypes.byref(count))
     index, kind = socket.if_nametoindex(interface), _ATTACH_TYPE[hook]

@@ -3,10 +3,15 @@
 from __future__ import annotations
 
 import asyncio
+import time
+from typing import TYPE_CHECKING
 
 import pytest
 
-from lazymesh.tasks import together
+from lazymesh.tasks import PIECE, FairShare, together
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
 
 
 async def test_first_end_is_the_end_of_all() -> None:
@@ -46,3 +51,39 @@ async def test_cancelling_reaches_every_part() -> None:
     with pytest.raises(asyncio.CancelledError):
         await whole
     assert asyncio.all_tasks() == {asyncio.current_task()}
+
+
+async def test_long_work_leaves_others_half_of_the_time() -> None:
+    """It is done in pieces, in order, and whoever waits meanwhile gets his turn many times."""
+    turns = 0
+
+    async def other() -> None:
+        nonlocal turns
+        while True:
+            await asyncio.sleep(0)
+            turns += 1
+
+    waiting, taken = asyncio.create_task(other()), []
+
+    def take(piece: Sequence[int]) -> None:
+        assert len(piece) <= PIECE
+        taken.extend(piece)
+        until = time.monotonic() + 0.003
+        while time.monotonic() < until:
+            pass
+
+    began = time.monotonic()
+    await FairShare().work(range(10 * PIECE), take)
+    waiting.cancel()
+    assert taken == list(range(10 * PIECE))
+    assert time.monotonic() - began >= 2 * 0.03
+    assert turns >= 10
+
+
+async def test_short_work_is_done_at_once() -> None:
+    """No pause, no turn of the loop."""
+    taken: list[int] = []
+    working = FairShare().work([1, 2], taken.extend)
+    with pytest.raises(StopIteration):
+        working.send(None)
+    assert taken == [1, 2]

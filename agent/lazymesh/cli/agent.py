@@ -7,7 +7,7 @@ from typing import Any
 
 import click
 
-from lazymesh.cli.options import SettingsCommand, bpffs_option, config_option, socket_option
+from lazymesh.cli.options import Period, SettingsCommand, bpffs_option, config_option, socket_option
 from lazymesh.roles.agent import run_agent
 from lazymesh.roles.logs import configure_logging
 from lazymesh.settings import (
@@ -137,11 +137,26 @@ _path = click.Path(path_type=Path)
     help="Entries of an ipcache of our own; one in twenty may be a resolved address.",
 )
 @click.option(
+    "--stale-limit",
+    type=Period(),
+    default="10m",
+    show_default=True,
+    help="How long an entry is served that its cluster does not confirm because it is silent: 90s, 15m, 1h.",
+)
+@click.option(
     "--shadow",
     is_flag=True,
     help="Resolve and report; write nothing into the ipcache, enforce nothing, drop nothing.",
 )
 @click.option("--cleanup", is_flag=True, help="When stopped, leave no pin, no filter and no entry behind.")
+@click.option(
+    "--uninstall-mark",
+    type=_path,
+    default=None,
+    metavar="FILE",
+    help="The same while this file exists: so a whole cluster's agents can be told. Until then such an agent is not"
+    " ready.",
+)
 @bpffs_option
 @socket_option
 @click.option(
@@ -188,7 +203,9 @@ def _settings(options: dict[str, Any]) -> AgentSettings:
         ),
         policy=options["policy"],
         shadow=options["shadow"],
+        stale_limit_s=options["stale_limit"],
         cleanup=options["cleanup"],
+        uninstall_mark=options["uninstall_mark"],
         socket=options["socket"],
         metrics_address=None if address == "off" else parse_host_port(address),
     )

@@ -2,34 +2,21 @@
 
 from __future__ import annotations
 
-import re
 from typing import TYPE_CHECKING
 
 import click
 
-from lazymesh.cli.options import SettingsCommand, socket_option
+from lazymesh.cli.options import Period, SettingsCommand, socket_option
 from lazymesh.cli.output import output_option, print_json, print_table
 from lazymesh.roles.control import ask
 
 if TYPE_CHECKING:
     from pathlib import Path
 
-_UNITS = {"s": 1, "m": 60, "h": 3600, "d": 86400}
-
-
-class _Period(click.ParamType[float]):
-    name = "period"
-
-    def convert(self, value: object, param: click.Parameter | None, ctx: click.Context | None) -> float:
-        found = re.fullmatch(r"(\d+)([smhd])", str(value))
-        if found is None:
-            self.fail(f"{value!r} is no period: write 90s, 15m, 1h or 7d", param, ctx)
-        return int(found[1]) * _UNITS[found[2]]
-
 
 @click.command(cls=SettingsCommand)
 @click.option(
-    "--since", type=_Period(), default="1h", show_default=True, help="How far to look back: 90s, 15m, 1h, 7d."
+    "--since", type=Period(), default="1h", show_default=True, help="How far to look back: 90s, 15m, 1h, 7d."
 )
 @socket_option
 @output_option

@@ -7,8 +7,10 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from lazymesh.cli.options import SettingsCommand, bpffs_option
+from lazymesh.cli.options import SettingsCommand, bpffs_option, socket_option
 from lazymesh.cli.output import output_option, print_json, print_table
+from lazymesh.errors import LazymeshError
+from lazymesh.roles.control import ask
 from lazymesh.roles.inspect import IpcacheView, Row
 
 if TYPE_CHECKING:
@@ -25,10 +27,14 @@ def ipcache() -> None:
 
 @ipcache.command("list", cls=SettingsCommand)
 @bpffs_option
+@socket_option
 @output_option
-def list_(bpffs: Path, output: str) -> None:
-    """List every entry, with its owner: lazymesh, or other."""
-    view = IpcacheView.open(bpffs)
+def list_(bpffs: Path, socket: Path, output: str) -> None:
+    """List every entry, with its owner: lazymesh, or other.
+
+    Stale are entries of ours whose cluster is silent; an agent knows, if there is one.
+    """
+    view = IpcacheView.open(bpffs, _stale(socket))
     if output == "json":
         print_json({row.prefix: _as_json(row) for row in view.rows()})
         return
@@ -36,23 +42,26 @@ def list_(bpffs: Path, output: str) -> None:
     if not rows:
         click.echo("No entries found.", err=True)
         return
-    print_table(("IP PREFIX/ADDRESS", "IDENTITY", "OWNER"), [(r.prefix, _as_text(r), r.owner) for r in rows])
+    print_table(
+        ("IP PREFIX/ADDRESS", "IDENTITY", "OWNER"), [(r.prefix, _as_text(r), _owner(r)) for r in rows]
+    )
 
 
 @ipcache.command(cls=SettingsCommand)
 @click.argument("ip")
 @bpffs_option
+@socket_option
 @output_option
-def get(ip: str, bpffs: Path, output: str) -> None:
+def get(ip: str, bpffs: Path, socket: Path, output: str) -> None:
     """Ask what the datapath would: the entry of the longest prefix that covers IP. Exit 1 if there is none."""
-    row = IpcacheView.open(bpffs).get(ip)
+    row = IpcacheView.open(bpffs, _stale(socket)).get(ip)
     if row is None:
         click.echo(f"{ip} does not map to any identity", err=output == "json")
         raise SystemExit(1)
     if output == "json":
         print_json({"address": ip, **_as_json(row)})
     else:
-        click.echo(f"{ip} maps to identity {_as_text(row)} owner={row.owner}")
+        click.echo(f"{ip} maps to identity {_as_text(row)} owner={_owner(row)}")
 
 
 @ipcache.command(cls=SettingsCommand)
@@ -84,6 +93,19 @@ def watch(bpffs: Path, interval: float, output: str) -> None:
         known = now
 
 
+def _stale(socket: Path) -> frozenset[str]:
+    """Ask the agent which entries nobody confirms; without one nobody knows."""
+    try:
+        answer = next(ask(socket, "stale"), {})
+    except LazymeshError:
+        return frozenset()
+    return frozenset(answer.get("addresses", ()))
+
+
+def _owner(row: Row) -> str:
+    return f"{row.owner} (stale)" if row.stale else row.owner
+
+
 def _print_change_json(event: str, row: Row) -> None:
     print_json({"event": event, "prefix": row.prefix, **_as_json(row)})
 
@@ -103,6 +125,7 @@ def _as_json(row: Row) -> dict[str, Any]:
         "encryptKey": row.encrypt_key,
         "flags": _flags(row.flags),
         "owner": row.owner,
+        **({"stale": True} if row.stale else {}),
     }
 
 

@@ -70,5 +70,9 @@ def main() -> None:
 
 
 def _fail(line: str, code: int) -> None:
-    click.echo(" ".join(line.split()), err=True)
+    try:
+        click.echo(" ".join(line.split()), err=True)
+    except OSError:
+        # Nobody can read it; left in place, Python would fail on it once more at exit, and change the code.
+        sys.stderr = None
     sys.exit(code)

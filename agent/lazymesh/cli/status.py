@@ -49,10 +49,12 @@ def _show(answer: dict[str, Any]) -> None:
     maps = [f"{one['id']} ({one['layout']}, {one['role']})" for one in datapath["ipcache"]["maps"]]
     click.echo(f"Ipcache:    map {', '.join(maps)}")
     would = f"; not written: {entries['shadowChanges']} changes" if datapath["shadow"] else ""
+    stale = f", {entries['stale']} stale" if entries["stale"] else ""
     click.echo(
-        f"Entries:    {entries['owned']} of at most {entries['budget']} ours, map of {entries['mapSize']}{would}"
+        f"Entries:    {entries['owned']} of at most {entries['budget']} ours{stale}, map of {entries['mapSize']}{would}"
     )
     muted = ", MUTED" if queue["muted"] else ""
+    muted += f", {queue['admitted']:.0%} of misses let in" if queue["admitted"] < 1 else ""
     click.echo(
         f"Queue:      {queue['waiting']} waiting, {queue['inFlight']} in flight, {queue['negative']} negative{muted}"
     )

@@ -10,6 +10,8 @@ import click
 
 from lazymesh.cli.options import SettingsCommand, bpffs_option
 from lazymesh.cli.output import output_option, print_json
+from lazymesh.kube.api import KubeApi
+from lazymesh.roles.announce import announce as tell
 from lazymesh.roles.uninstall import uninstall as remove
 
 if TYPE_CHECKING:
@@ -18,9 +20,37 @@ if TYPE_CHECKING:
 
 @click.command(cls=SettingsCommand)
 @bpffs_option
+@click.option(
+    "--announce",
+    metavar="CONFIGMAP",
+    default=None,
+    help="In a pod: change no node, but tell all agents that mount this ConfigMap to clean up when they are stopped,"
+    " and wait until they have heard.",
+)
+@click.option(
+    "--selector",
+    metavar="LABELS",
+    default="app.kubernetes.io/name=lazymesh",
+    show_default=True,
+    help="With --announce: the labels of these agents' pods.",
+)
+@click.option(
+    "--timeout",
+    type=click.FloatRange(min=1),
+    default=300,
+    show_default=True,
+    help="With --announce: seconds to wait.",
+)
 @output_option
-def uninstall(bpffs: Path, output: str) -> None:
+def uninstall(bpffs: Path, announce: str | None, selector: str, timeout: float, output: str) -> None:
     """Detach our programs, delete our entries and nobody else's, and remove our pins. Stop the agent first."""
+    if announce is not None:
+        agents = tell(KubeApi.of_this_pod(), announce, selector, timeout)
+        if output == "json":
+            print_json({"agents": agents})
+        else:
+            click.echo(f"Agents:   {agents} clean up when they are stopped")
+        return
     removed = asyncio.run(remove(bpffs))
     if output == "json":
         print_json(asdict(removed))

@@ -1,9 +1,10 @@
 """Whose pod is this address? The clusters of the mesh and the pod CIDRs that they claim.
 
 A cluster claims the pod CIDRs of its node records, and those that the operator gives it with ``--mesh-cidr``
-(for platforms whose nodes have none). An address has exactly one owner if every CIDR around it is claimed by
-the same cluster; if two clusters claim it, at whatever prefix lengths, it is ambiguous and nobody is asked: a
-wrong owner would mean a wrong identity, so the longer prefix gets no benefit of the doubt (requirements R17).
+(for platforms whose nodes have none); what the operator gives to a cluster is that cluster's, whatever nodes of
+others claim. Else an address has exactly one owner if every CIDR around it is claimed by the same cluster; if two
+clusters claim it, at whatever prefix lengths, it is ambiguous and nobody is asked: a wrong owner would mean a wrong
+identity, so the longer prefix gets no benefit of the doubt (requirements R17).
 
 :class:`MeshState` follows the node records one by one; :class:`ClusterTable` is what it looks like at one
 moment, immutable, for the resolver. Decoding records is left to records.py, reading them and writing the
@@ -30,6 +31,11 @@ if TYPE_CHECKING:
     """A prefix: its length, and its leading bits as a number."""
     _Levels = dict[_Length, dict[int, tuple[str, ...]]]
     """Prefixes by length, each with the sorted names of its clusters."""
+
+MOST_CIDRS = 20_000
+"""Of one cluster's nodes: Kubernetes ends at 5,000 nodes, and the kernel's map of all clusters at 131,072."""
+_WIDEST = {4: 8, 6: 32}
+"""Bits. No node has more addresses for its pods; one that says so would make everybody's ambiguous."""
 
 AMBIGUOUS = 0
 """Cluster id that stands for "claimed by several"; no cluster of a mesh has it."""
@@ -148,6 +154,8 @@ class MeshState:
         self._explicit = tuple((cluster, _prefix(network)) for cluster, network in explicit)
         self._clusters: dict[str, ClusterInfo] = {}
         self._nodes: dict[str, dict[str, _Node]] = {}
+        self._counts: dict[str, int] = {}
+        """Of pod CIDRs, by cluster."""
         self._claims: _Levels = defaultdict(dict)
         self._owners: _Levels = defaultdict(dict)
         self._regions: dict[Address, tuple[str, ...]] = {}
@@ -191,10 +199,18 @@ class MeshState:
             self.delete_node(node.cluster, node.name)
             return f"node {node.name} says cluster id {node.cluster_id}, its cluster {cluster.cluster_id}"
         known = self._nodes[node.cluster].get(node.name)
+        count = self._counts.get(node.cluster, 0) + len(node.pod_cidrs) - len(known.prefixes if known else ())
+        refusal = next(filter(None, map(_why_none, node.pod_cidrs)), None)
+        if count > MOST_CIDRS:
+            refusal = f"more than {MOST_CIDRS} pod CIDRs in one cluster"
+        if refusal:
+            self.delete_node(node.cluster, node.name)
+            return refusal
         new = _Node(tuple(map(_prefix, node.pod_cidrs)), node.node_ips, node.region)
         if new == known:  # a restarted kvstoremesh writes every record anew
             return None
         self._nodes[node.cluster][node.name] = new
+        self._counts[node.cluster] = self._counts.get(node.cluster, 0) + len(new.prefixes)
         self._claim_all(node.cluster, new.prefixes)
         if new.region:
             for address in new.ips:
@@ -235,6 +251,7 @@ class MeshState:
         return None
 
     def _forget(self, cluster: str, node: _Node) -> None:
+        self._counts[cluster] -= len(node.prefixes)
         self._unclaim_all(cluster, node.prefixes)
         if node.region:
             for address in node.ips:
@@ -271,7 +288,13 @@ class MeshState:
         return {value for value in self._claims[length] if any(value >> n in values for n, values in around)}
 
     def _claimants(self, length: _Length, value: int) -> tuple[str, ...]:
-        names: set[str] = set()
+        names = {
+            name
+            for name, ((size, bits), first) in self._explicit
+            if size == length[0] and bits <= length[1] and value >> length[1] - bits == first
+        } & self._clusters.keys()
+        if names:  # the operator's word, which no record of another cluster makes ambiguous
+            return tuple(sorted(names))
         for (size, bits), claimed in self._claims.items():
             if size == length[0] and bits <= length[1]:
                 names.update(claimed.get(value >> length[1] - bits, ()))
@@ -293,6 +316,15 @@ def _remove(claims: dict[_K, tuple[str, ...]], key: _K, name: str) -> None:
         claims[key] = tuple(names)
     else:
         del claims[key]
+
+
+def _why_none(network: Network) -> str | None:
+    """Return why this cannot be a node's pod CIDR; None if it may be."""
+    if network.prefixlen < _WIDEST[network.version]:
+        return f"pod CIDR {network} is too wide for a node"
+    if network.is_loopback or network.is_link_local or network.is_multicast:
+        return f"pod CIDR {network} is for no pods"
+    return None
 
 
 def _prefix(network: Network) -> _Prefix:

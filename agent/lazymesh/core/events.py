@@ -259,4 +259,10 @@ class Mute(Struct, frozen=True):
     on: bool
 
 
-Command = Read | Watch | Unwatch | Install | Evict | Report | Mute
+class Admit(Struct, frozen=True):
+    """Let the kernel signal so many misses of what the settings allow: a share, at most 1."""
+
+    share: float
+
+
+Command = Read | Watch | Unwatch | Install | Evict | Report | Mute | Admit

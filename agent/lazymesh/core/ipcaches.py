@@ -4,12 +4,16 @@ At each start its agent makes a new, empty map and pins it; its programs go on r
 until it is regenerated, 5 to 75 s later (cilium-live 6). A packet needs its entry in the map that its interface's
 program reads, and nobody tells when that changes: so meanwhile all of them count, for lookups and for writes.
 
-Pure: map ids in, map ids out. Looking at pins and programs is left to datapath/cilium.py.
+Pure: map ids and counts in, decisions out. Looking at pins, programs and maps is left to datapath/cilium.py.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from collections.abc import Collection, Set
 
 MOST = 3
 """LM_VIEWS: the newest are kept. More than two old maps take three restarts within a minute."""
@@ -19,6 +23,20 @@ for a minute, and then take another for hundreds of endpoints."""
 LETTING_GO_S = 1.0
 """A map that no program reads any more still counts for so long: a packet may be on its way through the last one."""
 
+CROWDED, ROOMY = 0.95, 0.93
+"""Shares of the map: nothing new of ours beyond the first; well again below the second."""
+FULL = 0.98
+"""Never more than this, whatever has fitted before: two seconds of Cilium's fastest."""
+CILIUM_PER_S = 5_000
+"""No agent adds more entries in a second: 3,900 were seen (cilium-live 6)."""
+ROOM_EVERY_S, ROOM_TIGHT_S = 60.0, 5.0
+"""Between counts of the map's entries: at most, and when it fills up."""
+
+
+def running_ipcache(pins: Collection[int], read: Collection[int]) -> int | None:
+    """Return the running agent's of all pinned maps: one that is read, else the youngest (ids count up), if any."""
+    return max(pins, key=lambda map_id: (map_id in read, map_id), default=None)
+
 
 @dataclass(slots=True)
 class Arrangement:
@@ -27,7 +45,12 @@ class Arrangement:
     maps: tuple[int, ...] = ()
     orphan: int | None = None
     """A pinned map that nothing reads; it is left alone."""
+    there_at: float = 0.0
+    """When the running agent's map was last seen pinned."""
+    _pins: Set[int] = frozenset()
+    """All that was pinned when we last looked."""
     _pinned: int | None = None
+    """The running agent's."""
     _pinned_at: float = 0.0
     _read_at: dict[int, float] = field(default_factory=dict)
     """When each old map was last seen being read."""
@@ -37,15 +60,19 @@ class Arrangement:
         """Whether only one map counts."""
         return len(self.maps) == 1
 
-    def step(self, pinned: int | None, read: frozenset[int], now: float) -> tuple[int, ...]:
+    def step(self, pins: Set[int], read: Set[int], now: float) -> tuple[int, ...]:
         """Take a look at the node; return the maps that count from now on.
 
-        pinned: None while there is no pin, which says nothing. read: what programs on our interfaces look into.
+        pins: the maps behind all pins; that one is missing says nothing. read: what programs on our interfaces look
+        into.
         """
+        pinned = self._running(pins, read)
         if pinned is not None and pinned != self._pinned:
             self._pinned, self._pinned_at = pinned, now
         if self._pinned is None:
             return self.maps
+        if self._pinned in pins:
+            self.there_at = now
         self.orphan = self._pinned if self._is_orphan(read, now) else None
         for map_id in read:
             self._read_at[map_id] = now
@@ -58,8 +85,56 @@ class Arrangement:
         self._read_at = {m: at for m, at in self._read_at.items() if m in self.maps}
         return self.maps
 
+    def has_news(self, pins: Set[int]) -> bool:
+        """Tell whether something is pinned that was not at the last step."""
+        return not pins <= self._pins
+
+    def _running(self, pins: Set[int], read: Set[int]) -> int | None:
+        """Return the map that the running agent has pinned, if that is anew or for the first time.
+
+        One of another version than the agent before it uses another name, and the old pin stays. So what gets pinned
+        under our eyes is the running agent's; of what was there before us, what programs read.
+        """
+        before, self._pins = self._pins, pins
+        if self._pinned is None:
+            return running_ipcache(pins, read)
+        newer = [m for m in pins if m > self._pinned and (m not in before or m in read)]
+        return max(newer, default=None)
+
     def _counts(self, map_id: int, now: float) -> bool:
         return now - self._read_at[map_id] < LETTING_GO_S
 
-    def _is_orphan(self, read: frozenset[int], now: float) -> bool:
+    def _is_orphan(self, read: Set[int], now: float) -> bool:
         return bool(read) and self._pinned not in read and now - self._pinned_at > ORPHAN_AFTER_S
+
+
+@dataclass(slots=True)
+class Room:
+    """Whether there is room for entries of ours in the map that Cilium writes, from counts of all that it holds.
+
+    A map that is new fills up to where the last one was, and what we lend it meanwhile is for the most part what Cilium
+    is about to write: only beyond that, or once it grows no more, is a crowded map crowded.
+    """
+
+    crowded: bool = False
+    _counted: int = 0
+    _fits: int = 0
+    """How much the map before held, while the new one fills up; else 0."""
+
+    def begin(self) -> None:
+        """Take note that the map is a new one."""
+        self._fits, self._counted, self.crowded = max(self._fits, self._counted), 0, False
+
+    def step(self, used: int, size: int) -> int:
+        """Take a count; return how many entries are too many, all of which have to be ours."""
+        if used <= self._counted and used > self._fits / 2:
+            self._fits = 0
+        self._counted = used
+        bar = int((ROOMY if self.crowded else CROWDED) * size)
+        self.crowded = used >= bar and used > min(self._fits, FULL * size)
+        return max(0, used - int(ROOMY * size)) if self.crowded else 0
+
+    def pause(self, size: int) -> float:
+        """Return in how many seconds to count again, so that Cilium cannot have filled the map by then."""
+        ahead = (max(CROWDED * size, min(self._fits, FULL * size)) - self._counted) / CILIUM_PER_S
+        return min(max(ahead, 0.0 if self._fits else ROOM_TIGHT_S), ROOM_EVERY_S)

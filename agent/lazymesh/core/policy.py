@@ -145,17 +145,20 @@ _NO_CHANGE = PolicyChange()
 
 
 class PolicyEngine:
-    """Holds the labels of the known identities against the policy, once per identity and policy.
+    """Holds the labels of identities against the policy, once each, and keeps the verdicts alone.
 
-    World is identity 2 in every change; nothing is said of directions that are not enforced.
+    Labels may be long and many, and a cluster may make them longer, so none is kept. World is identity 2 in every
+    change; nothing is said of directions that are not enforced.
     """
 
     def __init__(self, policy: Policy) -> None:
         self._policy = policy
         self.enforced = policy.enforced
         """The directions in which the kernel must enforce."""
-        self._labels: dict[int, Labels] = {}
-        self._allowed = self._judge_all()
+        self._allowed: dict[Direction, set[int]] = {direction: set() for direction in Direction}
+        for direction in self.enforced:
+            if policy.of(direction).allow_world:
+                self._allowed[direction].add(WORLD)
 
     def current(self) -> PolicyChange:
         """Return all that is allowed, as a change from nothing."""
@@ -163,22 +166,11 @@ class PolicyEngine:
 
     def upsert(self, identity: int, labels: Labels) -> PolicyChange:
         """Take in an identity, or its new labels."""
-        self._labels[identity] = labels
         return self._settle(identity, self._admitting(labels))
 
     def remove(self, identity: int) -> PolicyChange:
         """Forget an identity, known or not."""
-        self._labels.pop(identity, None)
         return self._settle(identity, frozenset())
-
-    def replace(self, policy: Policy) -> PolicyChange:
-        """Put another policy in force for the identities that are known."""
-        before, self._policy, self.enforced = self._allowed, policy, policy.enforced
-        self._allowed = self._judge_all()
-        return PolicyChange(
-            tuple((d, identity) for d in Direction for identity in sorted(self._allowed[d] - before[d])),
-            tuple((d, identity) for d in Direction for identity in sorted(before[d] - self._allowed[d])),
-        )
 
     def verdict(self, direction: Direction, identity: int) -> bool:
         """Tell whether the identity's traffic passes; where rules are enforced, an unknown one does not."""
@@ -196,16 +188,6 @@ class PolicyEngine:
             if any([one.holds(seen) for one in self._policy.of(direction).selectors])  # noqa: C419 (half the time)
         ]
         return frozenset(admitting) if admitting else _NOBODY
-
-    def _judge_all(self) -> dict[Direction, set[int]]:
-        allowed: dict[Direction, set[int]] = {direction: set() for direction in Direction}
-        for direction in self.enforced:
-            if self._policy.of(direction).allow_world:
-                allowed[direction].add(WORLD)
-        for identity, labels in self._labels.items():
-            for direction in self._admitting(labels):
-                allowed[direction].add(identity)
-        return allowed
 
     def _settle(self, identity: int, admitting: frozenset[Direction]) -> PolicyChange:
         before = {direction for direction in self._allowed if identity in self._allowed[direction]}

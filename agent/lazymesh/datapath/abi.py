@@ -372,12 +372,11 @@ def unpack_entry(raw: bytes) -> Entry:
     """Return the entry in a v1 (12 bytes) or v2 (24 bytes) value."""
     if len(raw) == _ENTRY_V1.size:
         identity, endpoint, _, encrypt_key, flags = _ENTRY_V1.unpack(raw)
-        return Entry(identity, endpoint if any(endpoint) else None, encrypt_key, flags)
-    identity, endpoint, _, encrypt_key, flags = _ENTRY.unpack(raw)
-    if not any(endpoint):
-        return Entry(identity, None, encrypt_key, flags)
-    family_v6 = flags & EntryFlag.IPV6_TUNNEL_EP
-    return Entry(identity, endpoint if family_v6 else endpoint[:4], encrypt_key, flags)
+    else:
+        identity, endpoint, _, encrypt_key, flags = _ENTRY.unpack(raw)
+        if not flags & EntryFlag.IPV6_TUNNEL_EP:
+            endpoint = endpoint[:4]
+    return Entry(identity, endpoint if any(endpoint) else None, encrypt_key, flags)
 
 
 class OwnedEntry(Struct, frozen=True):

@@ -12,17 +12,17 @@ import os
 import socket
 from typing import TYPE_CHECKING, Self
 
-from pyroute2 import AsyncIPRoute
+from pyroute2 import AsyncIPRoute, NetlinkError
 
 from lazymesh.core.model import parse_address
 from lazymesh.datapath import libbpf
-from lazymesh.datapath.hooks import attachments, link_kind
+from lazymesh.datapath.hooks import attachments, clsact_attachments, link_kind, tcx_attachments
 from lazymesh.datapath.libbpf import MAP_TYPE_PROG_ARRAY, Map
 from lazymesh.datapath.maps import IpcacheMap, view_of
 from lazymesh.errors import DatapathError
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable
+    from collections.abc import Iterable, Iterator
     from pathlib import Path
 
     from lazymesh.core.model import Address
@@ -57,16 +57,11 @@ def pinned_ipcaches(bpffs: Path) -> dict[Path, int]:
     return found
 
 
-def running_ipcache(pinned: dict[Path, int], read: Iterable[int]) -> int | None:
-    """Return the running agent's map: one that is read, else the youngest (ids count up); None: there is no pin."""
-    known = set(read)
-    return max(pinned.values(), key=lambda map_id: (map_id in known, map_id), default=None)
-
-
 class NodeView:
     """The node around the selected interfaces: which ipcaches their programs look into, and the node's addresses.
 
-    To be entered (``async with``); asks the kernel about each program once.
+    To be entered (``async with``); asks the kernel about each program once. DatapathError when the kernel does not
+    answer.
     """
 
     def __init__(self, selection: InterfaceSelection) -> None:
@@ -85,19 +80,19 @@ class NodeView:
 
     async def chains(self) -> dict[str, list[Attachment]]:
         """Return the programs at the ingress of every selected interface, in the order in which they run."""
-        here = [
-            (i, name) for i, name in socket.if_nameindex() if self._selection.direction_of(name) is not None
-        ]
-        return {name: await attachments(self._route, index) for index, name in here}
+        with _asking_the_kernel():
+            return {name: await attachments(self._route, index) for index, name in self._selected()}
 
     async def ipcaches(self) -> frozenset[int]:
         """Return the ids of the maps that Cilium's programs at the ingress of these interfaces look into."""
-        theirs = {
-            each.program_id: each
-            for chain in (await self.chains()).values()
-            for each in chain
-            if each.name.startswith(_PREFIX)
-        }
+        theirs: dict[int, Attachment] = {}
+        with _asking_the_kernel():
+            for index, _ in self._selected():
+                # Filters are asked for one interface at a time, which is dear, and tcx is where it is if it is there.
+                found = _ciliums(tcx_attachments(index)) or _ciliums(
+                    await clsact_attachments(self._route, index)
+                )
+                theirs |= found
         self.tcx_in_use = any(each.style == "tcx" for each in theirs.values())
         # A program that is loaded never changes; one that leads nowhere is perhaps just being set up.
         self._known = {number: self._known.get(number) or _ipcaches_behind(number) for number in theirs}
@@ -105,14 +100,32 @@ class NodeView:
 
     async def netkit(self) -> list[str]:
         """Return the names of netkit devices, on which lazymesh cannot be yet."""
-        links = [link async for link in await self._route.link("dump", kind="netkit")]
+        with _asking_the_kernel():
+            links = [link async for link in await self._route.link("dump", kind="netkit")]
         return sorted(link.get("ifname") for link in links if link_kind(link) == "netkit")
 
     async def addresses(self) -> set[Address]:
         """Return all addresses of this node."""
-        items = [item async for item in await self._route.addr("dump")]
+        with _asking_the_kernel():
+            items = [item async for item in await self._route.addr("dump")]
         found = [item.get_attr("IFA_LOCAL") or item.get_attr("IFA_ADDRESS") for item in items]
         return {parse_address(text) for text in found if text}
+
+    def _selected(self) -> list[tuple[int, str]]:
+        return [each for each in socket.if_nameindex() if self._selection.direction_of(each[1]) is not None]
+
+
+def _ciliums(chain: list[Attachment]) -> dict[int, Attachment]:
+    return {each.program_id: each for each in chain if each.name.startswith(_PREFIX)}
+
+
+@contextlib.contextmanager
+def _asking_the_kernel() -> Iterator[None]:
+    """Translate what goes wrong, such as a netlink socket that has no room for an answer: the next look may do."""
+    try:
+        yield
+    except (NetlinkError, OSError) as exc:
+        raise DatapathError(f"cannot ask the kernel about interfaces and programs: {exc}") from exc
 
 
 def _ipcaches_behind(program_id: int) -> frozenset[int]:
@@ -146,11 +159,17 @@ def is_pinned_here(bpffs: Path) -> bool:
     return any(os.access(pins_directory(bpffs) / name, os.F_OK) for name in PINS)
 
 
-def take_out_ours(bpffs: Path) -> int:
-    """Delete every entry of ours from the ipcaches that Cilium has pinned; return how many there were."""
+def take_out_ours(bpffs: Path, read: Iterable[int] = ()) -> int:
+    """Delete every entry of ours from Cilium's ipcaches; return how many there were.
+
+    read: maps that its programs look into, which need not be pinned. One of a layout that we do not know has none.
+    """
     taken = 0
-    for path in pinned_ipcaches(bpffs):
-        with contextlib.closing(IpcacheMap.pinned(path, TAG, read_only=True)) as ipcache:
+    for map_id in {*pinned_ipcaches(bpffs).values(), *read}:
+        with contextlib.suppress(FileNotFoundError), contextlib.closing(Map.by_id(map_id)) as opened:
+            if view_of(opened.layout) is None:
+                continue
+            ipcache = IpcacheMap(opened, pins_directory(bpffs), TAG)
             for address in list(ipcache.tagged()):
                 standing = ipcache.stands(address)
                 if standing is not None and standing.tagged:

@@ -28,12 +28,19 @@ class KernelHeaders:
     """True when they belong to the running kernel: BCC finds those by itself."""
 
 
-def find_headers(modules: Path = Path("/lib/modules"), release: str | None = None) -> KernelHeaders:
-    """Return the running kernel's headers, else the newest installed; DatapathError says what to install."""
+IMAGE_MODULES = Path("/usr/lib/lazymesh/modules")
+"""The image brings headers of its own, laid out in the same way, since a node need not have any."""
+
+
+def find_headers(
+    modules: Path = Path("/lib/modules"), release: str | None = None, own: Path = IMAGE_MODULES
+) -> KernelHeaders:
+    """Return the running kernel's headers, else the newest installed, else the image's own; DatapathError: none."""
     release = release or os.uname().release
     candidates = [modules / release]
-    if modules.is_dir():
-        candidates += sorted(modules.iterdir(), key=lambda path: _version(path.name), reverse=True)
+    for place in (modules, own):
+        if place.is_dir():
+            candidates += sorted(place.iterdir(), key=lambda path: _version(path.name), reverse=True)
     for tree in candidates:
         build, source = tree / "build", tree / "source"
         if (build / "include/generated/autoconf.h").is_file():

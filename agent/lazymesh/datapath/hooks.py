@@ -49,6 +49,8 @@ class Hook(Protocol):
 
     style: str
     """``tcx`` or ``clsact``."""
+    told: bool
+    """The kernel tells when something on it changes."""
     parked: int
     """The verdict that ends the way of a packet of which the TAP has a clone."""
 
@@ -72,6 +74,7 @@ class TcxHook:
     """Links at the head of the tcx chain, pinned under ``links/`` by the interface's index."""
 
     style = "tcx"
+    told = False
     # tcx takes every verdict that it does not know, TC_ACT_STOLEN too, for "next".
     parked = TC_ACT_SHOT
 
@@ -149,6 +152,7 @@ class ClsactHook:
     """Filters of priority 1 on clsact."""
 
     style = "clsact"
+    told = True
     # As good as a drop, and no drop monitor takes it for one.
     parked = TC_ACT_STOLEN
 
@@ -250,11 +254,22 @@ class Attachment:
 
 async def attachments(route: AsyncIPRoute, index: int) -> list[Attachment]:
     """Return whose programs are on an interface's ingress, in the order in which they run: tcx before clsact."""
+    return [*tcx_attachments(index), *await clsact_attachments(route, index)]
+
+
+def tcx_attachments(index: int) -> list[Attachment]:
+    """Return those on tcx; none if the interface is gone, or the kernel has no tcx."""
     found = []
-    with contextlib.suppress(OSError):  # the interface is gone, or the kernel has no tcx
+    with contextlib.suppress(OSError):
         for program_id in libbpf.tcx_programs(index):
             with contextlib.suppress(OSError):  # it was replaced a moment ago
                 found.append(Attachment("tcx", libbpf.describe_program(program_id).name, program_id))
+    return found
+
+
+async def clsact_attachments(route: AsyncIPRoute, index: int) -> list[Attachment]:
+    """Return those on clsact; none if the interface is gone."""
+    found = []
     for item in await _dump(route, index, _INGRESS):
         options = item.get_attr("TCA_OPTIONS")
         number = options.get_attr("TCA_BPF_ID") if options else None

@@ -64,8 +64,9 @@ class Installer:
     def adopt(self) -> Iterator[tuple[Address, Entry, int]]:
         """Take over the journal of an earlier life; yield address, entry and cluster id of what still stands.
 
-        A line whose entry is gone, or was replaced by somebody else's, is struck out. Old maps are cleared of what no
-        line stands for: it would be kept true by nobody.
+        What stands in an old map only is carried over: Cilium may have started again while we did not run. A line whose
+        entry is gone, or was replaced by somebody else's, is struck out. Cilium's maps are cleared of what no line
+        stands for: it would be kept true by nobody.
         """
         for address, line in list(self._journal.items()):
             standing = self._main.stands(address)
@@ -75,11 +76,17 @@ class Installer:
                 )
                 self._owned[address] = (entry, line.cluster_id)
                 yield address, entry, line.cluster_id
+            elif (
+                any(_is_tagged(ipcache, address) for ipcache in self._maps[1:])
+                and self.install(address, with_tunnel_flags(line.entry), line.cluster_id) is None
+            ):
+                yield address, with_tunnel_flags(line.entry), line.cluster_id
             else:
                 self._journal.remove(address)
-        for ipcache in self._maps[1:]:
-            for address in [each for each in ipcache.tagged() if each not in self._owned]:
-                ipcache.delete(address)
+        for ipcache in self._maps if self._shared else ():
+            for address in list(ipcache.tagged()):
+                if address not in self._owned and address not in self._beside:
+                    self.withdraw(ipcache, address)
 
     def has_leftovers(self) -> bool:
         """Tell whether an earlier life has left an entry of ours."""
@@ -95,9 +102,16 @@ class Installer:
     def carry_over(self, address: Address) -> Reason | None:
         """Put an entry of ours into a first map that is new; returns why not, and then it is not ours any more."""
         entry, cluster_id = self._owned[address]
-        if self._is_ours(address, self._main.stands(address)):
+        wanted, standing = with_tunnel_flags(entry), self._main.stands(address)
+        if standing is not None and standing.tagged and standing.entry == self._main.as_read_back(wanted):
             return None
-        return self.install(address, with_tunnel_flags(entry), cluster_id)
+        return self.install(address, wanted, cluster_id)
+
+    @staticmethod
+    def withdraw(ipcache: IpcacheMap, address: Address) -> None:
+        """Take our entry out of a map of Cilium's that does not count any more: nobody would keep it true."""
+        if _is_tagged(ipcache, address):
+            ipcache.delete(address)
 
     def install(self, address: Address, entry: Entry, cluster_id: int) -> Reason | None:
         """Put the entry in, new or in place of ours; returns why not, or None.
@@ -217,9 +231,7 @@ class Installer:
     def _take_back(self, address: Address) -> None:
         """Take our entry out of the old maps."""
         for ipcache in self._maps[1:]:
-            standing = ipcache.stands(address)
-            if standing is not None and standing.tagged:
-                ipcache.delete(address)
+            self.withdraw(ipcache, address)
 
     def _is_ours(self, address: Address, standing: Standing | None) -> bool:
         if standing is None or self._shared:
@@ -255,3 +267,8 @@ class Installer:
     def _forget(self, address: Address) -> None:
         self._owned.pop(address, None)
         self._journal.remove(address)
+
+
+def _is_tagged(ipcache: IpcacheMap, address: Address) -> bool:
+    standing = ipcache.stands(address)
+    return standing is not None and standing.tagged

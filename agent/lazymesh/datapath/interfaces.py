@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import errno
+import itertools
 import time
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -31,6 +32,8 @@ log = structlog.get_logger()
 
 LOOK_EVERY_S = 0.5
 """Between looks at the order of tcx programs, of which the kernel says nothing by itself."""
+LOOK_TOLD = 20
+"""Filters, of which it tells, are looked at once in so many times: that is dear, and only for what went unheard."""
 INSIST_EVERY_S = 5.0
 """How often at most an interface's program is put back to the front."""
 _INGRESS = 0xFFFFFFF2
@@ -226,10 +229,11 @@ class InterfaceFollower:
 
     async def _keep_first(self) -> None:
         """Go back to the head of the hooks whose head somebody else has taken, or that somebody has cleared."""
-        while True:
+        for count in itertools.count(1):
             await asyncio.sleep(LOOK_EVERY_S)
             for index, attached in list(self._attached.items()):
-                await self._look_after(index, attached)
+                if not self._on.told or attached.behind or count % LOOK_TOLD == 0:
+                    await self._look_after(index, attached)
 
     async def _look_after(self, index: int, attached: _Attached) -> None:
         try:

@@ -468,6 +468,17 @@ class Map:
             _checked(result)
 
 
+def has_lpm_batches() -> bool:
+    """Tell whether this kernel writes many elements of an LPM trie at once: try it on one."""
+    probe = Map.create("lm_probe", MapLayout(MAP_TYPE_LPM_TRIE, 8, 4, 1, BPF_F_NO_PREALLOC))
+    count = ctypes.c_uint32(1)
+    words = (bytes(8), bytes(4), ctypes.byref(count), None)
+    try:
+        return bool(library().bpf_map_update_batch(probe.fd, *words) == 0)
+    finally:
+        probe.close()
+
+
 class PerfBuffer:
     """A reader of a perf event array: one ring per CPU behind one pollable file descriptor.
 

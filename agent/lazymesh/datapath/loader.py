@@ -1,7 +1,8 @@
 """The loader: a process of a second that compiles, loads and pins the datapath, then gives LLVM's memory back.
 
-Run as ``python -m lazymesh.datapath.loader`` with a LoadRequest as JSON on stdin; prints one JSON object, either
-``{"ok": true}`` or ``{"error": "one line"}``. The only module that imports bcc.
+Run as ``python -m lazymesh.datapath.loader`` with a request as JSON on stdin (where to pin, how large the ipcache is,
+and the process whose end is ours, if any); prints one JSON object, ``{"ok": true}`` or ``{"error": "one line"}``. No
+other module imports bcc.
 """
 
 from __future__ import annotations
@@ -10,6 +11,7 @@ import ctypes
 import json
 import os
 import re
+import signal
 import sys
 import tempfile
 from importlib import resources
@@ -41,6 +43,16 @@ _TABLES: dict[str, tuple[type[ctypes.Structure] | None, type[ctypes.Structure] |
     "lm_holder_stats": (None, abi.HolderStats),
 }
 """Our types of each map's key and value, where they are structs."""
+
+
+_PR_SET_PDEATHSIG = 1
+
+
+def die_with(parent: int) -> None:
+    """End when the agent that asked for us ends: its successor has a loader of its own, and we would pin over it."""
+    ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+    if os.getppid() != parent:
+        sys.exit("the agent has ended")
 
 
 def load(pins: Path, ipcache_size: int) -> None:
@@ -121,6 +133,8 @@ def _first_complaint(words: str) -> str:
 def main() -> None:
     """Read the request, load, answer."""
     request = json.load(sys.stdin)
+    if "parent" in request:
+        die_with(request["parent"])
     answer: dict[str, object] = {"ok": True}
     # BCC, clang and the verifier talk on file descriptor 2: kept, and only shown (one line of it) when they fail.
     with (

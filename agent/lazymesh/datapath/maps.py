@@ -202,18 +202,25 @@ class Views:
     def show(self, ipcaches: Sequence[IpcacheMap]) -> None:
         """Put maps in force, the one that is written to first; programs see all old or all new ones meanwhile, or both.
 
-        From the last to the first: a map that moves up is in its new place before its old one is taken.
+        From the last to the first: a map that moves up is in its new place before its old one is taken. DatapathError
+        when the kernel refuses one; then to be repeated.
         """
-        before, self._shown = self._shown, [ipcache.view for ipcache in ipcaches]
+        try:
+            self._show(ipcaches)
+        except OSError as exc:
+            raise DatapathError(f"cannot show the ipcache to our programs: {exc.strerror}") from exc
+
+    def _show(self, ipcaches: Sequence[IpcacheMap]) -> None:
         for slot in reversed(range(len(ipcaches))):
             index = slot.to_bytes(4, sys.byteorder)
             self._outer[ipcaches[slot].view].update(index, ipcaches[slot].fd.to_bytes(4, sys.byteorder))
             self._config.set_view(slot, ipcaches[slot].view)
         for slot in range(len(ipcaches), self.most):  # an earlier life may have shown more
             self._config.set_view(slot, 0)
-        for slot, view in enumerate(before):
+        for slot, view in enumerate(self._shown):
             if slot >= len(ipcaches) or ipcaches[slot].view is not view:
                 self._outer[view].delete(slot.to_bytes(4, sys.byteorder))
+        self._shown = [ipcache.view for ipcache in ipcaches]
 
 
 class RecentMap:
@@ -411,9 +418,13 @@ class ConfigMap:
 
     def __init__(self, bpf_map: Map) -> None:
         self._map = bpf_map
+        self._intervals: dict[str, int] = {}
 
     def write(self, config: DatapathConfig) -> None:
-        """Put new settings in force; lowers the mute flag. Which maps are looked into stays as it is."""
+        """Put new settings in force; lowers the mute flag, and admits all that they allow.
+
+        Which maps are looked into stays as it is.
+        """
         raw = self.read()
         raw.rearm_ns = int(config.rearm_s * 1e9)
         raw.on_miss, raw.policy_tag = config.on_miss, config.policy_tag
@@ -423,6 +434,7 @@ class ConfigMap:
             interval, depth = _bucket(getattr(config, f"{name}_rate"), getattr(config, f"{name}_burst"))
             setattr(raw, f"{name}_interval_ns", interval)
             setattr(raw, f"{name}_burst_ns", depth)
+            self._intervals[f"{name}_interval_ns"] = interval
         self._map.update(self._SLOT, bytes(raw))
 
     def read(self) -> abi.Config:
@@ -445,6 +457,10 @@ class ConfigMap:
     def mute(self, on: bool) -> None:
         """Raise or lower the mute flag: while it is up the programs count misses and signal none."""
         self.change(muted=int(on))
+
+    def admit(self, share: float) -> None:
+        """Let this share of the rates that were written be signalled; of a burst, too, as the depth stays."""
+        self.change(**{name: int(interval / share) for name, interval in self._intervals.items()})
 
 
 def _bucket(rate: int, burst: int) -> tuple[int, int]:

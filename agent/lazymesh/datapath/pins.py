@@ -9,6 +9,8 @@ import re
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+import structlog
+
 from lazymesh.datapath import libbpf
 from lazymesh.datapath.libbpf import Map, MapLayout
 from lazymesh.errors import DatapathError
@@ -16,12 +18,16 @@ from lazymesh.errors import DatapathError
 if TYPE_CHECKING:
     from pathlib import Path
 
+log = structlog.get_logger()
+
 PROGRAMS = ("lm_from_pod", "lm_from_uplink")
 HOLD_PROGRAMS = ("lm_hold_out", "lm_hold_back")
 HOLD_FILTER = "lm_hold_whole"
 SIGNALS = "lm_signals"
 IPCACHE = "lm_ipcache"
 LINKS = "links"
+KEPT = (IPCACHE, "lm_owned")
+"""Entries and their journal outlive versions, so a change of theirs has to be read here; all else is learned again."""
 VIEWS = ("lm_view_v1", "lm_view_v2", "lm_view_v2ro")
 """By enum lm_view, from 1 on. Like the signals they belong to one load of the programs."""
 
@@ -83,7 +89,10 @@ class Pins:
         return {int(path.name) for path in directory.iterdir()} if directory.is_dir() else set()
 
     def prepare(self, ipcache_size: int) -> None:
-        """Make the directory and check every pin that is there already; DatapathError says what is wrong."""
+        """Make the directory and check every pin that is there already; DatapathError says what is wrong.
+
+        What another version laid out differently is made anew where nothing is lost by it.
+        """
         check_bpffs(self.directory.parent)
         try:
             self.directory.mkdir(mode=0o700, exist_ok=True)
@@ -101,11 +110,22 @@ class Pins:
                 raise DatapathError(f"{path} is no BPF map: remove it") from exc
             layout = found.layout
             found.close()
-            if layout != expected:
+            if layout == expected:
+                continue
+            if name not in KEPT:
+                # Programs that are attached go on with the old one until ours replace them.
+                log.info("map of another version, made anew", name=name)
+                path.unlink()
+            else:
                 raise DatapathError(
                     f"{path} has another layout ({layout}; ours: {expected}): it is of another lazymesh version;"
                     f" remove {self.directory} while no agent runs, or run that version with --cleanup"
                 )
+
+    def missing(self, *, own_ipcache: bool) -> list[str]:
+        """Return the names of pinned maps and programs that somebody has removed; own_ipcache: ours is one of them."""
+        names = (*PROGRAMS, *HOLD_PROGRAMS, *expected_layouts(0))
+        return [name for name in names if not self.path(name).exists() and (own_ipcache or name != IPCACHE)]
 
     def remove(self) -> None:
         """Unpin everything that is ours; maps and programs go with their last user."""
@@ -124,11 +144,25 @@ class Pins:
         try:
             fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError as exc:
+            holder = _flock_holder(fd)
             os.close(fd)
+            who = f" (process {holder})" if holder else ""
             raise DatapathError(
-                f"another lazymesh agent holds {self.directory}: stop it first, or use another --bpffs"
+                f"another lazymesh agent{who} holds {self.directory}: stop it first, or use another --bpffs"
             ) from exc
         return fd
+
+
+def _flock_holder(fd: int) -> int | None:
+    """Return the process that has the file locked; None when the kernel does not say, as to other pid namespaces."""
+    found = os.fstat(fd)
+    wanted = f"{os.major(found.st_dev):02x}:{os.minor(found.st_dev):02x}:{found.st_ino}"
+    with open("/proc/locks", encoding="ascii") as lines:  # noqa: PTH123 (pathlib is imported for types only)
+        for line in lines:
+            words = line.split()
+            if "FLOCK" in words and "->" not in words and wanted in words:
+                return int(words[words.index(wanted) - 1]) or None
+    return None
 
 
 def check_bpffs(path: Path) -> None:

@@ -39,13 +39,14 @@ if TYPE_CHECKING:
 
 IPCACHE_SIZE = 512_000
 """Cilium's own size (cilium-formats 1.1)."""
-LOAD_TIMEOUT_S = 60
+LOAD_TIMEOUT_S = 180
+"""A second or two on an idle node; half a minute has been seen on emulated processors, more where others compete."""
 
 
 def load(pins: Pins, ipcache_size: int = IPCACHE_SIZE) -> Datapath:
     """Compile, load and pin in a process of its own; maps that are pinned already are used again."""
     pins.prepare(ipcache_size)
-    request = json.dumps({"pins": str(pins.directory), "ipcache_size": ipcache_size})
+    request = json.dumps({"pins": str(pins.directory), "ipcache_size": ipcache_size, "parent": os.getpid()})
     try:
         done = subprocess.run(  # our own interpreter, our own module
             [sys.executable, "-m", "lazymesh.datapath.loader"],

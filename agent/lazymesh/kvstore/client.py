@@ -82,7 +82,8 @@ class EtcdClient:
     async def read_many(self, keys: Sequence[bytes], timeout_s: float = TIMEOUT_S) -> ReadResult:
         """Read up to 128 keys at one revision, in one round trip. One refused key fails all of them."""
         connection = await self._supervisor.connection(timeout_s)
-        return requests.read_result(await self._call_on(connection, _read_call(keys, timeout_s)))
+        answer = await self._call_on(connection, _read_call(keys, timeout_s))
+        return requests.read_result(answer, len(keys))
 
     def read_soon(
         self, keys: Sequence[bytes], timeout_s: float, on_done: Callable[[ReadResult | KvstoreError], None]
@@ -100,8 +101,13 @@ class EtcdClient:
             if isinstance(outcome, KvstoreError):
                 self._suspect(connection, outcome)
                 on_done(outcome)
+                return
+            try:
+                result = requests.read_result(outcome, len(keys))
+            except KvstoreError as exc:
+                on_done(exc)
             else:
-                on_done(requests.read_result(outcome))
+                on_done(result)
 
         connection.start(_read_call(keys, timeout_s), done)
 
@@ -115,23 +121,33 @@ class EtcdClient:
             return [item async for page in pages for item in page.items]
 
     async def list_prefix(
-        self, prefix: bytes, page: int = 10_000, timeout_s: float = TIMEOUT_S
+        self, prefix: bytes, page: int = 1_000, timeout_s: float = TIMEOUT_S
     ) -> AsyncGenerator[Page, None]:
-        """Read all keys of a prefix at one revision, page by page, in key order; at least one page comes."""
+        """Read all keys of a prefix at one revision, page by page, in key order; at least one page comes.
+
+        Where values are so large that a page would be refused, pages get smaller for a while.
+        """
         connection = await self._supervisor.connection(timeout_s)
-        epoch, revision = self.epoch, 0
+        epoch, revision, most = self.epoch, 0, page
         after: bytes | None = None
         while True:
             request = requests.read_page(prefix, after, revision, page)
             # All pages over one connection: another replica's revisions are not this one's.
             call = rpc.Call(rpc.RANGE, request, timeout_s, lambda: f"list {_text(prefix)}*")
-            answer = await self._call_on(connection, call)
+            try:
+                answer = await self._call_on(connection, call)
+            except KvstoreError as exc:
+                if exc.kind != "exhausted" or page == 1:
+                    raise
+                page = max(1, page // 8)
+                continue
+            page = min(most, 2 * page)
             # A pinned answer still has the present revision in its header.
             revision = revision or answer.header.revision
             yield Page(revision, epoch, [requests.key_value(kv) for kv in answer.kvs])
-            if not answer.more:
+            after = requests.next_page(answer, after)
+            if after is None:
                 return
-            after = answer.kvs[-1].key
 
     async def put(self, key: bytes, value: bytes, lease: int = 0, timeout_s: float = TIMEOUT_S) -> int:
         """Write one key, bound to a lease if one is given, and return the store's revision."""

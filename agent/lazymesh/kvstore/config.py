@@ -8,6 +8,7 @@ directory. TLS files are only named here: they are read when a connection is mad
 from __future__ import annotations
 
 import ipaddress
+import re
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -70,6 +71,15 @@ class EtcdConfig:
         return self.endpoints[0].scheme == "https"
 
 
+class _Words(yaml.BaseLoader):
+    """Takes every word as the text it is, but for null: no date, number or tag that could not be made out."""
+
+
+_NULL = "tag:yaml.org,2002:null"
+_Words.add_implicit_resolver(_NULL, re.compile("~|null|Null|NULL|"), ["~", "n", "N", ""])
+_Words.add_constructor(_NULL, lambda _loader, _node: None)
+
+
 def load_config(path: str | Path) -> EtcdConfig:
     """Read and check one configuration file; SettingsError says what to change in it."""
     try:
@@ -109,7 +119,9 @@ def parse_config(text: str, source: str) -> EtcdConfig:
 
 def _mapping(text: str, source: str) -> dict[str, Any]:
     try:
-        words = yaml.safe_load(text)
+        words = yaml.load(text, _Words)  # noqa: S506 (it makes texts, lists and mappings of texts)
+    except RecursionError as exc:
+        raise SettingsError(f"{source}: nested too deeply; an etcd client configuration is wanted") from exc
     except yaml.YAMLError as exc:
         mark = getattr(exc, "problem_mark", None)
         line = f"line {mark.line + 1}: " if mark else ""
@@ -126,18 +138,17 @@ def _text(words: dict[str, Any], name: str, source: str) -> str | None:
     value = words.get(name)
     if value is None or value == "":
         return None
-    # A password of digits is a number to YAML.
-    if not isinstance(value, str | int):
+    if not isinstance(value, str):
         raise SettingsError(f"{source}: {name} must be text, not {type(value).__name__}")
-    return str(value)
+    return value
 
 
 def _endpoints(words: dict[str, Any], default_scheme: str, source: str) -> tuple[Endpoint, ...]:
     urls = words.get("endpoints")
-    if not isinstance(urls, list) or not urls:
+    if not isinstance(urls, list) or not urls or not all(isinstance(url, str) for url in urls):
         raise SettingsError(f"{source}: no endpoints; write 'endpoints:' and under it '- https://HOST:2379'")
     aliases = _aliases(words, source)
-    found = [_endpoint(str(url), default_scheme, source) for url in urls]
+    found = [_endpoint(url, default_scheme, source) for url in urls]
     if len({endpoint.scheme for endpoint in found}) > 1:
         raise SettingsError(f"{source}: endpoints mix http and https; use one of them throughout")
     return tuple(dialled for endpoint in found for dialled in _aliased(endpoint, aliases))
@@ -158,14 +169,14 @@ def _endpoint(url: str, default_scheme: str, source: str) -> Endpoint:
 
 def _aliases(words: dict[str, Any], source: str) -> dict[str, list[str]]:
     aliases: dict[str, list[str]] = {}
-    for alias in words.get("cilium-host-aliases") or ():
-        try:
-            hostname, ips = alias["hostname"], [str(ipaddress.ip_address(ip)) for ip in alias["ips"]]
-        except (KeyError, TypeError, ValueError) as exc:
-            raise SettingsError(
-                f"{source}: each element of cilium-host-aliases wants 'hostname' and a list 'ips'"
-            ) from exc
-        aliases.setdefault(str(hostname).lower(), []).extend(ips)
+    try:
+        for alias in words.get("cilium-host-aliases") or ():
+            ips = [str(ipaddress.ip_address(ip)) for ip in alias["ips"]]
+            aliases.setdefault(alias["hostname"].lower(), []).extend(ips)
+    except (AttributeError, KeyError, TypeError, ValueError) as exc:
+        raise SettingsError(
+            f"{source}: each element of cilium-host-aliases wants 'hostname' and a list 'ips'"
+        ) from exc
     return aliases
 
 

@@ -265,13 +265,13 @@ class _Pending(Generic[Outcome]):
 
 def _who(config: EtcdConfig, cert: bytes | None) -> str:
     """Say in words whom etcd takes us for."""
-    if config.username:
-        return f"user {config.username!r}"
     facts = certificate_facts(cert) if cert else None
+    expired = facts is not None and facts.not_after.timestamp() < time.time()
+    if config.username:
+        return f"user {config.username!r}" + (" (whose certificate has expired)" if expired else "")
     if facts is None:
         return "no user"
-    expired = ", expired" if facts.not_after.timestamp() < time.time() else ""
-    return f"user {facts.common_name!r} (the certificate's common name{expired})"
+    return f"user {facts.common_name!r} (the certificate's common name{', expired' if expired else ''})"
 
 
 async def dial(endpoint: Endpoint, config: EtcdConfig, transport: Transport) -> Connection:

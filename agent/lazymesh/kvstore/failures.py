@@ -17,6 +17,7 @@ _KINDS = {
     Code.UNAUTHENTICATED: "permission",
     Code.UNAVAILABLE: "unavailable",
     Code.CANCELLED: "unavailable",
+    Code.RESOURCE_EXHAUSTED: "exhausted",
 }
 
 # These come as INVALID_ARGUMENT, which says nothing about their being a matter of who we are.
@@ -31,6 +32,7 @@ _ADVICE = {
     "timeout": "it is slow or stopped; check its load",
     "permission": "grant that user's role the key, or use the certificate or user that has it",
     "unavailable": "check that it runs and is reachable from here",
+    "exhausted": "look for records of a megabyte, or a server with too much to do",
     "protocol": "this is not what etcd 3.4 or later should answer; look into its log",
 }
 

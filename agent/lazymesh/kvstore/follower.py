@@ -13,13 +13,19 @@ from typing import TYPE_CHECKING, Protocol
 
 from lazymesh.errors import KvstoreError
 from lazymesh.kvstore.backoff import Backoff, BackoffLimits
-from lazymesh.kvstore.model import Change, Disconnected
+from lazymesh.kvstore.model import Change, Disconnected, WatchLoss
+from lazymesh.tasks import FairShare
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
     from lazymesh.kvstore.client import EtcdClient
-    from lazymesh.kvstore.model import ClientEvent, Page, WatchLoss
+    from lazymesh.kvstore.model import ClientEvent, Page
+
+MOST_KEYS = 200_000
+"""A cluster cannot have as many nodes or identities; one that says so would fill our memory."""
+LONGEST_KEY = 512
+"""Longer ones mean nothing to anybody: they are told, but not remembered."""
 
 
 class Observer(Protocol):
@@ -48,6 +54,7 @@ class PrefixFollower:
         self._told: dict[bytes, int] = {}
         """mod_revision of each key that the observer believes to exist."""
         self._epoch = client.epoch
+        self._share = FairShare()
         self._ended = asyncio.Event()
         """Set when the watch is gone and a listing is due."""
         self._loss: WatchLoss | None = None
@@ -91,31 +98,40 @@ class PrefixFollower:
         async with aclosing(self._client.list_prefix(self.prefix)) as pages:
             async for page in pages:
                 revision, epoch = page.revision, page.epoch
-                self._tell_page(page)
-                seen.update(item.key for item in page.items)
+                changes = self._news_of(page)
+                await self._share.work(changes, lambda piece: self.on_changes(0, piece))
+                seen.update(item.key for item in page.items if len(item.key) <= LONGEST_KEY)
+                if len(seen) > MOST_KEYS:
+                    raise self._too_many()
         gone = [Change(key, None, revision) for key in self._told if key not in seen]
-        if gone:
-            self.on_changes(0, gone)
+        await self._share.work(gone, lambda piece: self.on_changes(0, piece))
         return revision, epoch
 
-    def _tell_page(self, page: Page) -> None:
+    def _news_of(self, page: Page) -> list[Change]:
         same_store = page.epoch == self._epoch
         if not same_store:
             # Another store's revisions say nothing about this one's values, so every key counts as changed.
             self._told = dict.fromkeys(self._told, 0)
             self._epoch = page.epoch
-        changes = [Change(*item[:3]) for item in page.items if self._told.get(item.key) != item.mod_revision]
-        if changes:
-            self.on_changes(0, changes)
+        return [Change(*item[:3]) for item in page.items if self._told.get(item.key) != item.mod_revision]
 
     def on_changes(self, _watch_id: int, changes: Sequence[Change]) -> None:
         """Pass changes on, and remember which keys the observer now believes to exist."""
         for change in changes:
             if change.value is None:
                 self._told.pop(change.key, None)
-            else:
+            elif len(change.key) <= LONGEST_KEY:
                 self._told[change.key] = change.mod_revision
         self._observer.on_changes(changes)
+        if len(self._told) > MOST_KEYS:
+            self._loss = WatchLoss("cancelled", self._too_many())
+            self._ended.set()
+
+    def _too_many(self) -> KvstoreError:
+        prefix = self.prefix.decode(errors="replace")
+        return KvstoreError(
+            f"there are more than {MOST_KEYS} keys below {prefix}: look for who writes them", "protocol"
+        )
 
     def on_live(self, _watch_id: int, _revision: int) -> None:
         """Tell that the prefix is followed (again)."""

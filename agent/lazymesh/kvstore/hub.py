@@ -13,6 +13,7 @@ import asyncio
 import re
 import time
 from contextlib import aclosing
+from functools import partial
 from typing import TYPE_CHECKING
 
 from lazymesh.errors import KvstoreError
@@ -20,11 +21,14 @@ from lazymesh.kvstore import etcd_pb2 as pb
 from lazymesh.kvstore import rpc
 from lazymesh.kvstore.model import Connected, WatchLoss
 from lazymesh.kvstore.resume import Changed, Ended, Ledger, Live
+from lazymesh.tasks import PIECE, FairShare
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
     from lazymesh.kvstore.connection import Connection
-    from lazymesh.kvstore.model import ClientEvent, WatchListener
-    from lazymesh.kvstore.resume import Delivery, Watch
+    from lazymesh.kvstore.model import Change, ClientEvent, WatchListener
+    from lazymesh.kvstore.resume import Watch
     from lazymesh.kvstore.supervisor import Options, Supervisor
 
 
@@ -88,6 +92,7 @@ class WatchHub:
         outbox = self._outbox = rpc.Outbox(*self._ledger.start_stream())
         login, login_at = connection.login, connection.login_at
         ticker = asyncio.create_task(self._ask_for_progress(connection, outbox), name="etcd watch progress")
+        share = FairShare()
         responses = connection.stream(rpc.WATCH, outbox, lambda: f"keep {len(self)} watches")
         try:
             async with aclosing(responses):
@@ -97,18 +102,27 @@ class WatchHub:
                         self._ledger.restore(delivery.watch)
                         await connection.renew_login(login)
                         return
-                    self._deliver(delivery, connection)
+                    if isinstance(delivery, Changed):
+                        await share.work(_in_pieces(delivery.changes), partial(self._tell, delivery.watch))
+                    else:
+                        self._deliver(delivery, connection)
         finally:
             self._outbox = None
             ticker.cancel()
 
-    def _deliver(self, delivery: Delivery | None, connection: Connection) -> None:
+    def _tell(self, watch: Watch, changes: Sequence[Change]) -> None:
+        # Else it was removed, or lost with all others, since the piece before.
+        if self._ledger.watches.get(watch.watch_id) is watch:
+            watch.listener.on_changes(watch.watch_id, changes)
+
+    def _deliver(self, delivery: Live | Ended | None, connection: Connection) -> None:
         match delivery:
-            case Changed(watch, changes):
-                watch.listener.on_changes(watch.watch_id, changes)
             case Live(watch, revision):
                 watch.listener.on_live(watch.watch_id, revision)
             case Ended(watch):
+                if delivery.ours and self._outbox:
+                    cancel = pb.WatchCancelRequest(watch_id=watch.watch_id)
+                    self._outbox.put(pb.WatchRequest(cancel_request=cancel))
                 watch.listener.on_lost(watch.watch_id, _loss(delivery, connection))
 
     async def _ask_for_progress(self, connection: Connection, outbox: rpc.Outbox[pb.WatchRequest]) -> None:
@@ -130,6 +144,11 @@ class WatchHub:
         loss = WatchLoss("reset", KvstoreError(message))
         for watch in self._ledger.clear():
             watch.listener.on_lost(watch.watch_id, loss)
+
+
+def _in_pieces(changes: list[Change]) -> list[Change]:
+    """Return what may be told piece by piece: a key that goes and comes would else be gone for a moment."""
+    return changes if len(changes) <= PIECE else list({change.key: change for change in changes}.values())
 
 
 def reports_are_ordered(version: str) -> bool:

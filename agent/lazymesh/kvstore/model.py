@@ -88,7 +88,7 @@ class WatchListener(Protocol):
         """Know that the server has taken up the watch (again); ``revision`` is the store's."""
 
     def on_changes(self, watch_id: int, changes: Sequence[Change]) -> None:
-        """Take changes, in the order of the store's revisions; none is ever split over two calls."""
+        """Take changes, each key's in the order of the store's revisions; of many at once only a key's last is told."""
 
     def on_lost(self, watch_id: int, loss: WatchLoss) -> None:
         """Know that the watch is gone."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from lazymesh.errors import KvstoreError
 from lazymesh.kvstore import etcd_pb2 as pb
 from lazymesh.kvstore.model import KeyValue, ReadResult
 
@@ -69,11 +70,29 @@ def one_of(response: pb.RangeResponse) -> KeyValue | None:
     return key_value(response.kvs[0]) if response.kvs else None
 
 
-def read_result(response: pb.RangeResponse | pb.TxnResponse) -> ReadResult:
-    """Return the answer to :func:`read_one` or :func:`read_batch`."""
+def read_result(response: pb.RangeResponse | pb.TxnResponse, asked: int) -> ReadResult:
+    """Return the answer to :func:`read_one` or :func:`read_batch`; KvstoreError (protocol) if it is none to so many."""
     if isinstance(response, pb.RangeResponse):
         return ReadResult(response.header.revision, [one_of(response)])
+    if len(response.responses) != asked:
+        raise _odd(f"{len(response.responses)} answers to {asked} reads")
     return ReadResult(response.header.revision, [one_of(op.response_range) for op in response.responses])
+
+
+def next_page(answer: pb.RangeResponse, after: bytes | None) -> bytes | None:
+    """Return the key behind which the next page begins, None after the last one.
+
+    KvstoreError (protocol) for a page that leads nowhere: more is said to follow, but it does not go on.
+    """
+    if not answer.more:
+        return None
+    if not answer.kvs or (after is not None and answer.kvs[-1].key <= after):
+        raise _odd("a listing that does not go on")
+    return answer.kvs[-1].key
+
+
+def _odd(what: str) -> KvstoreError:
+    return KvstoreError(f"etcd gives {what}: this is not what etcd 3.4 or later should answer", "protocol")
 
 
 def key_value(kv: pb.KeyValue) -> KeyValue:

@@ -22,6 +22,8 @@ from lazymesh.kvstore.requests import prefix_end
 if TYPE_CHECKING:
     from lazymesh.kvstore.model import WatchListener
 
+MOST_PENDING = 32 << 20
+"""Bytes of fragments that may be held back for one watch; beyond, all is read anew, page by page."""
 ALL_WATCHES = -1
 """The watch id of a report on all, and of a refused creation."""
 
@@ -40,6 +42,7 @@ class Watch:
     """Its place in the sequence of watches created on the present stream; 0: not asked for on it yet."""
     pending: list[Change] = field(default_factory=list)
     """Fragments of a response whose last one has not come."""
+    pending_bytes: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,13 +63,15 @@ class Changed:
 
 @dataclass(frozen=True, slots=True)
 class Ended:
-    """The server has ended a watch; it is no longer in the ledger."""
+    """A watch is at its end; it is no longer in the ledger."""
 
     watch: Watch
     reason: str
     compacted: bool = False
     refused: bool = False
     """It was never taken up."""
+    ours: bool = False
+    """We end it; the server does not know yet."""
 
 
 Delivery = Live | Changed | Ended
@@ -113,7 +118,7 @@ class Ledger:
             if 0 < watch.mark <= mark:
                 watch.next_revision = max(watch.next_revision, revision + 1)
             watch.mark = 0
-            watch.pending.clear()
+            watch.pending, watch.pending_bytes = [], 0
         self._awaiting.clear()
         self._marks = self._asked_at = 0
         self._floor = (0, 0)
@@ -158,6 +163,9 @@ class Ledger:
             # Without a start revision the watch begins behind the store's present one.
             watch.next_revision = watch.next_revision or response.header.revision + 1
             return Live(watch, response.header.revision)
+        if watch.pending_bytes + response.ByteSize() > MOST_PENDING:
+            del self.watches[watch_id]
+            return Ended(watch, "a response without end", ours=True)
         return _advance(watch, response)
 
     def _created(self, watch_id: int) -> int:
@@ -171,8 +179,11 @@ def _advance(watch: Watch, response: pb.WatchResponse) -> Changed | None:
         return None
     watch.pending += [_change(event) for event in response.events]
     if response.fragment:
+        watch.pending_bytes += response.ByteSize()
         return None
-    changes, watch.pending = watch.pending, []
+    changes, watch.pending, watch.pending_bytes = watch.pending, [], 0
+    if not changes:  # fragments of nothing
+        return None
     # Not the header's revision: a watch that is catching up has that one still ahead of it.
     watch.next_revision = max(watch.next_revision, changes[-1].mod_revision + 1)
     return Changed(watch, changes)

@@ -32,8 +32,8 @@ class Transport:
     questions are enough.)"""
     keepalive_timeout_s: float = 25.0
     """Cilium's etcd.keepaliveTimeout."""
-    max_message_bytes: int = 256 << 20
-    """A page of 10,000 records is some 5 MB, but one etcd value alone may have 1.5 MB."""
+    max_message_bytes: int = 16 << 20
+    """A page of 1,000 records is some 500 KB, but one etcd value alone may have 1.5 MB."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -42,7 +42,7 @@ _MOST = (1 << 31) - 1
 FRAME_SIZE = 16_384
 """The largest frame that we take: the default, and all that Go's servers ever send."""
 STREAM_WINDOW = 16 << 20
-"""A page of 10,000 records arrives without waiting for our credit."""
+"""A page of 1,000 records arrives without waiting for our credit."""
 _CREDIT_AT = STREAM_WINDOW // 2
 _HEADERS_MOST = 64 << 10
 _REASON_MOST = 1_000
@@ -303,7 +303,7 @@ class Wire:
         try:
             pairs = self._decoder.decode(block)
         except (HPACKError, UnicodeDecodeError, IndexError, ValueError) as exc:
-            raise ProtocolError(f"headers that cannot be read: {exc}") from exc
+            raise ProtocolError(f"headers that cannot be read ({type(exc).__name__})") from exc
         head = _Head({str(name): str(value) for name, value in pairs})
         # What changes the table is not the same the second time. (Ours has no room, but a server may not know yet.)
         resizes = b"\x20" <= block[:1] < b"\x40"

@@ -21,9 +21,11 @@ from typing import TYPE_CHECKING, Any
 import structlog
 
 from lazymesh.core import events
+from lazymesh.core.model import format_address
 from lazymesh.core.policy import PolicyEngine
 from lazymesh.core.policyfile import parse_policy
 from lazymesh.core.resolver import Judge, Limits, Resolver
+from lazymesh.datapath.capabilities import check_capabilities
 from lazymesh.datapath.cilium import NodeView, is_pinned_here, take_out_ours
 from lazymesh.datapath.holdmaps import HoldControl, HoldCounterMap, HoldLimits
 from lazymesh.datapath.hooks import detach_everywhere
@@ -51,6 +53,7 @@ from lazymesh.tasks import together
 if TYPE_CHECKING:
     from lazymesh.core.model import Address, Entry
     from lazymesh.core.policy import Policy
+    from lazymesh.datapath.maps import ConfigMap
     from lazymesh.datapath.program import Datapath
     from lazymesh.roles.auditing import Allows
     from lazymesh.roles.ipcaches import NodeIpcaches
@@ -72,6 +75,7 @@ def run_agent(settings: AgentSettings) -> None:
             "lazymesh agent needs root: it loads BPF programs (sudo, or a privileged container)"
         )
     settings = _with_mode(settings)
+    check_capabilities(settings.datapath.mode == "cilium")
     policy, text = _read_policy(settings)
     check_directories(settings.mesh.clustermesh_config, settings.mesh.remote_config)
     agent = Agent(settings, policy, zlib.crc32(text.encode()))
@@ -101,6 +105,24 @@ def _read_policy(settings: AgentSettings) -> tuple[Policy | None, str]:
     except (OSError, UnicodeDecodeError) as exc:
         raise SettingsError(f"cannot read the policy {settings.policy}: {exc}") from exc
     return parse_policy(text, str(settings.policy)), text
+
+
+class Valve:
+    """How much is signalled: told to the kernel, and while it is nothing, what is in the rings stays there."""
+
+    def __init__(self, config: ConfigMap) -> None:
+        self.reader: SignalReader | None = None
+        self._config = config
+
+    def mute(self, on: bool) -> None:
+        """Have nothing signalled, or go on."""
+        self._config.mute(on)
+        if self.reader is not None:
+            self.reader.pause(on)
+
+    def admit(self, share: float) -> None:
+        """Let this share of the usual rates in."""
+        self._config.admit(share)
 
 
 class Inbox:
@@ -142,6 +164,8 @@ class Agent:
         self._failure: Exception | None = None
         self._fresh = False
         """Nobody has left a pin here before us."""
+        self._refused = False
+        """What somebody has left here is none of our kind: it is not ours to remove."""
         self._touched = False
         """We may have attached to something."""
         self._attached = False
@@ -163,7 +187,7 @@ class Agent:
         lock = pins.lock()
         self._fresh = not any(pins.directory.iterdir())
         try:
-            with contextlib.closing(MeshMaps(pins, self._settings.datapath.ipcache_size)) as maps:
+            with contextlib.closing(self._mesh_maps(pins)) as maps:
                 await self._load_and_serve(pins, maps)
             if self._failure is not None:
                 raise self._failure
@@ -174,6 +198,13 @@ class Agent:
                 await self._clean_up(pins)
             os.close(lock)
 
+    def _mesh_maps(self, pins: Pins) -> MeshMaps:
+        try:
+            return MeshMaps(pins, self._settings.datapath.ipcache_size)
+        except DatapathError:
+            self._refused = not self._fresh
+            raise
+
     async def _load_and_serve(self, pins: Pins, maps: MeshMaps) -> None:
         """Compile, and follow the mesh meanwhile: a large one takes as long to be listed."""
         engine = PolicyEngine(self._policy) if self._policy else None
@@ -182,7 +213,11 @@ class Agent:
         mesh = Mesh(self._settings.mesh, maps.cidrs, enforcement, inbox.feed)
         following = asyncio.create_task(mesh.run(), name="mesh")
         try:
-            datapath = await asyncio.to_thread(load, pins, self._settings.datapath.ipcache_size)
+            try:
+                datapath = await asyncio.to_thread(load, pins, self._settings.datapath.ipcache_size)
+            except DatapathError:
+                self._refused = not self._fresh
+                raise
             try:
                 await together(self._stop.wait(), self._serve(datapath, mesh, following, inbox, engine))
             finally:
@@ -193,7 +228,11 @@ class Agent:
 
     @property
     def _leaves_nothing(self) -> bool:
-        return self._settings.cleanup or (self._fresh and not self._attached)
+        if self._refused:
+            return False
+        mark = self._settings.uninstall_mark
+        marked = mark is not None and mark.exists()
+        return self._settings.cleanup or marked or (self._fresh and not self._attached)
 
     async def _serve(
         self,
@@ -207,7 +246,9 @@ class Agent:
         self._configure(datapath)
         async with contextlib.AsyncExitStack() as stack:
             ipcaches = await self._open_ipcaches(datapath, stack)
-            limits = Limits(owned=ipcaches.maps[0].max_entries // SHARE_OF_MAP)
+            limits = Limits(
+                owned=ipcaches.maps[0].max_entries // SHARE_OF_MAP, stale_after=self._settings.stale_limit_s
+            )
             installer = Installer(
                 ipcaches.maps, datapath.journal, kernel_honours_noexist(), shared=ipcaches.shared
             )
@@ -215,7 +256,8 @@ class Agent:
             judge = Judge(mesh.table, mesh.identities, settings.mesh.region, ipcaches.here)
             resolver = Resolver(limits, judge, random.random)
             shadow = Shadow(ipcaches) if settings.shadow else None
-            driver = Driver(resolver, shadow or installer, mesh.links, self._metrics, lambda on: mute(on))  # noqa: PLW0108 (made some lines on)
+            valve = Valve(datapath.config)
+            driver = Driver(resolver, shadow or installer, mesh.links, self._metrics, valve)
             driver.fail = self._fail
             if shadow is not None and ipcaches.shared and installer.has_leftovers():
                 raise DatapathError(
@@ -232,16 +274,14 @@ class Agent:
                 holding.want()
             auditor = Auditor(datapath.windows, self._allows(engine), resolver)
             attached = asyncio.Event()
-            reader = SignalReader(datapath.signals, driver.on_signals)
-
-            def mute(on: bool) -> None:
-                datapath.config.mute(on)
-                reader.pause(on)
-
+            reader = valve.reader = SignalReader(datapath.signals, driver.on_signals)
             control = ControlServer(
                 settings.socket,
                 {
                     "status": lambda _request: status.describe(),
+                    "stale": lambda _request: {
+                        "addresses": [format_address(each) for each in resolver.stale_addresses()]
+                    },
                     "audit": lambda request: {"windows": auditor.describe(float(request["since"]))},
                     "on-miss": lambda request: self._switch_on_miss(datapath, holding, request["action"]),
                 },
@@ -309,7 +349,7 @@ class Agent:
             if not self._settings.shadow:
                 # An earlier life may have been beside Cilium; nobody would look after its entries any more.
                 take_out_ours(settings.bpffs)
-            return OwnIpcache(datapath, settings.ipcache_size)
+            return OwnIpcache(datapath, settings.ipcache_size, settings.bpffs)
         datapath.pins.path(IPCACHE).unlink(
             missing_ok=True
         )  # of an earlier life, which had no Cilium beside it

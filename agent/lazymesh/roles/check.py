@@ -14,8 +14,10 @@ from typing import TYPE_CHECKING
 from lazymesh.core import keys
 from lazymesh.core.model import Space
 from lazymesh.core.records import RecordError, decode_cluster_config
+from lazymesh.datapath.capabilities import check_capabilities
+from lazymesh.datapath.cilium import is_pinned_here
 from lazymesh.datapath.headers import find_headers
-from lazymesh.datapath.libbpf import library
+from lazymesh.datapath.libbpf import has_lpm_batches, has_tcx, library
 from lazymesh.datapath.maps import IpcacheMap, kernel_honours_noexist
 from lazymesh.datapath.pins import IPCACHE, Pins, check_bpffs
 from lazymesh.datapath.tap import try_tap
@@ -43,6 +45,7 @@ async def check_node(
     """Yield a finding for every need: first the node's, then those of a Cilium on it, then each cluster's."""
     for name, look in _NODE_CHECKS.items():
         yield _found(name, look)
+    yield _found("capabilities", lambda: _capabilities(bpffs))
     yield _found("bpffs", lambda: _bpffs(bpffs))
     yield _found("map layout", lambda: _layout(bpffs))
     async for finding in check_cilium(bpffs, interfaces):
@@ -82,6 +85,10 @@ def _root() -> str:
     return "root"
 
 
+def _capabilities(bpffs: Path) -> str:
+    return ", ".join(check_capabilities(is_pinned_here(bpffs)))
+
+
 def _kernel() -> str:
     release = os.uname().release
     version = tuple(int(n) for n in re.findall(r"\d+", release)[:2])
@@ -109,10 +116,23 @@ def _libbpf() -> str:
     return "libbpf.so.1"
 
 
-def _noexist() -> str:
+def _maps() -> str:
+    batches = "" if has_lpm_batches() else "; LPM tries are written one by one (batches came with 5.13)"
     if kernel_honours_noexist():
-        return "conditional writes to the ipcache work"
-    return "warning: this kernel ignores BPF_NOEXIST on LPM tries; a guarded fallback is used (fixed in 6.13)"
+        return f"conditional writes to the ipcache work{batches}"
+    return (
+        "warning: this kernel ignores BPF_NOEXIST on LPM tries; a guarded fallback is used"
+        f" (fixed in 6.13 and later stable releases){batches}"
+    )
+
+
+def _hook() -> str:
+    if has_tcx():
+        return "tcx links"
+    return (
+        "warning: clsact filters, as this kernel has no tcx (it came with 6.6): a Cilium that loads its programs anew"
+        " deletes them, and they are put back within milliseconds"
+    )
 
 
 def _holding() -> str:
@@ -131,7 +151,8 @@ _NODE_CHECKS: dict[str, Callable[[], str]] = {
     "headers": _headers,
     "bcc": _bcc,
     "libbpf": _libbpf,
-    "kernel maps": _noexist,
+    "kernel maps": _maps,
+    "hook": _hook,
     "holding": _holding,
 }
 

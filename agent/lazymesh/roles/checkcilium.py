@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from lazymesh.datapath.cilium import NodeView, pinned_ipcaches, pins_directory, running_ipcache
+from lazymesh.core.ipcaches import running_ipcache
+from lazymesh.datapath.cilium import NodeView, pinned_ipcaches, pins_directory
 from lazymesh.datapath.interfaces import InterfaceSelection
 from lazymesh.datapath.maps import IpcacheMap
 from lazymesh.datapath.pins import PROGRAMS
@@ -51,7 +52,7 @@ async def check_cilium(bpffs: Path, interfaces: tuple[str, ...]) -> AsyncIterato
 
 
 def _maps(pinned: dict[Path, int], read: frozenset[int]) -> Iterator[Finding]:
-    running = running_ipcache(pinned, read)
+    running = running_ipcache(pinned.values(), read)
     for path, map_id in pinned.items():
         name = f"cilium {path.name.removeprefix('cilium_')}"
         try:
@@ -61,7 +62,7 @@ def _maps(pinned: dict[Path, int], read: frozenset[int]) -> Iterator[Finding]:
             continue
         text = f"map {map_id}: {ipcache.view.words}, {ipcache.max_entries} entries"
         ipcache.close()
-        if map_id != running:
+        if running is not None and map_id < running:
             others = f"the running agent's is map {running}"
             yield Finding(name, "warn", f"{text}; of another version of Cilium, {others}: it may be removed")
         elif not read:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import TYPE_CHECKING
 
 from lazymesh.errors import SettingsError
@@ -50,6 +51,7 @@ def read_directory(directory: Path) -> dict[str, ClusterFile]:
     return found
 
 
+@lru_cache(maxsize=1_024)  # two looks a second at hundreds of files that hardly ever change
 def _parse(path: Path, content: bytes) -> ClusterFile:
     digest = hashlib.sha256(content).digest()
     try:

@@ -87,20 +87,21 @@ class ControlServer:
 
     async def _serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         with contextlib.suppress(ConnectionError), contextlib.closing(writer):
-            request = await _asked(reader)
+            request = await read_request(reader)
             if request is not None and request.get("ask") == "misses":
                 await self._stream(reader, writer)
             elif request is not None:
-                writer.write(json.dumps(self._answer(request)).encode() + b"\n")
+                writer.write(json.dumps(self.answer(request)).encode() + b"\n")
             await writer.drain()
 
-    def _answer(self, request: dict[str, Any]) -> dict[str, Any]:
+    def answer(self, request: dict[str, Any]) -> dict[str, Any]:
+        """Return the object that answers a request; words when it makes no sense."""
         answer = self._answers.get(str(request.get("ask")))
         if answer is None:
             return {"error": f"ask for misses, {', '.join(sorted(self._answers))}"}
         try:
             return answer(request)
-        except (LookupError, ValueError, TypeError) as exc:
+        except (ArithmeticError, LookupError, ValueError, TypeError) as exc:
             return {"error": f"the arguments of {request['ask']} make no sense: {exc}"}
 
     async def _stream(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
@@ -125,7 +126,7 @@ class ControlServer:
                 self._streaming(False)
 
 
-async def _asked(reader: asyncio.StreamReader) -> dict[str, Any] | None:
+async def read_request(reader: asyncio.StreamReader) -> dict[str, Any] | None:
     """Read what somebody asks for; an empty object for what makes no sense, None if nothing was asked."""
     try:
         line = await reader.readline()

@@ -54,6 +54,16 @@ class Installs(Protocol):
         """Take an entry of ours out."""
 
 
+class Valve(Protocol):
+    """What the kernel may signal."""
+
+    def mute(self, on: bool) -> None:
+        """Nothing at all, or something again."""
+
+    def admit(self, share: float) -> None:
+        """So much of what the settings allow."""
+
+
 class Shadow:
     """Stands in for the installer in shadow mode: everything is decided and reported, nothing is written."""
 
@@ -100,20 +110,22 @@ class Driver:
         installer: Installs,
         links: Mapping[str, ClusterLink],
         metrics: Metrics,
-        mute: Callable[[bool], None],
+        valve: Valve,
     ) -> None:
         self.muted = False
         self._resolver = resolver
         self._installer = installer
         self._links = links
         self._metrics = metrics
-        self._mute = mute
+        self._valve = valve
         self._failed = False
+        self._admitted = 1.0
         self._events: deque[events.Event] = deque()
         self._busy = False
         self._reports: list[events.Report] = []
         self._later: deque[events.Watch | events.Unwatch] = deque()
-        self._said = OncePer(QUIET_S)
+        self._said: dict[str | None, OncePer] = {}
+        """By cluster: one with many bad records silences itself alone."""
         self._directions = [metrics.signals.labels(direction.name.lower()) for direction in Direction]
         self.fail: Callable[[Exception], None] = _no_one_to_tell
         """Told, once, that the driver has ended by this error."""
@@ -212,6 +224,8 @@ class Driver:
                 self._install(installs)
                 self._installer.evict(command.address)
                 self._metrics.evictions.labels(command.why).inc()
+            elif isinstance(command, events.Admit):
+                self._admit(command.share)
             else:
                 self._change_mute(command)
         self._install(installs)
@@ -237,9 +251,16 @@ class Driver:
 
     def _change_mute(self, command: events.Mute) -> None:
         self.muted = command.on
-        self._mute(command.on)
+        self._valve.mute(command.on)
         self._metrics.muted.set(command.on)
         log.warning("the kernel is told to signal nothing" if command.on else "the kernel may signal again")
+
+    def _admit(self, share: float) -> None:
+        # The way back up takes many steps.
+        if share < self._admitted or share == 1.0:
+            log.warning("share of misses that are let in", share=round(share, 3))
+        self._admitted = share
+        self._valve.admit(share)
 
     def _read(self, command: events.Read) -> None:
         link = self._links.get(command.cluster)
@@ -247,6 +268,10 @@ class Driver:
             self._events.append(events.ReadFailed(command.cluster, command.addresses, "unavailable"))
         else:
             link.read(command)
+
+    def _may_say(self, report: events.Report, now: float) -> bool:
+        said = self._said.setdefault(report.cluster, OncePer(QUIET_S))
+        return said((report.address, report.reason), now)
 
     def _report(self, report: events.Report, now: float) -> None:
         if self.installed is not None and report.outcome in _GOOD and not report.cached:
@@ -271,11 +296,7 @@ class Driver:
                     "detail": report.detail or None,
                 }
             )
-        if (
-            report.reason is not None
-            and report.reason in _REFUSALS
-            and self._said((report.address, report.reason), now)
-        ):
+        if report.reason in _REFUSALS and self._may_say(report, now):
             log.warning(
                 "address refused",
                 address=format_address(report.address),

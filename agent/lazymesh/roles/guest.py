@@ -20,9 +20,9 @@ import structlog
 
 from lazymesh.core import events
 from lazymesh.core.identities import is_peer
-from lazymesh.core.ipcaches import Arrangement
+from lazymesh.core.ipcaches import ROOM_EVERY_S, Arrangement, Room
 from lazymesh.core.model import Reason, with_tunnel_flags
-from lazymesh.datapath.cilium import TAG, pinned_ipcaches, pins_directory, running_ipcache
+from lazymesh.datapath.cilium import TAG, pinned_ipcaches, pins_directory
 from lazymesh.datapath.maps import IpcacheMap
 from lazymesh.errors import DatapathError
 from lazymesh.roles.ipcaches import describe_map
@@ -47,17 +47,15 @@ LOOK_EVERY_S = 0.05
 """Between looks at the pin: what Cilium re-creates is in our programs' view within 100 ms."""
 READ_EVERY_S, READ_SETTLED_S = 0.25, 2.0
 """Between looks at the programs, while some of them may still read an old map, and otherwise."""
+READ_SHARE = 0.1
+"""Of the time at most: hundreds of interfaces with filters take half a second to look at."""
+PIN_AWAY_S = 10.0
+"""No start of an agent takes the pin away for longer than a moment (cilium-live 6)."""
 SWEEP_EVERY_S = 30.0
 """Between looks for entries of ours that Cilium has taken over."""
 ADDRESSES_EVERY_S = 10.0
 SLICE = 200
 """Entries handled between two looks at what else there is to do."""
-ROOM_EVERY_S, ROOM_TIGHT_S = 60.0, 5.0
-"""Between counts of the map's entries: at most, and when it fills up."""
-CROWDED, ROOMY = 0.95, 0.93
-"""Shares of the map: nothing new of ours beyond the first; well again below the second."""
-CILIUM_PER_S = 5_000
-"""No agent adds more entries in a second: 3,900 were seen (cilium-live 6)."""
 FIRST_S = 0.1
 """A new map is filled for so long before programs look into it; the rest comes while they do."""
 
@@ -70,8 +68,15 @@ class _Writer:
     driver: Driver
     resolver: Resolver
     mesh: Mesh
-    full: asyncio.Event = field(default_factory=asyncio.Event)
-    """The kernel has found no room for an entry of ours."""
+    room: Room = field(default_factory=Room)
+    count: asyncio.Event = field(default_factory=asyncio.Event)
+    """The map's entries are to be counted now: the kernel has found no room for one of ours, or the map is new."""
+
+    def begin(self) -> None:
+        """Take note that the map is a new one."""
+        self.room.begin()
+        self.installer.crowded = False
+        self.count.set()
 
     def lend(self, address: Address, old: Sequence[IpcacheMap]) -> str | None:
         """Put an address into the new map, as ours or as the old maps know it; return what became of it, or None."""
@@ -113,12 +118,12 @@ class _Writer:
 
     def make_room(self, used: int, size: int) -> None:
         """Stop putting entries in where room is scarce, and take out what is too much."""
-        crowded = used >= (ROOMY if self.installer.crowded else CROWDED) * size
-        if crowded != self.installer.crowded:
-            log.log(30 if crowded else 20, "room in the ipcache", crowded=crowded, entries=used, size=size)
-        self.installer.crowded = crowded
-        if crowded:
-            self.driver.feed(events.Shrink(max(0, used - int(ROOMY * size))))
+        before, surplus = self.room.crowded, self.room.step(used, size)
+        if self.room.crowded != before:
+            log.log(20 if before else 30, "room in the ipcache", crowded=not before, entries=used, size=size)
+        self.installer.crowded = self.room.crowded
+        if surplus:
+            self.driver.feed(events.Shrink(surplus))
 
 
 class GuestIpcaches:
@@ -137,8 +142,12 @@ class GuestIpcaches:
         self._node = node
         self._arrangement = Arrangement()
         self._maps: list[IpcacheMap] = []
+        self._shown = False
+        """They are in force."""
+        self._gone: list[IpcacheMap] = []
+        """Maps that count no more, but are in force still, or have entries of ours."""
         self._read: frozenset[int] = frozenset()
-        self._read_at = -math.inf
+        self._read_at, self._read_took = -math.inf, 0.0
         self._used = 0
         self._noticed_s: float | None = None
         """How long after it was pinned the last new map was seen."""
@@ -178,22 +187,29 @@ class GuestIpcaches:
     def connect(self, installer: Installer, driver: Driver, resolver: Resolver, mesh: Mesh) -> None:
         """Let entries be written."""
         self._writer = _Writer(installer, driver, resolver, mesh)
-        installer.on_full = self._writer.full.set
+        installer.on_full = self._writer.count.set
 
     async def run(self) -> None:
         """Follow Cilium until cancelled."""
         parts = [
             _repeat(self._look_on, LOOK_EVERY_S),
             _repeat(self._learn_addresses, ADDRESSES_EVERY_S),
+            self._watch_room(self._writer),
         ]
         if self._writer is not None:
-            parts += [self._sweep(self._writer), self._watch_room(self._writer)]
+            parts.append(self._sweep(self._writer))
         await together(*parts)
 
     def problems(self) -> Iterator[str]:
         """Yield what is wrong, a line each."""
         if self._problem:
             yield self._problem
+        away = time.monotonic() - self._arrangement.there_at
+        if away > PIN_AWAY_S:
+            yield (
+                f"Cilium's ipcache has not been pinned in {pins_directory(self._bpffs)} for {away:.0f} s, its last map"
+                " is served meanwhile: does its agent start? If Cilium has left this node, run `lazymesh uninstall`"
+            )
         if self._node.tcx_in_use and not self._datapath.pins.linked():
             yield "Cilium is attached by tcx here, our programs by clsact are never asked: leave out --attach clsact"
         if self._arrangement.orphan is not None:
@@ -254,49 +270,53 @@ class GuestIpcaches:
             await self._look()
         except DatapathError as exc:  # what we have is better than nothing
             self._complain(str(exc))
+        else:
+            self._problem = None
 
     async def _look(self) -> None:
         """Look at pins and, less often, at programs; put the maps that count in force."""
         now = time.monotonic()
-        pinned = self._pinned()
-        moved = pinned is not None and pinned not in self._arrangement.maps
+        pins = self._pins()
         pause = READ_SETTLED_S if self._arrangement.settled else READ_EVERY_S
-        if moved or now >= self._read_at + pause:
-            self._read, self._read_at = await self._node.ipcaches(), now
-            pinned = self._pinned()
-        maps = self._arrangement.step(pinned, self._read, now)
-        if maps != tuple(one.map_id for one in self._maps):
+        due = self._read_at + max(pause, self._read_took / READ_SHARE)
+        if self._arrangement.has_news(pins) or now >= due:
+            self._read = await self._node.ipcaches()
+            self._read_at = time.monotonic()
+            self._read_took = self._read_at - now
+            pins = self._pins()
+        maps = self._arrangement.step(pins, self._read, now)
+        if maps != tuple(one.map_id for one in self._maps) or not self._shown:
             await self._rearrange(self._open(maps))
-        self._problem = None
 
-    def _pinned(self) -> int | None:
-        """Return the map that Cilium's agent writes; None while the pin is away.
-
-        A pin that an earlier version has left behind is not its replacement: map ids count up.
-        """
-        pinned = pinned_ipcaches(self._bpffs)
-        if self._maps:
-            pinned = {path: map_id for path, map_id in pinned.items() if map_id >= self._maps[0].map_id}
-        return running_ipcache(pinned, self._read)
+    def _pins(self) -> frozenset[int]:
+        return frozenset(pinned_ipcaches(self._bpffs).values())
 
     async def _rearrange(self, maps: list[IpcacheMap]) -> None:
         if not maps:
             return
-        before, self._maps = self._maps, maps
+        before, self._maps, self._shown = self._maps, maps, False
+        self._gone = [one for one in (*self._gone, *before) if one not in maps]
         moved = bool(before) and before[0] is not maps[0]
         if moved:
             self.recreated_total += 1
             self._noticed_s = time.time() - _pinned_at(self._bpffs)
-        log.info("ipcaches", maps=[one.map_id for one in maps], layouts=[one.view.words for one in maps])
+        if before != maps:
+            log.info("ipcaches", maps=[one.map_id for one in maps], layouts=[one.view.words for one in maps])
         if self._writer is not None:
             self._writer.installer.use(maps)
+            if moved:
+                self._writer.begin()
         lending = self._lend(self._writer) if self._writer is not None and moved else iter(())
         # Cilium's programs go on reading the old map for seconds, so ours may for a moment.
         await _take_turns(lending, FIRST_S)
         self._datapath.views.show(maps)
-        for gone in [one for one in before if one not in maps]:
-            gone.close()
+        self._shown = True
         await _take_turns(lending)
+        if self._writer is not None and self._gone:
+            await _take_turns(_withdraw(self._writer.installer, self._gone))
+        for one in self._gone:
+            one.close()
+        self._gone = []
         if len(maps) == 1:
             self._settled.set()
 
@@ -345,21 +365,39 @@ class GuestIpcaches:
                 if count % SLICE == 0:
                     await asyncio.sleep(0)
 
-    async def _watch_room(self, writer: _Writer) -> None:
-        """Count the entries often enough that Cilium finds room for its own."""
+    async def _watch_room(self, writer: _Writer | None) -> None:
+        """Count the entries, often enough that Cilium finds room for its own."""
         while True:
             ipcache = self._maps[0]
             with contextlib.suppress(OSError):
-                self._used = await asyncio.to_thread(_count, ipcache.map_id)
-                writer.make_room(self._used, ipcache.max_entries)
-            ahead = (CROWDED * ipcache.max_entries - self._used) / CILIUM_PER_S
+                used = await asyncio.to_thread(_count, ipcache.map_id)
+                if ipcache is self._maps[0]:  # else it says nothing of the one that is
+                    self._used = used
+                    if writer is not None:
+                        writer.make_room(used, ipcache.max_entries)
+            if writer is None:
+                await asyncio.sleep(ROOM_EVERY_S)
+                continue
             await asyncio.sleep(1)  # one count a second is enough for anybody
-            await _wait(writer.full, min(max(ahead, ROOM_TIGHT_S), ROOM_EVERY_S))
+            await _wait(writer.count, writer.room.pause(ipcache.max_entries))
 
     async def _learn_addresses(self) -> None:
-        found = await self._node.addresses()
+        try:
+            found = await self._node.addresses()
+        except DatapathError as exc:  # they hardly ever change
+            log.warning("the node's addresses are not known anew", error=str(exc))
+            return
         self._here.clear()
         self._here.update(found)
+
+
+def _withdraw(installer: Installer, gone: Sequence[IpcacheMap]) -> Iterator[None]:
+    """Take all of ours out of maps that do not count any more, in steps: not every one of them dies at once."""
+    for count, address in enumerate(installer.owned_addresses(), 1):
+        for ipcache in gone:
+            installer.withdraw(ipcache, address)
+        if count % SLICE == 0:
+            yield
 
 
 def _pinned_at(bpffs: Path) -> float:

@@ -48,6 +48,7 @@ RUNT = 60
 CAUSES = (Cause.INSTALLED, Cause.NEGATIVE)
 """What an answer may say, by its byte."""
 ANSWER = struct.Struct("=B17sd")
+_HELD = frozenset(Why)
 
 
 class Mapped:
@@ -69,8 +70,10 @@ def reset(pins: Path, mapped: Mapped) -> None:
     """Make everything about holding as if nothing had ever been parked; what was out is counted as lost."""
     mapped.control.tap_ifindex = 0
     time.sleep(DRAIN_S)  # a program that read the old value may still be parking
-    mapped.stats.lost += sum(slot.state != abi.SLOT_FREE for slot in mapped.slots)
+    # Counted in a copy: what still arrives while we count must not be counted twice.
+    found = type(mapped.slots).from_buffer_copy(mapped.slots)
     ctypes.memset(mapped.slots, 0, ctypes.sizeof(mapped.slots))
+    mapped.stats.lost += sum(slot.state != abi.SLOT_FREE for slot in found)
     bucket, total = Map.pinned(pins / "lm_hold_bucket"), Map.pinned(pins / "lm_hold_total")
     nothing = bytes(ctypes.sizeof(abi.Outstanding))
     bucket.update_many([(i.to_bytes(4, sys.byteorder), nothing) for i in range(bucket.layout.max_entries)])
@@ -130,21 +133,13 @@ class Holder:
                 data = os.read(self._tap.fd, READ_SIZE)
             except BlockingIOError:
                 return
-            frame = self._frame(data)
-            if frame is not None:
+            frame = frame_of(data, self._mapped.slots)
+            if frame is None:
+                self._mapped.stats.strays += 1
+            else:
                 back = self._queues.park(frame)
                 if back is not None:
                     self._give_back((back,))
-
-    def _frame(self, data: bytes) -> Frame | None:
-        """Return the parked packet in what was read; its slot's number stands in place of its source MAC."""
-        number = int.from_bytes(data[VNET_HEADER + 10 : VNET_HEADER + 12], "big")
-        if number >= len(self._mapped.slots):
-            self._mapped.stats.strays += 1
-            return None
-        slot = self._mapped.slots[number]
-        key = bytes((slot.family,)) + bytes(slot.addr)
-        return Frame(number, key, slot.parked_ns / 1e9, Why(slot.hold), data)
 
     def _read_agent(self) -> None:
         with contextlib.suppress(BlockingIOError):
@@ -226,6 +221,16 @@ class Holder:
             self._read_tap()
             self._give_back(self._queues.drain())
             time.sleep(0.001)
+
+
+def frame_of(data: bytes, slots: ctypes.Array[abi.Slot]) -> Frame | None:
+    """Return the parked packet in what was read from the TAP; its slot's number stands in place of its source MAC."""
+    number = int.from_bytes(data[VNET_HEADER + 10 : VNET_HEADER + 12], "big")
+    if number >= len(slots) or slots[number].hold not in _HELD:
+        return None  # never parked, or another holder has taken over and begun anew
+    slot = slots[number]
+    key = bytes((slot.family,)) + bytes(slot.addr)
+    return Frame(number, key, slot.parked_ns / 1e9, Why(slot.hold), data)
 
 
 def main() -> None:

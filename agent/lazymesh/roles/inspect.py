@@ -13,9 +13,10 @@ from lazymesh.datapath.pins import IPCACHE, Pins
 from lazymesh.errors import SettingsError
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Collection, Iterator
     from pathlib import Path
 
+    from lazymesh.core.model import Address
     from lazymesh.datapath.abi import OwnedEntry
     from lazymesh.datapath.maps import Standing
 
@@ -32,6 +33,8 @@ class Row:
     flags: int
     owner: str
     """``lazymesh`` or ``other``."""
+    stale: bool = False
+    """It is ours, and served although its cluster does not confirm it now."""
 
 
 class IpcacheView:
@@ -40,28 +43,31 @@ class IpcacheView:
     In our own map an entry is ours while it is what the journal says, in Cilium's while it carries our tag.
     """
 
-    def __init__(self, ipcache: IpcacheMap, journal: Journal | None = None) -> None:
-        """Journal: of our own map; None: the map is Cilium's."""
+    def __init__(
+        self, ipcache: IpcacheMap, journal: Journal | None = None, stale: Collection[str] = ()
+    ) -> None:
+        """Journal: of our own map; None: the map is Cilium's. Stale: addresses of which an agent says so."""
         self._ipcache = ipcache
         self._journal = journal
+        self._stale = {parse_address(text) for text in stale}
 
     @classmethod
-    def open(cls, bpffs: Path) -> IpcacheView:
+    def open(cls, bpffs: Path, stale: Collection[str] = ()) -> IpcacheView:
         """Open the pins; DatapathError when there are none, or what they hold cannot be read."""
         pins = Pins.under(bpffs)
         if not os.access(pins.path(IPCACHE), os.F_OK) and (pinned := pinned_ipcaches(bpffs)):
             # Each start of an agent makes a new map, and ids count up: the youngest is the running agent's.
             path = max(pinned, key=pinned.__getitem__)
-            return cls(IpcacheMap.pinned(path, TAG, read_only=True))
-        return cls(IpcacheMap.pinned(pins.path(IPCACHE)), Journal(open_map(pins.path("lm_owned"))))
+            return cls(IpcacheMap.pinned(path, TAG, read_only=True), None, stale)
+        return cls(IpcacheMap.pinned(pins.path(IPCACHE)), Journal(open_map(pins.path("lm_owned"))), stale)
 
     def rows(self) -> Iterator[Row]:
         """Yield every entry in the map's order."""
         lines = {} if self._journal is None else dict(self._journal.items())
         for network, cluster_id, standing in self._ipcache.items():
-            line = lines.get(network.network_address.packed) if network.num_addresses == 1 else None
+            address = network.network_address.packed if network.num_addresses == 1 else None
             prefix = f"{network}@{cluster_id}" if cluster_id else str(network)
-            yield _row(prefix, standing, line)
+            yield self._row(prefix, standing, lines.get(address) if address else None, address)
 
     def get(self, text: str) -> Row | None:
         """Return the longest-prefix answer for an address; SettingsError if the text is none."""
@@ -72,12 +78,13 @@ class IpcacheView:
         standing = self._ipcache.stands(address)
         if standing is None:
             return None
-        return _row(format_address(address), standing, self._journal.read(address) if self._journal else None)
+        line = self._journal.read(address) if self._journal else None
+        return self._row(format_address(address), standing, line, address)
 
-
-def _row(prefix: str, standing: Standing, line: OwnedEntry | None) -> Row:
-    entry = standing.entry
-    ours = standing.tagged or (line is not None and entry in (line.entry, line.previous))
-    endpoint = format_address(entry.tunnel_endpoint) if entry.tunnel_endpoint else "0.0.0.0"  # noqa: S104
-    owner = "lazymesh" if ours else "other"
-    return Row(prefix, entry.identity, endpoint, entry.encrypt_key, entry.flags, owner)
+    def _row(self, prefix: str, standing: Standing, line: OwnedEntry | None, address: Address | None) -> Row:
+        entry = standing.entry
+        ours = standing.tagged or (line is not None and entry in (line.entry, line.previous))
+        endpoint = format_address(entry.tunnel_endpoint) if entry.tunnel_endpoint else "0.0.0.0"  # noqa: S104
+        owner = "lazymesh" if ours else "other"
+        stale = ours and address in self._stale
+        return Row(prefix, entry.identity, endpoint, entry.encrypt_key, entry.flags, owner, stale)

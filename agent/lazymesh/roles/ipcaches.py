@@ -5,10 +5,12 @@ from __future__ import annotations
 import asyncio
 from typing import TYPE_CHECKING, Any, Protocol
 
+from lazymesh.datapath.cilium import is_pinned_here
 from lazymesh.datapath.program import open_own_ipcache
 
 if TYPE_CHECKING:
     from collections.abc import Container, Iterator, Sequence
+    from pathlib import Path
 
     from lazymesh.core.model import Address
     from lazymesh.core.resolver import Resolver
@@ -62,7 +64,8 @@ class OwnIpcache:
     shared = False
     here: tuple[Address, ...] = ()
 
-    def __init__(self, datapath: Datapath, size: int) -> None:
+    def __init__(self, datapath: Datapath, size: int, bpffs: Path) -> None:
+        self._bpffs = bpffs
         self._ipcache = open_own_ipcache(datapath.pins, size)
         datapath.views.show([self._ipcache])
 
@@ -79,8 +82,12 @@ class OwnIpcache:
         await asyncio.Event().wait()
 
     def problems(self) -> Iterator[str]:
-        """Nothing can go wrong with it."""
-        return iter(())
+        """Say if a Cilium has come to this node: its programs never look here."""
+        if is_pinned_here(self._bpffs):
+            yield (
+                "Cilium has an ipcache of its own on this node, and nothing is resolved for it: restart this agent with"
+                " --datapath cilium (auto chooses only once, at the start)"
+            )
 
     def describe(self) -> dict[str, Any]:
         """Show the map."""

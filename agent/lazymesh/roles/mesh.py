@@ -35,11 +35,14 @@ log = structlog.get_logger()
 
 TABLE_DELAY_S = 0.02
 """Node records that come in a burst make one new table, not one each."""
+TABLE_SHARE = 3
+"""So many times as long as a table has taken passes before the next: a cluster may write nodes without end."""
 COMPLAIN_EVERY_S = 600.0
 RESTART_S = 5.0
 """A link that ended by a bug of ours, or because a map of ours is full, is started again after this long."""
 RETRY_TABLE_S = 1.0
 """Between attempts to write pod CIDRs that the kernel would not take."""
+_KEY_SHOWN = 100
 _NOTHING: tuple[set[str], set[int]] = (set(), set())
 
 
@@ -70,6 +73,8 @@ class Mesh:
         self._files: dict[str, tuple[ClusterFile, ClusterFile | None]] = {}
         self._tasks: dict[str, asyncio.Task[None]] = {}
         self._complained = OncePer(COMPLAIN_EVERY_S)
+        self._refusals: dict[str, OncePer] = {}
+        """By cluster: one that floods us with nonsense silences itself alone."""
         self.problem: str | None = None
         """Why the pod CIDRs in the kernel are not those of ``table``, None when they are."""
         self.crashes: dict[str, int] = {}
@@ -77,6 +82,7 @@ class Mesh:
         self._untold: dict[str, tuple[set[str], set[int]]] = {}
         """While a cluster is listed from the start: nodes and identities known from before and not told again."""
         self._due: asyncio.TimerHandle | None = None
+        self._table_took_s = 0.0
         self._swept = False
         self.joined = asyncio.Event()
         """Set whenever a cluster has joined; the agent hands out the journal's entries then."""
@@ -181,6 +187,7 @@ class Mesh:
         self._stop(name)
         self.file_errors.pop(name, None)
         self._untold.pop(name, None)
+        self._refusals.pop(name, None)
         info = self.table.cluster(name)
         self._feed(events.ClusterGone(name))
         if info is not None:
@@ -220,6 +227,7 @@ class Mesh:
         for change in changes:
             name = keys.node_of_key(change.key, link.nodes_prefix)
             if name is None:
+                self._complain(link, "node", change.key[:_KEY_SHOWN], "the key names no node")
                 continue
             untold.discard(name)
             if change.value is None:
@@ -238,7 +246,8 @@ class Mesh:
                 self._state.delete_node(link.name, name)
                 self._complain(link, "node", name, refusal)
         if self._due is None:
-            self._due = asyncio.get_running_loop().call_later(TABLE_DELAY_S, self._refresh_due)
+            delay = max(TABLE_DELAY_S, TABLE_SHARE * self._table_took_s)
+            self._due = asyncio.get_running_loop().call_later(delay, self._refresh_due)
 
     def on_identities(self, link: ClusterLink, changes: Sequence[Change]) -> None:
         """Judge identities, then make them known; a withdrawn one loses its entries before its rights."""
@@ -251,6 +260,7 @@ class Mesh:
         for change in {change.key: change for change in changes}.values():
             identity = keys.identity_of_key(change.key, link.identities_prefix)
             if identity is None:
+                self._complain(link, "identity", change.key[:_KEY_SHOWN], "the key names no identity")
                 continue
             untold.discard(identity)
             if change.value is not None and self._judge(link, identity, change.value):
@@ -325,8 +335,13 @@ class Mesh:
 
     def _complain(self, link: ClusterLink, kind: str, what: object, refusal: str) -> None:
         link.refused_total[kind] += 1
-        if self._complained((link.name, kind, what), time.monotonic()):
+        told = self._refusals.setdefault(link.name, OncePer(COMPLAIN_EVERY_S))
+        if told((kind, what), time.monotonic()):
             log.warning("record refused", kind=kind, cluster=link.name, name=what, reason=refusal)
+            if told.full:
+                log.warning(
+                    "more refused records of this cluster are only counted for a while", cluster=link.name
+                )
 
     # --- pod CIDRs --------------------------------------------------------------------------------------------------
 
@@ -344,6 +359,7 @@ class Mesh:
         if self._due is not None:
             self._due.cancel()
             self._due = None
+        began = time.monotonic()
         table = self._state.table()
         if table is self.table:
             return
@@ -357,6 +373,7 @@ class Mesh:
         self._leftovers.difference_update(network for network, _ in changes.written)
         self.table, self.problem = table, None
         self._feed(events.TableChanged(table))
+        self._table_took_s = time.monotonic() - began
 
     def _sweep(self) -> None:
         """Once all clusters are listed, take out what an earlier life of the agent left behind."""

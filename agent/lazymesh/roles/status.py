@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 from lazymesh import __version__
 from lazymesh.core.model import Direction, Reason
 from lazymesh.datapath.maps import OnMiss
+from lazymesh.roles import logs
 
 if TYPE_CHECKING:
     import asyncio
@@ -25,6 +26,7 @@ if TYPE_CHECKING:
     from lazymesh.roles.driver import Driver, Shadow
     from lazymesh.roles.holding import Holding
     from lazymesh.roles.ipcaches import NodeIpcaches
+    from lazymesh.roles.link import ClusterLink
     from lazymesh.roles.mesh import Mesh
     from lazymesh.settings import AgentSettings
 
@@ -63,6 +65,9 @@ class Status:
             return "programs are not attached yet"
         if self.parts.holding.state == "starting":
             return "the holder is not up yet"
+        mark = self.parts.settings.uninstall_mark
+        if mark is not None and mark.exists():
+            return "marked to be uninstalled: stopped, it leaves nothing behind"
         waiting = [name for name, link in self.parts.mesh.links.items() if not link.tried]
         return f"clusters not listed yet: {', '.join(sorted(waiting))}" if waiting else None
 
@@ -95,6 +100,7 @@ class Status:
             "entries": {
                 "owned": self.parts.resolver.owned,
                 "budget": self.parts.limits.owned,
+                "stale": sum(self.parts.resolver.stale.values()),
                 "mapSize": self.parts.ipcaches.maps[0].max_entries,
                 **({"shadowChanges": self.parts.shadow.changes_total} if self.parts.shadow else {}),
             },
@@ -103,6 +109,7 @@ class Status:
                 "inFlight": sum(view.in_flight for view in views.values()),
                 "negative": counts["absent"],
                 "muted": self.parts.driver.muted,
+                "admitted": round(self.parts.resolver.admission.share, 3),
             },
             "clusters": [
                 self._cluster(name) for name in sorted({*self.parts.mesh.links, *self.parts.mesh.file_errors})
@@ -122,10 +129,11 @@ class Status:
             "name": name,
             "id": info.cluster_id if info else None,
             "state": link.state if link else "refused",
-            "problem": (link and (link.problem or link.read_problem))
+            "problem": (link and (problem_of(link) or link.read_problem))
             or self.parts.mesh.file_errors.get(name),
             "nodes": nodes,
             "identities": identities,
+            "staleEntries": self.parts.resolver.stale.get(name, 0),
             "watchedKeys": link.watched_keys if link else 0,
             "breaker": view.breaker if view else "closed",
             "inFlight": view.in_flight if view else 0,
@@ -141,11 +149,18 @@ class Status:
         for name in self.parts.follower.behind:
             yield f"another program insists on being ahead of ours on {name}: what it decides we never see"
         yield from self.parts.ipcaches.problems()
+        yield from self._about_maps()
         holding = self.parts.holding
         if holding.problem and self.parts.datapath.config.read().on_miss == OnMiss.HOLD:
             yield f"packets are not held, missed ones are passed on: {holding.problem}"
         if self.parts.driver.muted:
             yield "signals are muted: misses come faster than they can be resolved"
+        admission = self.parts.resolver.admission
+        if admission.share < 1:
+            yield (
+                f"only {admission.share:.0%} of --signal-rate is let in: misses came faster than they could be answered"
+                f" (99th percentile {admission.p99 * 1000:.0f} ms)"
+            )
         if self.parts.mesh.problem:
             yield f"the pod CIDRs in force are out of date: {self.parts.mesh.problem}"
         if unknown := self.parts.resolver.absent.get(Reason.UNKNOWN_IDENTITY):
@@ -155,11 +170,32 @@ class Status:
             )
         for name, link in sorted(self.parts.mesh.links.items()):
             if link.state != "ready":
-                yield f"cluster {name} is {link.state}: {link.problem or 'not listed yet'}"
+                stale = self.parts.resolver.stale.get(name, 0)
+                kept = f" ({stale} entries are served as they were last known)" if stale else ""
+                yield f"cluster {name} is {link.state}{kept}: {problem_of(link) or 'not listed yet'}"
             elif link.read_problem:
                 yield f"cluster {name}: the last read failed: {link.read_problem}"
         for name, error in sorted(self.parts.mesh.file_errors.items()):
             yield f"cluster {name}: {error}"
+
+    def _about_maps(self) -> Iterator[str]:
+        if missing := self.parts.datapath.pins.missing(own_ipcache=not self.parts.ipcaches.shared):
+            yield (
+                f"{len(missing)} pins are gone from {self.parts.datapath.pins.directory}, {missing[0]} among them: this"
+                " agent goes on, commands and the next agent find nothing; restart it to make them anew"
+            )
+        if full := self.parts.resolver.absent.get(Reason.MAP_FULL):
+            yield (
+                f"{full} addresses have no entry because the ipcache map is full: `lazymesh ipcache list` shows whose"
+                " entries those are"
+            )
+
+
+def problem_of(link: ClusterLink) -> str | None:
+    """Return why a cluster is not ready, None when it is; of a store that is gone, why it does not come back."""
+    info = link.client.info
+    gone = link.state == "silent" and not info.endpoint
+    return (info.last_error if gone else None) or link.problem
 
 
 def export(metrics: Metrics, status: Status) -> None:
@@ -214,6 +250,18 @@ def export(metrics: Metrics, status: Status) -> None:
         (),
         lambda: [((), status.parts.resolver.owned)],
     )
+    metrics.collect_gauge(
+        "lazymesh_entries_stale", "Entries of ours that are served although their cluster does not confirm them now",
+        ("cluster",), lambda: [((name,), n) for name, n in status.parts.resolver.stale.items()],
+    )  # fmt: skip
+    metrics.collect_gauge(
+        "lazymesh_admitted_ratio", "Misses that may be signalled, as a share of what --signal-rate allows", (),
+        lambda: [((), status.parts.resolver.admission.share)],
+    )  # fmt: skip
+    metrics.collect_counter(
+        "lazymesh_admission_cuts", "How often that share was halved, by cause: slow answers, or a full queue",
+        ("cause",), lambda: [((cause,), n) for cause, n in status.parts.resolver.admission.cuts.items()],
+    )  # fmt: skip
     if status.parts.shadow is not None:
         shadow = status.parts.shadow
         metrics.collect_counter(
@@ -239,6 +287,10 @@ def export(metrics: Metrics, status: Status) -> None:
         (),
         lambda: [((), status.parts.reader.invalid)],
     )
+    metrics.collect_counter(
+        "lazymesh_log_lines_lost", "Lines of the log that could not be written: disk full, or nobody reads", (),
+        lambda: [((), logs.stderr.lost)],
+    )  # fmt: skip
     metrics.collect_counter(
         "lazymesh_stream_lines_dropped", "Lines not sent to a `lazymesh misses` that reads too slowly", (),
         lambda: [((), status.parts.control.dropped)],

@@ -6,8 +6,9 @@ import os
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from lazymesh.datapath.cilium import take_out_ours
+from lazymesh.datapath.cilium import NodeView, take_out_ours
 from lazymesh.datapath.hooks import detach_everywhere
+from lazymesh.datapath.interfaces import InterfaceSelection
 from lazymesh.datapath.pins import Pins, check_bpffs
 from lazymesh.errors import DatapathError
 
@@ -38,7 +39,9 @@ async def uninstall(bpffs: Path) -> Removed:
     try:
         # Programs first: who detached, holds nothing back that nobody resolves any more.
         interfaces = await detach_everywhere(pins)
-        entries = take_out_ours(bpffs)
+        # While a Cilium agent starts, programs read maps without a pin, and ours stand in these, too.
+        async with NodeView(InterfaceSelection(("+",))) as node:
+            entries = take_out_ours(bpffs, await node.ipcaches())
         pins.remove()
     finally:
         if lock is not None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from click.testing import CliRunner
@@ -38,7 +39,7 @@ class View:
 
 def invoke(monkeypatch: pytest.MonkeyPatch, view: View, *argv: str) -> tuple[int, str]:
     """Run the command on that view."""
-    monkeypatch.setattr(module.IpcacheView, "open", lambda _bpffs: view)
+    monkeypatch.setattr(module.IpcacheView, "open", lambda _bpffs, _stale=(): view)
     result = CliRunner().invoke(module.ipcache, argv)
     return result.exit_code, result.stdout
 
@@ -57,6 +58,24 @@ def test_flags_have_ciliums_names(monkeypatch: pytest.MonkeyPatch) -> None:
     }
     _, out = invoke(monkeypatch, View([PLAIN]), "list")
     assert "flags=<none>" in out
+
+
+def test_what_nobody_confirms_is_marked(monkeypatch: pytest.MonkeyPatch) -> None:
+    """For people and programmes; what is confirmed has no such mark."""
+    stale = replace(ROW, stale=True)
+    _, out = invoke(monkeypatch, View([stale, PLAIN]), "list", "-o", "json")
+    assert [row.get("stale") for row in json.loads(out).values()] == [True, None]
+    assert "lazymesh (stale)" in invoke(monkeypatch, View([stale]), "list")[1]
+
+
+def test_an_agent_is_asked_what_is_stale_and_need_not_be_there(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The map is read without one."""
+    asked = []
+    monkeypatch.setattr(module.IpcacheView, "open", lambda _bpffs, stale: asked.append(stale) or View([ROW]))
+    assert CliRunner().invoke(module.ipcache, ["list", "--socket", "/nowhere"]).exit_code == 0
+    monkeypatch.setattr(module, "ask", lambda *_: iter([{"addresses": ["10.2.0.5"]}]))
+    CliRunner().invoke(module.ipcache, ["list"])
+    assert asked == [frozenset(), {"10.2.0.5"}]
 
 
 def test_get_exits_1_when_nothing_covers_the_address(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -29,8 +29,8 @@ ANSWER: dict[str, Any] = {
         "ipcache": {"maps": [{"id": 3, "layout": "v2", "role": "own", "size": 512_000}]},
         "packets": {"egress": {"hit": 5, "missed": 1}, "ingress": {"hit": 0, "missed": 0}},
     },
-    "entries": {"owned": 1, "budget": 25_600, "mapSize": 512_000},
-    "queue": {"waiting": 0, "inFlight": 0, "negative": 2, "muted": True},
+    "entries": {"owned": 5, "stale": 4, "budget": 25_600, "mapSize": 512_000},
+    "queue": {"waiting": 0, "inFlight": 0, "negative": 2, "muted": True, "admitted": 0.5},
     "clusters": [
         {
             "name": "b",
@@ -52,7 +52,8 @@ def test_screen_shows_what_is_wrong_and_exits_1(monkeypatch: pytest.MonkeyPatch)
     result = CliRunner().invoke(module.status)
     assert result.exit_code == 1
     lines = result.output.splitlines()
-    assert "Queue:      0 waiting, 0 in flight, 2 negative, MUTED" in lines
+    assert "Queue:      0 waiting, 0 in flight, 2 negative, MUTED, 50% of misses let in" in lines
+    assert "Entries:    5 of at most 25600 ours, 4 stale, map of 512000" in lines
     assert "WRONG: cluster b is silent: gone" in lines
     assert ["b", "-", "silent", "0", "0", "open", "-"] in [line.split() for line in lines]
     assert ["hit", "5", "0"] in [line.split() for line in lines]

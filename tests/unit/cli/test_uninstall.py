@@ -42,3 +42,22 @@ def test_says_what_there_was(monkeypatch: pytest.MonkeyPatch, removed: Removed, 
         "interfaces": list(removed.interfaces),
         "pins": removed.pins,
     }
+
+
+def test_announces_instead_where_it_is_told_to(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nothing of this node is touched."""
+    asked = []
+
+    def tell(*words: object) -> int:
+        asked.append(words[1:])
+        return 3
+
+    monkeypatch.setattr(module.KubeApi, "of_this_pod", lambda: None)
+    monkeypatch.setattr(module, "tell", tell)
+    monkeypatch.delattr(module, "remove")
+    words = ["--announce", "lazymesh", "--selector", "a=b", "--timeout", "5"]
+    assert (
+        CliRunner().invoke(module.uninstall, words).output == "Agents:   3 clean up when they are stopped\n"
+    )
+    assert json.loads(CliRunner().invoke(module.uninstall, [*words, "-o", "json"]).output) == {"agents": 3}
+    assert asked == [("lazymesh", "a=b", 5.0)] * 2

@@ -66,9 +66,11 @@ def cidrs(table: ClusterTable) -> dict[str, int]:
         pytest.param(mesh(node("b", "n", "10.2.0.0/24")), "10.2.0.5", ("b",), id="a pod of a node"),
         pytest.param(mesh(node("b", "n", "10.2.0.0/24")), "10.2.1.5", (), id="outside every CIDR"),
         pytest.param(mesh(node("b", "n", "fd00:2::/64")), "fd00:2::5", ("b",), id="IPv6"),
-        pytest.param(mesh(node("b", "n", "::/0")), "10.2.0.5", (), id="the other family never matches"),
+        pytest.param(mesh(node("b", "n", "fd00::/32")), "10.2.0.5", (), id="the other family never matches"),
         pytest.param(mesh(node("b", "n", "10.2.0.5/32")), "10.2.0.5", ("b",), id="a single address"),
-        pytest.param(mesh(node("b", "n", "0.0.0.0/0")), "8.8.8.8", ("b",), id="everything"),
+        pytest.param(
+            mesh(explicit=[("b", "0.0.0.0/0")]), "8.8.8.8", ("b",), id="everything, by the operator"
+        ),
         pytest.param(
             mesh(node("a", "n", "10.2.0.0/24"), node("b", "n", "10.2.0.0/24")),
             "10.2.0.5",
@@ -102,8 +104,26 @@ def cidrs(table: ClusterTable) -> dict[str, int]:
         pytest.param(
             mesh(node("b", "n", "10.2.0.0/24"), explicit=[("a", "10.0.0.0/8")]),
             "10.2.0.5",
+            ("a",),
+            id="--mesh-cidr is final, whatever nodes of another cluster claim",
+        ),
+        pytest.param(
+            mesh(node("b", "n", "10.0.0.0/8"), explicit=[("a", "10.2.0.0/16")]),
+            "10.2.0.5",
+            ("a",),
+            id="--mesh-cidr is final inside a wider claim",
+        ),
+        pytest.param(
+            mesh(node("b", "n", "10.0.0.0/8"), explicit=[("a", "10.2.0.0/16")]),
+            "10.3.0.5",
+            ("b",),
+            id="beside --mesh-cidr the wider claim counts",
+        ),
+        pytest.param(
+            mesh(explicit=[("a", "10.0.0.0/8"), ("b", "10.2.0.0/16")]),
+            "10.2.0.5",
             ("a", "b"),
-            id="--mesh-cidr over another cluster's nodes is ambiguous",
+            id="--mesh-cidr that contradicts itself is ambiguous",
         ),
         pytest.param(
             mesh(explicit=[("a", "10.0.0.0/8")], clusters="b"),
@@ -257,6 +277,42 @@ def test_a_node_of_a_cluster_that_is_not_joined_is_refused() -> None:
     assert "not joined" in (mesh(clusters="a").upsert_node(node("b", "n", "10.2.0.0/24")) or "")
 
 
+@pytest.mark.parametrize(
+    "cidr",
+    [
+        "0.0.0.0/0",
+        "10.0.0.0/7",
+        "127.0.1.0/24",
+        "169.254.0.0/16",
+        "224.0.0.0/24",
+        "::/0",
+        "fd00::/31",
+        "fe80::/64",
+    ],
+)
+def test_a_node_that_claims_what_no_pods_can_have_is_refused(cidr: str) -> None:
+    """Else one record would make everybody's addresses ambiguous, or take the node's own for the mesh's."""
+    state = mesh(node("a", "n", "10.2.0.0/24"), node("b", "n", "10.3.0.0/24"))
+    assert "pod CIDR" in (state.upsert_node(node("b", "n", "10.4.0.0/24", cidr)) or "")
+    assert cidrs(state.table()) == {"10.2.0.0/24": 1}, "what the node said before is not true any more"
+
+
+def test_pod_cidrs_of_one_cluster_are_bounded() -> None:
+    """The kernel's map is for all clusters; what is withdrawn makes room again."""
+    state = mesh(node("a", "n", "10.2.0.0/24"))
+    many = [str(network) for network in ipaddress.ip_network("10.64.0.0/10").subnets(new_prefix=26)][:10_000]
+    assert state.upsert_node(node("b", "m", *many)) is None
+    assert state.upsert_node(node("b", "n", *many)) is None
+    assert "more than 20000" in (state.upsert_node(node("b", "o", "10.3.0.0/24")) or "")
+    assert state.upsert_node(node("b", "m", "10.5.0.0/24")) is None
+    assert state.upsert_node(node("b", "o", "10.3.0.0/24")) is None
+    assert owners(state, "10.2.0.5") == ("a",)
+    state.leave("b")
+    state.join(cluster("b"))
+    assert state.upsert_node(node("b", "m", *many)) is None
+    assert state.upsert_node(node("b", "n", *many)) is None
+
+
 NETWORKS = st.tuples(st.integers(0, 15), st.integers(28, 32)).map(
     lambda drawn: ipaddress.ip_network((drawn[0], drawn[1]), strict=False)
 )
@@ -307,6 +363,8 @@ def test_any_play_of_events_ends_where_a_fresh_start_would(play: list[tuple[obje
     for number in range(16):
         address = ipaddress.ip_address(number)
         expected = {name for name, network in claims if address in network}
+        if "a" in joined and 8 <= number <= 15:
+            expected = {"a"}
         assert seen.owners(address.packed) == tuple(sorted(expected))
         around = [network for network in kernel if address in network]
         match_id = kernel[max(around, key=lambda network: network.prefixlen)] if around else None

@@ -134,26 +134,6 @@ def test_the_kernel_enforces_only_where_somebody_is_denied() -> None:
     assert engine.upsert(WEB, labels("web")) == engine.current() == PolicyChange()
 
 
-def test_another_policy_is_a_difference_too() -> None:
-    """What both allow is neither written nor deleted."""
-    engine = PolicyEngine(Policy(Rules(True, allow_world=True, selectors=(app("web", "api"),))))
-    for identity, name in ((WEB, "web"), (API, "api"), (DB, "db")):
-        engine.upsert(identity, labels(name))
-    change = engine.replace(
-        Policy(Rules(True, selectors=(app("api", "db"),)), Rules(True, selectors=(app("db"),)))
-    )
-    assert change == PolicyChange(((EGRESS, DB), (INGRESS, DB)), ((EGRESS, 2), (EGRESS, WEB)))
-    assert engine.current() == PolicyChange(((EGRESS, API), (EGRESS, DB), (INGRESS, DB)))
-
-
-def test_another_policy_does_not_bring_back_who_is_gone() -> None:
-    """Identities that were removed are forgotten with their labels."""
-    engine = PolicyEngine(Policy())
-    engine.upsert(WEB, labels("web"))
-    engine.remove(WEB)
-    assert engine.replace(Policy(Rules(True, selectors=(Selector(),)))) == PolicyChange()
-
-
 def test_policies_add_up() -> None:
     """What one document allows, no other takes away."""
     both = Policy(Rules(True, selectors=(app("web"),))) | Policy(Rules(True, allow_world=True), Rules(True))
@@ -172,7 +152,6 @@ POLICIES = st.builds(Policy, RULES, RULES)
 STEPS = st.one_of(
     st.tuples(st.just("upsert"), st.sampled_from([WEB, API, DB]), st.sampled_from(["web", "api", "db"])),
     st.tuples(st.just("remove"), st.sampled_from([WEB, API, DB])),
-    st.tuples(st.just("replace"), POLICIES),
 )
 
 
@@ -187,8 +166,6 @@ def test_changes_add_up_to_the_verdicts(policy: Policy, steps: list[tuple[object
                 change = engine.upsert(identity, labels(name))
             case "remove", int(identity):
                 change = engine.remove(identity)
-            case _, Policy() as other:
-                change = engine.replace(other)
         assert kernel.isdisjoint(change.allowed)
         assert kernel.issuperset(change.revoked)
         kernel = (kernel | set(change.allowed)) - set(change.revoked)

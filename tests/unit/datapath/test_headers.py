@@ -53,6 +53,18 @@ def test_running_kernel_comes_first(modules: Path) -> None:
     assert (found.release, found.running) == ("6.1.0-5-amd64", True)
 
 
+def test_images_own_come_last(modules: Path, tmp_path: Path) -> None:
+    """They are taken where the node has none that can be used, however new they are."""
+    own = tmp_path / "own"
+    own.mkdir()
+    install(own, "6.1.0-56-amd64", split=True)
+    install(modules, "5.10.0-30-amd64", complete=False)
+    assert find_headers(modules, "6.18.44-fc", own).release == "6.1.0-56-amd64"
+    install(modules, "5.10.0-31-amd64")
+    assert find_headers(modules, "6.18.44-fc", own).release == "5.10.0-31-amd64"
+    assert find_headers(tmp_path / "none", "6.18.44-fc", own).release == "6.1.0-56-amd64"
+
+
 def test_newest_of_the_others_is_taken(modules: Path) -> None:
     """By number, not by alphabet."""
     for release in ("6.1.0-9-amd64", "6.1.0-56-cloud-amd64", "5.10.0-30-amd64"):

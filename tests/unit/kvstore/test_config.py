@@ -120,3 +120,43 @@ def test_file_is_loaded_and_an_unreadable_one_is_named(tmp_path: Path) -> None:
         load_config(path)
     path.write_text(CILIUM_FILE)
     assert load_config(path).source == str(path)
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        "password: 0123",
+        "password: yes",
+        "password: 2001-99-99",
+        "password: !!int ''",
+        "password: 1:99",
+        "password: " + "1" * 5_000,
+    ],
+)
+def test_a_password_is_the_text_that_it_is(words: str) -> None:
+    """YAML's numbers, dates and truths are somebody else's idea."""
+    text = f"endpoints: ['http://b:2379']\nusername: u\n{words}\n"
+    expected = words.removeprefix("password: ").removeprefix("!!int ").strip("'")
+    if expected:
+        assert parse_config(text, "b").password == expected
+    else:
+        with pytest.raises(SettingsError, match="go together"):
+            parse_config(text, "b")
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ("x: " + "[" * 3_000, "nested too deeply"),
+        ("endpoints: ['http://b:2379']\ncilium-host-aliases: 5", "wants 'hostname'"),
+        ("endpoints: ['http://b:2379']\ncilium-host-aliases: [x]", "wants 'hostname'"),
+        ("a: &a [x, x]\nendpoints: [*a]", "no endpoints"),
+        ("endpoints: [~]", "no endpoints"),
+    ],
+    ids=["deep", "a number of aliases", "an alias that is a word", "a list of lists", "nothing"],
+)
+def test_words_of_the_wrong_shape_are_refused_in_one_line(text: str, said: str) -> None:
+    """A file that cannot be used must cost its cluster, never the agent."""
+    with pytest.raises(SettingsError, match=said) as refused:
+        parse_config(text, "b")
+    assert len(str(refused.value).splitlines()) == 1

@@ -6,6 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from lazymesh.errors import KvstoreError
 from lazymesh.kvstore import etcd_pb2 as pb
 from lazymesh.kvstore import requests
 from lazymesh.kvstore.model import KeyValue
@@ -39,7 +40,7 @@ def test_batch_asks_for_each_key_without_consensus_and_answers_in_order() -> Non
         header=pb.ResponseHeader(revision=9),
         responses=[pb.ResponseOp(response_range=pb.RangeResponse()), pb.ResponseOp(response_range=found)],
     )
-    result = requests.read_result(answer)
+    result = requests.read_result(answer, 2)
     assert result.revision == 9
     assert result.values == [None, KeyValue(b"b", b"v", 7, 3)]
 
@@ -64,3 +65,25 @@ def test_write_batch_deletes_where_there_is_no_value() -> None:
 def test_reads_are_encoded_as_the_library_would(keys: list[bytes]) -> None:
     """Byte for byte, for keys short and long."""
     assert requests.encode_reads(keys) == requests.read_batch(keys).SerializeToString()
+
+
+def test_answers_to_other_questions_are_refused() -> None:
+    """A server that answers two reads with one answer says nothing that could be told apart."""
+    with pytest.raises(KvstoreError, match="1 answers to 2 reads") as refused:
+        requests.read_result(pb.TxnResponse(responses=[pb.ResponseOp()]), 2)
+    assert refused.value.kind == "protocol"
+
+
+@pytest.mark.parametrize("keys", [[], [b"p/1"], [b"p/0", b"p/1"]])
+def test_listing_that_does_not_go_on_is_refused(keys: list[bytes]) -> None:
+    """Else it would go on for ever."""
+    page = pb.RangeResponse(kvs=[pb.KeyValue(key=key) for key in keys], more=True)
+    with pytest.raises(KvstoreError, match="does not go on"):
+        requests.next_page(page, b"p/1")
+
+
+def test_listing_goes_on_behind_its_last_key() -> None:
+    """And ends where the server says so."""
+    page = pb.RangeResponse(kvs=[pb.KeyValue(key=b"p/1"), pb.KeyValue(key=b"p/2")], more=True)
+    assert requests.next_page(page, None) == b"p/2"
+    assert requests.next_page(pb.RangeResponse(), b"p/2") is None

@@ -144,3 +144,23 @@ def test_prefix_watch_asks_for_its_range_and_key_watch_for_the_key() -> None:
     wide, narrow = (request.create_request for request in ledger.start_stream())
     assert (wide.range_end, narrow.range_end) == (b"p0", b"")
     assert all((create.fragment, create.progress_notify) == (True, True) for create in (wide, narrow))
+
+
+def test_fragments_without_end_are_given_up() -> None:
+    """A server that never ends a response would fill the memory; the watch ends, and the server is to be told."""
+    ledger = ledger_with(b"a", b"b")
+    large = pb.Event(kv=pb.KeyValue(key=b"a", value=bytes(1 << 20), mod_revision=20))
+    ends = [ledger.digest(response(1, 20, large, fragment=True)) for _ in range(40)]
+    (ended,) = [end for end in ends if end is not None]
+    assert isinstance(ended, Ended)
+    assert ended.ours
+    assert ended.reason == "a response without end"
+    assert list(ledger.watches) == [2]
+    assert ledger.digest(response(2, 21, large, fragment=True)) is None
+
+
+def test_fragments_of_nothing_are_no_change() -> None:
+    """Nobody sends that, and nobody is told."""
+    ledger = ledger_with(b"a")
+    assert ledger.digest(response(1, 20, fragment=True)) is None
+    assert ledger.digest(response(1, 20)) is None

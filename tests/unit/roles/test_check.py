@@ -49,6 +49,20 @@ def test_kernel_older_than_5_10_is_refused(monkeypatch: pytest.MonkeyPatch) -> N
         assert check._found("kernel", check._kernel).verdict == verdict
 
 
+@pytest.mark.parametrize("has", [True, False])
+def test_what_a_kernel_lacks_is_named_with_what_is_done_instead(
+    has: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What is only slower is no warning."""
+    for probe in ("has_lpm_batches", "has_tcx", "kernel_honours_noexist"):
+        monkeypatch.setattr(check, probe, lambda: has)
+    hook, maps = check._found("hook", check._hook), check._found("kernel maps", check._maps)
+    assert hook.verdict == maps.verdict == ("ok" if has else "warn")
+    assert ("clsact" in hook.text, "one by one" in maps.text) == (not has, not has)
+    monkeypatch.setattr(check, "kernel_honours_noexist", lambda: True)
+    assert check._found("kernel maps", check._maps).verdict == "ok"
+
+
 def test_certificates_are_read_and_dated(tmp_path: Path) -> None:
     """Expiring soon is a warning, expired a failure; a missing file is named with who names it."""
     authority = Authority(tmp_path / "ca")

@@ -7,6 +7,7 @@ from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any, cast
 
 import pytest
+from structlog.testing import capture_logs
 
 from lazymesh.core import events
 from lazymesh.core.hold import Cause
@@ -56,8 +57,13 @@ class Fixture:
         self.resolver = Scripted(answers)
         self.metrics = Metrics()
         self.muted: list[bool] = []
+        self.admitted: list[float] = []
         self.driver = Driver(
-            cast("Resolver", self.resolver), shadow(), links or {}, self.metrics, self.muted.append
+            cast("Resolver", self.resolver),
+            shadow(),
+            links or {},
+            self.metrics,
+            SimpleNamespace(mute=self.muted.append, admit=self.admitted.append),
         )
 
     def sample(self, name: str, **labels: str) -> float:
@@ -178,9 +184,10 @@ def test_shadow_leaves_alone_what_is_known_by_now() -> None:
 
 def test_mute_reaches_the_kernel_and_evictions_are_counted() -> None:
     """Both are told by commands."""
-    fixture = Fixture({events.Tick: [events.Mute(True), events.Evict(IP, "deleted"), events.Mute(False)]})
+    commands = [events.Mute(True), events.Admit(0.5), events.Evict(IP, "deleted"), events.Mute(False)]
+    fixture = Fixture({events.Tick: commands})
     fixture.driver.feed(events.Tick())
-    assert (fixture.muted, fixture.driver.muted) == ([True, False], False)
+    assert (fixture.muted, fixture.driver.muted, fixture.admitted) == ([True, False], False, [0.5])
     assert fixture.sample("lazymesh_entries_evicted_total", why="deleted") == 1
 
 
@@ -233,3 +240,18 @@ def test_watches_of_a_store_that_is_no_more_are_forgotten() -> None:
     fixture.resolver.queued = 0
     fixture.driver.feed(events.StoreReset("b"))
     assert [one.cluster for one in done] == ["b"] * WATCHES_IN_A_STORM + ["c"] * 2 * WATCHES_IN_A_STORM
+
+
+def test_one_cluster_with_many_bad_records_silences_itself_alone() -> None:
+    """Each address is told of once, a bounded number for each cluster."""
+    bad: list[events.Command] = [
+        events.Report(number.to_bytes(4), "c", "absent", Reason.FORGED, "", None) for number in range(3_000)
+    ]
+    good = events.Report(IP, "b", "absent", Reason.MALFORMED, "", None)
+    fixture = Fixture({events.Tick: [*bad, *bad, good, good]})
+    with capture_logs() as logs:
+        fixture.driver.feed(events.Tick())
+    told = [entry for entry in logs if entry["event"] == "address refused"]
+    assert len([entry for entry in told if entry["cluster"] == "c"]) <= 1_024
+    assert [entry["address"] for entry in told if entry["cluster"] == "b"] == ["10.2.0.5"]
+    assert fixture.sample("cilium_ipcache_miss_resolution_errors_total", reason="forged") == 6_000

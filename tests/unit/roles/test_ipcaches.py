@@ -13,17 +13,27 @@ from lazymesh.roles import ipcaches as module
 from lazymesh.roles.ipcaches import OwnIpcache
 
 if TYPE_CHECKING:
+    from pathlib import Path
+
     from lazymesh.datapath.program import Datapath
 
 
 @pytest.fixture
-def own(monkeypatch: pytest.MonkeyPatch) -> tuple[OwnIpcache, list[Any]]:
+def own(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> tuple[OwnIpcache, list[Any]]:
     """Return one over fakes, and what was put in force."""
     shown: list[Any] = []
     ipcache = SimpleNamespace(map_id=7, view=View.V2, max_entries=100)
     monkeypatch.setattr(module, "open_own_ipcache", lambda _pins, _size: ipcache)
     datapath = SimpleNamespace(pins=None, views=SimpleNamespace(show=shown.append))
-    return OwnIpcache(cast("Datapath", datapath), 100), shown
+    return OwnIpcache(cast("Datapath", datapath), 100, tmp_path), shown
+
+
+def test_cilium_that_comes_later_is_told(own: tuple[OwnIpcache, list[Any]], tmp_path: Path) -> None:
+    """An agent that was quicker at the node's boot would resolve for nobody."""
+    pin = tmp_path / "tc" / "globals" / "cilium_ipcache_v2"
+    pin.parent.mkdir(parents=True)
+    pin.touch()
+    assert "restart this agent with --datapath cilium" in next(own[0].problems())
 
 
 async def test_it_is_put_in_force_and_stays(own: tuple[OwnIpcache, list[Any]]) -> None:

@@ -8,6 +8,7 @@ import json
 from typing import TYPE_CHECKING, Any, cast
 
 import pytest
+from structlog.testing import capture_logs
 
 from lazymesh.core import events
 from lazymesh.core.model import Network, Space
@@ -235,3 +236,38 @@ async def test_only_what_an_identity_ended_as_in_a_batch_counts(stage: Stage, en
     back = Change(b"ids/131073", b"k8s:io.cilium.k8s.policy.cluster=b;", 3)
     stage.mesh.on_identities(stage.link, [gone, back] if ends == "known" else [back, gone])
     assert stage.mesh.identities == ({131_073} if ends == "known" else set())
+
+
+async def test_refusals_are_told_of_once_and_for_each_cluster_by_itself(stage: Stage) -> None:
+    """One that floods us silences itself alone, and says so; all are counted."""
+    (stage.directory / "c").write_text(FILE)
+    stage.look()
+    stage.join()
+    other = ClusterConfig(3, 255, cached=False, synced_canaries=True)
+    assert stage.mesh.on_config(stage.mesh.links["c"], other, SPACES) is None
+    with capture_logs() as logs:
+        for number in [*range(300, 3_300), *range(300, 3_300)]:
+            stage.identity(number)
+        stage.mesh.on_identities(
+            stage.mesh.links["c"], [Change(b"ids/7", b"x", 1), Change(b"ids/x", b"x", 1)]
+        )
+    assert stage.link.refused_total["identity"] == 6_000
+    of_b = [entry for entry in logs if entry["cluster"] == "b"]
+    assert 0 < len(of_b) < 1_100
+    assert len({entry.get("name") for entry in of_b}) == len(of_b)
+    assert [entry["event"] for entry in of_b].count(of_b[-1]["event"]) == 1
+    assert "only counted" in of_b[-1]["event"]
+    assert [entry["name"] for entry in logs if entry["cluster"] == "c"] == [7, b"ids/x"]
+    assert stage.mesh.links["c"].refused_total["identity"] == 2
+
+
+async def test_a_cluster_that_writes_without_end_leaves_time_between_tables(
+    stage: Stage, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What took long is not done again at once."""
+    stage.join()
+    stage.mesh._table_took_s = 0.1
+    stage.node("n1")
+    assert stage.mesh._due is not None
+    assert stage.mesh._due.when() - asyncio.get_running_loop().time() > 0.2
+    await eventually(lambda: stage.cidrs)

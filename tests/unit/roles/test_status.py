@@ -11,10 +11,18 @@ from lazymesh.roles.status import Parts, Status
 
 
 def link(
-    state: str, *, tried: bool = True, problem: str | None = None, read_problem: str | None = None
+    state: str,
+    *,
+    tried: bool = True,
+    problem: str | None = None,
+    read_problem: str | None = None,
+    last_error: str | None = None,
 ) -> Any:
-    """Return what status looks at of a link."""
-    info = SimpleNamespace(endpoint="e", cluster_id=0xAB, revision=3, reconnects=1)
+    """Return what status looks at of a link; last_error: there is no connection, for this reason."""
+    endpoint = None if last_error else "e"
+    info = SimpleNamespace(
+        endpoint=endpoint, cluster_id=0xAB, revision=3, reconnects=1, last_error=last_error
+    )
     return SimpleNamespace(
         state=state, tried=tried, problem=problem, read_problem=read_problem, sizes=(1, 2), watched_keys=3,
         client=SimpleNamespace(info=info),
@@ -37,8 +45,16 @@ def status(links: dict[str, Any], *, attached: bool = True, **mesh: Any) -> Stat
         follower=SimpleNamespace(attached={"lxc0": 0} if attached else {}, behind=[]),
         driver=SimpleNamespace(muted=mesh.get("muted", False)),
         holding=SimpleNamespace(state=mesh.get("holding", "on"), problem=None),
-        resolver=SimpleNamespace(clusters={}, absent=mesh.get("absent", {})),
-        ipcaches=SimpleNamespace(problems=lambda: iter(mesh.get("problems", ()))),
+        resolver=SimpleNamespace(
+            clusters={},
+            absent=mesh.get("absent", {}),
+            stale=mesh.get("stale", {}),
+            admission=SimpleNamespace(share=mesh.get("admitted", 1.0), p99=0.08),
+        ),
+        ipcaches=SimpleNamespace(problems=lambda: iter(mesh.get("problems", ())), shared=False),
+        datapath=SimpleNamespace(
+            pins=SimpleNamespace(directory="/bpf", missing=lambda own_ipcache: mesh.get("missing", []))
+        ),
     )
     return Status(cast("Parts", parts))
 
@@ -68,24 +84,45 @@ def test_everything_that_is_wrong_is_a_line() -> None:
             file_errors={"e": "not YAML"},
             problem="no space",
             muted=True,
-            absent={Reason.UNKNOWN_IDENTITY: 3, Reason.NOT_FOUND: 5},
+            admitted=0.25,
+            stale={"b": 7},
+            absent={Reason.UNKNOWN_IDENTITY: 3, Reason.NOT_FOUND: 5, Reason.MAP_FULL: 7},
+            missing=["lm_owned", "lm_ipcache"],
             problems=("two maps",),
         )._wrong()
     )
     assert lines == [
         "two maps",
+        (
+            "2 pins are gone from /bpf, lm_owned among them: this agent goes on, commands and the next agent find"
+            " nothing; restart it to make them anew"
+        ),
+        (
+            "7 addresses have no entry because the ipcache map is full: `lazymesh ipcache list` shows whose entries"
+            " those are"
+        ),
         "signals are muted: misses come faster than they can be resolved",
+        "only 25% of --signal-rate is let in: misses came faster than they could be answered (99th percentile 80 ms)",
         "the pod CIDRs in force are out of date: no space",
         (
             "3 addresses are refused because their clusters do not publish their identities, without which no policy"
             " can select them: `lazymesh misses` names them"
         ),
-        "cluster b is silent: gone",
+        "cluster b is silent (7 entries are served as they were last known): gone",
         "cluster c is connecting: not listed yet",
         "cluster d: the last read failed: denied",
         "cluster e: not YAML",
     ]
     assert "no interface carries the program" in next(status({}, attached=False)._wrong())
+
+
+def test_store_that_does_not_come_back_has_its_latest_reason() -> None:
+    """The connection was lost, and by now the certificate has expired: that is what has to be put right."""
+    silent = link("silent", problem="the connection was lost", last_error="the certificate has expired")
+    assert list(status({"b": silent})._wrong()) == ["cluster b is silent: the certificate has expired"]
+    assert status({"b": silent})._cluster("b")["problem"] == "the certificate has expired"
+    back = link("ready", last_error="the certificate has expired")
+    assert list(status({"b": back})._wrong()) == []
 
 
 def test_line_of_a_cluster_names_its_store() -> None:

@@ -34,14 +34,16 @@ class Backlog:
         """Return how many missed addresses wait, for clusters ready or not."""
         return len(self._running) + len(self._parked)
 
-    @property
-    def level(self) -> int:
-        """How many missed addresses wait for a ready cluster: the load that muting the kernel would relieve.
+    def level(self, *, others: bool) -> int:
+        """Return how many missed addresses wait for ready clusters: the load that muting the kernel would relieve.
 
-        Those of a cluster that is not ready do no work; muting everybody for their sake would let one cluster
-        that is slow to connect harm all others.
+        Those of a cluster that is not ready do no work, and of one alone only a part counts while there are
+        others: muting everybody for its sake would let a cluster that is slow harm all others.
         """
-        return len(self._running)
+        if not others or not self._running:
+            return len(self._running)
+        longest = max([link.missed for link in self.busy.values()], default=0)
+        return len(self._running) - max(0, longest - int(self._limits.queue * self._limits.one_cluster))
 
     def put(self, tracked: Tracked, link: Link, spaces: tuple[Space, ...], *, urgent: bool) -> None:
         """Queue a read of the address, or join the one in flight; urgent: a packet waits for it."""
@@ -62,6 +64,8 @@ class Backlog:
         if urgent:
             lane.misses[address] = tracked
             (self._running if ready else self._parked)[address] = tracked
+        elif address in link.unproven:
+            lane.proofs[address] = tracked
         else:
             lane.checks[address] = tracked
 
@@ -71,18 +75,23 @@ class Backlog:
         tracked.fetch = Fetch.IDLE
         lane = link.lanes[tracked.wants]
         if lane.misses.pop(address, None) is None:
-            del lane.checks[address]
+            if lane.proofs.pop(address, None) is None:
+                del lane.checks[address]
         elif self._running.pop(address, None) is None:
             del self._parked[address]
 
     def overflow(self) -> Tracked | None:
         """Return the address to shed next, or None while the bound holds.
 
-        Those of clusters that are not ready go first: they would have waited anyway.
+        Those of clusters that are not ready go first: they would have waited anyway. Then the oldest of the
+        cluster that has most: it is the one that is too slow.
         """
         if len(self) <= self._limits.queue:
             return None
-        return next(iter((self._parked or self._running).values()))
+        if self._parked:
+            return next(iter(self._parked.values()))
+        lanes = max(self.busy.values(), key=lambda link: link.missed).lanes.values()
+        return next(iter(max(lanes, key=lambda lane: len(lane.misses)).misses.values()))
 
     def park(self, link: Link) -> None:
         """Keep the cluster's addresses back: it is not ready."""
@@ -105,9 +114,10 @@ class Backlog:
     def _read(self, link: Link, now: float, reads: list[Read]) -> bool:
         if link.in_flight >= self._limits.transactions_in_flight or not link.breaker.admits(now):
             return False
+        proving = self._proves(link, now)
         for spaces, lane in link.lanes.items():
             room = max(1, self._limits.keys_per_transaction // len(spaces))
-            taken = lane.take(room, now >= link.checks_after)
+            taken = lane.take_proofs(room) if proving else lane.take(room, now >= link.checks_after)
             if taken:
                 break
         else:
@@ -124,6 +134,10 @@ class Backlog:
         link.breaker.sent()
         reads.append(Read(link.name, spaces, tuple([tracked.address for tracked in taken])))
         return True
+
+    def _proves(self, link: Link, now: float) -> bool:
+        """Tell whether nothing is to be read but entries of an earlier life: also not while their answers are due."""
+        return bool(link.unproven) and now < link.ready_at + self._limits.prove_first
 
 
 def _transfer(

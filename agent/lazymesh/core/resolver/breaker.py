@@ -71,6 +71,10 @@ class Breaker:
         ):
             self._open(now)
 
+    def spread(self) -> float:
+        """Return the pause before what is known of a store that is back is read again."""
+        return self._limits.revalidation_spread * self._jitter()
+
     def _open(self, now: float) -> None:
         self.state = BreakerState.OPEN
         # The exponent is capped: a store that stays dead for months must not build huge numbers.

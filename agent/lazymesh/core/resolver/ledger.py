@@ -7,7 +7,7 @@ silent, its store was replaced, it came from an earlier life of the agent) until
 
 from __future__ import annotations
 
-from collections import OrderedDict
+from collections import Counter, OrderedDict
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
@@ -74,6 +74,10 @@ class Ledger:
     def doubts(self, tracked: Tracked) -> bool:
         """Return whether the entry is in doubt."""
         return tracked.address in self._doubted
+
+    def doubted(self) -> dict[str, int]:
+        """Return how many entries of each cluster are in doubt."""
+        return dict(Counter([each.link.name for _, each in self._doubted.values() if each.link is not None]))
 
     def stale(self, now: float) -> Iterator[Tracked]:
         """Yield each entry in doubt for too long; the caller disowns it before it asks for the next."""

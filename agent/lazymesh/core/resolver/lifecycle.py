@@ -46,12 +46,14 @@ class Lifecycle:
             link = self.links[name] = Link(name, self._breaker())
         return link
 
-    def ready(self, event: ClusterReady, _now: float) -> None:
+    def ready(self, event: ClusterReady, now: float) -> None:
         """Let go what waited for the cluster, and read again what is known of it; repeated: nothing new."""
         link = self.link(event.cluster)
         link.breaker.succeeded()
         if link.state is not LinkState.READY:
-            link.state = LinkState.READY
+            if link.state is LinkState.SILENT:
+                link.checks_after = now + link.breaker.spread()
+            link.state, link.ready_at = LinkState.READY, now
             self._backlog.unpark(link)
             self._read_again(link)
 
@@ -88,6 +90,7 @@ class Lifecycle:
         # What is in flight is remembered, lest a cluster that returns under this name takes it for its own.
         if not link.reading:
             del self.links[event.cluster]
+        self._moves.admission.forget(event.cluster)
 
     def give_up(self, link: Link, now: float) -> None:
         """Tell all who wait for the cluster that it is down."""

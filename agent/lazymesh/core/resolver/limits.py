@@ -64,9 +64,26 @@ class Limits:
     """Where the doubling ends."""
     stale_after: float = 600.0
     """An entry that could not be verified for so long is evicted: its address may long be somebody else's."""
+    prove_first: float = 1.0
+    """For so long, while entries of an earlier life are read again, nothing else of their cluster is: what changed
+    while no agent ran is corrected before anything new is installed. A bound, because a full budget of entries and a
+    store far away would keep first packets waiting for long."""
+    revalidation_spread: float = 5.0
+    """A cluster that was silent and is back is asked about what is known of it after a part of this time, drawn by
+    chance: all nodes of the mesh have noticed at the same moment."""
     recheck_pause: float = 1.0
     """After a failed re-read of installed addresses, before the next."""
     mute_high: float = 0.75
     """Share of the queue at which the kernel is muted."""
     mute_low: float = 0.25
     """Share of the queue at which it is heard again."""
+    one_cluster: float = 0.5
+    """Of the queue's level, the part that one cluster alone can make up while others are ready: it mutes nobody."""
+    admission_floor: float = 0.1
+    """Answers that take no longer are fast, whatever is usual: well within the time that a packet is held."""
+    admission_factor: float = 4.0
+    """Beyond the floor, answers that take so many times what is usual are slow."""
+    admission_growth: float = 1.1
+    """By how much more is let in after each second of fast answers: what was halved is back after seven of them."""
+    admission_least: float = 0.1
+    """The share that is always let in."""

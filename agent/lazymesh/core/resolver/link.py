@@ -3,7 +3,9 @@
 Each cluster has its own lanes, in-flight window and breaker, so that a dead or slow one costs the others
 nothing. A lane holds the addresses that wait for one read group. Misses go first, because packets wait for
 them; re-reads of known addresses (*checks*) take what room is left, but at least a quarter, so that a storm
-of misses cannot keep old entries unverified. What is sent when is decided in ``backlog``.
+of misses cannot keep old entries unverified. Before both go those of entries that an earlier life of the
+agent has left (*proofs*): their records may have changed while nobody looked. What is sent when is decided in
+``backlog``.
 """
 
 from __future__ import annotations
@@ -39,12 +41,21 @@ class Lane:
     # OrderedDict, not dict: taking from the front of a plain dict walks over all that was taken before.
     misses: OrderedDict[Address, Tracked] = field(default_factory=OrderedDict)
     checks: OrderedDict[Address, Tracked] = field(default_factory=OrderedDict)
+    proofs: OrderedDict[Address, Tracked] = field(default_factory=OrderedDict)
+    """Checks of entries that an earlier life of the agent has left: they go before everything else."""
 
     def __len__(self) -> int:
-        return len(self.misses) + len(self.checks)
+        return len(self.misses) + len(self.checks) + len(self.proofs)
+
+    def take_proofs(self, room: int) -> list[Tracked]:
+        """Remove and return at most ``room`` addresses whose entries are of an earlier life."""
+        return _pop_first(self.proofs, room)
 
     def take(self, room: int, with_checks: bool) -> list[Tracked]:
         """Remove and return at most ``room`` addresses."""
+        if self.proofs:  # they have had their time
+            self.checks.update(self.proofs)
+            self.proofs.clear()
         checks = min(len(self.checks), max(room // 4, room - len(self.misses))) if with_checks else 0
         taken = _pop_first(self.misses, room - checks)
         return taken + _pop_first(self.checks, checks) if checks else taken
@@ -69,8 +80,17 @@ class Link:
     """What is in flight; outlives the address itself, so that forgetting an address never doubles its read.
     VOID stands for a read that was sent to a store that no longer is, or for an address that was forgotten."""
     lanes: dict[tuple[Space, ...], Lane] = field(default_factory=dict)
+    unproven: set[Address] = field(default_factory=set)
+    """Addresses with an entry of an earlier life of the agent that no read has ended for yet."""
     checks_after: float = -math.inf
-    """No checks are sent before: the last one failed."""
+    """No checks are sent before: the last one failed, or all nodes would ask at once."""
+    ready_at: float = -math.inf
+    """Since when it is ready: no answer could come before."""
+
+    @property
+    def missed(self) -> int:
+        """How many missed addresses wait for a read."""
+        return sum([len(lane.misses) for lane in self.lanes.values()])
 
     def void_reads(self) -> None:
         """Make the answers of all reads in flight worthless: they may carry revisions of a replaced store."""

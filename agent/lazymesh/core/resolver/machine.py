@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any
 
 from lazymesh.core import events as ev
 from lazymesh.core.model import Reason
+from lazymesh.core.resolver.admission import Admission
 from lazymesh.core.resolver.backlog import Backlog
 from lazymesh.core.resolver.breaker import Breaker, BreakerState
 from lazymesh.core.resolver.ledger import Ledger
@@ -51,7 +52,9 @@ class Resolver:
         self._backlog = Backlog(limits)
         self._ledger = Ledger(limits)
         self._negatives = Negatives(limits)
-        self._moves = Moves(self._judge, self._backlog, self._ledger, self._negatives)
+        self.admission = Admission(limits)
+        """How many misses are let in, and why not all; for others to read only."""
+        self._moves = Moves(self._judge, self._backlog, self._ledger, self._negatives, self.admission)
         self._lifecycle = Lifecycle(
             lambda: Breaker(limits, jitter), self._judge, self._backlog, self._ledger, self._moves
         )
@@ -83,7 +86,7 @@ class Resolver:
     def step(self, event: ev.Event, now: float) -> list[ev.Command]:
         """Take one event; return what is to be done, in this order."""
         out: list[ev.Command] = []
-        self._moves.out = out
+        self._moves.out, self._moves.now = out, now
         self._handlers[type(event)](event, now)
         if self._backlog.busy:
             out += self._backlog.reads(now)
@@ -180,6 +183,8 @@ class Resolver:
         tracked.spaces = tracked.wants
         self._moves.settle(tracked, now)
         # Not IDLE: the next group is being asked, and may know more.
+        if tracked.fetch is Fetch.IDLE:
+            link.unproven.discard(tracked.address)
         if tracked.entry is not None and tracked.fetch is Fetch.IDLE and link.state is LinkState.READY:
             self._ledger.trust(tracked)
 
@@ -214,6 +219,7 @@ class Resolver:
             tracked = self._land(link, address)
             if tracked is None:
                 continue
+            link.unproven.discard(address)
             if tracked.withdrawn:
                 self._moves.refuse(tracked, Reason.NOT_FOUND, "", now)
             elif tracked.waiting:
@@ -302,6 +308,7 @@ class Resolver:
         self._ledger.own(tracked, event.entry)
         self._ledger.name(tracked, event.entry.identity)
         self._ledger.doubt(tracked, now)
+        link.unproven.add(event.address)
         cluster = self._judge.table.cluster(link.name)
         if link.state is LinkState.READY and cluster is not None:
             self._moves.read(tracked, cluster.spaces[0])
@@ -336,6 +343,8 @@ class Resolver:
             self._moves.forget(tracked)
         for tracked in self._ledger.stale(now):
             self._moves.drop(tracked, "expired", None)
+        if self.admission.look(now):
+            self._moves.out.append(ev.Admit(self.admission.share))
 
     # --- odds and ends --------------------------------------------------------------------------------------
 
@@ -344,10 +353,13 @@ class Resolver:
             self._moves.give_up(victim, Reason.SHED, now)
 
     def _mute(self) -> None:
-        share = self._backlog.level / self._limits.queue
-        if share <= self._limits.mute_low if self._muted else share >= self._limits.mute_high:
+        others = sum([link.state is LinkState.READY for link in self._links.values()]) > 1
+        level = self._backlog.level(others=others) / self._limits.queue
+        if level <= self._limits.mute_low if self._muted else level >= self._limits.mute_high:
             self._muted = not self._muted
             self._moves.out.append(ev.Mute(self._muted))
+            if self._muted and self.admission.overrun():
+                self._moves.out.append(ev.Admit(self.admission.share))
 
     # --- for status and metrics: read only ------------------------------------------------------------------
 
@@ -377,6 +389,15 @@ class Resolver:
     def muted(self) -> bool:
         """Whether the kernel is muted."""
         return self._muted
+
+    @property
+    def stale(self) -> dict[str, int]:
+        """How many entries of each cluster are served although nobody confirms them now."""
+        return self._ledger.doubted()
+
+    def stale_addresses(self) -> list[Address]:
+        """Return the addresses of such entries."""
+        return [entry.address for entry in self._ledger if self._ledger.doubts(entry)]
 
     @property
     def clusters(self) -> dict[str, ClusterView]:

@@ -19,6 +19,7 @@ from lazymesh.core.resolver.tracked import Fetch, Phase, Tracked
 if TYPE_CHECKING:
     from lazymesh.core.clusters import ClusterInfo
     from lazymesh.core.model import Address, Entry, Space
+    from lazymesh.core.resolver.admission import Admission
     from lazymesh.core.resolver.backlog import Backlog
     from lazymesh.core.resolver.ledger import Ledger
     from lazymesh.core.resolver.link import Link
@@ -31,15 +32,22 @@ _OUTCOMES = {
     Reason.SHED: "shed",
 }
 """How a Report calls an absence that is no answer; all others are ``absent``."""
+_UNANSWERED = frozenset({Reason.READ_FAILED, Reason.CLUSTER_DOWN, Reason.SHED})
+"""Ends that tell nothing about how long an answer takes."""
 
 
 class Moves:
     """All tracked addresses, and what can be done to one of them."""
 
-    def __init__(self, judge: Judge, backlog: Backlog, ledger: Ledger, negatives: Negatives) -> None:
+    def __init__(
+        self, judge: Judge, backlog: Backlog, ledger: Ledger, negatives: Negatives, admission: Admission
+    ) -> None:
         self.tracked: dict[Address, Tracked] = {}
         self.out: list[Command] = []
         """The commands of the step in hand; the resolver exchanges the list at each step."""
+        self.now = 0.0
+        """The time of the step in hand."""
+        self.admission = admission
         self._judge = judge
         self._backlog = backlog
         self._ledger = ledger
@@ -64,6 +72,7 @@ class Moves:
             if tracked.watched:
                 self.out.append(Unwatch(link.name, tracked.address))
             del link.members[tracked.address]
+            link.unproven.discard(tracked.address)
             # Whoever still holds the object further up the stack must find nothing to act upon.
             tracked.link = None
         if tracked.phase is Phase.ABSENT:
@@ -201,7 +210,10 @@ class Moves:
         self, tracked: Tracked, outcome: str, reason: Reason | None, detail: str = "", *, cached: bool = False
     ) -> None:
         """Tell how it ended; the miss that waited for it, if any, is answered by this."""
-        cluster = tracked.link.name if tracked.link is not None else None
+        link = tracked.link
+        cluster = link.name if link is not None else None
+        if link is not None and tracked.missed_at is not None and not cached and reason not in _UNANSWERED:
+            self.admission.took(link.name, self.now - max(tracked.missed_at, link.ready_at))
         self.out.append(Report(tracked.address, cluster, outcome, reason, detail, tracked.missed_at, cached))
         tracked.missed_at = None
 

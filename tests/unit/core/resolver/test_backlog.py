@@ -1,6 +1,6 @@
 """The queue: batches, fairness, shedding and muting, seen through the resolver."""
 
-from lazymesh.core.events import ClusterReady, ClusterSilent, Command, Miss, Mute, Read
+from lazymesh.core.events import Admit, ClusterReady, ClusterSilent, Command, Miss, Mute, Read, Tick
 from lazymesh.core.model import Reason
 from lazymesh.core.resolver.limits import Limits
 from tests.support.playbook import (
@@ -27,6 +27,7 @@ from tests.support.playbook import (
     watch,
 )
 
+MUTED: list[Command] = [Mute(True), Admit(0.5)]
 MANY = [bytes([10, 2, 1 + n // 256, n % 256]) for n in range(300)]
 
 
@@ -136,15 +137,15 @@ def test_both_read_groups_of_a_cluster_get_their_turn() -> None:
 # --- 3: shedding and muting ---------------------------------------------------------------------------------------
 
 
-def full_window(**kwargs: object) -> Play:
-    """Return a play in which B1 is being read and nothing more goes out; the queue holds four."""
-    story = play(limits=Limits(queue=4, transactions_in_flight=1), **kwargs)
+def full_window(queue: int = 4) -> Play:
+    """Return a play in which only b is ready, B1 is being read and nothing more goes out."""
+    story = Play(limits=Limits(queue=queue, transactions_in_flight=1)) >> ClusterReady("b")
     return story >> miss(B1) << read(B1)
 
 
 def test_the_oldest_waiting_address_is_shed_when_the_queue_is_full() -> None:
     """Its packet is the most likely to have given up; the next misses of it are answered for a moment."""
-    story = full_window() >> miss(B2) >> miss(B3) >> miss(B4) << Mute(True) >> miss(B5)
+    story = full_window() >> miss(B2) >> miss(B3) >> miss(B4) << MUTED >> miss(B5)
     (
         story
         >> miss(B6, at=1.0)
@@ -156,12 +157,28 @@ def test_the_oldest_waiting_address_is_shed_when_the_queue_is_full() -> None:
 
 
 def test_the_kernel_is_muted_at_the_high_mark_and_heard_again_at_the_low_one() -> None:
-    """Each is said once."""
-    story = full_window() >> miss(B2) >> miss(B3) >> miss(B4) << Mute(True) >> miss(B5)
+    """Each is said once; what is let in afterwards is half of what it was."""
+    story = full_window() >> miss(B2) >> miss(B3) >> miss(B4) << MUTED >> miss(B5)
     assert story.resolver.muted
     said = story.tell(answered(10, {B1: None}))
     assert [c for c in said if isinstance(c, Read | Mute)] == [read(B2, B3, B4, B5), Mute(False)]
     assert not story.resolver.muted
+
+
+def test_a_slow_cluster_among_others_mutes_nobody_and_sheds_its_own() -> None:
+    """Its addresses fill the queue; the other's are not those that go, and the kernel is heard for their sake."""
+    story = full_window(queue=8) >> ClusterReady("c")
+    for address in MANY[:8]:
+        story = story >> miss(address)
+    story = story >> miss(C1) << read(C1, cluster="c") >> miss(C2)
+    (story << report(MANY[0], "shed", Reason.SHED, missed_at=0.0)).end()
+    assert not story.resolver.muted
+
+
+def test_two_slow_clusters_mute_the_kernel() -> None:
+    """What waits for more than one is the agent's own trouble."""
+    story = full_window() >> ClusterReady("c") >> miss(C1) << read(C1, cluster="c")
+    (story >> miss(B2) >> miss(C2) >> miss(B3) << MUTED).end()
 
 
 def test_a_cluster_that_is_not_ready_mutes_nobody_and_sheds_its_own() -> None:
@@ -175,10 +192,34 @@ def test_a_cluster_that_is_not_ready_mutes_nobody_and_sheds_its_own() -> None:
 
 def test_a_cluster_that_falls_silent_leaves_the_queue_to_the_others() -> None:
     """Its waiting addresses are told, and the kernel is heard again."""
-    story = full_window() >> miss(B2) >> miss(B3) >> miss(B4) << Mute(True) >> ClusterSilent("b")
+    story = full_window() >> miss(B2) >> miss(B3) >> miss(B4) << MUTED >> ClusterSilent("b")
     story << [report(a, "absent", Reason.CLUSTER_DOWN, missed_at=0.0) for a in (B1, B2, B3, B4)]
     (story << Mute(False)).end()
     assert story.resolver.queued == 0
+
+
+def test_late_answers_let_fewer_misses_in_and_none_at_all_let_more_in() -> None:
+    """Said once a second, while it changes; how late is measured from the packet to its answer."""
+    story = play()
+    said: list[Command] = []
+    for second in range(5):
+        for address in MANY[second * 20 : second * 20 + 20]:
+            story.tell(miss(address, at=story.now))
+        story.now += 0.5 if second else 0.001
+        for waiting in [
+            a for a in MANY if (view := story.resolver.describe(a)) and view.state == "resolving"
+        ]:
+            story.tell(answered(10, {waiting: None}))
+        story.now = second + 1.0
+        said += story.tell(Tick())
+    assert said == [Admit(0.5), Admit(0.25)]
+    said = []
+    for _ in range(20):
+        story.now += 1.0
+        said += [c for c in story.tell(Tick()) if isinstance(c, Admit)]
+    shares = [c.share for c in said]
+    assert shares == sorted(shares)
+    assert shares[-1] == 1.0
 
 
 def test_every_shed_miss_is_reported_exactly_once() -> None:

@@ -130,6 +130,16 @@ def test_an_entry_verified_after_silence_starts_its_time_anew() -> None:
     story.later(599).end()
 
 
+def test_a_cluster_that_is_back_is_asked_what_is_known_after_a_pause_drawn_by_chance() -> None:
+    """All nodes of a mesh notice in one moment. Misses do not wait for it, and what stands is marked until then."""
+    story = installed(spread=2.0) >> ClusterSilent("b") >> ClusterReady("b") >> miss(B2) << read(B2)
+    assert story.resolver.stale == {"b": 1}
+    assert story.resolver.stale_addresses() == [B1]
+    story = story.later(1.9).later(0.2) << read(B1) >> answered(20, {B1: record(B1)})
+    story.end()
+    assert story.resolver.stale == {}
+
+
 def test_an_entry_in_doubt_is_read_again_until_it_is_verified() -> None:
     """A failed re-read costs a pause, not the entry."""
     story = installed() >> ClusterSilent("b") >> ClusterReady("b") << read(B1) >> failed(B1, kind="timeout")

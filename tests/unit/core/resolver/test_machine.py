@@ -637,6 +637,44 @@ def test_an_adopted_entry_is_evicted_if_its_record_is_gone() -> None:
     ).end()
 
 
+def test_adopted_entries_are_proven_before_anything_else_is_read() -> None:
+    """What waited for the cluster, and what is missed meanwhile, waits for one answer more."""
+    (
+        adopted()
+        >> miss(B2)
+        >> ClusterReady("b")
+        << read(B1)
+        >> miss(B3)
+        >> answered(10, {B1: record(B1, DATABASE)})
+        << install(B1, entry(DATABASE))
+        << watch(B1, 10)
+        << read(B2, B3)
+        >> stands(B1, entry(DATABASE))
+        << report(B1, "updated")
+    ).end()
+
+
+def test_a_store_that_does_not_answer_for_adopted_entries_keeps_nobody_waiting() -> None:
+    """Not for longer than a second, and not once it has said no."""
+    story = adopted() >> miss(B2) >> ClusterReady("b") << read(B1)
+    (story.later(0.9).later(0.1) << read(B2)).end()
+    (adopted() >> miss(B2) >> ClusterReady("b") << read(B1) >> failed(B1) << read(B2)).end()
+
+
+def test_an_adopted_entry_that_goes_keeps_nobody_waiting() -> None:
+    """Its identity was withdrawn, or its address is nobody's by now, before its read has ended."""
+    story = adopted() >> miss(B2) >> ClusterReady("b") << read(B1)
+    (
+        story
+        >> IdentityGone(entry().identity)
+        << evict(B1, "unknown-identity")
+        << report(B1, "evicted", Reason.UNKNOWN_IDENTITY)
+        >> answered(10, {B1: None})
+        << watch(B1, 10)
+        << read(B2)
+    )
+
+
 def test_an_adopted_entry_outlives_an_empty_cache() -> None:
     """Its record may be in the owner's store alone: the last group decides."""
     (

@@ -112,7 +112,12 @@ class World(RuleBasedStateMachine):
         """Start the agent over what an earlier life left in the map."""
         self.budget = budget
         limits = Limits(
-            owned=budget, transactions_in_flight=IN_FLIGHT, keys_per_transaction=KEYS, queue=3, negatives=3
+            owned=budget,
+            transactions_in_flight=IN_FLIGHT,
+            keys_per_transaction=KEYS,
+            queue=3,
+            negatives=3,
+            revalidation_spread=2.0,
         )
         self.resolver = Resolver(limits, Judge(self.table(), self.identities))
         for address, known in itertools.islice(adopted.items(), budget):

@@ -1,0 +1,111 @@
+"""How many misses the kernel may signal, as a share of what the settings allow; adapted to how fast they are answered.
+
+Each cluster is compared with itself: its fastest answers of the last minute tell how far away its store is, and when
+its slowest ones (the 99th percentile of a second) take many times as long, they wait for something. Whether that is its
+store or this agent, nobody can tell from one cluster; but when *every* cluster that answers has become slow, the cause
+is here, and fewer misses are let in: half as many, then a look at what it helped. One slow second is a burst and no
+cause; a slow cluster among good ones changes nothing for them.
+
+Down at once and up by a tenth a second: it neither swings nor starves. The queue's own alarm is the mute flag
+(machine); after it, too, the share is halved, so that the flood does not come back at once.
+"""
+
+from __future__ import annotations
+
+import math
+from collections import deque
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from lazymesh.core.resolver.limits import Limits
+
+WINDOW_S = 1.0
+"""How often it is looked at."""
+SAMPLES = 20
+"""So many answers of a cluster at least make a window; fewer say nothing about a percentile."""
+MEMORY = 60
+"""Windows that a cluster's fastest answer is remembered for."""
+
+
+class Admission:
+    """The controller; ``share`` is in force, from ``Limits.admission_least`` to 1."""
+
+    def __init__(self, limits: Limits) -> None:
+        self.share = 1.0
+        self.p99 = 0.0
+        """Seconds, of the least slow cluster in the last window that had any answers."""
+        self.cuts = {"latency": 0, "queue": 0}
+        """How often the share was halved, by cause."""
+        self._limits = limits
+        self._clusters: dict[str, _Cluster] = {}
+        self._ends = 0.0
+        self._settling = False
+        self._late = 0
+
+    def took(self, cluster: str, seconds: float) -> None:
+        """Take note that a miss was answered from the cluster's store."""
+        known = self._clusters.get(cluster)
+        if known is None:
+            known = self._clusters[cluster] = _Cluster()
+        known.times.append(seconds)
+
+    def forget(self, cluster: str) -> None:
+        """The cluster is gone."""
+        self._clusters.pop(cluster, None)
+
+    def look(self, now: float) -> bool:
+        """Judge the window if it is over; return whether the share has changed."""
+        if now < self._ends:
+            return False
+        self._ends = now + WINDOW_S
+        slowness = [each for each in (c.close() for c in self._clusters.values()) if each is not None]
+        if self._settling:
+            # These answers belong to misses that were let in before the share was halved.
+            self._settling = False
+            return False
+        if not slowness:
+            return self._grow()
+        self.p99, usual = min(slowness, key=lambda each: each[0] / self._bound(each[1]))
+        bound = self._bound(usual)
+        self._late = self._late + 1 if self.p99 > bound else 0
+        if self._late > 1:
+            return self._halve("latency")
+        return self._grow() if self.p99 <= bound / 2 else False
+
+    def overrun(self) -> bool:
+        """The queue is so full that the kernel is muted; return whether the share has changed."""
+        return self._halve("queue")
+
+    def _bound(self, usual: float) -> float:
+        return max(self._limits.admission_floor, self._limits.admission_factor * usual)
+
+    def _halve(self, cause: str) -> bool:
+        self._settling = True
+        before, self.share = self.share, max(self._limits.admission_least, self.share / 2)
+        if self.share == before:
+            return False
+        self.cuts[cause] += 1
+        return True
+
+    def _grow(self) -> bool:
+        before, self.share = self.share, min(1.0, self.share * self._limits.admission_growth)
+        return self.share != before
+
+
+class _Cluster:
+    """How long one cluster's answers take."""
+
+    __slots__ = ("_fastest", "times")
+
+    def __init__(self) -> None:
+        self.times: list[float] = []
+        self._fastest: deque[float] = deque(maxlen=MEMORY)
+
+    def close(self) -> tuple[float, float] | None:
+        """End a window; return its 99th percentile and the usual time, None if it says nothing."""
+        times, self.times = self.times, []
+        if len(times) < SAMPLES:
+            return None
+        times.sort()
+        self._fastest.append(times[0])
+        return times[math.ceil(len(times) * 0.99) - 1], min(self._fastest)

@@ -1,0 +1,71 @@
+"""What the kernel wants a process to be allowed to do; being root alone is not it in a container."""
+
+from __future__ import annotations
+
+import os
+import re
+import resource
+from dataclasses import dataclass
+from pathlib import Path
+
+from lazymesh.errors import DatapathError
+
+NUMBERS = {"NET_ADMIN": 12, "SYS_ADMIN": 21, "SYS_RESOURCE": 24, "PERFMON": 38, "BPF": 39}
+"""Bits of CapEff, by linux/capability.h."""
+FOR = {
+    "BPF": "to make maps and load programs",
+    "NET_ADMIN": "to attach programs to interfaces and make a TAP",
+    "PERFMON": "to read the miss signals, and for the verifier",
+    "SYS_ADMIN": "to open Cilium's maps and programs by their numbers",
+    "SYS_RESOURCE": "since kernels before 5.11 charge maps to a limit (ulimit -l)",
+}
+UNLIMITED_SINCE = (5, 11)
+
+
+@dataclass(frozen=True, slots=True)
+class Circumstances:
+    """What decides which are needed."""
+
+    beside_cilium: bool
+    kernel: tuple[int, ...]
+    locked_unlimited: bool
+    """RLIMIT_MEMLOCK is no limit already."""
+
+    @classmethod
+    def here(cls, beside_cilium: bool) -> Circumstances:
+        """Look at this kernel and process."""
+        kernel = tuple(int(number) for number in re.findall(r"\d+", os.uname().release)[:2])
+        unlimited = resource.getrlimit(resource.RLIMIT_MEMLOCK)[1] == resource.RLIM_INFINITY
+        return cls(beside_cilium, kernel, unlimited)
+
+
+def missing(held: frozenset[str], where: Circumstances) -> list[str]:
+    """Return which capabilities are needed and not held; SYS_ADMIN is as good as BPF and PERFMON."""
+    needed = ["NET_ADMIN"]
+    if "SYS_ADMIN" not in held:
+        needed += ["BPF", "PERFMON"]
+    if where.beside_cilium:
+        needed.append("SYS_ADMIN")
+    if where.kernel < UNLIMITED_SINCE and not where.locked_unlimited:
+        needed.append("SYS_RESOURCE")
+    return [name for name in sorted(needed) if name not in held]
+
+
+def held_here(status: Path = Path("/proc/self/status")) -> frozenset[str]:
+    """Return which of the capabilities that matter to us are in force in this process."""
+    (line,) = [line for line in status.read_text(encoding="ascii").splitlines() if line.startswith("CapEff:")]
+    bits = int(line.split()[1], 16)
+    return frozenset(name for name, number in NUMBERS.items() if bits >> number & 1)
+
+
+def check_capabilities(beside_cilium: bool) -> list[str]:
+    """Return what is held; DatapathError names what is needed and missing, and what for."""
+    held = held_here()
+    lacking = missing(held, Circumstances.here(beside_cilium))
+    if lacking:
+        words = "; CAP_".join(f"{name}, {FOR[name]}" for name in lacking)
+        raise DatapathError(
+            f"missing CAP_{words}: add {'it' if len(lacking) == 1 else 'them'} to the container's capabilities,"
+            " or make it privileged"
+        )
+    return sorted(held)

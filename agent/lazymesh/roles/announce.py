@@ -1,0 +1,68 @@
+"""Tells every agent of a cluster to clean its node up when it is stopped, and waits until each says that it will.
+
+The word is a key of the ConfigMap that all of them mount; kubelets bring it to the nodes within two minutes. An agent
+that finds it is not ready any more (roles/status.py): that is what is waited for.
+"""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Protocol
+
+from lazymesh.errors import LazymeshError
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from lazymesh.kube.api import Pod
+
+MARK = "uninstall"
+"""The key, and so the name of the file in the pods."""
+REFRESH_S = 120.0
+"""A kubelet has brought a changed ConfigMap to its pods by then."""
+LOOK_EVERY_S = 2.0
+
+
+@dataclass(frozen=True, slots=True)
+class Time:
+    """The clock, for tests that do not wait."""
+
+    now: Callable[[], float] = time.monotonic
+    sleep: Callable[[float], None] = time.sleep
+
+
+class Api(Protocol):
+    """What is needed of the Kubernetes API (kube/api.py)."""
+
+    def set_config(self, name: str, values: dict[str, str | None]) -> None:
+        """Set keys of a ConfigMap."""
+
+    def pods(self, selector: str) -> list[Pod]:
+        """Return the pods that have these labels."""
+
+
+_TIME = Time()
+
+
+def announce(api: Api, configmap: str, selector: str, timeout_s: float, clock: Time = _TIME) -> int:
+    """Return how many agents will clean up; LazymeshError names the nodes of which it is not known after the time.
+
+    An agent that was not ready before cannot show that it has heard; it is given the time in which it must have.
+    """
+    silent = {pod.name for pod in api.pods(selector) if not pod.ready}
+    api.set_config(configmap, {MARK: "true"})
+    began = clock.now()
+    while True:
+        pods = api.pods(selector)
+        deaf = [pod for pod in pods if pod.ready]
+        waited = clock.now() - began
+        if not deaf and (waited >= REFRESH_S or not any(pod.name in silent for pod in pods)):
+            return len(pods)
+        if waited >= timeout_s:
+            nodes = ", ".join(sorted(pod.node for pod in deaf)) or "those whose agents are not ready"
+            raise LazymeshError(
+                f"after {waited:.0f} s it is not known that these nodes will be cleaned up: {nodes}; look at their"
+                " agents, or run `lazymesh uninstall` there afterwards"
+            )
+        clock.sleep(LOOK_EVERY_S)

@@ -1,0 +1,39 @@
+{{- define "lazymesh.name" -}}
+{{- .Release.Name | trunc 52 | trimSuffix "-" -}}
+{{- end -}}
+
+{{- define "lazymesh.selector" -}}
+app.kubernetes.io/name: lazymesh
+app.kubernetes.io/instance: {{ .Release.Name }}
+{{- end -}}
+
+{{- define "lazymesh.labels" -}}
+{{ include "lazymesh.selector" . }}
+app.kubernetes.io/version: {{ .Chart.AppVersion | quote }}
+app.kubernetes.io/part-of: lazymesh
+app.kubernetes.io/managed-by: {{ .Release.Service }}
+{{- end -}}
+
+{{- define "lazymesh.image" -}}
+{{ .Values.image.repository }}:{{ .Values.image.tag | default .Chart.AppVersion }}
+{{- end -}}
+
+{{- define "lazymesh.account" -}}
+{{ .Values.serviceAccount.name | default (include "lazymesh.name" .) }}
+{{- end -}}
+
+{{- /* What the container may do. */ -}}
+{{- define "lazymesh.security" -}}
+readOnlyRootFilesystem: true
+{{- if .Values.privileged }}
+privileged: true
+{{- else }}
+privileged: false
+allowPrivilegeEscalation: false
+capabilities:
+  drop: [ALL]
+  add:
+    {{- $mode := ternary "standalone" "cilium" (eq .Values.datapath "standalone") }}
+    {{- toYaml (concat (index .Values.capabilities $mode) .Values.capabilities.extra | uniq) | nindent 4 }}
+{{- end }}
+{{- end -}}

@@ -1,0 +1,415 @@
+"""lazymesh beside an unmodified cilium-agent: what is promised of it, looked at one by one, with figures.
+
+Run by scripts/real-cilium, which builds what is needed. The agent, its programs, its policy, the kube-apiserver and
+both etcds are real; the other cluster's records are the lab's, written as its clustermesh-apiserver writes them.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import json
+import statistics
+import sys
+import threading
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from tests.support import tcx
+from tests.support.bpfobject import program_info_by_id
+from tests.support.cilium_boot import FILLED, PINNED, SWITCHED
+from tests.support.cilium_ipcache import pack_key, pack_value, unpack_key, unpack_value
+from tests.support.cilium_world import CiliumSettings, RemoteNode, World, pod_record
+from tests.support.etcd import wait_until
+from tests.support.lab import ETCD_PORT, NODE_A, OTHER_IDENTITY, Lab, Store, remote_address
+from tests.support.namespaces import tidy_signals
+from tests.support.node import launched, metric, options, status
+from tests.support.pulse import Pulse, Sender
+from tests.support.real_cilium import Build, RealCilium
+from tests.support.restart import addresses
+from tests.support.traffic import Probe, probe
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator, Sequence
+
+    from tests.support.lab import AgentProcess
+    from tests.support.pulse import Fates
+
+_BEGAN = time.monotonic()
+_TAG = b"lm"
+PUSHED, UNKNOWN = 50, 60_100
+"""Pods that the agent is told of while stories are told; numbers of those it is not told of begin behind."""
+HEARTBEAT_EVERY_S = 20.0
+
+
+class Report:
+    """What was looked at: a line each, and figures by name."""
+
+    def __init__(self) -> None:
+        self.figures: dict[str, Any] = {}
+        self.wrong: list[str] = []
+
+    def check(self, ok: bool, promise: str, seen: object = "") -> None:
+        """Note whether a promise was kept, and what was seen."""
+        print(f"{'ok' if ok else 'NO':<3} {promise}" + (f": {seen}" if seen != "" else ""), flush=True)
+        if not ok:
+            self.wrong.append(promise)
+
+    def note(self, name: str, value: object) -> None:
+        """Note a figure."""
+        self.figures[name] = value
+        print(f"    {name}: {value}", flush=True)
+
+
+def say(text: str) -> None:
+    """Tell the person at the terminal what is going on."""
+    print(f"[{time.monotonic() - _BEGAN:5.1f} s] {text}", file=sys.stderr, flush=True)
+
+
+def main() -> int:
+    """Tell all stories; 0 if every promise was kept."""
+    arguments = parse_arguments()
+    build = Build(arguments.version, arguments.binaries, arguments.sources, arguments.tools)
+    report = Report()
+    extra = [f"--clustermesh-sync-timeout={arguments.wait:g}s", *arguments.option]
+    with tidy_signals(), Lab(pods=2) as lab, beating(lab):
+        lab.publish_many(addresses(PUSHED))
+        say(f"cilium-agent {build.version} starts for the first time")
+        with (
+            RealCilium(lab, build, *extra, tunnel=arguments.tunnel) as cilium,
+            keeping_logs(lab, cilium, arguments.logs),
+        ):
+            cilium.wait_synced()
+            compare_with_stand_in(report, lab, cilium)
+            without_lazymesh(report, lab, cilium)
+            with_lazymesh(report, lab, cilium)
+            uninstalled(report, lab, cilium)
+            if arguments.endpoints:
+                restarts(report, lab, cilium, arguments.endpoints)
+    if arguments.json:
+        arguments.json.write_text(json.dumps({"version": build.version, **report.figures}, indent=2) + "\n")
+    print(f"\n{len(report.wrong)} of the promises broken" if report.wrong else "\nevery promise kept")
+    return 1 if report.wrong else 0
+
+
+def parse_arguments() -> argparse.Namespace:
+    """Read the command line."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("version")
+    for name in ("binaries", "sources", "tools"):
+        parser.add_argument(f"--{name}", type=Path, required=True, help=argparse.SUPPRESS)
+    parser.add_argument("--endpoints", type=int, default=100_000, help="of the restart; 0 leaves that out")
+    parser.add_argument("--wait", type=float, default=5, help="clustermesh-sync-timeout, in seconds")
+    parser.add_argument("--tunnel", action="store_true", help="VXLAN between the nodes, instead of routes")
+    parser.add_argument("--option", action="append", default=[], help="one more of cilium-agent's")
+    parser.add_argument("--json", type=Path, help="write the figures here")
+    parser.add_argument("--logs", type=Path, help="keep the agents' logs in this directory")
+    return parser.parse_args()
+
+
+@contextlib.contextmanager
+def beating(lab: Lab) -> Iterator[None]:
+    """Say again and again that cluster b lives: an agent drops a peer that has been silent for two minutes."""
+    stop = threading.Event()
+    store = Store(lab.node_a, ETCD_PORT)
+
+    def beat() -> None:
+        while not stop.wait(HEARTBEAT_EVERY_S):
+            store.put_many({"cilium/.heartbeat": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())})
+
+    thread = threading.Thread(target=beat, name="heartbeat of cluster b", daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        stop.set()
+        thread.join()
+        store.close()
+
+
+@contextlib.contextmanager
+def keeping_logs(lab: Lab, cilium: RealCilium, directory: Path | None) -> Iterator[None]:
+    """Copy the logs away before they go with the lab."""
+    try:
+        yield
+    finally:
+        if directory:
+            directory.mkdir(parents=True, exist_ok=True)
+            for path in (cilium.log_path, lab.directory / "agent.log"):
+                if path.exists():
+                    (directory / f"{path.parent.name}-{path.name}").write_bytes(path.read_bytes())
+
+
+# The stories.
+
+
+def compare_with_stand_in(report: Report, lab: Lab, cilium: RealCilium) -> None:
+    """Hold the stand-in against the agent: what it would have written, and what stands there."""
+    world = World(CiliumSettings())
+    world.learn_node_a(lab.pods)
+    world.learn_node(RemoteNode())
+    world.pods.update({one: pod_record(one, 131_073, {}) for one in addresses(PUSHED)})
+    expected = {
+        pack_key(prefix): pack_value(cilium.layout, record, NODE_A)
+        for prefix, record in world.listing()
+        if record is not None
+    }
+    real = cilium.dump()
+    missing = sorted(unpack_key(key) for key in expected.keys() - real.keys())
+    more = {unpack_key(key): tuple(unpack_value(real[key])) for key in real.keys() - expected.keys()}
+    differ = {
+        unpack_key(key): (tuple(unpack_value(expected[key])), tuple(unpack_value(real[key])))
+        for key in expected.keys() & real.keys()
+        if expected[key] != real[key]
+    }
+    pods = {pack_key(one) for one in addresses(PUSHED)}
+    report.check(
+        all(real.get(key) == expected[key] for key in pods),
+        "pods of the peer stand in the map as the stand-in writes them, byte for byte",
+    )
+    report.note("entries of the real agent alone", more)
+    report.note("entries of the stand-in alone", missing)
+    report.note("entries that differ (stand-in, real)", differ)
+    listing = json.loads(cilium.dbg("bpf", "ipcache", "list", "-o", "json"))
+    report.check(
+        len(listing) == len(real), "cilium-dbg lists what we read of the map", f"{len(listing)} entries"
+    )
+
+
+def without_lazymesh(report: Report, lab: Lab, cilium: RealCilium) -> None:
+    """The gap that lazymesh is there to close."""
+    known, unknown = remote_address(0), remote_address(UNKNOWN)
+    lab.publish(unknown, space="ondemand")
+    pod = lab.pods[0].namespace
+    denied = cilium.drops()
+    seen = probe(pod, Probe(tcp=(known, unknown), udp=(known,), timeout=1.5, echoes=1))
+    report.check(seen[0].ok and seen[2].ok, "without lazymesh: a pod that the agent knows is reached")
+    report.check(not seen[1].ok, "without lazymesh: a pod that it was not told of is not", seen[1].error)
+    report.check(cilium.drops() > denied, "its policy has denied that", f"{cilium.drops() - denied} packets")
+
+
+def with_lazymesh(report: Report, lab: Lab, cilium: RealCilium) -> None:
+    """First connections, good manners, reloads, a takeover; then the agent of ours ends and leaves its pins."""
+    before = cilium.dump()
+    with beside(lab) as agent:
+        is_at_home(report, lab, cilium)
+        first_connections(report, lab, cilium, agent)
+        is_polite(report, cilium, before)
+        stays_first(report, lab, cilium)
+        is_taken_over(report, lab, cilium)
+        report.note("programs at the pod, in order", chain(lab, lab.pods[0].interface))
+        for words in (["status"], ["check", *checked(lab)]):
+            done = lab.cli(*words, check=False)
+            print(f"\n$ lazymesh {words[0]}\n{done.stdout}{done.stderr}", flush=True)
+            report.check(done.returncode == 0, f"lazymesh {words[0]} finds nothing wrong", done.returncode)
+
+
+def is_at_home(report: Report, lab: Lab, cilium: RealCilium) -> None:
+    """Auto has found Cilium's map, and our programs are the first on the hooks."""
+    shown = status(lab)
+    ipcache = shown["datapath"]["ipcache"]
+    report.check(
+        [one["id"] for one in ipcache["maps"]] == [cilium.map_id],
+        "--datapath auto works in the map behind Cilium's pin",
+        ipcache["maps"],
+    )
+    for device in (*(pod.interface for pod in lab.pods), "eth0"):
+        names = chain(lab, device)
+        report.check(
+            len(names) > 1 and names[0].startswith("lm_"), f"first on {device}", " then ".join(names)
+        )
+    report.check(shown["wrong"] == [], "status has nothing to complain of", shown["wrong"])
+
+
+def first_connections(report: Report, lab: Lab, cilium: RealCilium, agent: AgentProcess) -> None:
+    """Pods that the agent never hears of: the first packet arrives, and the policy holds."""
+    numbers = range(UNKNOWN + 1, UNKNOWN + 1 + 40)
+    tcp = tuple(remote_address(n, 6 if n % 2 else 4) for n in numbers)
+    udp = tuple(remote_address(n + 100, 6 if n % 2 else 4) for n in numbers)
+    lab.publish_many((*tcp, *udp), space="ondemand")
+    denied, pod = cilium.drops(), lab.pods[0].namespace
+    seen = probe(pod, Probe(tcp=tcp, udp=udp, stagger=0.02))
+    for protocol in ("tcp", "udp"):
+        times = sorted(one.first_ms for one in seen if one.protocol == protocol and one.first_ms is not None)
+        lost = sum(one.lost for one in seen if one.protocol == protocol)
+        report.check(
+            len(times) == 40 and lost == 0 and times[-1] < 900,
+            f"first packets to 40 pods unknown to the agent arrive, {protocol}",
+            f"{len(times)} of 40, p50 {statistics.median(times):.2f} ms, worst {times[-1]:.2f} ms"
+            if times
+            else 0,
+        )
+        if times:
+            report.note(
+                f"first packet {protocol}, ms",
+                [round(one, 2) for one in (statistics.median(times), times[-1])],
+            )
+    report.check(cilium.drops() == denied, "the policy has denied none of them", cilium.drops() - denied)
+    report.check(metric(agent, "lazymesh_entries_owned") == 80, "80 entries are ours")
+    other = remote_address(UNKNOWN + 300)
+    lab.publish(other, OTHER_IDENTITY, space="ondemand")
+    refused = probe(pod, Probe(tcp=(other,), timeout=1.5))[0]
+    report.check(
+        not refused.ok and cilium.entries()[other].identity == OTHER_IDENTITY and cilium.drops() > denied,
+        "what the policy denies stays denied, for the right identity",
+        f"identity {cilium.entries()[other].identity}, {cilium.drops() - denied} packets",
+    )
+
+
+def is_polite(report: Report, cilium: RealCilium, before: dict[bytes, bytes]) -> None:
+    """What was there is there; what came carries our mark; the agent itself reads it all."""
+    now = cilium.dump()
+    report.check(
+        all(now.get(key) == value for key, value in before.items()), "Cilium's entries are untouched"
+    )
+    fresh = {key: value for key, value in now.items() if key not in before}
+    report.check(
+        len(fresh) == 81 and all(value[20:22] == _TAG for value in fresh.values()),
+        "ours are marked",
+        len(fresh),
+    )
+    address = remote_address(UNKNOWN + 2)
+    theirs = cilium.dbg("bpf", "ipcache", "get", address).strip()
+    report.check("identity=131073" in theirs and "hastunnel" in theirs, "cilium-dbg reads ours", theirs)
+
+
+def stays_first(report: Report, lab: Lab, cilium: RealCilium) -> None:
+    """Endpoints regenerated: our program is first again, and the next unknown pod is reached."""
+    for one in cilium.endpoints():
+        cilium.dbg("endpoint", "regenerate", str(one["id"]))
+    cilium.wait_regenerated()
+    names = chain(lab, lab.pods[0].interface)
+    peer = remote_address(UNKNOWN + 310)
+    lab.publish(peer, space="ondemand")
+    seen = probe(lab.pods[0].namespace, Probe(tcp=(peer,)))[0]
+    report.check(names[0].startswith("lm_"), "after a regeneration ours is first", " then ".join(names))
+    report.check(
+        seen.ok and (seen.first_ms or 0) < 900, "and the next first connection succeeds", seen.first_ms
+    )
+
+
+def is_taken_over(report: Report, lab: Lab, cilium: RealCilium) -> None:
+    """The agent is told of a pod that we had: its entry wins, and we neither change nor remove it."""
+    peer = remote_address(UNKNOWN + 320)
+    lab.publish(peer, space="ondemand")
+    seen = probe(lab.pods[0].namespace, Probe(tcp=(peer,)))[0]
+    key = pack_key(peer)
+    report.check(seen.ok and cilium.dump()[key][20:22] == _TAG, "an entry of ours")
+    lab.publish(peer)
+    wait_until(lambda: cilium.dump()[key][20:22] == b"\0\0", what="the agent writes over ours")
+    lab.withdraw(peer, space="ondemand")
+    time.sleep(1)
+    report.check(
+        cilium.dump().get(key, b"")[20:22] == b"\0\0", "what the agent writes over ours stays its own"
+    )
+    lab.withdraw(peer)
+    wait_until(lambda: key not in cilium.dump(), what="the agent deletes what it owns")
+    report.check(True, "and goes when the agent says so")
+
+
+def uninstalled(report: Report, lab: Lab, cilium: RealCilium) -> None:
+    """Nothing of ours is left, nothing of Cilium's has gone."""
+    ours = sum(value[20:22] == _TAG for value in cilium.dump().values())
+    theirs = {key: value for key, value in cilium.dump().items() if value[20:22] != _TAG}
+    done = lab.cli("uninstall", check=False)
+    report.check(done.returncode == 0, "uninstall", f"{ours} entries; {(done.stdout + done.stderr).strip()}")
+    report.check(cilium.dump() == theirs, "the map is as it was without us", f"{len(theirs)} entries")
+    for device in (*(pod.interface for pod in lab.pods), "eth0"):
+        names = chain(lab, device)
+        report.check(
+            bool(names) and all(name.startswith("cil_") for name in names), f"{device} is Cilium's", names
+        )
+
+
+def restarts(report: Report, lab: Lab, cilium: RealCilium, endpoints: int) -> None:
+    """A restart with a big mesh, under established flows and new connections, without us and with us."""
+    peers = addresses(endpoints)
+    say(f"publishing {endpoints:,} remote pods")
+    lab.publish_many(peers)
+    wait_until(lambda: cilium.remote().get("num-endpoints", 0) >= endpoints, 600, "the agent knows them all")
+    say("restart without lazymesh")
+    report_restart(report, "without", *restart_under_traffic(lab, cilium, peers))
+    with beside(lab, "--cleanup") as agent:
+        say("restart with lazymesh")
+        fates, times = restart_under_traffic(lab, cilium, peers)
+        shown = status(lab)["datapath"]["ipcache"]
+        report_restart(report, "with", fates, times)
+        report.check(
+            fates.lost == 0, "a restart of the agent beside lazymesh loses nothing", f"{fates.lost} packets"
+        )
+        known = {pack_key(one) for one in peers}
+        over = sum(key in known and value[20:22] == _TAG for key, value in cilium.dump().items())
+        report.check(over == 0, "no entry of ours stands where the agent has its own", over)
+        report.note("new map noticed after, ms", shown["noticedMs"])
+        report.note("lent", shown["lent"])
+        report.note("misses", metric(agent, "lazymesh_packets_total", direction="egress", verdict="missed"))
+        wait_until(lambda: len(status(lab)["datapath"]["ipcache"]["maps"]) == 1, 60, "one map is left")
+        report.check(status(lab)["wrong"] == [], "status is content after the restart", status(lab)["wrong"])
+    report.check(
+        not any(value[20:22] == _TAG for value in cilium.dump().values()),
+        "--cleanup leaves none of our entries",
+    )
+
+
+def restart_under_traffic(
+    lab: Lab, cilium: RealCilium, peers: Sequence[str]
+) -> tuple[Fates, dict[str, float]]:
+    """Restart the agent while 50 flows and new connections go on; return fates, and steps in seconds of the start."""
+    in_order = sorted(peers)
+    flows = in_order[:: max(1, len(in_order) // 50)][:50]
+    fresh = in_order[:: max(1, len(in_order) // 997)]
+    with Sender(lab.pods[0].namespace, Pulse(flows, fresh, fresh_every_s=0.02)) as sender:
+        time.sleep(2)
+        boot = cilium.restart()
+        try:
+            for step in (PINNED, SWITCHED, FILLED):
+                boot.wait(step, 600)
+                say(f"{step} after {boot.times[step]:.1f} s")
+            cilium.wait_regenerated()
+        finally:
+            boot.close()
+        time.sleep(2)
+        return sender.stop(), boot.times
+
+
+def report_restart(report: Report, side: str, fates: Fates, times: dict[str, float]) -> None:
+    """Note the figures of one restart."""
+    lost = [at for at, took in (*fates.flows, *fates.fresh) if took is None]
+    report.note(f"{side}: steps, s", {name: round(at, 1) for name, at in times.items()})
+    report.note(
+        f"{side}: packets of established flows lost",
+        f"{sum(took is None for _, took in fates.flows)} of {len(fates.flows)}",
+    )
+    report.note(
+        f"{side}: new connections that lost their SYN",
+        f"{sum(took is None for _, took in fates.fresh)} of {len(fates.fresh)}",
+    )
+    report.note(
+        f"{side}: from the first lost packet to the last, s", round(max(lost) - min(lost), 2) if lost else 0
+    )
+
+
+# Small things.
+
+
+@contextlib.contextmanager
+def beside(lab: Lab, *more: str) -> Iterator[AgentProcess]:
+    """Run an agent of ours that has to find out for itself that there is a Cilium."""
+    with launched(lab, *options(lab, datapath="auto", policy=None), *more) as agent:
+        agent.wait_ready()
+        yield agent
+
+
+def checked(lab: Lab) -> list[str]:
+    """Return the options of ``lazymesh check`` on this node."""
+    return ["--clustermesh-config", str(lab.config), "--interface", "lxc+"]
+
+
+def chain(lab: Lab, device: str) -> list[str]:
+    """Return the names of the programs at a device's ingress, in the order in which they run."""
+    return [program_info_by_id(one).name for one in lab.node_a.call(tcx.tcx_programs, device)]
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,93 @@
+"""Dashboard and alerts ask for what a running agent really exports: names, labels and their values."""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import pytest
+import yaml
+
+from lazymesh.core.model import Reason
+from lazymesh.metrics import Metrics
+from tests.support.cilium import Cilium
+from tests.support.lab import Lab
+from tests.support.node import beside_cilium
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+CHART = Path(__file__).parents[2] / "deploy" / "chart"
+OF_OTHERS = {"kube_daemonset_status_number_unavailable"}
+"""From kube-state-metrics."""
+OF_PROMETHEUS = {"node", "le"}
+"""Labels that the PodMonitor or a histogram adds."""
+
+pytestmark = pytest.mark.needs("clang")
+
+
+@pytest.fixture(scope="module")
+def page() -> Iterator[str]:
+    """Scrape an agent that exports everything: beside Cilium, and in shadow mode."""
+    with Lab(pods=1) as lab, Cilium(lab), beside_cilium(lab, "--shadow") as agent:
+        yield agent.get("/metrics")
+
+
+def queries() -> dict[str, str]:
+    """Return every query by the panel or alert that it belongs to."""
+    dashboard = json.loads((CHART / "dashboard.json").read_text())
+    found = {
+        f"{panel['title']} {target['refId']}": target["expr"]
+        for panel in dashboard["panels"]
+        for target in panel["targets"]
+    }
+    found["variable node"] = dashboard["templating"]["list"][1]["query"]
+    alerts = yaml.safe_load((CHART / "alerts.yaml").read_text())["alerts"]
+    return found | {alert["name"]: alert["expr"] for alert in alerts}
+
+
+def values(page: str) -> dict[str, dict[str, set[str]]]:
+    """Return which values each label of each sample has."""
+    found: dict[str, dict[str, set[str]]] = {}
+    for name in re.findall(r"^# TYPE (\S+) ", page, re.MULTILINE):
+        found.setdefault(name, {})
+    for name, labels in re.findall(r"^([a-z_]+)\{([^}]*)\} ", page, re.MULTILINE):
+        for label, value in re.findall(r'(\w+)="([^"]*)"', labels):
+            found.setdefault(name, {}).setdefault(label, set()).add(value)
+    # Of what has not happened yet there is no sample: these labels are the program's own.
+    metrics = Metrics()
+    for metric, name in (
+        (metrics.signals, "cilium_ipcache_miss_signal_total"),
+        (metrics.errors, "cilium_ipcache_miss_resolution_errors_total"),
+        (metrics.outcomes, "lazymesh_resolutions_total"),
+        (metrics.evictions, "lazymesh_entries_evicted_total"),
+        (metrics.duration, "cilium_ipcache_miss_resolution_duration_seconds_bucket"),
+    ):
+        for label in metric._labelnames:
+            found.setdefault(name, {}).setdefault(label, set())
+    found["cilium_ipcache_miss_resolution_errors_total"]["reason"] |= {reason.value for reason in Reason}
+    found["cilium_ipcache_miss_resolution_duration_seconds_bucket"]["outcome"].add("installed")
+    return found
+
+
+@pytest.mark.parametrize("name", sorted(queries()))
+def test_query_finds_something(page: str, name: str) -> None:
+    """A metric that was renamed leaves no panel empty and no alert silent."""
+    query, known = queries()[name], values(page)
+    found = re.findall(r"\b((?:lazymesh|cilium|kube)_[a-z_]+)(?:\{([^}]*)\})?", query)
+    assert found, query
+    for metric, matchers in found:
+        if metric in OF_OTHERS:
+            continue
+        assert metric in known, f"{metric} is not exported"
+        for label, words in re.findall(r'(\w+)(?:=~|!~|!=|=)"([^"]*)"', matchers):
+            if label in OF_PROMETHEUS:
+                continue
+            assert label in known[metric], f"{metric} has no label {label}"
+            assert set(words.split("|")) <= known[metric][label], f"{metric}: {words}"
+        for label in {word.strip() for by in re.findall(r"by \(([^)]*)\)", query) for word in by.split(",")}:
+            labels = {each for metric, _ in found for each in known.get(metric, {})}
+            # Samples that a store or a refused record brings come later; they are labelled by these.
+            assert label in labels | OF_PROMETHEUS | {"cluster", "kind"}, f"nothing is labelled {label}"

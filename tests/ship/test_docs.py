@@ -1,0 +1,87 @@
+"""What docs/ has people type works: every shell block marked as runnable is run, as it stands.
+
+``sh run``: in a checkout. ``sh run node``: on a node whose agent runs. ``sh run node stopped``: with the agent killed.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import pytest
+
+from tests.support.lab import Lab, remote_address
+from tests.support.node import connect, pins
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+ROOT = Path(__file__).parents[2]
+
+
+def blocks(mark: str) -> list[tuple[str, str]]:
+    """Return file and text of each block with this mark."""
+    return [
+        (path.name, text)
+        for path in sorted((ROOT / "docs").glob("*.md"))
+        for found, text in re.findall(r"^```sh ?(.*)\n((?:.*\n)*?)```$", path.read_text(), re.MULTILINE)
+        if found == mark
+    ]
+
+
+@pytest.fixture(scope="module")
+def lab() -> Iterator[Lab]:
+    """A node that has resolved something."""
+    with Lab(pods=1) as built:
+        peer = remote_address(0)
+        built.publish(peer)
+        built.start_agent()
+        assert connect(built.pods[0].namespace, peer) is not None
+        yield built
+
+
+def shell(text: str, prefix: list[str], env: dict[str, str]) -> None:
+    """Run a block; its output is in the error."""
+    path = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
+    done = subprocess.run(
+        [*prefix, "bash", "-euo", "pipefail", "-c", text],
+        capture_output=True,
+        text=True,
+        check=False,
+        cwd=ROOT,
+        env={**os.environ, "PATH": path, **env},
+        timeout=100,
+    )
+    assert done.returncode == 0, f"{done.stdout}\n{done.stderr}"
+
+
+@pytest.mark.needs("helm")
+@pytest.mark.parametrize(("page", "text"), blocks("run"))
+def test_block_of_a_checkout_runs(image: Path, page: str, text: str) -> None:
+    """From a clone, with nothing else at hand."""
+    shell(text, [], {})
+
+
+@pytest.mark.parametrize("mark", ["run node", "run node stopped"])
+def test_blocks_of_a_node_run(lab: Lab, mark: str) -> None:
+    """Where the agent runs; and, last, where it has died."""
+    if mark.endswith("stopped"):
+        agent = next(
+            pid for pid in lab.node_a.pids() if b"\0agent\0" in Path(f"/proc/{pid}/cmdline").read_bytes()
+        )
+        subprocess.run(["kill", "-KILL", str(agent)], check=True)
+    env = {
+        "LAZYMESH_BPFFS": str(lab.bpffs),
+        "LAZYMESH_SOCKET": str(lab.socket),
+        "CLUSTERMESH": str(lab.config),
+    }
+    found = blocks(mark)
+    assert found
+    for _, text in found:
+        shell(text, lab.node_a.command(), env)
+    if mark.endswith("stopped"):
+        assert pins(lab) == []

@@ -1,0 +1,155 @@
+"""The image as a node would run it: its root, read-only, under crun, with what the manifests allow and no more.
+
+crun is given a cgroup file system without controllers: limits of memory and devices are the one thing that a pod
+has and this has not.
+"""
+
+from __future__ import annotations
+
+import functools
+import itertools
+import json
+import os
+import subprocess
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import yaml
+
+if TYPE_CHECKING:
+    from tests.support.lab import Lab
+
+ROOT = Path(__file__).parents[2]
+MANIFESTS = ROOT / "deploy" / "kubernetes"
+_SERIAL = itertools.count()
+_NAMESPACES = ("pid", "ipc", "uts", "mount")
+"""As with hostNetwork: all but the network's."""
+
+
+def image_root() -> Path:
+    """Return the root of the image of this checkout, built if need be."""
+    subprocess.run([ROOT / "scripts" / "image"], check=True, stdout=subprocess.DEVNULL)
+    return ROOT / ".cache" / "image" / "root"
+
+
+def in_lab(lab: Lab, root: Path, capabilities: tuple[str, ...] | None = None) -> Container:
+    """Return a container on node a of a lab, which sees the lab's directory where the node does."""
+    here = str(lab.directory)
+    mounts = (Mount(here, here), Mount("/dev/net/tun", "/dev/net/tun"))
+    return Container(root, lab.directory / "containers", capabilities, mounts)
+
+
+def manifest(kind: str, directory: Path = MANIFESTS) -> dict[str, Any]:
+    """Return the one object of a kind in the plain manifests."""
+    objects = [each for path in directory.glob("*.yaml") for each in yaml.safe_load_all(path.read_text())]
+    (found,) = [each for each in objects if each and each.get("kind") == kind]
+    return dict(found)
+
+
+@dataclass(frozen=True)
+class Mount:
+    """Something of the node inside the container."""
+
+    source: str
+    target: str
+    read_only: bool = False
+
+
+@dataclass
+class Container:
+    """A way to run programs of the image; ``directory`` takes its bundles.
+
+    capabilities: None: all, as in a privileged container.
+    """
+
+    root: Path
+    directory: Path
+    capabilities: tuple[str, ...] | None = None
+    mounts: tuple[Mount, ...] = ()
+    env: dict[str, str] = field(default_factory=dict)
+    uid: int = 0
+
+    def command(self, *args: str) -> list[str]:
+        """Return the words that run ``lazymesh ARGS`` in a container of its own, in whatever network is around."""
+        name = f"lm-{os.getpid()}-{next(_SERIAL)}"
+        bundle = self.directory / name
+        bundle.mkdir(parents=True)
+        (bundle / "config.json").write_text(json.dumps(self._config(args)), encoding="utf-8")
+        state = self.directory / "crun"
+        # Whatever cgroups this machine has, crun gets to see none.
+        script = f'mount -t tmpfs none /sys/fs/cgroup && exec crun --root "{state}" --cgroup-manager=disabled run "$@"'
+        return [
+            *("unshare", "--mount", "--propagation", "slave", "--", "sh", "-c", script),
+            *("sh", "--bundle", str(bundle), name),
+        ]
+
+    def run(self, *args: str) -> subprocess.CompletedProcess[str]:
+        """Run ``lazymesh ARGS`` to its end."""
+        return subprocess.run(
+            self.command(*args),
+            capture_output=True,
+            text=True,
+            timeout=60,
+            check=False,
+            stdin=subprocess.DEVNULL,
+        )
+
+    def _config(self, args: tuple[str, ...]) -> dict[str, Any]:
+        names = _all_capabilities() if self.capabilities is None else self.capabilities
+        capabilities = [f"CAP_{name}" for name in names]
+        env = {"PATH": "/opt/lazymesh/bin:/usr/sbin:/usr/bin", "PYTHONDONTWRITEBYTECODE": "1", **self.env}
+        privileged = self.capabilities is None
+        return {
+            "ociVersion": "1.0.0",
+            "process": {
+                "args": ["lazymesh", *args],
+                "env": [f"{key}={value}" for key, value in env.items()],
+                "cwd": "/",
+                "user": {"uid": self.uid, "gid": self.uid},
+                "noNewPrivileges": not privileged,
+                "capabilities": dict.fromkeys(("bounding", "effective", "permitted"), capabilities),
+            },
+            "root": {"path": str(self.root), "readonly": True},
+            "hostname": "node-a",
+            "mounts": [
+                {"destination": "/proc", "type": "proc", "source": "proc"},
+                {
+                    "destination": "/dev",
+                    "type": "tmpfs",
+                    "source": "tmpfs",
+                    "options": ["nosuid", "mode=755"],
+                },
+                {
+                    "destination": "/sys",
+                    "type": "sysfs",
+                    "source": "sysfs",
+                    "options": ["nosuid", "nodev", "ro"],
+                },
+                {"destination": "/tmp", "type": "tmpfs", "source": "tmpfs", "options": ["size=64m"]},
+                *(
+                    {
+                        "destination": mount.target,
+                        "source": mount.source,
+                        "options": ["rbind", "ro" if mount.read_only else "rw"],
+                    }
+                    for mount in self.mounts
+                ),
+            ],
+            "linux": {
+                "namespaces": [{"type": kind} for kind in _NAMESPACES],
+                # What container runtimes keep from a container that is not privileged.
+                "readonlyPaths": []
+                if privileged
+                else ["/proc/sys", "/proc/sysrq-trigger", "/proc/irq", "/proc/bus"],
+                "maskedPaths": [] if privileged else ["/proc/kcore", "/proc/keys", "/sys/firmware"],
+            },
+        }
+
+
+@functools.cache
+def _all_capabilities() -> tuple[str, ...]:
+    """Return what this machine lets anybody have: less than the kernel knows, in a sandbox."""
+    names = subprocess.run(["capsh", "--print"], check=True, capture_output=True, text=True).stdout
+    (line,) = [line for line in names.splitlines() if line.startswith("Bounding set")]
+    return tuple(name.strip().removeprefix("cap_").upper() for name in line.partition("=")[2].split(","))

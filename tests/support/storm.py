@@ -1,0 +1,121 @@
+"""More packets than any sender in user space makes: live frames, made by the kernel, out of a pod's device.
+
+BPF_PROG_TEST_RUN with BPF_F_TEST_XDP_LIVE_FRAMES (kernel 5.18): what the XDP program redirects is really sent. They
+arrive on the host side as all of the pod's packets do, if that device takes XDP frames, for which GRO has to be on.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import fcntl
+import ipaddress
+import json
+import os
+import socket
+import struct
+import tempfile
+import threading
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING, Self
+
+from scapy.layers.inet import IP, UDP
+from scapy.layers.l2 import Ether
+
+from lazymesh.datapath.libbpf import Map, MapLayout, library
+from tests.support.bpfobject import BpfObject, compile_bpf
+from tests.support.prog_run import _TestRunOpts
+
+if TYPE_CHECKING:
+    from tests.support.lab import Lab, Pod
+    from tests.support.namespaces import Namespace
+
+_MAP_TYPE_ARRAY, _LIVE_FRAMES = 2, 2
+_SIOCETHTOOL, _ETHTOOL_SGRO = 0x8946, 0x2C
+_CALL = 1 << 14
+"""Frames for each call of the kernel: some milliseconds."""
+
+
+class Storm:
+    """While entered, a pod sends UDP datagrams to one address of a prefix after the other."""
+
+    def __init__(self, lab: Lab, pod: Pod, prefix: str) -> None:
+        network = ipaddress.IPv4Network(prefix)
+        self._lab, self._pod = lab, pod
+        self._where = {"BASE": int(network.network_address), "COUNT": network.num_addresses}
+        self._stop = threading.Event()
+        self._failure: OSError | None = None
+        self._thread = threading.Thread(target=pod.namespace.call, args=(self._run,))
+        self.seconds = 0.0
+        """How long it took, when it is over."""
+
+    def __enter__(self) -> Self:
+        _take_xdp_frames(self._lab.node_a, self._pod.interface)
+        namespace = self._pod.namespace
+        # What the storm is about is over when the program has seen it; the router shall not be the bottleneck.
+        prefix = f"{ipaddress.ip_address(self._where['BASE'])}/{33 - self._where['COUNT'].bit_length()}"
+        self._lab.node_a.ip([f"route replace blackhole {prefix}"])
+        ether = Ether(src=_mac(namespace, "eth0"), dst=_mac(self._lab.node_a, self._pod.interface))
+        self._frame = bytes(
+            ether / IP(src=self._pod.ipv4, dst="0.0.0.0") / UDP(sport=9, dport=9) / (b"storm" * 4)
+        )
+        self._map = Map.create("storm_sent", MapLayout(_MAP_TYPE_ARRAY, 4, 8, 1, 0))
+        with tempfile.TemporaryDirectory() as directory:
+            device = namespace.call(socket.if_nametoindex, "eth0")
+            source, target = Path(__file__).with_suffix(".c"), Path(directory, "storm.o")
+            built = compile_bpf(source, target, IFINDEX=device, **self._where)
+            self._program = BpfObject(built, ("storm",), {"storm_sent": self._map.fd})
+        self._thread.start()
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        self.stop()
+        self._program.close()
+        self._map.close()
+
+    def stop(self) -> int:
+        """End it; return how many packets there were. OSError if the kernel refused to send."""
+        self._stop.set()
+        if self._thread.is_alive():
+            self._thread.join()
+        if self._failure is not None:
+            raise self._failure
+        return self.sent
+
+    @property
+    def sent(self) -> int:
+        """How many packets were sent so far."""
+        (count,) = struct.unpack("=Q", self._map.lookup(bytes(4)) or bytes(8))
+        return int(count)
+
+    def _run(self) -> None:
+        began = time.monotonic()
+        options = _TestRunOpts(
+            sz=ctypes.sizeof(_TestRunOpts),
+            data_in=self._frame,
+            data_size_in=len(self._frame),
+            repeat=_CALL,
+            flags=_LIVE_FRAMES,
+        )
+        while not self._stop.is_set():
+            # A call into C: other threads of the test go on.
+            result = library().bpf_prog_test_run_opts(self._program.program("storm"), ctypes.byref(options))
+            if result < 0:
+                self._failure = OSError(-result, f"live frames: {os.strerror(-result)}")
+                return
+        self.seconds = time.monotonic() - began
+
+
+def _mac(namespace: Namespace, interface: str) -> str:
+    (link,) = json.loads(namespace.run("ip", "-json", "link", "show", interface))
+    return str(link["address"])
+
+
+def _take_xdp_frames(node: Namespace, interface: str) -> None:
+    def switch_gro_on() -> None:
+        value = ctypes.create_string_buffer(struct.pack("=II", _ETHTOOL_SGRO, 1))
+        request = struct.pack("16sP16x", interface.encode(), ctypes.addressof(value))
+        with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as sock:
+            fcntl.ioctl(sock, _SIOCETHTOOL, request)
+
+    node.call(switch_gro_on)

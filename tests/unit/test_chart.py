@@ -1,0 +1,297 @@
+"""The chart and the plain manifests: what they render is valid, every value is used, and what is wrong is refused."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+from functools import cache
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import kubernetes_validate
+import pytest
+import yaml
+
+from lazymesh.cli.agent import agent
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+ROOT = Path(__file__).parents[2]
+CHART = ROOT / "deploy" / "chart"
+SCHEMAS = ROOT / "tests" / "support" / "monitoring.schema.json"
+KUBERNETES = ("1.25", "1.31", "1.34")
+"""The oldest that the chart names, and two later ones."""
+UNPRIVILEGED = {"privileged": False}
+STANDALONE = {"datapath": "standalone", "interfaces": ["lxc+"]}
+MONITORED = {"metrics": {"podMonitor": True, "rules": True, "dashboard": True}}
+
+OTHERS: dict[str, tuple[Any, dict[str, Any]]] = {
+    "image.repository": ("elsewhere/lazymesh", {}),
+    "image.tag": ("9.9.9", {}),
+    "image.pullPolicy": ("Always", {}),
+    "image.pullSecrets": ([{"name": "regcred"}], {}),
+    "cluster.name": ("a", {}),
+    "cluster.id": (1, {}),
+    "cluster.maxConnected": (511, {}),
+    "cluster.region": ("eu", {}),
+    "datapath": ("cilium", {}),
+    "interfaces": (["veth+"], {}),
+    "uplinks": (["eth0"], {}),
+    "attach": ("clsact", {}),
+    "meshCIDRs": (["b=10.2.0.0/16"], {}),
+    "shadow": (True, {}),
+    "onMiss": ("pass", {}),
+    "holdTimeout": (100, {}),
+    "holdTimeoutAction": ("drop", {}),
+    "signalRate": (0, {}),
+    "etcdTransport": ("grpcio", {}),
+    "policy": ("kind: CiliumClusterwideNetworkPolicy\n", STANDALONE),
+    "log.format": ("text", {}),
+    "log.level": ("debug", {}),
+    "clustermesh.secret": ("mesh", {}),
+    "clustermesh.remoteCertSecret": ("remote", {}),
+    "clustermesh.localCertSecret": ("local", {}),
+    "clustermesh.kvstoremeshSecret": ("", {}),
+    "clustermesh.hostAliases": ([{"ip": "192.0.2.1", "hostnames": ["b.mesh.cilium.io"]}], {}),
+    "metrics.port": (9999, {}),
+    "metrics.host": ("127.0.0.1", {}),
+    "metrics.podMonitor": (True, {}),
+    "metrics.interval": ("10s", MONITORED),
+    "metrics.rules": (True, {}),
+    "metrics.dashboard": (True, {}),
+    "metrics.dashboardLabels": ({"grafana": "yes"}, MONITORED),
+    "metrics.runbooks": ("https://docs.example/troubleshooting", MONITORED),
+    "privileged": (False, {}),
+    "capabilities.cilium": (["NET_ADMIN"], UNPRIVILEGED),
+    "capabilities.standalone": (["NET_ADMIN"], UNPRIVILEGED | STANDALONE),
+    "capabilities.extra": (["SYS_RESOURCE"], UNPRIVILEGED),
+    "bpffs": ("/run/bpf", {}),
+    "nodeHeaders": (True, {}),
+    "resources": ({"limits": {"memory": "1Gi"}}, {}),
+    "priorityClassName": ("high", {}),
+    "tolerations": ([], {}),
+    "nodeSelector": ({"mesh": "yes"}, {}),
+    "affinity": ({"nodeAffinity": {}}, {}),
+    "updateStrategy": ({"type": "OnDelete"}, {}),
+    "terminationGracePeriodSeconds": (30, {}),
+    "podLabels": ({"team": "net"}, {}),
+    "podAnnotations": ({"note": "x"}, {}),
+    "serviceAccount.name": ("mesh", {}),
+    "serviceAccount.annotations": ({"note": "x"}, {}),
+    "uninstall.enabled": (False, {}),
+    "uninstall.timeout": (10, {}),
+}
+"""For each value another one than the default, and what has to be set for it to matter."""
+
+WRONG: list[dict[str, Any]] = [
+    {"datapath": "magic"},
+    {"datapath": "standalone"},
+    {"policy": "kind: CiliumClusterwideNetworkPolicy"},
+    {"cluster": {"name": "Not A Name"}},
+    {"cluster": {"id": 512}},
+    {"cluster": {"maxConnected": 256}},
+    {"interfaces": ["a-name-that-is-too-long"]},
+    {"meshCIDRs": ["10.2.0.0/16"]},
+    {"onMiss": "wait"},
+    {"holdTimeout": 0},
+    {"shadow": "yes"},
+    {"metrics": {"port": 0}},
+    {"metrics": {"prot": 9968}},
+    {"capabilities": {"extra": ["CAP_SYS_RESOURCE"]}},
+    {"clustermesh": {"secret": ""}},
+    {"resources": {"limits": {"memory": "lots"}}},
+    {"typo": 1},
+]
+
+needs_helm = pytest.mark.needs("helm")
+
+
+def helm(values: dict[str, Any]) -> subprocess.CompletedProcess[str]:
+    """Render the chart with values; hooks included."""
+    words = (
+        "template",
+        "lazymesh",
+        CHART,
+        "--namespace",
+        "kube-system",
+        "--kube-version",
+        "1.31.0",
+        "--values",
+        "-",
+    )
+    return subprocess.run(
+        [ROOT / "scripts" / "helm", *words],
+        input=json.dumps(values),
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+
+
+@cache
+def _rendered(values: str) -> str:
+    done = helm(json.loads(values))
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+def rendered(values: dict[str, Any]) -> list[dict[str, Any]]:
+    """Return the objects of the chart."""
+    return [each for each in yaml.safe_load_all(_rendered(json.dumps(values))) if each]
+
+
+def merged(base: dict[str, Any], path: str, value: object) -> dict[str, Any]:
+    """Return values with one more set."""
+    head, _, rest = path.partition(".")
+    if not rest:
+        return base | {head: value}
+    return base | {head: merged(base.get(head, {}), rest, value)}
+
+
+def leaves(values: dict[str, Any], known: set[str], prefix: str = "") -> Iterator[str]:
+    """Yield the paths of values; an object that is known is one."""
+    for key, value in values.items():
+        path = f"{prefix}{key}"
+        if isinstance(value, dict) and path not in known:
+            yield from leaves(value, known, f"{path}.")
+        else:
+            yield path
+
+
+def defaults() -> dict[str, Any]:
+    """Return values.yaml."""
+    values: dict[str, Any] = yaml.safe_load((CHART / "values.yaml").read_text())
+    return values
+
+
+def validate(objects: list[dict[str, Any]], versions: tuple[str, ...] = KUBERNETES) -> None:
+    """Check objects against Kubernetes' published schemas, and the operator's by our own; an unknown field is wrong."""
+    own = json.loads(SCHEMAS.read_text())
+    for each in objects:
+        if each["kind"] in own:
+            import jsonschema  # noqa: PLC0415 (brought by kubernetes_validate)
+
+            jsonschema.validate(each, own[each["kind"]])
+            continue
+        for version in versions:
+            kubernetes_validate.validate(each, version, strict=True)
+
+
+def test_every_value_is_told_in_this_test_and_in_the_schema() -> None:
+    """A value that is new needs a line here, and a rule."""
+    assert set(leaves(defaults(), set(OTHERS))) == set(OTHERS)
+
+    def ruled(schema: dict[str, Any], path: str) -> bool:
+        head, _, rest = path.partition(".")
+        return head in schema["properties"] and (not rest or ruled(schema["properties"][head], rest))
+
+    schema = json.loads((CHART / "values.schema.json").read_text())
+    assert all(ruled(schema, path) for path in OTHERS)
+
+
+@needs_helm
+@pytest.mark.parametrize("path", sorted(OTHERS))
+def test_value_is_used(path: str) -> None:
+    """Another value makes another, valid text."""
+    value, base = OTHERS[path]
+    others = rendered(merged(base, path, value))
+    assert others != rendered(base)
+    # Of one version and only what has changed: this is done for every value.
+    validate([each for each in others if each not in rendered(base)], KUBERNETES[1:2])
+
+
+@needs_helm
+def test_defaults_are_valid() -> None:
+    """With all that can be added."""
+    kinds = {each["kind"] for each in rendered(MONITORED)}
+    assert {"DaemonSet", "ConfigMap", "ServiceAccount", "PodMonitor", "PrometheusRule", "Job"} <= kinds
+    validate(rendered(MONITORED))
+
+
+@needs_helm
+@pytest.mark.parametrize("values", WRONG, ids=json.dumps)
+def test_wrong_value_is_refused(values: dict[str, Any]) -> None:
+    """By the schema, before anything is rendered."""
+    done = helm(values)
+    assert done.returncode != 0
+    assert "don't meet the specifications of the schema" in done.stderr
+
+
+@needs_helm
+def test_options_are_the_agents_own() -> None:
+    """The ConfigMap has no option that the agent does not have, and all that a value exists for."""
+    values = STANDALONE | {"uplinks": ["eth0"], "policy": "x", "meshCIDRs": ["b=10.2.0.0/16"]}
+    (config,) = [
+        each for each in rendered(merged(values, "cluster.region", "eu")) if each["kind"] == "ConfigMap"
+    ]
+    options = yaml.safe_load(config["data"]["config.yaml"])
+    known = {param.opts[0].removeprefix("--") for param in agent.params}
+    assert set(options) <= known
+    # The rest is given by the pod itself, or of no use in one.
+    assert known - set(options) == {"config", "cleanup", "socket"}
+
+
+@needs_helm
+def test_secrets_are_mounted_as_ciliums_agent_mounts_them() -> None:
+    """By the names of cilium-formats 5, each optional, readable by the owner alone."""
+    (pod,) = [each["spec"]["template"]["spec"] for each in rendered({}) if each["kind"] == "DaemonSet"]
+    (volume,) = [each["projected"] for each in pod["volumes"] if each["name"] == "clustermesh"]
+    assert volume["defaultMode"] == 0o400
+    secrets = [source["secret"] for source in volume["sources"]]
+    assert all(secret["optional"] for secret in secrets)
+    files = {
+        secret["name"]: {item["key"]: item["path"] for item in secret.get("items", ())} for secret in secrets
+    }
+    assert files == {"cilium-clustermesh": {}} | {
+        f"clustermesh-apiserver-{kind}-cert": {
+            "tls.key": f"{name}-etcd-client.key",
+            "tls.crt": f"{name}-etcd-client.crt",
+            "ca.crt": f"{name}-etcd-client-ca.crt",
+        }
+        for kind, name in (("remote", "common"), ("local", "local"))
+    }
+    (mount,) = [each for each in pod["containers"][0]["volumeMounts"] if each["name"] == "clustermesh"]
+    assert (mount["mountPath"], mount["readOnly"]) == ("/var/lib/cilium/clustermesh", True)
+
+
+@needs_helm
+def test_account_may_do_nothing() -> None:
+    """The agent's has no token and no role; only the Job that announces the uninstallation has."""
+    objects = rendered({})
+    (account,) = [
+        each
+        for each in objects
+        if each["kind"] == "ServiceAccount" and each["metadata"]["name"] == "lazymesh"
+    ]
+    assert account["automountServiceAccountToken"] is False
+    (binding,) = [each for each in objects if each["kind"] == "RoleBinding"]
+    assert [subject["name"] for subject in binding["subjects"]] == ["lazymesh-uninstall"]
+    assert not [each for each in objects if each["kind"].startswith("Cluster")]
+
+
+@needs_helm
+def test_plain_manifests_are_the_charts(tmp_path: Path) -> None:
+    """scripts/manifests has been run since the chart changed."""
+    subprocess.run([ROOT / "scripts" / "manifests", tmp_path], check=True)
+    for path in tmp_path.iterdir():
+        assert path.read_text() == (ROOT / "deploy" / "kubernetes" / path.name).read_text(), path.name
+
+
+def test_plain_manifests_are_valid_and_complete() -> None:
+    """Also where there is no Helm to make them anew."""
+    directory = ROOT / "deploy" / "kubernetes"
+    (kustomization,) = yaml.safe_load_all((directory / "kustomization.yaml").read_text())
+    files = {path.name for path in directory.iterdir()} - {"kustomization.yaml"}
+    assert set(kustomization["resources"]) == files
+    validate([each for name in files for each in yaml.safe_load_all((directory / name).read_text())])
+
+
+def test_every_alert_has_a_runbook() -> None:
+    """A line of its own, and a section in docs/troubleshooting.md."""
+    alerts = yaml.safe_load((CHART / "alerts.yaml").read_text())["alerts"]
+    text = (ROOT / "docs" / "troubleshooting.md").read_text()
+    assert alerts
+    for alert in alerts:
+        assert alert["runbook"]
+        assert f"### {alert['name']}\n" in text, alert["name"]
