@@ -36,6 +36,8 @@ class Part:
     figures: dict[str, Any]
     """For programs; times as their keys' ends say."""
     rows: list[Row] = field(default_factory=list)
+    repeats: dict[str, list[float]] = field(default_factory=dict)
+    """What each run of a figure gave, by the figure's name (``miss_to_entry_us.p50``): its noise, for a comparison."""
 
 
 def percentiles(values: Sequence[float], digits: int = 3) -> dict[str, float]:
@@ -58,7 +60,12 @@ def table(parts: dict[str, Part]) -> str:
     lines = [head]
     for name, part in parts.items():
         lines += [(name, *_cells(row)) for row in part.rows]
-    widths = [max(len(line[i]) for line in lines) for i in range(len(head))]
+    return columns(lines)
+
+
+def columns(lines: Sequence[tuple[str, ...]]) -> str:
+    """Draw lines of equally many cells."""
+    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
     return "\n".join(
         "   ".join(cell.ljust(w) for cell, w in zip(line, widths, strict=True)).rstrip() for line in lines
     )

@@ -10,10 +10,12 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import os
+from bisect import bisect_left
+from itertools import accumulate
 from typing import TYPE_CHECKING
 
-from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
-from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
+from prometheus_client import CollectorRegistry, Counter, Gauge
+from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, HistogramMetricFamily, Metric
 from prometheus_client.exposition import choose_encoder
 from prometheus_client.registry import Collector
 
@@ -42,13 +44,11 @@ class Metrics:
         self.signals = counter(
             "cilium_ipcache_miss_signal", "Miss signals that reached the agent", "direction"
         )
-        self.duration = Histogram(
+        self.duration = Durations(
             "cilium_ipcache_miss_resolution_duration_seconds",
             "From the packet's miss to its answer in force",
-            ("outcome",),
-            registry=self.registry,
-            buckets=RESOLUTION_BUCKETS,
         )
+        self.registry.register(self.duration)
         self.errors = counter(
             "cilium_ipcache_miss_resolution_errors", "Misses that got no entry, by reason", "reason"
         )
@@ -73,6 +73,38 @@ class Metrics:
     ) -> None:
         """Export a state kept elsewhere, read at each scrape."""
         self.registry.register(_Reading(GaugeMetricFamily, name, text, labels, read))
+
+
+class Durations(Collector):
+    """A histogram by outcome that is cheap to observe: it is done for every miss."""
+
+    def __init__(self, name: str, text: str) -> None:
+        self._name, self._text = name, text
+        self._counts: dict[str, list[int]] = {}
+        """By outcome; one for each bucket, and the last for what is beyond."""
+        self._sums: dict[str, float] = {}
+
+    def observe(self, outcome: str, seconds: float) -> None:
+        """Take one duration."""
+        counts = self._counts.get(outcome)
+        if counts is None:
+            counts = self._counts[outcome] = [0] * (len(RESOLUTION_BUCKETS) + 1)
+            self._sums[outcome] = 0.0
+        counts[bisect_left(RESOLUTION_BUCKETS, seconds)] += 1
+        self._sums[outcome] += seconds
+
+    def describe(self) -> Iterable[Metric]:
+        """Give the name."""
+        return [HistogramMetricFamily(self._name, self._text, labels=("outcome",))]
+
+    def collect(self) -> Iterable[Metric]:
+        """Show what was observed."""
+        metric = HistogramMetricFamily(self._name, self._text, labels=("outcome",))
+        bounds = [*(str(float(bound)) for bound in RESOLUTION_BUCKETS), "+Inf"]
+        for outcome, counts in self._counts.items():
+            buckets = list(zip(bounds, accumulate(counts), strict=True))
+            metric.add_metric((outcome,), buckets, self._sums[outcome])
+        return [metric]
 
 
 class _Reading(Collector):

@@ -55,6 +55,8 @@ class MeshSettings:
             )
 
 
+IPCACHE_SIZE = 512_000
+"""Cilium's own."""
 CILIUM_INTERFACES = ("lxc+",)
 """What Cilium calls its pods' host-side interfaces."""
 
@@ -79,7 +81,8 @@ class DatapathSettings:
     """New addresses per second that one pod may have resolved, after the first thousand; four times as many through
     an uplink, ten times from all. More of a scanning pod's would take the agent's time from the others' first packets
     (measured with etcd on the same two cores: at 250 their p99 doubles, at 1,000 it grows tenfold)."""
-    ipcache_size: int = 512_000
+    ipcache_size: int = IPCACHE_SIZE
+    """Entries of an ipcache of our own; Cilium's has the size that Cilium gave it."""
     mode: str = "standalone"
     """Where entries go: ``standalone``, into an ipcache of our own; ``cilium``, into that of the Cilium agent here;
     ``auto``, into Cilium's if there is one."""

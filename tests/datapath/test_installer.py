@@ -6,6 +6,7 @@ before a write; what follows is another life that has nothing but the pinned map
 
 from __future__ import annotations
 
+import contextlib
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -25,7 +26,7 @@ from tests.support import packets
 from tests.support.packets import NODE_B, POD_B1, POD_B2
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Iterable, Iterator
 
 ENDPOINT = NODE_B.address(4)
 OURS = [Entry(131_073 + number, ENDPOINT, 0, 2) for number in range(3)]
@@ -94,6 +95,11 @@ class FragileJournal(Journal):
         """Add a line."""
         self._fuse.write()
         super().write(address, owned)
+
+    def write_many(self, entries: Iterable[tuple[Address, Entry, int]]) -> None:
+        """Add lines, all or none of them."""
+        self._fuse.write()
+        super().write_many(entries)
 
     def remove(self, address: Address) -> None:
         """Strike a line out."""
@@ -438,6 +444,24 @@ class Lives(RuleBasedStateMachine):
         """We install."""
         reason = self.world.installer.install(peer.address(4), entry, CLUSTER)
         assert reason is (Reason.NOT_OURS if peer.prefix(4) in self.theirs else None)
+
+    @rule(entries=st.dictionaries(peers, ours, max_size=3))
+    def install_many(self, entries: dict[packets.Host, Entry]) -> None:
+        """We install several at once: each ends as it would have by itself."""
+        reasons = self.world.installer.install_many(
+            [(peer.address(4), entry, CLUSTER) for peer, entry in entries.items()]
+        )
+        assert reasons == [Reason.NOT_OURS if peer.prefix(4) in self.theirs else None for peer in entries]
+
+    @rule(entries=st.dictionaries(peers, ours, min_size=1, max_size=3), write=st.integers(0, 4))
+    def die_installing_many(self, entries: dict[packets.Host, Entry], write: int) -> None:
+        """We crash in the middle of it, and live again."""
+        self.world.fuse.left = write
+        with contextlib.suppress(Crash):
+            self.world.installer.install_many(
+                [(peer.address(4), entry, CLUSTER) for peer, entry in entries.items()]
+            )
+        self.restart()
 
     @rule(peer=peers)
     def evict(self, peer: packets.Host) -> None:

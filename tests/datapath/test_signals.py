@@ -15,11 +15,12 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from lazymesh.core.model import Direction, Entry, EntryFlag, format_address
-from lazymesh.datapath import abi
+from lazymesh.datapath import abi, libbpf
 from lazymesh.datapath.libbpf import PerfBuffer
 from lazymesh.datapath.maps import OnMiss
-from lazymesh.datapath.signals import SignalReader
+from lazymesh.datapath.signals import AT_ONCE, SignalReader
 from tests.support import packets
+from tests.support.etcd import eventually
 from tests.support.packets import INTERNET, NODE_B, POD_A1, POD_B1, POD_B2, Flow, Host, pod_of_b
 
 if TYPE_CHECKING:
@@ -489,3 +490,53 @@ def test_every_miss_is_counted_by_exactly_one_cause(shared_bench: Bench, steps: 
     counts = [bench.counts(direction) for direction in Direction]
     assert sum(count.get("missed", 0) for count in counts) == sent
     assert sum(count.get("signalled", 0) for count in counts) == len(records)
+
+
+async def test_storm_is_taken_in_parts_and_nothing_of_it_is_lost(mesh: Bench) -> None:
+    """The event loop gets its turn in between; one wake-up is enough for all parts."""
+    mesh.configure(**UNLIMITED)
+    parts: list[int] = []
+    for number in range(AT_ONCE + 10):
+        mesh.send(EGRESS, Flow(pod_of_b(number)).udp())
+    reader = SignalReader(mesh.datapath.signals, lambda signals: parts.append(len(signals)))
+    for number in range(AT_ONCE + 10):
+        mesh.send(EGRESS, Flow(pod_of_b(10_000 + number)).udp())
+    reader.start()
+    await eventually(lambda: sum(parts) == AT_ONCE + 10)
+    reader.close()
+    assert sum(parts) == mesh.counts(EGRESS)["signalled"] == AT_ONCE + 10
+    assert max(parts) <= AT_ONCE * libbpf.possible_cpus()
+    assert_every_miss_is_accounted_for(mesh)
+
+
+async def test_paused_reader_leaves_signals_where_they_are(mesh: Bench) -> None:
+    """And takes them, with no new one to wake it, when it goes on."""
+    mesh.configure(**UNLIMITED)
+    received: list[abi.Signal] = []
+    reader = SignalReader(mesh.datapath.signals, received.extend)
+    reader.start()
+    reader.pause(True)
+    for number in range(20):
+        mesh.send(EGRESS, Flow(pod_of_b(number)).udp())
+    await asyncio.sleep(0.05)
+    assert received == []
+    reader.pause(False)
+    await eventually(lambda: len(received) == 20)
+    reader.close()
+    assert sorted(signal.address for signal in received) == sorted(pod_of_b(n).address(4) for n in range(20))
+
+
+def test_ring_is_read_across_its_end_again_and_again(mesh: Bench) -> None:
+    """A page holds 73 signals: every record is whole, also those that end at the ring's beginning."""
+    mesh.configure(**UNLIMITED)
+    records: list[bytes] = []
+    ring = PerfBuffer(mesh.datapath.signals, 1, records.append)
+    sent = 0
+    for count in (50, 40, 1, 60, 33, 70, 7):
+        for _ in range(count):
+            mesh.send(EGRESS, Flow(pod_of_b(sent)).udp())
+            sent += 1
+        while ring.consume(7):
+            pass
+    ring.close()
+    assert [signal.address for signal in signals_in(records)] == [pod_of_b(n).address(4) for n in range(sent)]

@@ -101,3 +101,19 @@ async def test_host_that_is_not_ours_is_refused() -> None:
     """TEST-NET is on no machine."""
     with pytest.raises(LazymeshError, match=r"192\.0\.2\.1:1234: Cannot assign"):
         await HttpServer(("192.0.2.1", 1234), Metrics(), lambda: None).start()
+
+
+def test_durations_are_a_histogram_by_outcome() -> None:
+    """A bucket holds what is no longer than its bound, and all that is in the ones before."""
+    metrics = Metrics()
+    for seconds in (0.0002, 0.003, 60.0):
+        metrics.duration.observe("installed", seconds)
+    name = "cilium_ipcache_miss_resolution_duration_seconds"
+
+    def sample(kind: str, **labels: str) -> float | None:
+        return metrics.registry.get_sample_value(f"{name}_{kind}", {"outcome": "installed", **labels})
+
+    found = [sample("bucket", le=bound) for bound in ("0.0002", "0.002", "0.005", "5.0", "+Inf")]
+    assert found == [1, 1, 2, 2, 3]
+    assert sample("count") == 3
+    assert sample("sum") == pytest.approx(60.0032)

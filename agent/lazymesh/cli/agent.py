@@ -12,6 +12,7 @@ from lazymesh.roles.agent import run_agent
 from lazymesh.roles.logs import configure_logging
 from lazymesh.settings import (
     DEFAULT_CLUSTERMESH_CONFIG,
+    IPCACHE_SIZE,
     AgentSettings,
     DatapathSettings,
     MeshSettings,
@@ -129,6 +130,13 @@ _path = click.Path(path_type=Path)
     " all together: 10 times); 0: no limit.",
 )
 @click.option(
+    "--ipcache-size",
+    type=click.IntRange(min=1_000),
+    default=IPCACHE_SIZE,
+    show_default=True,
+    help="Entries of an ipcache of our own; one in twenty may be a resolved address.",
+)
+@click.option(
     "--stale-limit",
     type=Period(),
     default="10m",
@@ -191,6 +199,7 @@ def _settings(options: dict[str, Any]) -> AgentSettings:
             hold_limit_s=options["hold_timeout"] / 1000,
             drop_on_timeout=options["hold_timeout_action"] == "drop",
             signal_rate=options["signal_rate"],
+            ipcache_size=options["ipcache_size"],
         ),
         policy=options["policy"],
         shadow=options["shadow"],

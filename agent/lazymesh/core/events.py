@@ -1,13 +1,16 @@
 """What happens to the resolver (events) and what it asks for (commands): plain frozen values, no behaviour.
 
+msgspec's, because several of them are made for every miss: a frozen dataclass takes five times as long.
+
 The shell turns the outside world into events, calls ``Resolver.step(event, now)`` and carries out the commands in the
 order in which they come back. Times are seconds of the shell's monotonic clock.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import TYPE_CHECKING
+
+from msgspec import Struct
 
 if TYPE_CHECKING:
     from lazymesh.core.clusters import ClusterTable
@@ -16,8 +19,7 @@ if TYPE_CHECKING:
 # --- events ---------------------------------------------------------------------------------------------------------
 
 
-@dataclass(frozen=True, slots=True)
-class Miss:
+class Miss(Struct, frozen=True):
     """The kernel signalled a packet whose peer has no entry."""
 
     address: Address
@@ -27,15 +29,13 @@ class Miss:
     """When the packet missed (the kernel's timestamp); latencies count from here."""
 
 
-@dataclass(frozen=True, slots=True)
-class Misses:
+class Misses(Struct, frozen=True):
     """What was signalled at one moment: resolved together, so that reads of many addresses share a transaction."""
 
     misses: tuple[Miss, ...]
 
 
-@dataclass(frozen=True, slots=True)
-class KeyState:
+class KeyState(Struct, frozen=True):
     """One etcd key as seen at one moment: by a read, or by a watch."""
 
     address: Address
@@ -46,16 +46,14 @@ class KeyState:
     """Store revision at which this was true: the read's header revision, or the event's mod_revision."""
 
 
-@dataclass(frozen=True, slots=True)
-class Answered:
+class Answered(Struct, frozen=True):
     """A batch of reads came back; ``states`` has one element for each key of each address that was asked for."""
 
     cluster: str
     states: tuple[KeyState, ...]
 
 
-@dataclass(frozen=True, slots=True)
-class ReadFailed:
+class ReadFailed(Struct, frozen=True):
     """A batch of reads did not come back."""
 
     cluster: str
@@ -64,16 +62,14 @@ class ReadFailed:
     """KvstoreError.kind: unavailable, timeout, permission, certificate, protocol."""
 
 
-@dataclass(frozen=True, slots=True)
-class Changed:
+class Changed(Struct, frozen=True):
     """A watched key was written or deleted."""
 
     cluster: str
     state: KeyState
 
 
-@dataclass(frozen=True, slots=True)
-class StoreReset:
+class StoreReset(Struct, frozen=True):
     """Revisions seen so far mean nothing: everything of this cluster is to be read again.
 
     Its store was replaced (other etcd cluster id, or its revision went back), or watches were lost past repair.
@@ -83,50 +79,49 @@ class StoreReset:
     cluster: str
 
 
-@dataclass(frozen=True, slots=True)
-class ClusterReady:
+class ClusterReady(Struct, frozen=True):
     """Nodes and identities of the cluster are listed: its addresses can be judged. Repeated after each reconnect."""
 
     cluster: str
 
 
-@dataclass(frozen=True, slots=True)
-class ClusterSilent:
+class ClusterSilent(Struct, frozen=True):
     """The cluster's store cannot be reached."""
 
     cluster: str
 
 
-@dataclass(frozen=True, slots=True)
-class ClusterGone:
+class ClusterGone(Struct, frozen=True):
     """The cluster left the mesh (its configuration file went away, or its id changed)."""
 
     cluster: str
 
 
-@dataclass(frozen=True, slots=True)
-class TableChanged:
+class TableChanged(Struct, frozen=True):
     """Another table of clusters and pod CIDRs is in force from now on."""
 
     table: ClusterTable
 
 
-@dataclass(frozen=True, slots=True)
-class IdentityKnown:
+class IdentityKnown(Struct, frozen=True):
     """The identity's labels are known here, and the policy map has been brought up to date with it."""
 
     identity: int
 
 
-@dataclass(frozen=True, slots=True)
-class IdentityGone:
+class IdentitiesKnown(Struct, frozen=True):
+    """The same of many: a listing has thousands."""
+
+    identities: tuple[int, ...]
+
+
+class IdentityGone(Struct, frozen=True):
     """The identity was withdrawn by its cluster."""
 
     identity: int
 
 
-@dataclass(frozen=True, slots=True)
-class InstallResult:
+class InstallResult(Struct, frozen=True):
     """The outcome of one Install command."""
 
     address: Address
@@ -135,8 +130,13 @@ class InstallResult:
     """None: it stands in the map. Else TAKEN, NOT_OURS, MAP_FULL or INSTALL_FAILED."""
 
 
-@dataclass(frozen=True, slots=True)
-class Adopted:
+class InstallResults(Struct, frozen=True):
+    """The outcomes of several Install commands that were carried out together."""
+
+    results: tuple[InstallResult, ...]
+
+
+class Adopted(Struct, frozen=True):
     """An entry that an earlier life of this agent installed, found in the journal and in the map."""
 
     address: Address
@@ -145,29 +145,25 @@ class Adopted:
     """None: no configured cluster has the journal's cluster id."""
 
 
-@dataclass(frozen=True, slots=True)
-class Lost:
+class Lost(Struct, frozen=True):
     """Entries of ours are not ours any more: the map's owner has written over them, or somebody has removed them."""
 
     addresses: tuple[Address, ...]
 
 
-@dataclass(frozen=True, slots=True)
-class Used:
+class Used(Struct, frozen=True):
     """The node talks to these addresses: their entries, where we have them, are the last to be given up."""
 
     addresses: tuple[Address, ...]
 
 
-@dataclass(frozen=True, slots=True)
-class Shrink:
+class Shrink(Struct, frozen=True):
     """The map has no room to spare: so many of our entries are to go, the least recently used first."""
 
     entries: int
 
 
-@dataclass(frozen=True, slots=True)
-class Tick:
+class Tick(Struct, frozen=True):
     """Time has passed: expire negative answers, retry, half-open breakers. Sent about every 100 ms."""
 
 
@@ -183,8 +179,10 @@ Event = (
     | ClusterGone
     | TableChanged
     | IdentityKnown
+    | IdentitiesKnown
     | IdentityGone
     | InstallResult
+    | InstallResults
     | Adopted
     | Lost
     | Used
@@ -195,8 +193,7 @@ Event = (
 # --- commands -------------------------------------------------------------------------------------------------------
 
 
-@dataclass(frozen=True, slots=True)
-class Read:
+class Read(Struct, frozen=True):
     """Read the keys of these addresses in one transaction: all of ``spaces`` for each address."""
 
     cluster: str
@@ -205,8 +202,7 @@ class Read:
     addresses: tuple[Address, ...]
 
 
-@dataclass(frozen=True, slots=True)
-class Watch:
+class Watch(Struct, frozen=True):
     """Watch the address's key in this space, from the revision after ``after``."""
 
     cluster: str
@@ -215,16 +211,14 @@ class Watch:
     after: int
 
 
-@dataclass(frozen=True, slots=True)
-class Unwatch:
+class Unwatch(Struct, frozen=True):
     """Stop watching every key of the address in this cluster."""
 
     cluster: str
     address: Address
 
 
-@dataclass(frozen=True, slots=True)
-class Install:
+class Install(Struct, frozen=True):
     """Put the entry into the map, unless somebody else's entry stands there; answered by InstallResult.
 
     Also replaces an entry of ours by a newer one.
@@ -235,8 +229,7 @@ class Install:
     cluster_id: int
 
 
-@dataclass(frozen=True, slots=True)
-class Evict:
+class Evict(Struct, frozen=True):
     """Remove the entry from the map, if it is ours and still what we wrote."""
 
     address: Address
@@ -244,8 +237,7 @@ class Evict:
     """``deleted``, ``budget``, ``expired``, ``crowded``, ``cluster-gone``, or a Reason's value: the metric's label."""
 
 
-@dataclass(frozen=True, slots=True)
-class Report:
+class Report(Struct, frozen=True):
     """Tell people and metrics how a miss, or a change of an installed address, ended."""
 
     address: Address
@@ -261,15 +253,13 @@ class Report:
     """True when no read was needed: the answer came from the negative cache, or the entry stood already."""
 
 
-@dataclass(frozen=True, slots=True)
-class Mute:
+class Mute(Struct, frozen=True):
     """Raise (True) or lower (False) the kernel's mute flag."""
 
     on: bool
 
 
-@dataclass(frozen=True, slots=True)
-class Admit:
+class Admit(Struct, frozen=True):
     """Let the kernel signal so many misses of what the settings allow: a share, at most 1."""
 
     share: float

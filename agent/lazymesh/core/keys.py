@@ -14,6 +14,8 @@ from typing import TYPE_CHECKING
 from lazymesh.core.model import Space
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
     from lazymesh.core.model import Address
 
 HEARTBEAT = b"cilium/.heartbeat"
@@ -40,6 +42,15 @@ def ip_key(space: Space, address: Address, cluster: str) -> bytes:
     if space is Space.PULL_ONLY:
         return _PULL_ONLY + text
     return b"cilium/cache/ip/v1/%b/%b" % (cluster.encode(), text)
+
+
+def ip_keys(spaces: Sequence[Space], addresses: Sequence[Address], cluster: str) -> list[bytes]:
+    """Return what ``ip_key`` returns for each address in each of the spaces, address by address."""
+    if Space.CACHED in spaces:
+        return [ip_key(space, address, cluster) for address in addresses for space in spaces]
+    prefixes = [_PUSHED if space is Space.PUSHED else _PULL_ONLY for space in spaces]
+    texts = [address_text(address).encode() for address in addresses]
+    return [prefix + text for text in texts for prefix in prefixes]
 
 
 def nodes_prefix(cached: bool, cluster: str) -> bytes:

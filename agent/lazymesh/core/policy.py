@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import enum
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import TYPE_CHECKING
 
 from lazymesh.core.identities import WORLD, WORLD_IDENTITIES
@@ -79,8 +80,13 @@ def with_any_source(labels: Labels) -> dict[str, str]:
     """Return the labels once under their source and once under ``any:``, so that a condition is one look."""
     seen = dict(labels)
     for key, value in labels.items():
-        seen.setdefault(ANY_SOURCE + key.partition(":")[2], value)
+        seen.setdefault(_of_any_source(key), value)
     return seen
+
+
+@lru_cache(maxsize=8192)  # a mesh's labels have a few hundred keys
+def _of_any_source(key: str) -> str:
+    return ANY_SOURCE + key.partition(":")[2]
 
 
 @dataclass(frozen=True, slots=True)
@@ -134,6 +140,10 @@ class PolicyChange:
     revoked: tuple[tuple[Direction, int], ...] = ()
 
 
+_NOBODY: frozenset[Direction] = frozenset()
+_NO_CHANGE = PolicyChange()
+
+
 class PolicyEngine:
     """Holds the labels of identities against the policy, once each, and keeps the verdicts alone.
 
@@ -143,15 +153,12 @@ class PolicyEngine:
 
     def __init__(self, policy: Policy) -> None:
         self._policy = policy
+        self.enforced = policy.enforced
+        """The directions in which the kernel must enforce."""
         self._allowed: dict[Direction, set[int]] = {direction: set() for direction in Direction}
         for direction in self.enforced:
             if policy.of(direction).allow_world:
                 self._allowed[direction].add(WORLD)
-
-    @property
-    def enforced(self) -> frozenset[Direction]:
-        """The directions in which the kernel must enforce."""
-        return self._policy.enforced
 
     def current(self) -> PolicyChange:
         """Return all that is allowed, as a change from nothing."""
@@ -172,15 +179,20 @@ class PolicyEngine:
         return (WORLD if identity in WORLD_IDENTITIES else identity) in self._allowed[direction]
 
     def _admitting(self, labels: Labels) -> frozenset[Direction]:
+        if not self.enforced:
+            return _NOBODY
         seen = with_any_source(labels)
-        return frozenset(
+        admitting = [
             direction
             for direction in self.enforced
-            if any(selector.holds(seen) for selector in self._policy.of(direction).selectors)
-        )
+            if any([one.holds(seen) for one in self._policy.of(direction).selectors])  # noqa: C419 (half the time)
+        ]
+        return frozenset(admitting) if admitting else _NOBODY
 
     def _settle(self, identity: int, admitting: frozenset[Direction]) -> PolicyChange:
-        before = {direction for direction in Direction if identity in self._allowed[direction]}
+        before = {direction for direction in self._allowed if identity in self._allowed[direction]}
+        if before == admitting:
+            return _NO_CHANGE
         for direction in admitting:
             self._allowed[direction].add(identity)
         for direction in before - admitting:

@@ -49,8 +49,7 @@ class RecordError(Exception):
         self.detail = detail
 
 
-@dataclass(frozen=True, slots=True)
-class IpRecord:
+class IpRecord(msgspec.Struct, frozen=True):
     """One address's record, an IPIdentityPair."""
 
     identity: int
@@ -157,8 +156,12 @@ def decode_pair(value: bytes, address: Address) -> IpRecord:
 
 def entry_of(record: IpRecord, here: Container[Address] = ()) -> Entry:
     """Return what the map is to hold, as Cilium writes it on a node with these addresses: no tunnel to itself."""
-    endpoint = None if record.host_ip in here else record.host_ip
-    return with_tunnel_flags(Entry(record.identity, endpoint, record.encrypt_key))
+    return _entry(record.identity, None if record.host_ip in here else record.host_ip, record.encrypt_key)
+
+
+@lru_cache(maxsize=4096)  # pods of one identity on one node have equal ones
+def _entry(identity: int, endpoint: Address | None, encrypt_key: int) -> Entry:
+    return with_tunnel_flags(Entry(identity, endpoint, encrypt_key))
 
 
 def decode_node(value: bytes, cluster: str) -> NodeRecord:
@@ -187,17 +190,23 @@ def decode_identity(value: bytes) -> Labels:
         text = value.decode()
     except UnicodeDecodeError:
         _refuse("labels are not UTF-8")
-    labels: Labels = {}
-    for label in filter(None, text.split(";")):
-        key, _, val = label.partition("=")
-        source, _, name = key.partition(":")
-        if not source or not name or key in labels:
-            _refuse(f"label {label[:64]!r}")
-        # A mesh has 100,000 identities made of a few thousand distinct words.
-        labels[sys.intern(key)] = sys.intern(val)
+    pairs = [_label(label) for label in text.split(";") if label]
+    labels = dict(pairs)
+    if len(labels) != len(pairs):
+        _refuse("a label twice")
     if not labels:
         _refuse("no labels")
     return labels
+
+
+@lru_cache(maxsize=8192)
+def _label(label: str) -> tuple[str, str]:
+    key, _, value = label.partition("=")
+    source, _, name = key.partition(":")
+    if not source or not name:
+        _refuse(f"label {label[:64]!r}")
+    # A mesh has 100,000 identities made of a few thousand distinct words.
+    return sys.intern(key), sys.intern(value)
 
 
 def decode_cluster_config(value: bytes) -> ClusterConfig:

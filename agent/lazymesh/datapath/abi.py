@@ -11,8 +11,9 @@ import ctypes
 import ipaddress
 import struct
 from ctypes import c_int64, c_uint8, c_uint16, c_uint32, c_uint64
-from dataclasses import dataclass
 from typing import TYPE_CHECKING
+
+from msgspec import Struct
 
 from lazymesh.core.model import Address, Direction, Entry, EntryFlag, Network
 
@@ -312,6 +313,7 @@ _ENTRY_V1 = struct.Struct("=I4sHBB")
 _OWNED = struct.Struct("=24s24sHHI")
 _DEDUP_KEY = struct.Struct("=16sI")
 _MISS = struct.Struct("=IBBHI16sIQ")
+_DIRECTIONS = tuple(Direction)
 
 
 def pack_address_key(address: Address) -> bytes:
@@ -377,8 +379,7 @@ def unpack_entry(raw: bytes) -> Entry:
     return Entry(identity, endpoint if any(endpoint) else None, encrypt_key, flags)
 
 
-@dataclass(frozen=True, slots=True)
-class OwnedEntry:
+class OwnedEntry(Struct, frozen=True):
     """One line of the journal: what we wrote, and what stood there of ours before."""
 
     entry: Entry
@@ -391,14 +392,19 @@ def pack_owned(owned: OwnedEntry) -> bytes:
     return _OWNED.pack(pack_entry(owned.entry), pack_entry(owned.previous), owned.cluster_id, 0, 0)
 
 
+def pack_owned_new(entry: Entry, cluster_id: int) -> bytes:
+    """Return the journal's value of an entry that replaces none."""
+    packed = pack_entry(entry)
+    return _OWNED.pack(packed, packed, cluster_id, 0, 0)
+
+
 def unpack_owned(raw: bytes) -> OwnedEntry:
     """Return the line in a journal's value."""
     entry, previous, cluster_id, _, _ = _OWNED.unpack(raw)
     return OwnedEntry(unpack_entry(entry), unpack_entry(previous), cluster_id)
 
 
-@dataclass(frozen=True, slots=True)
-class Signal:
+class Signal(Struct, frozen=True):
     """One SIGNAL_IPCACHE_MISS as user space sees it."""
 
     address: Address
@@ -416,7 +422,7 @@ def unpack_signal(raw: bytes) -> Signal | None:
     if number != SIGNAL_IPCACHE_MISS or family not in (FAMILY_IPV4, FAMILY_IPV6) or direction > 1:
         return None
     address = addr[:4] if family == FAMILY_IPV4 else addr
-    return Signal(address, Direction(direction), cluster_id, ifindex, ktime_ns)
+    return Signal(address, _DIRECTIONS[direction], cluster_id, ifindex, ktime_ns)
 
 
 def pack_dedup_key(address: Address) -> bytes:

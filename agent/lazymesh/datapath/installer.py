@@ -126,6 +126,41 @@ class Installer:
         self._beside.discard(address)
         return reason
 
+    def install_many(self, installs: Sequence[tuple[Address, Entry, int]]) -> list[Reason | None]:
+        """Do as ``install`` for several addresses, each of them once; returns why not, or None, for each.
+
+        What is new goes into the journal together: of a storm that is a third of the system calls.
+        """
+        plain = self._honours_noexist and len(self._maps) == 1 and not self.crowded
+        fresh = [each for each in installs if self._is_fresh(*each)] if plain else []
+        try:
+            self._journal.write_many((address, entry, cluster_id) for address, entry, cluster_id in fresh)
+        except DatapathError:
+            fresh = []  # one by one it will show for whom there is room
+        journalled = {address for address, _, _ in fresh}
+        return [
+            self._insert_journalled(*each) if each[0] in journalled else self.install(*each)
+            for each in installs
+        ]
+
+    def _is_fresh(self, address: Address, entry: Entry, _cluster_id: int) -> bool:
+        """Tell whether an entry is neither ours already nor known to be somebody else's."""
+        standing = self._main.stands(address)
+        return not self._is_ours(address, standing) and not self._is_foreign(standing, entry)
+
+    def _insert_journalled(self, address: Address, entry: Entry, cluster_id: int) -> Reason | None:
+        try:
+            inserted = self._main.insert(address, entry)
+        except DatapathError:
+            return self.install(address, entry, cluster_id)
+        if not inserted:
+            self._forget(address)
+            return self._whose(address)
+        self._beside.discard(address)
+        self._owned.pop(address, None)
+        self._owned[address] = (entry, cluster_id)
+        return None
+
     def evict(self, address: Address) -> bool:
         """Remove our entry if it still is what we wrote; True when it was."""
         self._take_back(address)

@@ -12,7 +12,10 @@ import ctypes
 import errno
 import functools
 import os
+import platform
+import resource
 import socket
+import struct
 import sys
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
@@ -100,12 +103,25 @@ def library() -> ctypes.CDLL:
     lib.bpf_obj_get_info_by_fd.argtypes = (number, pointer, pointer)
     lib.perf_buffer__new.argtypes = (number, ctypes.c_size_t, _SAMPLE_FN, _LOST_FN, pointer, pointer)
     lib.perf_buffer__new.restype = pointer
-    for name in ("perf_buffer__epoll_fd", "perf_buffer__consume", "perf_buffer__free"):
+    for name in ("perf_buffer__epoll_fd", "perf_buffer__buffer_cnt", "perf_buffer__free"):
         getattr(lib, name).argtypes = (pointer,)
+    lib.perf_buffer__buffer.argtypes = (pointer, number, pointer, pointer)
     lib.bpf_link_create.argtypes = (number, number, number, pointer)
     lib.bpf_link_update.argtypes = (number, number, pointer)
     lib.bpf_prog_query.argtypes = (number, number, ctypes.c_uint32, pointer, pointer, pointer)
     lib.libbpf_set_print(None)  # its words on stderr would double our own errors
+    return lib
+
+
+@functools.cache
+def _quick_library() -> ctypes.PyDLL:
+    """Return libbpf for calls of a microsecond: to let go of the interpreter for one takes as long as the call."""
+    library()  # says what is missing
+    lib = ctypes.PyDLL("libbpf.so.1")
+    number = ctypes.c_int
+    lib.bpf_map_update_elem.argtypes = (number, ctypes.c_char_p, ctypes.c_char_p, ctypes.c_uint64)
+    lib.bpf_map_lookup_elem.argtypes = (number, ctypes.c_char_p, ctypes.c_void_p)
+    lib.bpf_map_delete_elem.argtypes = (number, ctypes.c_char_p)
     return lib
 
 
@@ -136,6 +152,14 @@ class MapLayout:
             f"type {self.kind}, key {self.key_size}B, value {self.value_size}B, "
             f"max_entries {self.max_entries}, flags {self.flags:#x}"
         )
+
+
+def raise_memlock() -> None:
+    """Kernels before 5.11 charge maps to RLIMIT_MEMLOCK; later ones do not care."""
+    try:
+        resource.setrlimit(resource.RLIMIT_MEMLOCK, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
+    except (ValueError, OSError):  # no CAP_SYS_RESOURCE: only old kernels need it, and they will say so
+        return
 
 
 def pin(fd: int, path: Path) -> None:
@@ -295,6 +319,11 @@ class Map:
         copies = possible_cpus() if info.type == MAP_TYPE_PERCPU_ARRAY else 1
         # Per-CPU copies are rounded up to 8 bytes each (bpf(2)); ours are multiples already.
         self._value_size = info.value_size * copies
+        quick = _quick_library()
+        self._lookup, self._update = quick.bpf_map_lookup_elem, quick.bpf_map_update_elem
+        self._delete = quick.bpf_map_delete_elem
+        # One for all lookups: nothing else runs between the call and the copy.
+        self._value = ctypes.create_string_buffer(max(self._value_size, 1))
 
     @classmethod
     def pinned(cls, path: Path) -> Map:
@@ -321,20 +350,21 @@ class Map:
 
     def lookup(self, key: bytes) -> bytes | None:
         """Return the element's bytes (per-CPU maps: all copies in a row), None when there is none."""
-        value = ctypes.create_string_buffer(self._value_size)
-        result = self._lib.bpf_map_lookup_elem(self.fd, key, value)
+        result = self._lookup(self.fd, key, self._value)
         if result == -errno.ENOENT:
             return None
-        _checked(result)
-        return value.raw
+        if result:
+            _checked(result)
+        return self._value.raw
 
     def update(self, key: bytes, value: bytes, flags: int = BPF_ANY) -> None:
         """Write one element; OSError EEXIST, ENOENT, ENOSPC or E2BIG as bpf(2) has it."""
-        _checked(self._lib.bpf_map_update_elem(self.fd, key, value, flags))
+        if result := self._update(self.fd, key, value, flags):
+            _checked(result)
 
     def delete(self, key: bytes) -> bool:
         """Remove one element; False when there was none."""
-        result = self._lib.bpf_map_delete_elem(self.fd, key)
+        result = self._delete(self.fd, key)
         if result == -errno.ENOENT:
             return False
         _checked(result)
@@ -451,39 +481,112 @@ def has_lpm_batches() -> bool:
 
 
 class PerfBuffer:
-    """A reader of a perf event array: one ring per CPU behind one pollable file descriptor."""
+    """A reader of a perf event array: one ring per CPU behind one pollable file descriptor.
+
+    libbpf makes the rings; they are read here, where they are mapped, since its callbacks into Python take longer than
+    all the rest of a signal's way through user space.
+    """
 
     def __init__(self, events: Map, pages: int, on_sample: Callable[[bytes], None]) -> None:
         self._lib = library()
         self._on_sample = on_sample
-        # libbpf calls these; an exception in one would be printed and lost, so they only copy and count.
-        self._sample_fn = _SAMPLE_FN(self._sample)
-        self._lost_fn = _LOST_FN(self._count_lost)
         self.lost = 0
         """Records that the kernel could not put into a ring, by its own count."""
-        self._buffer = self._lib.perf_buffer__new(
-            events.fd, pages, self._sample_fn, self._lost_fn, None, None
-        )
+        # libbpf wants them; they are never called.
+        self._unused = _SAMPLE_FN(lambda *_: None), _LOST_FN(lambda *_: None)
+        self._buffer = self._lib.perf_buffer__new(events.fd, pages, *self._unused, None, None)
         if not self._buffer:
             number = ctypes.get_errno()
             raise OSError(number, os.strerror(number))
         self.fd = _checked(self._lib.perf_buffer__epoll_fd(self._buffer))
+        self._rings = [self._ring(index) for index in range(self._lib.perf_buffer__buffer_cnt(self._buffer))]
 
-    def consume(self) -> None:
-        """Hand every waiting record to on_sample, CPU by CPU: in order of time only within one.
+    def consume(self, limit: int = 1 << 30) -> bool:
+        """Hand waiting records to on_sample, CPU by CPU: in order of time only within one.
 
-        perf_buffer__poll would miss what a full edge left behind.
+        Of each CPU at most ``limit``; True if more may wait. perf_buffer__poll would miss what a full edge left behind.
         """
-        _checked(self._lib.perf_buffer__consume(self._buffer))
+        heads = [ring.head.value for ring in self._rings]
+        self._fence()
+        more = False
+        for ring, head in zip(self._rings, heads, strict=True):
+            if ring.position != head:
+                more |= self._read(ring, head, limit)
+        self._fence()
+        for ring in self._rings:
+            ring.tail.value = ring.position
+        return more
 
     def close(self) -> None:
         """Take our rings out of the map."""
         if self._buffer:
+            self._rings = []
             self._lib.perf_buffer__free(self._buffer)
             self._buffer = None
 
-    def _sample(self, _ctx: int, _cpu: int, data: int, size: int) -> None:
-        self._on_sample(ctypes.string_at(data, size))
+    def _ring(self, index: int) -> _Ring:
+        base, size = ctypes.c_void_p(), ctypes.c_size_t()
+        _checked(self._lib.perf_buffer__buffer(self._buffer, index, ctypes.byref(base), ctypes.byref(size)))
+        return _Ring(base.value or 0, size.value)
 
-    def _count_lost(self, _ctx: int, _cpu: int, count: int) -> None:
-        self.lost += count
+    def _fence(self) -> None:
+        if _ORDERED:
+            return
+        # The call lets go of the interpreter and takes it again: locks, so barriers between what is read before and
+        # behind it, as the rings' protocol has it (perf_event_open(2)).
+        self._lib.perf_buffer__buffer_cnt(self._buffer)
+
+    def _read(self, ring: _Ring, head: int, limit: int) -> bool:
+        """Read up to a position, or up to a number of records; return whether some are left."""
+        data, size, at = ring.data, ring.size, ring.position
+        on_sample = self._on_sample
+        while at != head and limit:
+            start = at % size
+            kind, _, length, raw_length = (
+                _RECORD.unpack_from(data, start) if start + 12 <= size else ring.head_at(start)
+            )
+            end = start + length
+            if kind == _RECORD_SAMPLE:
+                if end <= size:
+                    on_sample(bytes(data[start + 12 : start + 12 + raw_length]))
+                else:
+                    on_sample(ring.wrapped(start, length)[12 : 12 + raw_length])
+                limit -= 1
+            elif kind == _RECORD_LOST:
+                self.lost += int.from_bytes(ring.wrapped(start, length)[16:24], sys.byteorder)
+            at += length
+        ring.position = at
+        return at != head
+
+
+class _Ring:
+    """One CPU's ring, as perf_event_mmap_page has it: a page of positions, then the data."""
+
+    _HEAD, _TAIL = 1024, 1032
+
+    def __init__(self, base: int, size: int) -> None:
+        self.size = size
+        self.head = ctypes.c_uint64.from_address(base + self._HEAD)
+        """Where the kernel writes next; counts up for ever."""
+        self.tail = ctypes.c_uint64.from_address(base + self._TAIL)
+        """Up to where the kernel may forget."""
+        self.position = self.tail.value
+        """Up to where we have read."""
+        data = (ctypes.c_char * size).from_address(base + resource.getpagesize())
+        self.data = memoryview(data).cast("B")
+
+    def wrapped(self, start: int, length: int) -> bytes:
+        """Return a record that may go on at the ring's beginning."""
+        piece = bytes(self.data[start : start + length])
+        return piece + bytes(self.data[: length - len(piece)])
+
+    def head_at(self, start: int) -> tuple[int, ...]:
+        """Return a record's head that goes on at the ring's beginning."""
+        return _RECORD.unpack(self.wrapped(start, _RECORD.size))
+
+
+_RECORD = struct.Struct("=IHHI")
+"""perf_event_header, and the length of a sample's bytes."""
+_RECORD_LOST, _RECORD_SAMPLE = 2, 9
+_ORDERED = platform.machine() in ("x86_64", "i686")
+"""Loads stay in their order here, and stores behind them, without a barrier."""

@@ -12,7 +12,6 @@ import ctypes
 import json
 import os
 import re
-import resource
 import signal
 import sys
 import tempfile
@@ -70,7 +69,7 @@ def load(pins: Path, ipcache_size: int) -> None:
             "the Python package bcc is missing: install python3-bpfcc, and run lazymesh with /usr/bin/python3"
             " or an environment made from it with --system-site-packages"
         ) from exc
-    _raise_memlock()
+    libbpf.raise_memlock()
     with resources.as_file(resources.files("lazymesh") / "bpf") as source, _new_views(pins):
         flags = [
             f"-I{source}",
@@ -157,14 +156,6 @@ def _check_sizes(bpf: Any) -> None:
                     f"{table}: {ours.__name__} is {ctypes.sizeof(ours)} bytes here and {ctypes.sizeof(element)}"
                     " in the compiled program: the installation is broken, reinstall lazymesh"
                 )
-
-
-def _raise_memlock() -> None:
-    """Kernels before 5.11 charge maps to RLIMIT_MEMLOCK; later ones do not care."""
-    try:
-        resource.setrlimit(resource.RLIMIT_MEMLOCK, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
-    except (ValueError, OSError):  # no CAP_SYS_RESOURCE: only old kernels need it, and they will say so
-        return
 
 
 def _first_complaint(words: str) -> str:

@@ -292,6 +292,19 @@ class Journal:
                 raise MapFullError("the ownership journal is full") from exc
             raise DatapathError(f"cannot write to the ownership journal: {exc.strerror}") from exc
 
+    def write_many(self, entries: Iterable[tuple[Address, Entry, int]]) -> None:
+        """Add or replace the lines of new entries, each with its cluster id; MapFullError when there is no room."""
+        lines = [
+            (abi.pack_address_key(address), abi.pack_owned_new(entry, cluster_id))
+            for address, entry, cluster_id in entries
+        ]
+        try:
+            self._map.update_many(lines)
+        except OSError as exc:
+            if exc.errno in _FULL:
+                raise MapFullError("the ownership journal is full") from exc
+            raise DatapathError(f"cannot write to the ownership journal: {exc.strerror}") from exc
+
     def remove(self, address: Address) -> None:
         """Strike a line out."""
         try:

@@ -22,7 +22,15 @@ from lazymesh.datapath.maps import (
     WindowMap,
     open_map,
 )
-from lazymesh.datapath.pins import HOLD_PROGRAMS, IPCACHE, PROGRAMS, SIGNALS, VIEWS, own_ipcache
+from lazymesh.datapath.pins import (
+    HOLD_PROGRAMS,
+    IPCACHE,
+    PROGRAMS,
+    SIGNALS,
+    VIEWS,
+    expected_layouts,
+    own_ipcache,
+)
 from lazymesh.errors import DatapathError
 
 if TYPE_CHECKING:
@@ -70,6 +78,40 @@ def open_own_ipcache(pins: Pins, size: int) -> IpcacheMap:
         libbpf.pin(made.fd, path)
         made.close()
     return IpcacheMap.pinned(path)
+
+
+class MeshMaps:
+    """The maps by which the kernel is told of the mesh; they can be filled before a program is loaded that reads them.
+
+    Pinned as the loader would, which takes them for those of an earlier life.
+    """
+
+    def __init__(self, pins: Pins, ipcache_size: int) -> None:
+        pins.prepare(ipcache_size)
+        libbpf.raise_memlock()
+        layouts = expected_layouts(ipcache_size)
+        self._maps = [
+            _open_or_make(pins, name, layouts[name]) for name in ("lm_config", "lm_mesh_cidrs", "lm_policy")
+        ]
+        config, cidrs, policy = self._maps
+        self.config, self.cidrs, self.policy = ConfigMap(config), MeshCidrs(cidrs), PolicyMap(policy)
+
+    def close(self) -> None:
+        """Give the file descriptors back."""
+        for opened in self._maps:
+            opened.close()
+
+
+def _open_or_make(pins: Pins, name: str, layout: libbpf.MapLayout) -> libbpf.Map:
+    path = pins.path(name)
+    if path.exists():
+        return open_map(path)
+    try:
+        made = libbpf.Map.create(name, layout)
+        libbpf.pin(made.fd, path)
+    except OSError as exc:
+        raise DatapathError(f"cannot make the map {name}: {exc.strerror}") from exc
+    return made
 
 
 class Datapath:

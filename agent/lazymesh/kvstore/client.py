@@ -230,7 +230,7 @@ def _read_call(keys: Sequence[bytes], timeout_s: float) -> rpc.Call[Any, Any]:
 
     if len(keys) == 1:
         return rpc.Call(rpc.RANGE, requests.read_one(keys[0]), timeout_s, what)
-    return rpc.Call(rpc.TXN, requests.read_batch(keys), timeout_s, what)
+    return rpc.Call(rpc.READ_MANY, keys, timeout_s, what)
 
 
 def _outcome_of(task: asyncio.Task[ReadResult]) -> ReadResult | KvstoreError:

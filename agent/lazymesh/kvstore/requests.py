@@ -34,6 +34,20 @@ def read_batch(keys: Sequence[bytes]) -> pb.TxnRequest:
     return pb.TxnRequest(success=[pb.RequestOp(request_range=read_one(key)) for key in keys])
 
 
+def encode_reads(keys: Sequence[bytes]) -> bytes:
+    """Return the bytes of :func:`read_batch`, made without objects: they take ten times as long."""
+    if max(map(len, keys)) > _SHORT:
+        return read_batch(keys).SerializeToString()
+    return b"".join([_READ_OF[len(key)] + key + _SERIALIZABLE for key in keys])
+
+
+_SHORT = 100
+"""Longest key whose messages' lengths all fit into one byte."""
+_READ_OF = [bytes((0x12, size + 6, 0x0A, size + 4, 0x0A, size)) for size in range(_SHORT + 1)]
+"""By the key's size: TxnRequest.success, RequestOp.request_range, RangeRequest.key, each with its length."""
+_SERIALIZABLE = pb.RangeRequest(serializable=True).SerializeToString()
+
+
 def read_page(prefix: bytes, after: bytes | None, revision: int, limit: int) -> pb.RangeRequest:
     """Ask for up to ``limit`` keys of the prefix behind the key ``after``; revision 0 is the present."""
     return pb.RangeRequest(

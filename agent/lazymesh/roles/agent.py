@@ -33,7 +33,7 @@ from lazymesh.datapath.installer import Installer
 from lazymesh.datapath.interfaces import InterfaceFollower, InterfaceSelection
 from lazymesh.datapath.maps import DatapathConfig, OnMiss, kernel_honours_noexist
 from lazymesh.datapath.pins import IPCACHE, Pins, check_bpffs
-from lazymesh.datapath.program import load
+from lazymesh.datapath.program import MeshMaps, load
 from lazymesh.datapath.signals import SignalReader
 from lazymesh.errors import DatapathError, LazymeshError, SettingsError
 from lazymesh.metrics import HttpServer, Metrics
@@ -53,6 +53,7 @@ from lazymesh.tasks import together
 if TYPE_CHECKING:
     from lazymesh.core.model import Address, Entry
     from lazymesh.core.policy import Policy
+    from lazymesh.datapath.maps import ConfigMap
     from lazymesh.datapath.program import Datapath
     from lazymesh.roles.auditing import Allows
     from lazymesh.roles.ipcaches import NodeIpcaches
@@ -106,6 +107,50 @@ def _read_policy(settings: AgentSettings) -> tuple[Policy | None, str]:
     return parse_policy(text, str(settings.policy)), text
 
 
+class Valve:
+    """How much is signalled: told to the kernel, and while it is nothing, what is in the rings stays there."""
+
+    def __init__(self, config: ConfigMap) -> None:
+        self.reader: SignalReader | None = None
+        self._config = config
+
+    def mute(self, on: bool) -> None:
+        """Have nothing signalled, or go on."""
+        self._config.mute(on)
+        if self.reader is not None:
+            self.reader.pause(on)
+
+    def admit(self, share: float) -> None:
+        """Let this share of the usual rates in."""
+        self._config.admit(share)
+
+
+class Inbox:
+    """Takes what the mesh tells; keeps it while there is no driver yet."""
+
+    def __init__(self) -> None:
+        self._driver: Driver | None = None
+        self._waiting: list[events.Event] = []
+
+    def feed(self, event: events.Event) -> None:
+        """Pass an event on, now or later."""
+        if self._driver is not None:
+            self._driver.feed(event)
+        elif isinstance(event, _TO_BE_KEPT):
+            self._waiting.append(event)
+
+    def connect(self, driver: Driver, mesh: Mesh) -> None:
+        """Tell a driver that knows nothing yet; the identities are the mesh's own, which it sees."""
+        self._driver = driver
+        driver.feed(events.TableChanged(mesh.table))
+        waiting, self._waiting = self._waiting, []
+        for event in waiting:
+            driver.feed(event)
+
+
+_TO_BE_KEPT = (events.ClusterReady, events.ClusterSilent, events.ClusterGone, events.StoreReset)
+
+
 class Agent:
     """One life of the node agent."""
 
@@ -142,15 +187,8 @@ class Agent:
         lock = pins.lock()
         self._fresh = not any(pins.directory.iterdir())
         try:
-            try:
-                datapath = await asyncio.to_thread(load, pins, self._settings.datapath.ipcache_size)
-            except DatapathError:
-                self._refused = not self._fresh
-                raise
-            try:
-                await together(self._stop.wait(), self._serve(datapath))
-            finally:
-                datapath.close()
+            with contextlib.closing(self._mesh_maps(pins)) as maps:
+                await self._load_and_serve(pins, maps)
             if self._failure is not None:
                 raise self._failure
             log.info("stopped")
@@ -160,6 +198,34 @@ class Agent:
                 await self._clean_up(pins)
             os.close(lock)
 
+    def _mesh_maps(self, pins: Pins) -> MeshMaps:
+        try:
+            return MeshMaps(pins, self._settings.datapath.ipcache_size)
+        except DatapathError:
+            self._refused = not self._fresh
+            raise
+
+    async def _load_and_serve(self, pins: Pins, maps: MeshMaps) -> None:
+        """Compile, and follow the mesh meanwhile: a large one takes as long to be listed."""
+        engine = PolicyEngine(self._policy) if self._policy else None
+        enforcement = Enforcement(maps.policy, engine, maps.config.read().policy_tag == self._policy_tag)
+        inbox = Inbox()
+        mesh = Mesh(self._settings.mesh, maps.cidrs, enforcement, inbox.feed)
+        following = asyncio.create_task(mesh.run(), name="mesh")
+        try:
+            try:
+                datapath = await asyncio.to_thread(load, pins, self._settings.datapath.ipcache_size)
+            except DatapathError:
+                self._refused = not self._fresh
+                raise
+            try:
+                await together(self._stop.wait(), self._serve(datapath, mesh, following, inbox, engine))
+            finally:
+                datapath.close()
+        finally:
+            following.cancel()
+            await asyncio.gather(following, return_exceptions=True)
+
     @property
     def _leaves_nothing(self) -> bool:
         if self._refused:
@@ -168,11 +234,15 @@ class Agent:
         marked = mark is not None and mark.exists()
         return self._settings.cleanup or marked or (self._fresh and not self._attached)
 
-    async def _serve(self, datapath: Datapath) -> None:
+    async def _serve(
+        self,
+        datapath: Datapath,
+        mesh: Mesh,
+        following: asyncio.Task[None],
+        inbox: Inbox,
+        engine: PolicyEngine | None,
+    ) -> None:
         settings = self._settings
-        engine = PolicyEngine(self._policy) if self._policy else None
-        keep = datapath.config.read().policy_tag == self._policy_tag
-        enforcement = Enforcement(datapath.policy, engine, keep)
         self._configure(datapath)
         async with contextlib.AsyncExitStack() as stack:
             ipcaches = await self._open_ipcaches(datapath, stack)
@@ -183,11 +253,11 @@ class Agent:
                 ipcaches.maps, datapath.journal, kernel_honours_noexist(), shared=ipcaches.shared
             )
             stack.callback(lambda: ipcaches.leave(installer) if self._leaves_nothing else None)
-            mesh = Mesh(settings.mesh, datapath.mesh_cidrs, enforcement, lambda event: driver.feed(event))  # noqa: PLW0108 (made two lines on)
             judge = Judge(mesh.table, mesh.identities, settings.mesh.region, ipcaches.here)
             resolver = Resolver(limits, judge, random.random)
             shadow = Shadow(ipcaches) if settings.shadow else None
-            driver = Driver(resolver, shadow or installer, mesh.links, self._metrics, datapath.config)
+            valve = Valve(datapath.config)
+            driver = Driver(resolver, shadow or installer, mesh.links, self._metrics, valve)
             driver.fail = self._fail
             if shadow is not None and ipcaches.shared and installer.has_leftovers():
                 raise DatapathError(
@@ -197,13 +267,14 @@ class Agent:
             if shadow is None:
                 self._adopted = list(installer.adopt())
                 ipcaches.connect(installer, driver, resolver, mesh)
+            inbox.connect(driver, mesh)
             follower = InterfaceFollower(datapath, self._selection, settings.datapath.attach)
             holding = Holding(datapath, HoldControl(datapath.pins.directory), self._hold_settings())
             if settings.datapath.on_miss == "hold" and shadow is None:
                 holding.want()
             auditor = Auditor(datapath.windows, self._allows(engine), resolver)
             attached = asyncio.Event()
-            reader = SignalReader(datapath.signals, driver.on_signals)
+            reader = valve.reader = SignalReader(datapath.signals, driver.on_signals)
             control = ControlServer(
                 settings.socket,
                 {
@@ -255,7 +326,7 @@ class Agent:
             stack.callback(lambda: setattr(self, "_attached", attached.is_set()))
             self._touched = True
             await together(
-                mesh.run(),
+                asyncio.wait_for(following, None),
                 ipcaches.run(),
                 follower.run(attached),
                 self._tick(driver),

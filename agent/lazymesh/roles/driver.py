@@ -33,6 +33,9 @@ log = structlog.get_logger()
 
 QUIET_S = 60.0
 """The same refusal of the same address is logged once in this time."""
+WATCHES_AT_ONCE, WATCHES_IN_A_STORM = 512, 8
+"""Key watches that are changed after a step, the rest after the next: they start from a known revision, so nothing
+is missed, and in a storm the time is the misses'."""
 _GOOD = frozenset({"installed", "updated"})
 _REFUSALS = frozenset({Reason.FORGED, Reason.MALFORMED, Reason.AMBIGUOUS, Reason.NOT_OURS, Reason.MAP_FULL})
 """Answers that a person should look into."""
@@ -43,6 +46,9 @@ class Installs(Protocol):
 
     def install(self, address: Address, entry: Entry, cluster_id: int) -> Reason | None:
         """Put an entry in; return why not."""
+
+    def install_many(self, installs: Sequence[tuple[Address, Entry, int]]) -> list[Reason | None]:
+        """Put several in; return the same of each."""
 
     def evict(self, address: Address) -> bool:
         """Take an entry of ours out."""
@@ -73,6 +79,10 @@ class Shadow:
             return Reason.TAKEN
         self.changes_total += 1
         return None
+
+    def install_many(self, installs: Sequence[tuple[Address, Entry, int]]) -> list[Reason | None]:
+        """Say the same of several."""
+        return [self.install(*each) for each in installs]
 
     def evict(self, _address: Address) -> bool:
         """There is nothing to take out."""
@@ -113,7 +123,7 @@ class Driver:
         self._events: deque[events.Event] = deque()
         self._busy = False
         self._reports: list[events.Report] = []
-        self._later: list[events.Watch | events.Unwatch] = []
+        self._later: deque[events.Watch | events.Unwatch] = deque()
         self._said: dict[str | None, OncePer] = {}
         """By cluster: one with many bad records silences itself alone."""
         self._directions = [metrics.signals.labels(direction.name.lower()) for direction in Direction]
@@ -133,13 +143,13 @@ class Driver:
 
     def on_signals(self, signals: list[Signal]) -> None:
         """Take the misses of one wake-up."""
-        misses = []
-        for signal in signals:
-            self._directions[signal.direction].inc()
-            misses.append(
-                events.Miss(signal.address, signal.direction, signal.ifindex, signal.ktime_ns / 1e9)
-            )
-        self.feed(events.Misses(tuple(misses)))
+        miss = events.Miss
+        misses = tuple([miss(one.address, one.direction, one.ifindex, one.ktime_ns / 1e9) for one in signals])
+        inward = sum([one.direction for one in signals])
+        for direction, count in ((Direction.EGRESS, len(signals) - inward), (Direction.INGRESS, inward)):
+            if count:
+                self._directions[direction].inc(count)
+        self.feed(events.Misses(misses))
 
     def feed(self, event: events.Event) -> None:
         """Take one event, now or behind those that are being worked on."""
@@ -153,8 +163,11 @@ class Driver:
         try:
             while self._events:
                 while self._events:
-                    for command in self._resolver.step(self._events.popleft(), time.monotonic()):
-                        self._carry_out(command)
+                    event = self._events.popleft()
+                    if isinstance(event, events.StoreReset | events.ClusterGone):
+                        # The resolver forgets its watches, and so has the link: these would be nobody's.
+                        self._later = deque(each for each in self._later if each.cluster != event.cluster)
+                    self._carry_out(self._resolver.step(event, time.monotonic()))
                 self._finish()
         except Exception as exc:
             # The resolver may be anywhere between two states: nothing more is decided from it.
@@ -167,7 +180,6 @@ class Driver:
     def _finish(self) -> None:
         """Do what packets do not wait for, and first let go those that do."""
         reports, self._reports = self._reports, []
-        later, self._later = self._later, []
         if self.release is not None and reports:
             for report in reports:
                 if report.outcome != "evicted":
@@ -176,10 +188,16 @@ class Driver:
                     )
             self.released()
         now = time.monotonic()
-        for command in later:
-            self._change_watch(command)
+        at_once = WATCHES_IN_A_STORM if self._resolver.queued else WATCHES_AT_ONCE
+        for _ in range(min(len(self._later), at_once)):
+            self._change_watch(self._later.popleft())
+        ends: dict[tuple[str, bool], int] = {}
         for report in reports:
+            end = report.outcome, report.cached
+            ends[end] = ends.get(end, 0) + 1
             self._report(report, now)
+        for (outcome, cached), count in ends.items():
+            self._metrics.outcomes.labels(outcome, "yes" if cached else "no").inc(count)
 
     def _change_watch(self, command: events.Watch | events.Unwatch) -> None:
         link = self._links.get(command.cluster)
@@ -190,29 +208,52 @@ class Driver:
         else:
             link.unwatch(command.address)
 
-    def _carry_out(self, command: events.Command) -> None:
-        match command:
-            case events.Read():
-                self._read(command)
-            case events.Install():
-                error = self._installer.install(command.address, command.entry, command.cluster_id)
-                self._events.appendleft(events.InstallResult(command.address, command.entry, error))
-            case events.Report():
+    def _carry_out(self, commands: list[events.Command]) -> None:
+        """Carry out the commands of one step, in their order; installs with nothing to do in between go together."""
+        installs: list[events.Install] = []
+        for command in commands:
+            if isinstance(command, events.Install):
+                installs.append(command)
+            elif isinstance(command, events.Report):
                 self._reports.append(command)
-            case events.Watch() | events.Unwatch():
+            elif isinstance(command, events.Watch | events.Unwatch):
                 self._later.append(command)
-            case events.Evict():
+            elif isinstance(command, events.Read):
+                self._read(command)
+            elif isinstance(command, events.Evict):
+                self._install(installs)
                 self._installer.evict(command.address)
                 self._metrics.evictions.labels(command.why).inc()
-            case events.Admit():
+            elif isinstance(command, events.Admit):
                 self._admit(command.share)
-            case events.Mute():
-                self.muted = command.on
-                self._valve.mute(command.on)
-                self._metrics.muted.set(command.on)
-                log.warning(
-                    "the kernel is told to signal nothing" if command.on else "the kernel may signal again"
-                )
+            else:
+                self._change_mute(command)
+        self._install(installs)
+
+    def _install(self, installs: list[events.Install]) -> None:
+        """Put entries in, and have the resolver told how it went before anything else."""
+        if not installs:
+            return
+        if len(installs) == 1:
+            (one,) = installs
+            error = self._installer.install(one.address, one.entry, one.cluster_id)
+            self._events.appendleft(events.InstallResult(one.address, one.entry, error))
+        else:
+            errors = self._installer.install_many(
+                [(one.address, one.entry, one.cluster_id) for one in installs]
+            )
+            results = [
+                events.InstallResult(one.address, one.entry, error)
+                for one, error in zip(installs, errors, strict=True)
+            ]
+            self._events.appendleft(events.InstallResults(tuple(results)))
+        installs.clear()
+
+    def _change_mute(self, command: events.Mute) -> None:
+        self.muted = command.on
+        self._valve.mute(command.on)
+        self._metrics.muted.set(command.on)
+        log.warning("the kernel is told to signal nothing" if command.on else "the kernel may signal again")
 
     def _admit(self, share: float) -> None:
         # The way back up takes many steps.
@@ -236,12 +277,11 @@ class Driver:
         if self.installed is not None and report.outcome in _GOOD and not report.cached:
             self.installed(report.address)
         latency = None if report.missed_at is None else max(0.0, now - report.missed_at)
-        reason = report.reason.value if report.reason else None
-        self._metrics.outcomes.labels(report.outcome, "yes" if report.cached else "no").inc()
+        reason = None if report.reason is None else report.reason.value
         if reason is not None and report.outcome != "evicted":
             self._metrics.errors.labels(reason).inc()
         if latency is not None and not report.cached:
-            self._metrics.duration.labels(report.outcome).observe(latency)
+            self._metrics.duration.observe(report.outcome, latency)
         if self.publish is not None:
             known = self._resolver.describe(report.address)
             self.publish(

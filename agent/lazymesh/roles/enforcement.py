@@ -55,5 +55,7 @@ class Enforcement:
         self._leftovers = set()
 
     def _note(self, change: PolicyChange) -> None:
-        self._pending.update(dict.fromkeys(change.allowed, True))
-        self._pending.update(dict.fromkeys(change.revoked, False))
+        if change.allowed:
+            self._pending.update(dict.fromkeys(change.allowed, True))
+        if change.revoked:
+            self._pending.update(dict.fromkeys(change.revoked, False))

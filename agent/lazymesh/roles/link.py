@@ -167,25 +167,26 @@ class ClusterLink:
 
     def read(self, command: events.Read) -> None:
         """Read the keys of some addresses; the answer comes as an event, in any case: the resolver counts on it."""
-        pairs = [(address, space) for address in command.addresses for space in command.spaces]
         self._client_of(command.spaces[0]).read_soon(
-            [keys.ip_key(space, address, self.name) for address, space in pairs],
+            keys.ip_keys(command.spaces, command.addresses, self.name),
             READ_TIMEOUT_S,
-            lambda outcome: self.guard(lambda: self._on_read(command, pairs, outcome)),
+            lambda outcome: self.guard(lambda: self._on_read(command, outcome)),
         )
 
-    def _on_read(
-        self, command: events.Read, pairs: list[tuple[Address, Space]], outcome: ReadResult | KvstoreError
-    ) -> None:
+    def _on_read(self, command: events.Read, outcome: ReadResult | KvstoreError) -> None:
         if isinstance(outcome, KvstoreError):
             self.read_problem = str(outcome)
             self._observer.on_event(events.ReadFailed(self.name, command.addresses, outcome.kind))
             return
         self.read_problem = None
+        revision, found = outcome.revision, iter(outcome.values)
         states = tuple(
             [
-                events.KeyState(address, space, None if found is None else found.value, outcome.revision)
-                for (address, space), found in zip(pairs, outcome.values, strict=True)
+                events.KeyState(
+                    address, space, None if (pair := next(found)) is None else pair.value, revision
+                )
+                for address in command.addresses
+                for space in command.spaces
             ]
         )
         self._observer.on_event(events.Answered(self.name, states))

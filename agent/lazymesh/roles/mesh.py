@@ -268,9 +268,11 @@ class Mesh:
             elif identity in self.identities and self._belongs(link, identity):
                 gone.append(identity)
         self._enforcement.flush()
-        for identity in known:
-            self.identities.add(identity)
-            self._feed(events.IdentityKnown(identity))
+        self.identities.update(known)
+        if len(known) == 1:
+            self._feed(events.IdentityKnown(known[0]))
+        elif known:
+            self._feed(events.IdentitiesKnown(tuple(known)))
         self._forget_identities(gone)
 
     def on_event(self, event: events.Event) -> None:

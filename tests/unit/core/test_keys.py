@@ -145,3 +145,10 @@ def test_no_key_crashes_the_parsers(key: bytes) -> None:
     for prefix in (b"", keys.nodes_prefix(False, "b")):
         assert keys.identity_of_key(key, prefix) is None or key.isdigit()
         assert keys.node_of_key(key, prefix) is None or key.isascii()
+
+
+@given(spaces=st.lists(st.sampled_from(Space), min_size=1, unique=True), addresses=st.lists(ADDRESSES))
+def test_keys_of_many_addresses_are_those_of_each(spaces: list[Space], addresses: list[bytes]) -> None:
+    """Address by address, each in the order of the spaces."""
+    expected = [keys.ip_key(space, address, "b") for address in addresses for space in spaces]
+    assert keys.ip_keys(spaces, addresses, "b") == expected

@@ -61,6 +61,12 @@ def test_write_batch_deletes_where_there_is_no_value() -> None:
     assert delete.request_delete_range.key == b"c"
 
 
+@given(keys=st.lists(st.binary(min_size=1, max_size=130), min_size=1, max_size=5))
+def test_reads_are_encoded_as_the_library_would(keys: list[bytes]) -> None:
+    """Byte for byte, for keys short and long."""
+    assert requests.encode_reads(keys) == requests.read_batch(keys).SerializeToString()
+
+
 def test_answers_to_other_questions_are_refused() -> None:
     """A server that answers two reads with one answer says nothing that could be told apart."""
     with pytest.raises(KvstoreError, match="1 answers to 2 reads") as refused:

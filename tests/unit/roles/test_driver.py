@@ -14,7 +14,7 @@ from lazymesh.core.hold import Cause
 from lazymesh.core.model import Direction, Entry, Reason, Space, parse_address
 from lazymesh.datapath.abi import Signal
 from lazymesh.metrics import Metrics
-from lazymesh.roles.driver import Driver, Shadow
+from lazymesh.roles.driver import WATCHES_IN_A_STORM, Driver, Shadow
 
 if TYPE_CHECKING:
     from lazymesh.core.resolver import Resolver
@@ -30,6 +30,7 @@ class Scripted:
     def __init__(self, answers: dict[type, list[events.Command]]) -> None:
         self.answers = answers
         self.told: list[events.Event] = []
+        self.queued = 0
 
     def step(self, event: events.Event, _now: float) -> list[events.Command]:
         """Look the event up."""
@@ -188,6 +189,57 @@ def test_mute_reaches_the_kernel_and_evictions_are_counted() -> None:
     fixture.driver.feed(events.Tick())
     assert (fixture.muted, fixture.driver.muted, fixture.admitted) == ([True, False], False, [0.5])
     assert fixture.sample("lazymesh_entries_evicted_total", why="deleted") == 1
+
+
+def test_installs_with_nothing_in_between_go_together() -> None:
+    """One answer for all of them; an eviction keeps its place."""
+    others = [parse_address(f"10.2.1.{number}") for number in range(4)]
+    commands: list[events.Command] = [
+        events.Install(others[0], ENTRY, 2),
+        events.Install(others[1], ENTRY, 2),
+        events.Evict(IP, "budget"),
+        events.Install(others[2], ENTRY, 2),
+    ]
+    fixture = Fixture({events.Tick: commands})
+    order: list[object] = []
+    installer = SimpleNamespace(
+        install=lambda address, *_: order.append(address),
+        install_many=lambda many: [order.append(address) for address, *_ in many],
+        evict=order.append,
+    )
+    fixture.driver._installer = cast("Shadow", installer)
+    fixture.driver.feed(events.Tick())
+    assert order == [others[0], others[1], IP, others[2]]
+    results = [events.InstallResult(address, ENTRY, None) for address in others[:3]]
+    assert fixture.resolver.told[1:] == [results[2], events.InstallResults(tuple(results[:2]))]
+
+
+def test_watches_wait_while_addresses_do() -> None:
+    """A few are changed after each step all the same; once nothing waits the rest follows, in its order."""
+    asked = [events.Watch("b", Space.PUSHED, bytes([10, 2, 1, number]), 1) for number in range(20)]
+    done: list[events.Watch] = []
+    fixture = Fixture({events.Tick: list(asked)}, {"b": SimpleNamespace(watch=done.append)})
+    fixture.resolver.queued = 1
+    fixture.driver.feed(events.Tick())
+    assert done == asked[:WATCHES_IN_A_STORM]
+    fixture.resolver.queued = 0
+    fixture.driver.feed(events.ClusterReady("b"))
+    assert done == asked
+
+
+def test_watches_of_a_store_that_is_no_more_are_forgotten() -> None:
+    """They would start at its revisions, and be nobody's; those of another cluster are not."""
+    asked = [
+        events.Watch(name, Space.PUSHED, IP, 1) for name in ("b", "c") for _ in range(WATCHES_IN_A_STORM)
+    ]
+    done: list[events.Watch] = []
+    link = SimpleNamespace(watch=done.append)
+    fixture = Fixture({events.Tick: [*asked, *asked]}, {"b": link, "c": link})
+    fixture.resolver.queued = 1
+    fixture.driver.feed(events.Tick())
+    fixture.resolver.queued = 0
+    fixture.driver.feed(events.StoreReset("b"))
+    assert [one.cluster for one in done] == ["b"] * WATCHES_IN_A_STORM + ["c"] * 2 * WATCHES_IN_A_STORM
 
 
 def test_one_cluster_with_many_bad_records_silences_itself_alone() -> None:

@@ -72,8 +72,10 @@ class Resolver:
             ev.ClusterGone: self._lifecycle.gone,
             ev.TableChanged: self._table_changed,
             ev.IdentityKnown: self._identity_known,
+            ev.IdentitiesKnown: self._identities_known,
             ev.IdentityGone: self._identity_gone,
             ev.InstallResult: self._moves.install_ended,
+            ev.InstallResults: self._installs_ended,
             ev.Adopted: self._adopted,
             ev.Lost: self._lost,
             ev.Used: self._used,
@@ -199,6 +201,10 @@ class Resolver:
                 tracked.watched += (state.space,)
                 self._moves.out.append(ev.Watch(link.name, state.space, state.address, state.as_of))
 
+    def _installs_ended(self, event: ev.InstallResults, now: float) -> None:
+        for result in event.results:
+            self._moves.install_ended(result, now)
+
     def _read_failed(self, failure: ev.ReadFailed, now: float) -> None:
         link = self._links.get(failure.cluster)
         if link is None:
@@ -266,7 +272,14 @@ class Resolver:
                 self._moves.drop(tracked, _unowned(owners).value, _unowned(owners))
 
     def _identity_known(self, event: ev.IdentityKnown, now: float) -> None:
-        for tracked in self._ledger.named(event.identity):
+        self._know(event.identity, now)
+
+    def _identities_known(self, event: ev.IdentitiesKnown, now: float) -> None:
+        for identity in event.identities:
+            self._know(identity, now)
+
+    def _know(self, identity: int, now: float) -> None:
+        for tracked in self._ledger.named(identity):
             if tracked.phase is Phase.ABSENT and tracked.reason is Reason.UNKNOWN_IDENTITY:
                 self._moves.settle(tracked, now)
 

@@ -1,0 +1,93 @@
+"""How long an agent takes to be ready in a mesh of 1, 10 and 100 clusters, beside a bare list of the same records.
+
+The clusters' nodes and identities are in one etcd, as a kvstoremesh keeps them. Ready means that every cluster is
+listed and its addresses can be resolved; the time runs from the process' start, the compiling of the datapath included.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import shutil
+import statistics
+import time
+from typing import TYPE_CHECKING, Any
+
+from bench import records
+from bench.report import Part, Row
+from bench.stage import cpu_s
+from bench.store import Store
+from tests.support.lab import Lab
+from tests.support.node import launched, options, status
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+    from pathlib import Path
+
+CLUSTERS, NODES, IDENTITIES, REPEATS = (1, 10, 100), 50, 1_000, 3
+FIRST_ID = 10
+MOST_S = 3
+
+
+def run(say: Callable[[str], None]) -> Part:
+    """Measure."""
+    ready: dict[int, list[dict[str, float]]] = {count: [] for count in CLUSTERS}
+    bare: dict[int, list[float]] = {count: [] for count in CLUSTERS}
+    with Lab(pods=1) as lab, contextlib.ExitStack() as stack:
+        config = lab.directory / "clusters"
+        _configure(config, lab.etcd.url, 1)
+        store = stack.enter_context(Store(lab.node_a, config / f"cluster-{FIRST_ID}"))
+        say(f"{max(CLUSTERS)} clusters of {NODES} nodes and {IDENTITIES:,} identities are published")
+        store.fill("mesh", FIRST_ID, max(CLUSTERS), NODES, IDENTITIES)
+        for number in range(REPEATS):
+            say(f"round {number + 1} of {REPEATS}: {', '.join(map(str, CLUSTERS))} clusters")
+            for count in CLUSTERS:
+                _configure(config, lab.etcd.url, count)
+                ready[count].append(start(lab, config, count))
+                bare[count].append(store.list(records.mesh_prefixes(FIRST_ID, count))["seconds"])
+    figures: dict[str, Any] = {
+        "ready_s": {str(count): _median([one["ready_s"] for one in runs]) for count, runs in ready.items()},
+        "cpu_s": {str(count): _median([one["cpu_s"] for one in runs]) for count, runs in ready.items()},
+        "bare_list_s": {str(count): _median(runs) for count, runs in bare.items()},
+    }
+    repeats = {f"bare_list_s.{count}": runs for count, runs in bare.items()}
+    for name in ("ready_s", "cpu_s"):
+        repeats |= {f"{name}.{count}": [one[name] for one in runs] for count, runs in ready.items()}
+    return Part(figures, rows(figures), repeats)
+
+
+def start(lab: Lab, config: Path, count: int) -> dict[str, float]:
+    """Start an agent and wait for it; return seconds, and its own processor time."""
+    began = time.monotonic()
+    with launched(lab, *options(lab, clustermesh_config=str(config)), "--cleanup") as agent:
+        agent.wait_ready()
+        took, cpu = time.monotonic() - began, cpu_s(agent.pid)
+        clusters = status(lab)["clusters"]
+        listed = [one for one in clusters if (one["nodes"], one["identities"]) == (NODES, IDENTITIES)]
+        if len(listed) != count:
+            raise RuntimeError(f"{len(listed)} of {count} clusters are listed whole: {clusters}")
+    return {"ready_s": took, "cpu_s": cpu}
+
+
+def _configure(directory: Path, url: str, count: int) -> None:
+    shutil.rmtree(directory, ignore_errors=True)
+    directory.mkdir()
+    for number in range(FIRST_ID, FIRST_ID + count):
+        (directory / f"cluster-{number}").write_text(f"endpoints:\n- {url}\n", encoding="ascii")
+
+
+def _median(values: list[float]) -> float:
+    return round(statistics.median(values), 3)
+
+
+def rows(figures: dict[str, Any]) -> list[Row]:
+    """Say what is to be compared."""
+    found = []
+    for count, took in figures["ready_s"].items():
+        bare = figures["bare_list_s"][count]
+        words = f"ready, {count} clusters"
+        found.append(Row(words, f"{took:.2f} s", f"bare list {bare:.2f} s", took / bare))
+    most = figures["ready_s"][str(max(CLUSTERS))]
+    found.append(
+        Row(f"ready, {max(CLUSTERS)} clusters", f"{most:.2f} s", f"bound {MOST_S} s", most, MOST_S, "s")
+    )
+    return found

@@ -1,0 +1,52 @@
+"""What the benchmark calls a change, and what noise."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from bench.compare import compare
+
+
+def run(value: float, repeats: list[float], load: float = 1.0) -> dict[str, Any]:
+    """Return a run of one part with one nested figure."""
+    return {
+        "load": {"before": load, "after": load},
+        "part": {"us": {"p50": value}, "samples": {"x": [1]}, "repeats": {"us.p50": repeats}},
+    }
+
+
+def verdict(old: dict[str, Any], new: dict[str, Any]) -> list[str]:
+    """Return the words of the only line."""
+    return compare(old, new).splitlines()[1].split()
+
+
+def test_repeats_that_do_not_overlap_are_a_change() -> None:
+    """All of one run lie on one side of all of the other's."""
+    assert verdict(run(100, [90, 100, 110]), run(50, [45, 50, 80])) == [
+        "part",
+        "-50.0%",
+        "yes",
+        "us.p50",
+        "100",
+        "50",
+    ]
+
+
+def test_repeats_that_overlap_are_noise() -> None:
+    """However far the medians are apart."""
+    assert verdict(run(100, [40, 100, 110]), run(50, [45, 50, 80]))[2] == "no"
+
+
+def test_too_few_repeats_say_so() -> None:
+    """Nobody knows the noise of a single run."""
+    assert "unknown:" in verdict(run(100, [100]), run(50, [50]))
+
+
+def test_parts_and_figures_of_one_run_alone_are_left_out() -> None:
+    """There is nothing to compare them with; both loads are told."""
+    new = run(50, [], load=7.25)
+    new["other"] = {"x": 1}
+    new["part"]["more"] = 1
+    lines = compare(run(100, []), new).splitlines()
+    assert len(lines) == 4
+    assert lines[-1] == "Load average: old 1.0, new 7.2."
