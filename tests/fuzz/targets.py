@@ -13,10 +13,11 @@ import contextlib
 import ctypes
 import json
 import struct
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import msgspec
 from google.protobuf.message import DecodeError
 from hpack import Encoder
 
@@ -347,7 +348,7 @@ def journal(data: bytes) -> None:
         assert address == (network.network_address.packed if full else None)
     entry, small = abi.unpack_entry(raw[80:]), abi.unpack_entry(raw[80:92])
     assert abi.unpack_entry(abi.pack_entry(entry)) == entry
-    kept = replace(small, flags=small.flags & EntryFlag.SKIP_TUNNEL)
+    kept = msgspec.structs.replace(small, flags=small.flags & EntryFlag.SKIP_TUNNEL)
     assert abi.unpack_entry(abi.pack_entry_v1(small)) == kept
     assert len(abi.address_of_dedup_key(raw[:20])) in (4, 16)
 
