@@ -8,7 +8,7 @@ from tests.support.soak import Plan, soak
 
 
 @pytest.mark.needs("clang")
-@pytest.mark.patience(600)
+@pytest.mark.patience(900)
 def test_two_minutes_of_random_faults_leave_everything_right(fault_seed: int) -> None:
     """No wrong identity at any moment, no packet to a known peer lost, the map as the records say after each fault."""
     print(f"seed {fault_seed}: replay with --fault-seed {fault_seed}, or scripts/soak --seed {fault_seed}")
