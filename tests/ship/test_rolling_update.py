@@ -54,7 +54,7 @@ def known_peers(lab: Lab) -> list[str]:
     return peers
 
 
-@pytest.mark.patience(400)
+@pytest.mark.patience(900)
 def test_no_packet_of_a_known_peer_is_lost(lab: Lab, tmp_path: Path) -> None:
     """Twenty times, every second time by the previous version: flows and new connections, under policy."""
     previous = version(PREVIOUS, tmp_path / "previous")

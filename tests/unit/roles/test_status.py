@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import asyncio
 from types import SimpleNamespace
-from typing import Any, cast
+from typing import TYPE_CHECKING, Any, cast
 
 from lazymesh.core.model import Reason
 from lazymesh.roles.status import Parts, Status
+
+if TYPE_CHECKING:
+    from pathlib import Path
 
 
 def link(
@@ -35,6 +38,7 @@ def status(links: dict[str, Any], *, attached: bool = True, **mesh: Any) -> Stat
     if attached:
         event.set()
     parts = SimpleNamespace(
+        settings=SimpleNamespace(uninstall_mark=mesh.get("mark")),
         attached=event,
         settings=SimpleNamespace(uninstall_mark=None),
         mesh=SimpleNamespace(
@@ -70,6 +74,15 @@ def test_ready_when_attached_and_every_cluster_was_tried() -> None:
     }
     assert status(waiting).not_ready() == "clusters not listed yet: b, c"
     assert status({"b": link("silent"), "c": link("ready")}).not_ready() is None
+
+
+def test_marked_to_be_uninstalled_is_not_ready(tmp_path: Path) -> None:
+    """So that whoever announced it sees who has heard; without the file it is as ready as before."""
+    mark = tmp_path / "uninstall"
+    marked = status({"b": link("ready")}, mark=mark)
+    assert marked.not_ready() is None
+    mark.touch()
+    assert marked.not_ready() == "marked to be uninstalled: stopped, it leaves nothing behind"
 
 
 def test_everything_that_is_wrong_is_a_line() -> None:
