@@ -63,10 +63,10 @@ def values(page: str) -> dict[str, dict[str, set[str]]]:
         (metrics.errors, "cilium_ipcache_miss_resolution_errors_total"),
         (metrics.outcomes, "lazymesh_resolutions_total"),
         (metrics.evictions, "lazymesh_entries_evicted_total"),
-        (metrics.duration, "cilium_ipcache_miss_resolution_duration_seconds_bucket"),
     ):
         for label in metric._labelnames:
             found.setdefault(name, {}).setdefault(label, set())
+    found["cilium_ipcache_miss_resolution_duration_seconds_bucket"] = {"outcome": set(), "le": set()}
     found["cilium_ipcache_miss_resolution_errors_total"]["reason"] |= {reason.value for reason in Reason}
     found["cilium_ipcache_miss_resolution_duration_seconds_bucket"]["outcome"].add("installed")
     return found

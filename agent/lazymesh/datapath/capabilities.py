@@ -10,13 +10,11 @@ from pathlib import Path
 
 from lazymesh.errors import DatapathError
 
-NUMBERS = {"NET_ADMIN": 12, "SYS_ADMIN": 21, "SYS_RESOURCE": 24, "PERFMON": 38, "BPF": 39}
+NUMBERS = {"NET_ADMIN": 12, "SYS_ADMIN": 21, "SYS_RESOURCE": 24}
 """Bits of CapEff, by linux/capability.h."""
 FOR = {
-    "BPF": "to make maps and load programs",
     "NET_ADMIN": "to attach programs to interfaces and make a TAP",
-    "PERFMON": "to read the miss signals, and for the verifier",
-    "SYS_ADMIN": "to open Cilium's maps and programs by their numbers",
+    "SYS_ADMIN": "to load programs, read the miss signals, and open maps and programs by their numbers",
     "SYS_RESOURCE": "since kernels before 5.11 charge maps to a limit (ulimit -l)",
 }
 UNLIMITED_SINCE = (5, 11)
@@ -26,26 +24,25 @@ UNLIMITED_SINCE = (5, 11)
 class Circumstances:
     """What decides which are needed."""
 
-    beside_cilium: bool
     kernel: tuple[int, ...]
     locked_unlimited: bool
     """RLIMIT_MEMLOCK is no limit already."""
 
     @classmethod
-    def here(cls, beside_cilium: bool) -> Circumstances:
+    def here(cls) -> Circumstances:
         """Look at this kernel and process."""
         kernel = tuple(int(number) for number in re.findall(r"\d+", os.uname().release)[:2])
         unlimited = resource.getrlimit(resource.RLIMIT_MEMLOCK)[1] == resource.RLIM_INFINITY
-        return cls(beside_cilium, kernel, unlimited)
+        return cls(kernel, unlimited)
 
 
 def missing(held: frozenset[str], where: Circumstances) -> list[str]:
-    """Return which capabilities are needed and not held; SYS_ADMIN is as good as BPF and PERFMON."""
-    needed = ["NET_ADMIN"]
-    if "SYS_ADMIN" not in held:
-        needed += ["BPF", "PERFMON"]
-    if where.beside_cilium:
-        needed.append("SYS_ADMIN")
+    """Return which capabilities are needed and not held.
+
+    BPF and PERFMON would do for a first start; but maps that are there already are opened by number, by BCC as well,
+    and for that the kernel asks for SYS_ADMIN, which stands in for both.
+    """
+    needed = ["NET_ADMIN", "SYS_ADMIN"]
     if where.kernel < UNLIMITED_SINCE and not where.locked_unlimited:
         needed.append("SYS_RESOURCE")
     return [name for name in sorted(needed) if name not in held]
@@ -58,10 +55,10 @@ def held_here(status: Path = Path("/proc/self/status")) -> frozenset[str]:
     return frozenset(name for name, number in NUMBERS.items() if bits >> number & 1)
 
 
-def check_capabilities(beside_cilium: bool) -> list[str]:
+def check_capabilities() -> list[str]:
     """Return what is held; DatapathError names what is needed and missing, and what for."""
     held = held_here()
-    lacking = missing(held, Circumstances.here(beside_cilium))
+    lacking = missing(held, Circumstances.here())
     if lacking:
         words = "; CAP_".join(f"{name}, {FOR[name]}" for name in lacking)
         raise DatapathError(

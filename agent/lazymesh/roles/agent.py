@@ -75,7 +75,7 @@ def run_agent(settings: AgentSettings) -> None:
             "lazymesh agent needs root: it loads BPF programs (sudo, or a privileged container)"
         )
     settings = _with_mode(settings)
-    check_capabilities(settings.datapath.mode == "cilium")
+    check_capabilities()
     policy, text = _read_policy(settings)
     check_directories(settings.mesh.clustermesh_config, settings.mesh.remote_config)
     agent = Agent(settings, policy, zlib.crc32(text.encode()))

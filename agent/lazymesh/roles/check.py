@@ -15,7 +15,6 @@ from lazymesh.core import keys
 from lazymesh.core.model import Space
 from lazymesh.core.records import RecordError, decode_cluster_config
 from lazymesh.datapath.capabilities import check_capabilities
-from lazymesh.datapath.cilium import is_pinned_here
 from lazymesh.datapath.headers import find_headers
 from lazymesh.datapath.libbpf import has_lpm_batches, has_tcx, library
 from lazymesh.datapath.maps import IpcacheMap, kernel_honours_noexist
@@ -45,7 +44,7 @@ async def check_node(
     """Yield a finding for every need: first the node's, then those of a Cilium on it, then each cluster's."""
     for name, look in _NODE_CHECKS.items():
         yield _found(name, look)
-    yield _found("capabilities", lambda: _capabilities(bpffs))
+    yield _found("capabilities", lambda: ", ".join(check_capabilities()))
     yield _found("bpffs", lambda: _bpffs(bpffs))
     yield _found("map layout", lambda: _layout(bpffs))
     async for finding in check_cilium(bpffs, interfaces):
@@ -83,10 +82,6 @@ def _root() -> str:
     if os.geteuid() != 0:
         raise LazymeshError("not root: the agent must be (sudo, or a privileged container)")
     return "root"
-
-
-def _capabilities(bpffs: Path) -> str:
-    return ", ".join(check_capabilities(is_pinned_here(bpffs)))
 
 
 def _kernel() -> str:

@@ -33,7 +33,6 @@ allowPrivilegeEscalation: false
 capabilities:
   drop: [ALL]
   add:
-    {{- $mode := ternary "standalone" "cilium" (eq .Values.datapath "standalone") }}
-    {{- toYaml (concat (index .Values.capabilities $mode) .Values.capabilities.extra | uniq) | nindent 4 }}
+    {{- toYaml (concat .Values.capabilities.needed .Values.capabilities.extra | uniq) | nindent 4 }}
 {{- end }}
 {{- end -}}

@@ -40,7 +40,6 @@ def status(links: dict[str, Any], *, attached: bool = True, **mesh: Any) -> Stat
     parts = SimpleNamespace(
         settings=SimpleNamespace(uninstall_mark=mesh.get("mark")),
         attached=event,
-        settings=SimpleNamespace(uninstall_mark=None),
         mesh=SimpleNamespace(
             links=links,
             file_errors=mesh.get("file_errors", {}),
