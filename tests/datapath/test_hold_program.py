@@ -8,6 +8,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import ctypes
+import errno
 import fcntl
 import ipaddress
 import os
@@ -437,7 +438,12 @@ def test_what_is_too_big_for_the_tap_passes(bench: HoldBench, follower: Follower
         pytest.skip(f"needs BIG TCP (Linux 5.19): {exc}")
     sent = bytearray(Flow(version=6).tcp("A", bytes(60_000)) + bytes(20_000))
     sent[18:20] = bytes(2)
-    bench.send_gso(bytes(sent), 4, 54, 16)
+    try:
+        bench.send_gso(bytes(sent), 4, 54, 16)
+    except OSError as exc:
+        if exc.errno != errno.EMSGSIZE:
+            raise
+        pytest.skip("needs a kernel whose packet sockets take so much (6.1 does not)")
     assert arrivals(follower, 1).length == len(sent)
     assert bench.counts() == {"refused_size": 1}
 
