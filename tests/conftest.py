@@ -137,13 +137,17 @@ def pytest_configure(config: pytest.Config) -> None:
     )
 
 
+@pytest.hookimpl(trylast=True)  # after the order was drawn by chance
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Mark each test with the folder it lives in."""
+    """Mark each test with the folder it lives in; files that take long come first, so that nobody waits for them."""
     for item in items:
         if item.path.is_relative_to(TESTS):
             tier = item.path.relative_to(TESTS).parts[0]
             if tier in TIERS:
                 item.add_marker(tier)
+    long = {item.path for item in items if item.get_closest_marker("patience")}
+    # The image is made by the first file that needs it, and the others of its tier would wait for that.
+    items.sort(key=lambda item: 0 if item.path in long else 2 if item.get_closest_marker("ship") else 1)
 
 
 def pytest_runtest_setup(item: pytest.Item) -> None:

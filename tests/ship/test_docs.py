@@ -66,22 +66,22 @@ def test_block_of_a_checkout_runs(image: Path, page: str, text: str) -> None:
     shell(text, [], {})
 
 
-@pytest.mark.parametrize("mark", ["run node", "run node stopped"])
-def test_blocks_of_a_node_run(lab: Lab, mark: str) -> None:
+def test_blocks_of_a_node_run(lab: Lab) -> None:
     """Where the agent runs; and, last, where it has died."""
-    if mark.endswith("stopped"):
-        agent = next(
-            pid for pid in lab.node_a.pids() if b"\0agent\0" in Path(f"/proc/{pid}/cmdline").read_bytes()
-        )
-        subprocess.run(["kill", "-KILL", str(agent)], check=True)
     env = {
         "LAZYMESH_BPFFS": str(lab.bpffs),
         "LAZYMESH_SOCKET": str(lab.socket),
         "CLUSTERMESH": str(lab.config),
     }
-    found = blocks(mark)
-    assert found
-    for _, text in found:
+    with_agent, without = blocks("run node"), blocks("run node stopped")
+    assert with_agent
+    assert without
+    for _, text in with_agent:
         shell(text, lab.node_a.command(), env)
-    if mark.endswith("stopped"):
-        assert pins(lab) == []
+    agent = next(
+        pid for pid in lab.node_a.pids() if b"\0agent\0" in Path(f"/proc/{pid}/cmdline").read_bytes()
+    )
+    subprocess.run(["kill", "-KILL", str(agent)], check=True)
+    for _, text in without:
+        shell(text, lab.node_a.command(), env)
+    assert pins(lab) == []

@@ -1,5 +1,8 @@
 /* SPDX-License-Identifier: (GPL-2.0-only OR BSD-2-Clause) */
-/* Makes of one frame as many as there are runs, each to the next of COUNT addresses from BASE on, out of one device. */
+/*
+ * Makes of one frame as many as there are runs, each to the next of COUNT addresses from BASE on, out of one device; and
+ * counts, on the other side of that device, those that have arrived: the ring between the two may be full.
+ */
 #include <linux/bpf.h>
 #include <linux/if_ether.h>
 #include <linux/ip.h>
@@ -11,10 +14,10 @@ static long (*bpf_redirect)(__u32 ifindex, __u64 flags) = (void *)BPF_FUNC_redir
 
 struct {
 	int (*type)[BPF_MAP_TYPE_ARRAY];
-	int (*max_entries)[1];
+	int (*max_entries)[2]; /* sent, arrived */
 	__u32 *key;
 	__u64 *value;
-} storm_sent SEC(".maps");
+} storm_count SEC(".maps");
 
 SEC("xdp") int storm(struct xdp_md *ctx)
 {
@@ -22,7 +25,7 @@ SEC("xdp") int storm(struct xdp_md *ctx)
 	struct iphdr *ip = data + sizeof(struct ethhdr);
 	__u16 *word = (void *)ip;
 	__u32 zero = 0, sum = 0;
-	__u64 *sent = bpf_map_lookup_elem(&storm_sent, &zero);
+	__u64 *sent = bpf_map_lookup_elem(&storm_count, &zero);
 	int at;
 
 	if (!sent || (void *)(ip + 1) > end)
@@ -36,6 +39,19 @@ SEC("xdp") int storm(struct xdp_md *ctx)
 	sum = (sum & 0xffff) + (sum >> 16);
 	ip->check = ~sum;
 	return bpf_redirect(IFINDEX, 0);
+}
+
+SEC("xdp") int arrived(struct xdp_md *ctx)
+{
+	void *data = (void *)(long)ctx->data, *end = (void *)(long)ctx->data_end;
+	struct iphdr *ip = data + sizeof(struct ethhdr);
+	__u32 one = 1;
+	__u64 *count = bpf_map_lookup_elem(&storm_count, &one);
+
+	if (count && (void *)(ip + 1) <= end && ip->version == 4 &&
+	    __builtin_bswap32(ip->daddr) - (__u32)BASE < (__u32)COUNT)
+		__sync_fetch_and_add(count, 1);
+	return XDP_PASS;
 }
 
 char _license[] SEC("license") = "Dual BSD/GPL";
