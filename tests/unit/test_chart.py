@@ -45,6 +45,8 @@ OTHERS: dict[str, tuple[Any, dict[str, Any]]] = {
     "holdTimeout": (100, {}),
     "holdTimeoutAction": ("drop", {}),
     "signalRate": (0, {}),
+    "staleLimit": ("90s", {}),
+    "ipcacheSize": (100_000, {}),
     "etcdTransport": ("grpcio", {}),
     "policy": ("kind: CiliumClusterwideNetworkPolicy\n", STANDALONE),
     "log.format": ("text", {}),
