@@ -10,7 +10,16 @@ import pytest
 
 from tests.support.etcd import wait_until
 from tests.support.lab import SERVER_IDENTITY, Lab, remote_address
-from tests.support.node import Misses, connect, entries, identity_of, metric, send_udp, wait_identity
+from tests.support.node import (
+    Misses,
+    assert_unharmed,
+    connect,
+    entries,
+    identity_of,
+    metric,
+    send_udp,
+    wait_identity,
+)
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -75,10 +84,7 @@ def agent(lab: Lab) -> Iterator[AgentProcess]:
     """One agent that hears all of it, and must be the same process at the end."""
     running = lab.start_agent()
     yield running
-    assert running.process.poll() is None, running.log
-    assert metric(running, "lazymesh_unexpected_errors_total") == 0
-    assert metric(running, "lazymesh_cluster_link_crashes_total") == 0
-    assert "Traceback" not in running.log
+    assert_unharmed(running)
     assert running.stop() == 0
 
 

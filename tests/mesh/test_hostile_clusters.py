@@ -19,6 +19,7 @@ from tests.support.lab import SERVER_IDENTITY, Lab, Store, remote_address
 from tests.support.neighbour import Neighbour
 from tests.support.node import (
     Misses,
+    assert_unharmed,
     cluster,
     connect,
     identity_of,
@@ -52,10 +53,7 @@ def agent(lab: Lab) -> Iterator[AgentProcess]:
     """One agent that lives through all of it, without an error of its own."""
     running = lab.start_agent()
     yield running
-    assert running.process.poll() is None, running.log
-    assert metric(running, "lazymesh_unexpected_errors_total") == 0
-    assert metric(running, "lazymesh_cluster_link_crashes_total") == 0
-    assert "Traceback" not in running.log
+    assert_unharmed(running)
     assert running.stop() == 0
 
 

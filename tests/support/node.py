@@ -156,6 +156,14 @@ def metric(agent: AgentProcess, name: str, **labels: str) -> float:
     return total
 
 
+def assert_unharmed(agent: AgentProcess) -> None:
+    """Insist that the agent is alive, and that nothing has happened to it which nobody expected."""
+    assert agent.process.poll() is None, agent.log
+    assert metric(agent, "lazymesh_unexpected_errors_total") == 0
+    assert metric(agent, "lazymesh_cluster_link_crashes_total") == 0
+    assert "Traceback" not in agent.log
+
+
 def packets(agent: AgentProcess, verdict: str, direction: str = "egress") -> int:
     """Return one of the kernel's packet counters."""
     return int(metric(agent, "lazymesh_packets_total", direction=direction, verdict=verdict))
