@@ -118,16 +118,14 @@ def answered(
 ) -> Answered:
     """The owner's store answers: these are pushed, these pull-only, what is in neither with a value is not there."""
     pushed, pull_only = pushed or {}, pull_only or {}
-    states = []
-    for address in pushed | pull_only:
-        states.append(KeyState(address, Space.PUSHED, pushed.get(address), revision))
-        states.append(KeyState(address, Space.PULL_ONLY, pull_only.get(address), revision))
-    return Answered(cluster, tuple(states))
+    addresses = tuple(pushed | pull_only)
+    values = tuple(of.get(address) for address in addresses for of in (pushed, pull_only))
+    return Answered(cluster, DIRECT, addresses, values, revision)
 
 
 def cache_answered(revision: int, values: dict[Address, bytes | None], cluster: str = "b") -> Answered:
     """The local cache answers."""
-    return Answered(cluster, tuple(KeyState(a, Space.CACHED, v, revision) for a, v in values.items()))
+    return Answered(cluster, CACHE, tuple(values), tuple(values.values()), revision)
 
 
 def put(address: Address, revision: int, value: bytes | None = None, space: Space = Space.PUSHED) -> Changed:
@@ -168,9 +166,9 @@ def install(address: Address, of: Entry | None = None, cluster_id: int = 2) -> I
     return Install(address, of or entry(), cluster_id)
 
 
-def watch(address: Address, after: int, *spaces: Space, cluster: str = "b") -> list[Command]:
+def watch(address: Address, after: int, *spaces: Space, cluster: str = "b") -> Watch:
     """Watch the address's keys: those of the owner's store, unless said otherwise."""
-    return [Watch(cluster, space, address, after) for space in spaces or DIRECT]
+    return Watch(cluster, spaces or DIRECT, (address,), after)
 
 
 def unwatch(address: Address, cluster: str = "b") -> Unwatch:

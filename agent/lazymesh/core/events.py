@@ -43,14 +43,19 @@ class KeyState(Struct, frozen=True):
     value: bytes | None
     """The record's bytes; None: the key does not exist."""
     as_of: int
-    """Store revision at which this was true: the read's header revision, or the event's mod_revision."""
+    """Store revision at which this was true: that of the read, or of the change."""
 
 
 class Answered(Struct, frozen=True):
-    """A batch of reads came back; ``states`` has one element for each key of each address that was asked for."""
+    """A Read came back."""
 
     cluster: str
-    states: tuple[KeyState, ...]
+    spaces: tuple[Space, ...]
+    addresses: tuple[Address, ...]
+    values: tuple[bytes | None, ...]
+    """Of each key of each address, address by address and in the order of ``spaces``; None: there is no such key."""
+    as_of: int
+    """Store revision at which this was true."""
 
 
 class ReadFailed(Struct, frozen=True):
@@ -203,11 +208,11 @@ class Read(Struct, frozen=True):
 
 
 class Watch(Struct, frozen=True):
-    """Watch the address's key in this space, from the revision after ``after``."""
+    """Watch these addresses' keys in all of ``spaces``, from the revision after ``after``."""
 
     cluster: str
-    space: Space
-    address: Address
+    spaces: tuple[Space, ...]
+    addresses: tuple[Address, ...]
     after: int
 
 

@@ -11,7 +11,7 @@ from __future__ import annotations
 from ipaddress import IPv6Address
 from typing import TYPE_CHECKING
 
-from lazymesh.core.model import Space
+from lazymesh.core.model import Space, parse_address
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -23,6 +23,7 @@ HEARTBEAT = b"cilium/.heartbeat"
 
 _PUSHED = b"cilium/state/ip/v1/default/"
 _PULL_ONLY = b"cilium/state/ip/v1/ondemand/"
+_SPACES = {_PUSHED: Space.PUSHED, _PULL_ONLY: Space.PULL_ONLY}
 _MAX_IDENTITY_DIGITS = 10
 
 
@@ -51,6 +52,13 @@ def ip_keys(spaces: Sequence[Space], addresses: Sequence[Address], cluster: str)
     prefixes = [_PUSHED if space is Space.PUSHED else _PULL_ONLY for space in spaces]
     texts = [address_text(address).encode() for address in addresses]
     return [prefix + text for text in texts for prefix in prefixes]
+
+
+def address_of_key(key: bytes) -> tuple[Space, Address]:
+    """Return what ``ip_key`` was given, of a key that it returned."""
+    prefix, _, text = key.rpartition(b"/")
+    space = _SPACES.get(prefix + b"/", Space.CACHED)
+    return space, parse_address(text.decode())
 
 
 def nodes_prefix(cached: bool, cluster: str) -> bytes:

@@ -33,9 +33,6 @@ log = structlog.get_logger()
 
 QUIET_S = 60.0
 """The same refusal of the same address is logged once in this time."""
-WATCHES_AT_ONCE, WATCHES_IN_A_STORM = 512, 8
-"""Key watches that are changed after a step, the rest after the next: they start from a known revision, so nothing
-is missed, and in a storm the time is the misses'."""
 _GOOD = frozenset({"installed", "updated"})
 _REFUSALS = frozenset({Reason.FORGED, Reason.MALFORMED, Reason.AMBIGUOUS, Reason.NOT_OURS, Reason.MAP_FULL})
 """Answers that a person should look into."""
@@ -124,6 +121,7 @@ class Driver:
         self._busy = False
         self._reports: list[events.Report] = []
         self._later: deque[events.Watch | events.Unwatch] = deque()
+        """Changes of watches: they start from a known revision, so nothing is missed while packets come first."""
         self._said: dict[str | None, OncePer] = {}
         """By cluster: one with many bad records silences itself alone."""
         self._directions = [metrics.signals.labels(direction.name.lower()) for direction in Direction]
@@ -188,8 +186,7 @@ class Driver:
                     )
             self.released()
         now = time.monotonic()
-        at_once = WATCHES_IN_A_STORM if self._resolver.queued else WATCHES_AT_ONCE
-        for _ in range(min(len(self._later), at_once)):
+        while self._later:
             self._change_watch(self._later.popleft())
         ends: dict[tuple[str, bool], int] = {}
         for report in reports:

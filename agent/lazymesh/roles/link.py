@@ -23,6 +23,7 @@ from lazymesh.kvstore.follower import PrefixFollower
 from lazymesh.kvstore.model import Connected
 from lazymesh.kvstore.supervisor import Options
 from lazymesh.kvstore.transport import Transport
+from lazymesh.roles.keywatches import KeyWatches
 from lazymesh.tasks import together
 
 if TYPE_CHECKING:
@@ -109,7 +110,8 @@ class ClusterLink:
         self._remote = EtcdClient(config.remote, options) if config.remote else None
         self._followers: list[PrefixFollower] = []
         self._synced: set[bytes] = set()
-        self._watches: dict[Address, dict[Space, int]] = {}
+        self._followed = self._key_watches(self._primary)
+        self._followed_remote = self._key_watches(self._remote) if self._remote else self._followed
         self._stale = asyncio.Event()
         self._tasks: set[asyncio.Task[None]] = set()
         self._failure: asyncio.Future[None] | None = None
@@ -122,8 +124,13 @@ class ClusterLink:
 
     @property
     def watched_keys(self) -> int:
-        """How many single keys are being watched."""
-        return sum(len(of) for of in self._watches.values())
+        """How many keys of addresses are being watched."""
+        return sum(len(one) for one in self._all_followed)
+
+    @property
+    def watched_ranges(self) -> int:
+        """How many watches that takes."""
+        return sum(one.ranges for one in self._all_followed)
 
     @property
     def sizes(self) -> tuple[int, int]:
@@ -179,39 +186,28 @@ class ClusterLink:
             self._observer.on_event(events.ReadFailed(self.name, command.addresses, outcome.kind))
             return
         self.read_problem = None
-        revision, found = outcome.revision, iter(outcome.values)
-        states = tuple(
-            [
-                events.KeyState(
-                    address, space, None if (pair := next(found)) is None else pair.value, revision
-                )
-                for address in command.addresses
-                for space in command.spaces
-            ]
+        values = tuple([None if pair is None else pair.value for pair in outcome.values])
+        self._observer.on_event(
+            events.Answered(self.name, command.spaces, command.addresses, values, outcome.revision)
         )
-        self._observer.on_event(events.Answered(self.name, states))
 
     def watch(self, command: events.Watch) -> None:
-        """Watch one key of one address."""
-        key = keys.ip_key(command.space, command.address, self.name)
-        listener = _KeyListener(self, command.address, command.space)
-        watch_id = self._client_of(command.space).watches.add(key, listener, command.after + 1)
-        self._watches.setdefault(command.address, {})[command.space] = watch_id
+        """Watch the keys of some addresses."""
+        names = keys.ip_keys(command.spaces, command.addresses, self.name)
+        self._followed_in(command.spaces[0]).follow(names, command.after)
 
     def unwatch(self, address: Address) -> None:
         """Stop watching every key of the address."""
-        for space, watch_id in self._watches.pop(address, {}).items():
-            self._client_of(space).watches.remove(watch_id)
+        for space in Space:
+            self._followed_in(space).unfollow(keys.ip_key(space, address, self.name))
 
-    def on_key_changed(self, address: Address, space: Space, changes: Sequence[Change]) -> None:
-        """Pass a watched key's changes on."""
-        for change in changes:
-            state = events.KeyState(address, space, change.value, change.mod_revision)
-            self._observer.on_event(events.Changed(self.name, state))
+    def _on_key_changed(self, change: Change) -> None:
+        space, address = keys.address_of_key(change.key)
+        state = events.KeyState(address, space, change.value, change.mod_revision)
+        self.guard(lambda: self._observer.on_event(events.Changed(self.name, state)))
 
-    def on_key_lost(self, address: Address, space: Space, loss: WatchLoss) -> None:
-        """A key's watch is gone: collect such losses, then have everything of the cluster read again."""
-        self._watches.get(address, {}).pop(space, None)
+    def _on_keys_lost(self, loss: WatchLoss) -> None:
+        """Keys are not watched any more: collect such losses, then have everything of the cluster read again."""
         if loss.kind == "reset":
             return  # told by the client's own event, for all of them together
         log.warning("a key watch was lost", cluster=self.name, kind=loss.kind, error=str(loss.error))
@@ -223,14 +219,24 @@ class ClusterLink:
         if self._rewatch is not None:
             self._rewatch.cancel()
             self._rewatch = None
-        for address in list(self._watches):
-            self.unwatch(address)
+        for one in self._all_followed:
+            one.clear()
         self._observer.on_event(events.StoreReset(self.name))
         if self.state == "ready":
             self._observer.on_event(events.ClusterReady(self.name))
 
     def _client_of(self, space: Space) -> EtcdClient:
         return self._primary if space is Space.CACHED or self._remote is None else self._remote
+
+    def _key_watches(self, client: EtcdClient) -> KeyWatches:
+        return KeyWatches(client.watches, self._on_key_changed, self._on_keys_lost)
+
+    def _followed_in(self, space: Space) -> KeyWatches:
+        return self._followed if space is Space.CACHED else self._followed_remote
+
+    @property
+    def _all_followed(self) -> set[KeyWatches]:
+        return {self._followed, self._followed_remote}
 
     # --- the store as a whole ---------------------------------------------------------------------------------------
 
@@ -371,22 +377,6 @@ class ClusterLink:
         for task in list(self._tasks):
             task.cancel()
         await asyncio.gather(*self._tasks, return_exceptions=True)
-
-
-@dataclass(frozen=True, slots=True)
-class _KeyListener:
-    link: ClusterLink
-    address: Address
-    space: Space
-
-    def on_live(self, watch_id: int, revision: int) -> None:
-        """Nothing hangs on it: the read before it told the key's state."""
-
-    def on_changes(self, _watch_id: int, changes: Sequence[Change]) -> None:
-        self.link.guard(lambda: self.link.on_key_changed(self.address, self.space, changes))
-
-    def on_lost(self, _watch_id: int, loss: WatchLoss) -> None:
-        self.link.guard(lambda: self.link.on_key_lost(self.address, self.space, loss))
 
 
 @dataclass(frozen=True, slots=True)

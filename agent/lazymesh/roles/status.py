@@ -135,6 +135,7 @@ class Status:
             "identities": identities,
             "staleEntries": self.parts.resolver.stale.get(name, 0),
             "watchedKeys": link.watched_keys if link else 0,
+            "watchedRanges": link.watched_ranges if link else 0,
             "breaker": view.breaker if view else "closed",
             "inFlight": view.in_flight if view else 0,
             "endpoint": client.endpoint if client else None,

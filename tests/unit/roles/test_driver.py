@@ -14,7 +14,7 @@ from lazymesh.core.hold import Cause
 from lazymesh.core.model import Direction, Entry, Reason, Space, parse_address
 from lazymesh.datapath.abi import Signal
 from lazymesh.metrics import Metrics
-from lazymesh.roles.driver import WATCHES_IN_A_STORM, Driver, Shadow
+from lazymesh.roles.driver import Driver, Shadow
 
 if TYPE_CHECKING:
     from lazymesh.core.resolver import Resolver
@@ -22,6 +22,7 @@ if TYPE_CHECKING:
 
 IP = parse_address("10.2.0.5")
 ENTRY = Entry(131_073)
+WATCH = events.Watch("b", (Space.PUSHED,), (IP,), 1)
 
 
 class Scripted:
@@ -30,7 +31,6 @@ class Scripted:
     def __init__(self, answers: dict[type, list[events.Command]]) -> None:
         self.answers = answers
         self.told: list[events.Event] = []
-        self.queued = 0
 
     def step(self, event: events.Event, _now: float) -> list[events.Command]:
         """Look the event up."""
@@ -95,7 +95,7 @@ def test_packets_are_let_go_before_anything_that_they_do_not_wait_for() -> None:
     """Watches, metrics and people come after them; good answers and bad ones alike, but no evictions."""
     other = parse_address("10.2.0.6")
     commands: list[events.Command] = [
-        events.Watch("b", Space.PUSHED, IP, 1),
+        WATCH,
         events.Unwatch("b", other),
         events.Report(IP, "b", "installed", None, "", None),
         events.Report(other, "b", "absent", Reason.NOT_FOUND, "", None),
@@ -123,9 +123,7 @@ def test_read_of_a_cluster_that_has_left_is_answered_all_the_same() -> None:
 
 def test_bug_ends_the_driver_and_nobody_who_fed_it() -> None:
     """A watch of etcd must not die of it; the agent is told once, and nothing more is decided."""
-    fixture = Fixture(
-        {events.Tick: [cast("events.Command", events.Watch("b", Space.PUSHED, IP, 1))]}, {"b": None}
-    )
+    fixture = Fixture({events.Tick: [cast("events.Command", WATCH)]}, {"b": None})
     fixture.driver._links = cast("Any", {"b": object()})  # has no watch(): raises
     failures: list[Exception] = []
     fixture.driver.fail = failures.append
@@ -137,7 +135,7 @@ def test_bug_ends_the_driver_and_nobody_who_fed_it() -> None:
 
 def test_bug_is_raised_where_nobody_listens() -> None:
     """Never swallowed."""
-    fixture = Fixture({events.Tick: [events.Watch("b", Space.PUSHED, IP, 1)]})
+    fixture = Fixture({events.Tick: [WATCH]})
     fixture.driver._links = cast("Any", {"b": object()})
     with pytest.raises(AttributeError):
         fixture.driver.feed(events.Tick())
@@ -214,32 +212,15 @@ def test_installs_with_nothing_in_between_go_together() -> None:
     assert fixture.resolver.told[1:] == [results[2], events.InstallResults(tuple(results[:2]))]
 
 
-def test_watches_wait_while_addresses_do() -> None:
-    """A few are changed after each step all the same; once nothing waits the rest follows, in its order."""
-    asked = [events.Watch("b", Space.PUSHED, bytes([10, 2, 1, number]), 1) for number in range(20)]
-    done: list[events.Watch] = []
-    fixture = Fixture({events.Tick: list(asked)}, {"b": SimpleNamespace(watch=done.append)})
-    fixture.resolver.queued = 1
-    fixture.driver.feed(events.Tick())
-    assert done == asked[:WATCHES_IN_A_STORM]
-    fixture.resolver.queued = 0
-    fixture.driver.feed(events.ClusterReady("b"))
-    assert done == asked
-
-
 def test_watches_of_a_store_that_is_no_more_are_forgotten() -> None:
     """They would start at its revisions, and be nobody's; those of another cluster are not."""
-    asked = [
-        events.Watch(name, Space.PUSHED, IP, 1) for name in ("b", "c") for _ in range(WATCHES_IN_A_STORM)
-    ]
+    of_c = events.Watch("c", (Space.PUSHED,), (IP,), 1)
     done: list[events.Watch] = []
     link = SimpleNamespace(watch=done.append)
-    fixture = Fixture({events.Tick: [*asked, *asked]}, {"b": link, "c": link})
-    fixture.resolver.queued = 1
-    fixture.driver.feed(events.Tick())
-    fixture.resolver.queued = 0
+    fixture = Fixture({events.Tick: [WATCH, of_c]}, {"b": link, "c": link})
+    fixture.driver._events.append(events.Tick())
     fixture.driver.feed(events.StoreReset("b"))
-    assert [one.cluster for one in done] == ["b"] * WATCHES_IN_A_STORM + ["c"] * 2 * WATCHES_IN_A_STORM
+    assert done == [of_c]
 
 
 def test_one_cluster_with_many_bad_records_silences_itself_alone() -> None:

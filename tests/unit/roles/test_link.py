@@ -13,7 +13,7 @@ from lazymesh.errors import KvstoreError
 from lazymesh.kvstore.config import parse_config
 from lazymesh.kvstore.model import Change, KeyValue, ReadResult, WatchLoss
 from lazymesh.roles import link as module
-from lazymesh.roles.link import ClusterLink, LinkConfig, _KeyListener
+from lazymesh.roles.link import ClusterLink, LinkConfig
 from tests.support.etcd import eventually
 
 if TYPE_CHECKING:
@@ -122,10 +122,7 @@ async def test_read_is_answered_with_every_key(stage: Stage) -> None:
     stage.link.read(READ)
     await settle()
     (answer,) = stage.observer.told
-    assert answer == events.Answered(
-        "b",
-        (events.KeyState(IP, Space.PUSHED, None, 7), events.KeyState(IP, Space.PULL_ONLY, b"{}", 7)),
-    )
+    assert answer == events.Answered("b", READ.spaces, READ.addresses, (None, b"{}"), 7)
 
 
 async def test_failed_read_is_answered_and_shown_until_one_succeeds(stage: Stage) -> None:
@@ -150,7 +147,8 @@ async def test_exception_of_ours_ends_the_link_and_not_the_watches(stage: Stage)
     running = asyncio.create_task(stage.link.run())
     await settle()
     stage.observer.on_event = fail  # type: ignore[method-assign]
-    _KeyListener(stage.link, IP, Space.PUSHED).on_changes(1, [Change(KEYS[0], b"{}", 8)])
+    stage.link.watch(events.Watch("b", READ.spaces, READ.addresses, 7))
+    stage.store.watches[1][1].on_changes(1, [Change(KEYS[0], b"{}", 8)])
     with pytest.raises(RuntimeError, match="a bug"):
         await asyncio.wait_for(running, 2)
 
@@ -160,22 +158,27 @@ async def test_lost_key_watches_are_collected_into_one_reset(
 ) -> None:
     """A store that was replaced tells so itself."""
     monkeypatch.setattr(module, "REWATCH_S", 0.01)
-    for number in range(3):
-        address = parse_address(f"10.2.0.{number}")
-        stage.link.watch(events.Watch("b", Space.PUSHED, address, 7))
-    assert stage.link.watched_keys == 3
+    addresses = tuple(parse_address(f"10.2.{number}.1") for number in range(3))
+    stage.link.watch(events.Watch("b", (Space.PUSHED,), addresses, 7))
+    assert (stage.link.watched_keys, stage.link.watched_ranges) == (3, 3)
     assert stage.store.watches[1][2] == 8, "from the revision after the read"
-    error = KvstoreError("x")
-    for number in range(2):
-        address = parse_address(f"10.2.0.{number}")
-        _KeyListener(stage.link, address, Space.PUSHED).on_lost(number, WatchLoss("compacted", error))
+    for number in (1, 2):
+        stage.store.watches.pop(number)[1].on_lost(number, WatchLoss("compacted", KvstoreError("x")))
     await eventually(lambda: stage.observer.told)
     await settle()
     assert stage.observer.told == [events.StoreReset("b")]
-    assert (stage.link.watched_keys, len(stage.store.watches)) == (
-        0,
-        2,
-    )  # the lost two were the hub's to drop
+    assert (stage.link.watched_keys, stage.store.watches) == (0, {})
+
+
+async def test_change_of_a_watched_key_is_told_until_it_is_watched_no_more(stage: Stage) -> None:
+    """A neighbour's is not."""
+    stage.link.watch(events.Watch("b", READ.spaces, READ.addresses, 7))
+    (_, listener, _) = stage.store.watches[2]
+    changes = [Change(KEYS[1], None, 8), Change(KEYS[1] + b"5", b"{}", 9)]
+    listener.on_changes(2, changes)
+    assert stage.observer.told == [events.Changed("b", events.KeyState(IP, Space.PULL_ONLY, None, 8))]
+    stage.link.unwatch(IP)
+    assert stage.store.watches == {}
 
 
 @pytest.mark.parametrize(

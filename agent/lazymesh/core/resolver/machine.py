@@ -32,7 +32,7 @@ from lazymesh.core.resolver.views import AddressView, ClusterView, view_of_addre
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-    from lazymesh.core.model import Address
+    from lazymesh.core.model import Address, Space
     from lazymesh.core.resolver.judge import Judge
     from lazymesh.core.resolver.limits import Limits
     from lazymesh.core.resolver.link import Link
@@ -153,17 +153,19 @@ class Resolver:
             return
         link.in_flight = max(0, link.in_flight - 1)
         link.breaker.succeeded()
-        landed: dict[Address, Tracked | None] = {}
-        for state in answer.states:
-            if state.address not in landed:
-                landed[state.address] = self._land(link, state.address)
-            tracked = landed[state.address]
+        spaces, values, as_of = answer.spaces, answer.values, answer.as_of
+        landed: list[Tracked] = []
+        at = 0
+        for address in answer.addresses:
+            tracked = self._land(link, address)
             if tracked is not None:
-                tracked.learn(state)
-        for tracked in landed.values():
-            if tracked is not None:
-                self._take_answer(tracked, link, now)
-        self._watch(link, answer.states, landed)
+                for offset, space in enumerate(spaces):
+                    tracked.learn(ev.KeyState(address, space, values[at + offset], as_of))
+                landed.append(tracked)
+            at += len(spaces)
+        for tracked in landed:
+            self._take_answer(tracked, link, now)
+        self._watch(link, landed, spaces, as_of)
 
     def _land(self, link: Link, address: Address) -> Tracked | None:
         """Close the read of one address; return what is tracked of it if the outcome is of use."""
@@ -188,18 +190,16 @@ class Resolver:
         if tracked.entry is not None and tracked.fetch is Fetch.IDLE and link.state is LinkState.READY:
             self._ledger.trust(tracked)
 
-    def _watch(
-        self, link: Link, states: tuple[ev.KeyState, ...], landed: dict[Address, Tracked | None]
-    ) -> None:
+    def _watch(self, link: Link, landed: list[Tracked], spaces: tuple[Space, ...], as_of: int) -> None:
         # After the installs, which packets wait for: the command names the revision, so no change is lost.
-        for state in states:
-            tracked = landed[state.address]
+        addresses = []
+        for tracked in landed:
             # No link: another address of this very answer has pushed it out of the budget.
-            if tracked is None or tracked.link is not link or tracked.fleeting:
-                continue
-            if state.space not in tracked.watched:
-                tracked.watched += (state.space,)
-                self._moves.out.append(ev.Watch(link.name, state.space, state.address, state.as_of))
+            if tracked.link is link and not tracked.fleeting and spaces[0] not in tracked.watched:
+                tracked.watched += spaces
+                addresses.append(tracked.address)
+        if addresses:
+            self._moves.out.append(ev.Watch(link.name, spaces, tuple(addresses), as_of))
 
     def _installs_ended(self, event: ev.InstallResults, now: float) -> None:
         for result in event.results:

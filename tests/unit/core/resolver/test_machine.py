@@ -26,6 +26,7 @@ from lazymesh.core.events import (
     Report,
     StoreReset,
     TableChanged,
+    Watch,
 )
 from lazymesh.core.model import Direction, Reason, Space
 from lazymesh.core.resolver.limits import Limits
@@ -236,7 +237,7 @@ def test_a_record_that_must_not_be_installed_makes_the_address_absent(value: byt
     """Nothing reaches the map, the reason is reported, and the keys are watched all the same."""
     started = play() >> miss(B1) << read(B1)
     said = started.tell(answered(10, {B1: value}))
-    assert [c for c in said if not isinstance(c, Report)] == watch(B1, 10)
+    assert [c for c in said if not isinstance(c, Report)] == [watch(B1, 10)]
     assert [(c.outcome, c.reason) for c in said if isinstance(c, Report)] == [("absent", reason)]
 
 
@@ -349,8 +350,7 @@ def test_the_oldest_negative_answers_are_forgotten_first_when_there_are_too_many
         >> answered(10, {B1: None, B2: None})
         << report(B1, "absent", Reason.NOT_FOUND, missed_at=0.0)
         << report(B2, "absent", Reason.NOT_FOUND, missed_at=0.0)
-        << watch(B1, 10)
-        << watch(B2, 10)
+        << Watch("b", DIRECT, (B1, B2), 10)
         >> answered(10, {B3: None})
         << report(B3, "absent", Reason.NOT_FOUND, missed_at=0.0)
         << unwatch(B1)

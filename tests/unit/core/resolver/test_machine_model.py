@@ -141,10 +141,11 @@ class World(RuleBasedStateMachine):
         match command:
             case Read(cluster=name):
                 self.send(self.clusters[name], command)
-            case Watch(cluster=name, space=space, address=address, after=after):
+            case Watch(cluster=name, spaces=spaces, addresses=some, after=after):
                 cluster = self.clusters[name]
-                assert (address, space) not in cluster.watches, "a key is watched once"
-                cluster.watches[address, space] = (cluster.store(space), after)
+                for address, space in itertools.product(some, spaces):
+                    assert (address, space) not in cluster.watches, "a key is watched once"
+                    cluster.watches[address, space] = (cluster.store(space), after)
             case Unwatch(cluster=name, address=address):
                 keys = [key for key in self.clusters[name].watches if key[0] == address]
                 assert keys, "nothing to unwatch"
@@ -161,7 +162,7 @@ class World(RuleBasedStateMachine):
     def send(self, cluster: Cluster, read: Read) -> None:
         """Put a read in flight."""
         others = [a for r in cluster.reads for a in r.addresses]
-        others += [s.address for _, answer in cluster.executed for s in answer.states]
+        others += [a for _, answer in cluster.executed for a in answer.addresses]
         assert not set(read.addresses) & set(others), "single flight"
         cluster.reads.append(read)
         assert len(cluster.reads) + len(cluster.executed) <= IN_FLIGHT
@@ -260,13 +261,18 @@ class World(RuleBasedStateMachine):
         """The store answers; the answer is on its way."""
         cluster.reads.remove(read)
         store = cluster.store(read.spaces[0])
-        cluster.executed.append((store, Answered(cluster.name, store.snapshot(read))))
+        states = store.snapshot(read)
+        values = tuple(state.value for state in states)
+        answer = Answered(cluster.name, read.spaces, read.addresses, values, states[0].as_of)
+        cluster.executed.append((store, answer))
 
     def deliver(self, cluster: Cluster, answer: tuple[Store, Answered]) -> None:
         """The answer is there."""
         cluster.executed.remove(answer)
-        answer[0].tell(answer[1].states)
-        self.feed(answer[1])
+        store, said = answer
+        keys = itertools.product(said.addresses, said.spaces)
+        store.tell([KeyState(*key, value, said.as_of) for key, value in zip(keys, said.values, strict=True)])
+        self.feed(said)
 
     def tell_change(self, cluster: Cluster, key: Key, state: KeyState) -> None:
         """A watch event is there."""
