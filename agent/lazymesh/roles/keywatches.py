@@ -1,21 +1,25 @@
 """Watches on the keys of single addresses, one for a whole neighbourhood: the pods of a node share it.
 
 A store keeps every watch of every node in memory and looks through them at each write: their number is what a mesh pays
-for staying right. Keys that differ only behind their last dot or colon are mostly those of one node's pods. A watch on
-all of them costs as much as one on one of them, and brings only what happens to that node's pods.
+for staying right. The texts of a node's pods mostly begin alike, so one watch on a range of keys serves them all: it
+costs as much as one on a key, and brings only what happens to that node's pods.
 
-It may begin later than the read of another key of the neighbourhood, and what happened to keys that nobody followed is
-not kept. So each range knows since which revision it is complete for any key; when a key's read is older, the range is
-watched anew from there. What comes twice by that is known by its revision (``Tracked.learn``).
+It may begin later than the read of another key of the range, and what happened to keys that nobody followed is not
+kept. So each range knows since which revision it is complete for any address; when an address's read is older, the
+range is watched anew from there. What comes twice by that is known by its revision (``Tracked.learn``).
 """
 
 from __future__ import annotations
 
 from typing import TYPE_CHECKING, Protocol
 
+from lazymesh.core.keys import address_text
+from lazymesh.core.model import parse_address
+
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Sequence
 
+    from lazymesh.core.model import Address
     from lazymesh.kvstore.model import Change, WatchListener, WatchLoss
 
 
@@ -30,52 +34,57 @@ class Watches(Protocol):
 
 
 class KeyWatches:
-    """The keys that are followed in one store.
+    """The addresses whose keys below one prefix are followed.
 
-    on_change is called for each change of a followed key, on_lost for each range that is not watched any more: its keys
-    are not followed from then on.
+    on_change is called for each change of such a key, on_lost for each range that is not watched any more: its
+    addresses are not followed from then on.
     """
 
     def __init__(
-        self, watches: Watches, on_change: Callable[[Change], None], on_lost: Callable[[WatchLoss], None]
+        self,
+        watches: Watches,
+        prefix: bytes,
+        on_change: Callable[[Address, Change], None],
+        on_lost: Callable[[WatchLoss], None],
     ) -> None:
+        self.prefix = prefix
+        self.on_change = on_change
         self._watches = watches
-        self._on_change = on_change
         self._on_lost = on_lost
         self._ranges: dict[bytes, _Range] = {}
 
     def __len__(self) -> int:
-        """Return how many keys are followed."""
-        return sum(len(one.keys) for one in self._ranges.values())
+        """Return how many addresses are followed."""
+        return sum(len(one.addresses) for one in self._ranges.values())
 
     @property
     def ranges(self) -> int:
         """How many watches that takes."""
         return len(self._ranges)
 
-    def follow(self, keys: Iterable[bytes], after: int) -> None:
-        """Have all changes of these keys told that come after the revision at which they were read."""
+    def follow(self, addresses: Iterable[Address], after: int) -> None:
+        """Have all changes of these addresses told that come after the revision at which they were read."""
         ranges = self._ranges
-        for key in keys:
-            prefix = neighbourhood(key)
-            one = ranges.get(prefix)
+        for address in addresses:
+            group = group_of(address)
+            one = ranges.get(group)
             if one is None:
-                one = ranges[prefix] = _Range(self, prefix)
-                one.begin(after + 1)
-            elif one.since > after + 1 and key not in one.keys:
+                one = ranges[group] = _Range(self, group, self.prefix + common_text(address))
+                self._begin(one, after + 1)
+            elif one.since > after + 1 and address not in one.addresses:
                 self._watches.remove(one.watch_id)
-                one.begin(after + 1)
-            one.keys.add(key)
+                self._begin(one, after + 1)
+            one.addresses.add(address)
 
-    def unfollow(self, key: bytes) -> None:
-        """Have nothing more of the key told."""
-        prefix = neighbourhood(key)
-        one = self._ranges.get(prefix)
+    def unfollow(self, address: Address) -> None:
+        """Have nothing more of the address told."""
+        group = group_of(address)
+        one = self._ranges.get(group)
         if one is None:
             return
-        one.keys.discard(key)
-        if not one.keys:
-            del self._ranges[prefix]
+        one.addresses.discard(address)
+        if not one.addresses:
+            del self._ranges[group]
             self._watches.remove(one.watch_id)
 
     def clear(self) -> None:
@@ -84,44 +93,37 @@ class KeyWatches:
             self._watches.remove(one.watch_id)
         self._ranges.clear()
 
-    def watch(self, one: _Range, start_revision: int) -> int:
-        """Watch a range."""
-        return self._watches.add(one.prefix, one, start_revision, prefix=True)
-
-    def changed(self, change: Change) -> None:
-        """Tell of a change of a followed key."""
-        self._on_change(change)
-
     def lost(self, one: _Range, loss: WatchLoss) -> None:
         """Forget a range that is not watched any more."""
-        if self._ranges.get(one.prefix) is one:
-            del self._ranges[one.prefix]
+        if self._ranges.get(one.group) is one:
+            del self._ranges[one.group]
         self._on_lost(loss)
+
+    def _begin(self, one: _Range, start_revision: int) -> None:
+        one.since = start_revision
+        one.watch_id = self._watches.add(one.prefix, one, start_revision, prefix=True)
 
 
 class _Range:
-    """The followed keys with one prefix, and their watch."""
+    """The followed addresses of one group, and their watch."""
 
-    def __init__(self, owner: KeyWatches, prefix: bytes) -> None:
+    def __init__(self, owner: KeyWatches, group: bytes, prefix: bytes) -> None:
+        self.group = group
         self.prefix = prefix
-        self.keys: set[bytes] = set()
+        self.addresses: set[Address] = set()
         self.watch_id = 0
         self.since = 0
-        """Of a key that is not followed yet, everything from this revision on is still to come."""
+        """Of an address that is not followed yet, everything from this revision on is still to come."""
         self._owner = owner
-
-    def begin(self, start_revision: int) -> None:
-        """Watch from there."""
-        self.since = start_revision
-        self.watch_id = self._owner.watch(self, start_revision)
 
     def on_live(self, watch_id: int, revision: int) -> None:
         """Nothing hangs on it: the reads before it told the keys' state."""
 
     def on_changes(self, _watch_id: int, changes: Sequence[Change]) -> None:
         for change in changes:
-            if change.key in self.keys:
-                self._owner.changed(change)
+            address = _address_in(change.key[len(self._owner.prefix) :])
+            if address in self.addresses:
+                self._owner.on_change(address, change)
             elif change.mod_revision >= self.since:
                 self.since = change.mod_revision + 1
 
@@ -129,11 +131,28 @@ class _Range:
         self._owner.lost(self, loss)
 
 
-def neighbourhood(key: bytes) -> bytes:
-    """Return what the keys around an address's key begin with: of 256 IPv4 addresses, of as many or more IPv6 ones."""
-    dot = key.rfind(b".", key.rfind(b"/"))
-    if dot >= 0:
-        return key[: dot + 1]
-    # The last two digits are a pod's on its node, where nodes have a /120 each (Cilium's default).
-    colon = key.rfind(b":") + 1
-    return key[: max(colon, len(key) - 2)]
+def group_of(address: Address) -> bytes:
+    """Return what the addresses have in common that share a watch: a /24 of IPv4, a /120 of IPv6.
+
+    Nodes have such pod CIDRs by Cilium's defaults. An IPv6 address that ends in a zero group is alone: in its text that
+    group may have vanished.
+    """
+    return address if len(address) == 16 and address.endswith(b"\0\0") else address[:-1]
+
+
+def common_text(address: Address) -> bytes:
+    """Return how the texts of all addresses in its group begin."""
+    text = address_text(address)
+    if len(address) == 4:
+        text = text[: text.rindex(".") + 1]
+    elif not address.endswith(b"\0\0"):
+        # The last eight bits are two digits, unless those before them are zero.
+        text = text[: max(text.rindex(":") + 1, len(text) - 2)]
+    return text.encode()
+
+
+def _address_in(text: bytes) -> Address | None:
+    try:
+        return parse_address(text.decode())
+    except ValueError:  # no address, so none that is followed
+        return None

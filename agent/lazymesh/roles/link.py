@@ -10,6 +10,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING, Protocol
 
 import structlog
@@ -110,8 +111,7 @@ class ClusterLink:
         self._remote = EtcdClient(config.remote, options) if config.remote else None
         self._followers: list[PrefixFollower] = []
         self._synced: set[bytes] = set()
-        self._followed = self._key_watches(self._primary)
-        self._followed_remote = self._key_watches(self._remote) if self._remote else self._followed
+        self._followed = {space: self._key_watches(space) for space in Space}
         self._stale = asyncio.Event()
         self._tasks: set[asyncio.Task[None]] = set()
         self._failure: asyncio.Future[None] | None = None
@@ -125,12 +125,12 @@ class ClusterLink:
     @property
     def watched_keys(self) -> int:
         """How many keys of addresses are being watched."""
-        return sum(len(one) for one in self._all_followed)
+        return sum(len(one) for one in self._followed.values())
 
     @property
     def watched_ranges(self) -> int:
         """How many watches that takes."""
-        return sum(one.ranges for one in self._all_followed)
+        return sum(one.ranges for one in self._followed.values())
 
     @property
     def sizes(self) -> tuple[int, int]:
@@ -193,16 +193,15 @@ class ClusterLink:
 
     def watch(self, command: events.Watch) -> None:
         """Watch the keys of some addresses."""
-        names = keys.ip_keys(command.spaces, command.addresses, self.name)
-        self._followed_in(command.spaces[0]).follow(names, command.after)
+        for space in command.spaces:
+            self._followed[space].follow(command.addresses, command.after)
 
     def unwatch(self, address: Address) -> None:
         """Stop watching every key of the address."""
-        for space in Space:
-            self._followed_in(space).unfollow(keys.ip_key(space, address, self.name))
+        for one in self._followed.values():
+            one.unfollow(address)
 
-    def _on_key_changed(self, change: Change) -> None:
-        space, address = keys.address_of_key(change.key)
+    def _on_key_changed(self, space: Space, address: Address, change: Change) -> None:
         state = events.KeyState(address, space, change.value, change.mod_revision)
         self.guard(lambda: self._observer.on_event(events.Changed(self.name, state)))
 
@@ -219,7 +218,7 @@ class ClusterLink:
         if self._rewatch is not None:
             self._rewatch.cancel()
             self._rewatch = None
-        for one in self._all_followed:
+        for one in self._followed.values():
             one.clear()
         self._observer.on_event(events.StoreReset(self.name))
         if self.state == "ready":
@@ -228,15 +227,9 @@ class ClusterLink:
     def _client_of(self, space: Space) -> EtcdClient:
         return self._primary if space is Space.CACHED or self._remote is None else self._remote
 
-    def _key_watches(self, client: EtcdClient) -> KeyWatches:
-        return KeyWatches(client.watches, self._on_key_changed, self._on_keys_lost)
-
-    def _followed_in(self, space: Space) -> KeyWatches:
-        return self._followed if space is Space.CACHED else self._followed_remote
-
-    @property
-    def _all_followed(self) -> set[KeyWatches]:
-        return {self._followed, self._followed_remote}
+    def _key_watches(self, space: Space) -> KeyWatches:
+        watches, prefix = self._client_of(space).watches, keys.ip_prefix(space, self.name)
+        return KeyWatches(watches, prefix, partial(self._on_key_changed, space), self._on_keys_lost)
 
     # --- the store as a whole ---------------------------------------------------------------------------------------
 

@@ -6,19 +6,24 @@ from collections import defaultdict
 from typing import TYPE_CHECKING
 
 import pytest
+from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, rule
 
-from lazymesh.core.keys import ip_key
-from lazymesh.core.model import Space, parse_address
+from lazymesh.core.keys import address_text
+from lazymesh.core.model import parse_address
 from lazymesh.errors import KvstoreError
 from lazymesh.kvstore.model import Change, WatchLoss
-from lazymesh.roles.keywatches import KeyWatches, neighbourhood
+from lazymesh.roles.keywatches import KeyWatches, common_text, group_of
 
 if TYPE_CHECKING:
+    from lazymesh.core.model import Address
     from lazymesh.kvstore.model import WatchListener
 
-KEYS = [b"p/10.2.0.1", b"p/10.2.0.22", b"p/10.2.0.255", b"p/10.2.1.1"]
+ADDRESSES = [parse_address(text) for text in ("10.2.0.1", "10.2.0.22", "10.2.0.255", "10.2.1.1")]
+
+SPARSE = st.lists(st.sampled_from([0, 0, 0, 1, 0xFF]), min_size=16, max_size=16).map(bytes)
+"""IPv6 addresses with long runs of zeros."""
 
 
 class Server:
@@ -59,35 +64,41 @@ class World(RuleBasedStateMachine):
     def __init__(self) -> None:
         super().__init__()
         self.server = Server()
-        self.told: dict[bytes, list[int]] = defaultdict(list)
-        self.followed: dict[bytes, int] = {}
+        self.told: dict[Address, list[int]] = defaultdict(list)
+        self.followed: dict[Address, int] = {}
         self.lost: list[WatchLoss] = []
-        self.watches = KeyWatches(self.server, self.on_change, self.lost.append)
+        self.watches = KeyWatches(self.server, b"p/", self.on_change, self.lost.append)
 
-    def on_change(self, change: Change) -> None:
+    def on_change(self, address: Address, change: Change) -> None:
         """Take note of a change; it may come twice."""
-        assert change.key in self.followed, "nobody asked"
-        self.told[change.key].append(change.mod_revision)
+        assert change.key == key_of(address)
+        assert address in self.followed, "nobody asked"
+        self.told[address].append(change.mod_revision)
 
-    @rule(key=st.sampled_from(KEYS))
-    def write(self, key: bytes) -> None:
+    @rule(address=st.sampled_from(ADDRESSES))
+    def write(self, address: Address) -> None:
         """Somebody changes a key."""
-        self.server.write(key)
+        self.server.write(key_of(address))
 
-    @rule(keys=st.sets(st.sampled_from(KEYS), min_size=1), behind=st.integers(0, 3))
-    def follow(self, keys: set[bytes], behind: int) -> None:
-        """Keys were read a while ago."""
+    @rule()
+    def write_nonsense(self) -> None:
+        """A key in the range that is no address's."""
+        self.server.write(b"p/10.2.0.x")
+
+    @rule(addresses=st.sets(st.sampled_from(ADDRESSES), min_size=1), behind=st.integers(0, 3))
+    def follow(self, addresses: set[Address], behind: int) -> None:
+        """They were read a while ago."""
         after = max(0, len(self.server.history) - behind)
-        fresh = sorted(keys - self.followed.keys())
+        fresh = sorted(addresses - self.followed.keys())
         self.followed |= dict.fromkeys(fresh, after)
         self.watches.follow(fresh, after)
 
-    @rule(key=st.sampled_from(KEYS))
-    def unfollow(self, key: bytes) -> None:
+    @rule(address=st.sampled_from(ADDRESSES))
+    def unfollow(self, address: Address) -> None:
         """Nobody asks any more."""
-        self.watches.unfollow(key)
-        self.followed.pop(key, None)
-        self.told.pop(key, None)
+        self.watches.unfollow(address)
+        self.followed.pop(address, None)
+        self.told.pop(address, None)
 
     @rule(which=st.integers(0, 9), most=st.integers(1, 3))
     def tell(self, which: int, most: int) -> None:
@@ -102,48 +113,61 @@ class World(RuleBasedStateMachine):
         ids = sorted(self.server.watches)
         if ids:
             prefix, listener, _ = self.server.watches.pop(ids[which % len(ids)])
-            for key in [key for key in self.followed if key.startswith(prefix)]:
-                del self.followed[key]
+            for address in [each for each in self.followed if key_of(each).startswith(prefix)]:
+                del self.followed[address]
             listener.on_lost(0, WatchLoss("compacted", KvstoreError("x")))
             assert self.lost.pop().kind == "compacted"
             assert not self.lost
 
     @invariant()
     def one_watch_for_each_range(self) -> None:
-        """And none without keys."""
-        ranges = {neighbourhood(key) for key in self.followed}
+        """And none without addresses."""
+        ranges = {b"p/" + common_text(address) for address in self.followed}
         assert sorted(prefix for prefix, _, _ in self.server.watches.values()) == sorted(ranges)
         assert (len(self.watches), self.watches.ranges) == (len(self.followed), len(ranges))
 
     def teardown(self) -> None:
-        """In the end every change since a key was read has been told."""
+        """In the end every change since an address was read has been told."""
         for watch_id in list(self.server.watches):
             self.server.tell(watch_id, len(self.server.history))
-        for key, after in self.followed.items():
+        for address, after in self.followed.items():
+            key = key_of(address)
             since = {each.mod_revision for each in self.server.history[after:] if each.key == key}
-            assert since <= set(self.told[key])
+            assert since <= set(self.told[address])
         self.watches.clear()
         assert not self.server.watches
+
+
+def key_of(address: Address) -> bytes:
+    """Return an address's key."""
+    return b"p/" + address_text(address).encode()
 
 
 TestKeyWatches = World.TestCase
 
 
 @pytest.mark.parametrize(
-    ("address", "prefix"),
+    ("address", "text"),
     [
         ("10.2.0.1", b"10.2.0."),
         ("10.2.0.255", b"10.2.0."),
         ("fd00::1ab", b"fd00::1"),
         ("fd00::100", b"fd00::1"),
         ("fd00::ab", b"fd00::"),
-        ("fd00::", b"fd00::"),
         ("fd00:1:2:3:4:5:6:77", b"fd00:1:2:3:4:5:6:"),
+        ("fd00:1:2:3:4:5:0:77", b"fd00:1:2:3:4:5:0:"),
+        ("fd00:1:2:3:4:5::", b"fd00:1:2:3:4:5::"),
     ],
 )
-@pytest.mark.parametrize("space", Space)
-def test_neighbourhood_is_that_of_a_nodes_pods(address: str, prefix: bytes, space: Space) -> None:
-    """A /24 of IPv4, a /120 of IPv6; whatever it is, it holds the key itself."""
-    key = ip_key(space, parse_address(address), "b.c:d")
-    assert neighbourhood(key).rpartition(b"/")[2] == prefix
-    assert key.startswith(neighbourhood(key))
+def test_texts_of_a_nodes_pods_begin_alike(address: str, text: bytes) -> None:
+    """A /24 of IPv4, a /120 of IPv6."""
+    assert common_text(parse_address(address)) == text
+
+
+@given(st.binary(min_size=4, max_size=4) | SPARSE, st.integers(0, 255))
+def test_every_address_of_a_group_has_its_text(address: Address, last: int) -> None:
+    """Whatever is compressed in it."""
+    other = address[:-1] + bytes([last])
+    assert address_text(address).encode().startswith(common_text(address))
+    if group_of(other) == group_of(address):
+        assert common_text(other) == common_text(address)
