@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from pathlib import Path
 
     from lazymesh.errors import KvstoreError
-    from lazymesh.kvstore.model import ReadResult
+    from lazymesh.kvstore.model import Values
     from tests.support.namespaces import Namespace
 
 READS, IN_FLIGHT = 128, 8
@@ -116,7 +116,7 @@ class _Worker:
             elif not flying:
                 ended.set_result(None)
 
-        def take(answer: ReadResult | KvstoreError) -> None:
+        def take(answer: Values | KvstoreError) -> None:
             nonlocal flying, found
             flying -= 1
             if isinstance(answer, Exception):

@@ -14,6 +14,7 @@ from lazymesh.kvstore import requests, rpc
 from lazymesh.kvstore.channel import Code, RpcError, UnaryCall
 from lazymesh.kvstore.client import EtcdClient
 from lazymesh.kvstore.config import parse_config
+from lazymesh.kvstore.model import Values
 from lazymesh.kvstore.supervisor import Options
 from lazymesh.kvstore.transport import KINDS, Transport, make_channel, read_tls_files
 from tests.support.etcd import Authority, EtcdServer, EtcdSettings, cilium_roles, eventually
@@ -23,7 +24,6 @@ if TYPE_CHECKING:
 
     from lazymesh.kvstore.channel import Channel
     from lazymesh.kvstore.config import EtcdConfig
-    from lazymesh.kvstore.model import ReadResult
 
 
 @pytest.fixture(scope="module")
@@ -179,7 +179,7 @@ async def test_certificates_say_who_we_are(kind: str, tmp_path: object) -> None:
 @pytest.mark.parametrize("moment", ["while dialling", "under way"])
 async def test_read_is_answered_even_if_the_client_is_closed(kind: str, moment: str) -> None:
     """The resolver counts on an answer to everything that it asks."""
-    told: list[ReadResult | KvstoreError] = []
+    told: list[Values | KvstoreError] = []
     with EtcdServer() as server:
         async with EtcdClient(config_of(server), Options(transport=Transport(kind=kind))) as client:
             if moment == "under way":
@@ -200,7 +200,8 @@ async def test_read_soon_reads_what_read_many_does(etcd: EtcdServer, kind: str) 
     async with EtcdClient(config_of(etcd), Options(transport=Transport(kind=kind))) as client:
         await client.put(b"soon", b"1")
         for keys in ([b"soon"], [b"soon", b"never"]):
-            told: list[ReadResult | KvstoreError] = []
+            told: list[Values | KvstoreError] = []
             client.read_soon(keys, 5, told.append)
             await eventually(lambda told=told: told)
-            assert told == [await client.read_many(keys)]
+            there = await client.read_many(keys)
+            assert told == [Values(there.revision, tuple(pair and pair.value for pair in there.values))]

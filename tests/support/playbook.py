@@ -19,7 +19,7 @@ from lazymesh.core.events import (
     Install,
     InstallResult,
     KeyState,
-    Miss,
+    Misses,
     Read,
     ReadFailed,
     Report,
@@ -28,7 +28,7 @@ from lazymesh.core.events import (
     Watch,
 )
 from lazymesh.core.identities import identity_range
-from lazymesh.core.model import Direction, Entry, Reason, Space, format_address, parse_address
+from lazymesh.core.model import Entry, Reason, Space, format_address, parse_address
 from lazymesh.core.records import NodeRecord, decode_pair, entry_of
 from lazymesh.core.resolver import Judge, Resolver
 from lazymesh.core.resolver.limits import Limits
@@ -105,9 +105,9 @@ def entry(identity: int = WEB, host: str = NODE) -> Entry:
 # --- events -------------------------------------------------------------------------------------------------------
 
 
-def miss(address: Address, at: float = 0.0) -> Miss:
+def miss(address: Address, at: float = 0.0) -> Misses:
     """A pod sends to the address."""
-    return Miss(address, Direction.EGRESS, 7, at)
+    return Misses((address,), (at,))
 
 
 def answered(

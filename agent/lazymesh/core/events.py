@@ -14,25 +14,20 @@ from msgspec import Struct
 
 if TYPE_CHECKING:
     from lazymesh.core.clusters import ClusterTable
-    from lazymesh.core.model import Address, Direction, Entry, Reason, Space
+    from lazymesh.core.model import Address, Entry, Reason, Space
 
 # --- events ---------------------------------------------------------------------------------------------------------
 
 
-class Miss(Struct, frozen=True):
-    """The kernel signalled a packet whose peer has no entry."""
-
-    address: Address
-    direction: Direction
-    ifindex: int
-    at: float
-    """When the packet missed (the kernel's timestamp); latencies count from here."""
-
-
 class Misses(Struct, frozen=True):
-    """What was signalled at one moment: resolved together, so that reads of many addresses share a transaction."""
+    """The kernel signalled packets whose peers have no entry.
 
-    misses: tuple[Miss, ...]
+    What is signalled at one moment is resolved together, so that reads of many addresses share a transaction.
+    """
+
+    addresses: tuple[Address, ...]
+    at: tuple[float, ...]
+    """When each packet missed (the kernel's timestamp); latencies count from here."""
 
 
 class KeyState(Struct, frozen=True):
@@ -173,8 +168,7 @@ class Tick(Struct, frozen=True):
 
 
 Event = (
-    Miss
-    | Misses
+    Misses
     | Answered
     | ReadFailed
     | Changed

@@ -34,6 +34,7 @@ REGIONAL = "regional"
 
 REGION_LABEL = "topology.kubernetes.io/region"
 
+_MAX_SCOPE = 16
 _MAX_ADDRESS_TEXT = 45  # an IPv6 address with its last 32 bits in dotted form
 
 Labels = dict[str, str]
@@ -148,10 +149,19 @@ def decode_pair(value: bytes, address: Address) -> IpRecord:
         _refuse(f"wrong key form: IP is {pair.IP[:64]!r}")
     if pair.Mask is not None:
         _refuse("wrong key form: Mask under the key of a single address")
-    host = _host_address(pair.HostIP)
+    scope = pair.SyncScope or pair.syncScope
+    # The cache must not keep a stranger's long texts alive.
+    if len(pair.HostIP) > _MAX_ADDRESS_TEXT or len(scope) > _MAX_SCOPE:
+        return _record.__wrapped__(pair.ID, pair.HostIP, pair.Key, scope)
+    return _record(pair.ID, pair.HostIP, pair.Key, scope)
+
+
+@lru_cache(maxsize=4096)  # pods of one identity on one node have equal ones
+def _record(identity: int, host_ip: str, encrypt_key: int, scope: str) -> IpRecord:
+    host = _host_address(host_ip)
     if host is None:
-        _refuse(f"HostIP is {pair.HostIP[:64]!r}")
-    return IpRecord(pair.ID, host, pair.Key, pair.SyncScope or pair.syncScope)
+        _refuse(f"HostIP is {host_ip[:64]!r}")
+    return IpRecord(identity, host, encrypt_key, scope)
 
 
 def entry_of(record: IpRecord, here: Container[Address] = ()) -> Entry:
@@ -159,7 +169,7 @@ def entry_of(record: IpRecord, here: Container[Address] = ()) -> Entry:
     return _entry(record.identity, None if record.host_ip in here else record.host_ip, record.encrypt_key)
 
 
-@lru_cache(maxsize=4096)  # pods of one identity on one node have equal ones
+@lru_cache(maxsize=4096)
 def _entry(identity: int, endpoint: Address | None, encrypt_key: int) -> Entry:
     return with_tunnel_flags(Entry(identity, endpoint, encrypt_key))
 

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING
 
 from lazymesh.core.identities import WORLD_IDENTITIES, is_peer
 from lazymesh.core.model import Reason, with_tunnel_flags
+from lazymesh.datapath import abi
 from lazymesh.datapath.abi import OwnedEntry
 from lazymesh.errors import DatapathError, MapFullError
 
@@ -132,25 +133,32 @@ class Installer:
         What is new goes into the journal together: of a storm that is a third of the system calls.
         """
         plain = self._honours_noexist and len(self._maps) == 1 and not self.crowded
-        fresh = [each for each in installs if self._is_fresh(*each)] if plain else []
+        fresh = {
+            address: key
+            for address, entry, _ in (installs if plain else ())
+            if self._is_fresh(address, key := abi.pack_address_key(address), entry)
+        }
         try:
-            self._journal.write_many((address, entry, cluster_id) for address, entry, cluster_id in fresh)
+            self._journal.write_many(
+                [(fresh[address], entry, owner) for address, entry, owner in installs if address in fresh]
+            )
         except DatapathError:
-            fresh = []  # one by one it will show for whom there is room
-        journalled = {address for address, _, _ in fresh}
+            fresh = {}  # one by one it will show for whom there is room
         return [
-            self._insert_journalled(*each) if each[0] in journalled else self.install(*each)
+            self._insert_journalled(fresh[each[0]], *each) if each[0] in fresh else self.install(*each)
             for each in installs
         ]
 
-    def _is_fresh(self, address: Address, entry: Entry, _cluster_id: int) -> bool:
+    def _is_fresh(self, address: Address, key: bytes, entry: Entry) -> bool:
         """Tell whether an entry is neither ours already nor known to be somebody else's."""
-        standing = self._main.stands(address)
-        return not self._is_ours(address, standing) and not self._is_foreign(standing, entry)
+        standing = self._main.stands_at(key)
+        return standing is None or not (self._is_ours(address, standing) or self._is_foreign(standing, entry))
 
-    def _insert_journalled(self, address: Address, entry: Entry, cluster_id: int) -> Reason | None:
+    def _insert_journalled(
+        self, key: bytes, address: Address, entry: Entry, cluster_id: int
+    ) -> Reason | None:
         try:
-            inserted = self._main.insert(address, entry)
+            inserted = self._main.insert_at(key, entry)
         except DatapathError:
             return self.install(address, entry, cluster_id)
         if not inserted:

@@ -13,6 +13,8 @@ from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from msgspec import Struct
+
 from lazymesh.core.audit import Window
 from lazymesh.core.model import Address, Direction, Entry, Network
 from lazymesh.datapath import abi
@@ -89,6 +91,8 @@ class IpcacheMap:
         self._map = bpf_map
         self._path = path
         self._tag = tag
+        self._packed_last: Entry | None = None
+        self._packed = b""
         view = view_of(bpf_map.layout)
         if view is None and read_only:
             # Flags say who may write: entries can be read whatever they are.
@@ -129,7 +133,11 @@ class IpcacheMap:
 
     def stands(self, address: Address) -> Standing | None:
         """Return the same answer, and whether it is tagged."""
-        raw = self._map.lookup(abi.pack_address_key(address))
+        return self.stands_at(abi.pack_address_key(address))
+
+    def stands_at(self, key: bytes) -> Standing | None:
+        """Return the same, by the key of an address."""
+        raw = self._map.lookup(key)
         return None if raw is None else self._standing(raw)
 
     def as_read_back(self, entry: Entry) -> Entry:
@@ -153,11 +161,15 @@ class IpcacheMap:
 
     def insert(self, address: Address, entry: Entry) -> bool:
         """Add the /32 or /128 unless that exact prefix exists; True when it was added."""
-        return self._update(address, entry, BPF_NOEXIST)
+        return self.insert_at(abi.pack_address_key(address), entry)
+
+    def insert_at(self, key: bytes, entry: Entry) -> bool:
+        """Do the same, by the key of an address."""
+        return self._update(key, entry, BPF_NOEXIST)
 
     def replace(self, address: Address, entry: Entry) -> None:
         """Write the /32 or /128, whatever stands there."""
-        self._update(address, entry, BPF_ANY)
+        self._update(abi.pack_address_key(address), entry, BPF_ANY)
 
     def delete(self, address: Address) -> bool:
         """Remove the /32 or /128; False when it was not there."""
@@ -172,12 +184,15 @@ class IpcacheMap:
         return Standing(abi.unpack_entry(raw), self._tag != 0 and abi.tag_of_entry(raw) == self._tag)
 
     def _pack(self, entry: Entry) -> bytes:
-        pack = abi.pack_entry_v1 if self.view is View.V1 else abi.pack_entry
-        return pack(entry, self._tag)
+        # Pods of one node come together, and with one and the same entry.
+        if entry is not self._packed_last:
+            pack = abi.pack_entry_v1 if self.view is View.V1 else abi.pack_entry
+            self._packed, self._packed_last = pack(entry, self._tag), entry
+        return self._packed
 
-    def _update(self, address: Address, entry: Entry, flags: int) -> bool:
+    def _update(self, key: bytes, entry: Entry, flags: int) -> bool:
         try:
-            self._map.update(abi.pack_address_key(address), self._pack(entry), flags)
+            self._map.update(key, self._pack(entry), flags)
         except OSError as exc:
             if exc.errno == errno.EEXIST:
                 return False
@@ -187,8 +202,7 @@ class IpcacheMap:
         return True
 
 
-@dataclass(frozen=True, slots=True)
-class Standing:
+class Standing(Struct, frozen=True):
     """What an ipcache says of an address."""
 
     entry: Entry
@@ -292,12 +306,9 @@ class Journal:
                 raise MapFullError("the ownership journal is full") from exc
             raise DatapathError(f"cannot write to the ownership journal: {exc.strerror}") from exc
 
-    def write_many(self, entries: Iterable[tuple[Address, Entry, int]]) -> None:
-        """Add or replace the lines of new entries, each with its cluster id; MapFullError when there is no room."""
-        lines = [
-            (abi.pack_address_key(address), abi.pack_owned_new(entry, cluster_id))
-            for address, entry, cluster_id in entries
-        ]
+    def write_many(self, entries: Iterable[tuple[bytes, Entry, int]]) -> None:
+        """Add or replace the lines of new entries: key of the address, entry, cluster id; MapFullError when full."""
+        lines = [(key, abi.pack_owned_new(entry, cluster_id)) for key, entry, cluster_id in entries]
         try:
             self._map.update_many(lines)
         except OSError as exc:

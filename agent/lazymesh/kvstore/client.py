@@ -15,7 +15,7 @@ from lazymesh.errors import KvstoreError
 from lazymesh.kvstore import etcd_pb2 as pb
 from lazymesh.kvstore import requests, rpc
 from lazymesh.kvstore.hub import WatchHub
-from lazymesh.kvstore.model import KeyValue, Page, ReadResult
+from lazymesh.kvstore.model import KeyValue, Page, ReadResult, Values
 from lazymesh.kvstore.supervisor import Options, Supervisor
 
 if TYPE_CHECKING:
@@ -86,9 +86,12 @@ class EtcdClient:
         return requests.read_result(answer, len(keys))
 
     def read_soon(
-        self, keys: Sequence[bytes], timeout_s: float, on_done: Callable[[ReadResult | KvstoreError], None]
+        self, keys: Sequence[bytes], timeout_s: float, on_done: Callable[[Values | KvstoreError], None]
     ) -> None:
-        """Do as ``read_many``, with no task for it where there is a connection. on_done is called in any case."""
+        """Read up to 128 keys as ``read_many``, with no task for it where there is a connection.
+
+        on_done is called in any case.
+        """
         connection = self._supervisor.present
         if connection is None:
             task = asyncio.create_task(self.read_many(keys, timeout_s))
@@ -103,11 +106,11 @@ class EtcdClient:
                 on_done(outcome)
                 return
             try:
-                result = requests.read_result(outcome, len(keys))
+                values = requests.values_of(outcome, len(keys))
             except KvstoreError as exc:
                 on_done(exc)
             else:
-                on_done(result)
+                on_done(values)
 
         connection.start(_read_call(keys, timeout_s), done)
 
@@ -233,12 +236,13 @@ def _read_call(keys: Sequence[bytes], timeout_s: float) -> rpc.Call[Any, Any]:
     return rpc.Call(rpc.READ_MANY, keys, timeout_s, what)
 
 
-def _outcome_of(task: asyncio.Task[ReadResult]) -> ReadResult | KvstoreError:
+def _outcome_of(task: asyncio.Task[ReadResult]) -> Values | KvstoreError:
     if task.cancelled():
         return KvstoreError("the client was closed")
     error = task.exception()
     if error is None:
-        return task.result()
+        result = task.result()
+        return Values(result.revision, tuple([pair and pair.value for pair in result.values]))
     return error if isinstance(error, KvstoreError) else KvstoreError(f"{type(error).__name__}: {error}")
 
 

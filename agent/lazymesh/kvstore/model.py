@@ -41,6 +41,13 @@ class ReadResult:
     values: list[KeyValue | None]
 
 
+class Values(NamedTuple):
+    """The same without what packets do not wait for: a value for each key, None for one that does not exist."""
+
+    revision: int
+    values: tuple[bytes | None, ...]
+
+
 @dataclass(frozen=True, slots=True)
 class Page:
     """Part of a listing; all pages of one listing have the same revision and epoch."""

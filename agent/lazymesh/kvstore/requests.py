@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 
 from lazymesh.errors import KvstoreError
 from lazymesh.kvstore import etcd_pb2 as pb
-from lazymesh.kvstore.model import KeyValue, ReadResult
+from lazymesh.kvstore.model import KeyValue, ReadResult, Values
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -82,6 +82,16 @@ def read_result(response: pb.RangeResponse | pb.TxnResponse, asked: int) -> Read
     if len(response.responses) != asked:
         raise _odd(f"{len(response.responses)} answers to {asked} reads")
     return ReadResult(response.header.revision, [one_of(op.response_range) for op in response.responses])
+
+
+def values_of(response: pb.RangeResponse | pb.TxnResponse, asked: int) -> Values:
+    """Return the same without what packets do not wait for."""
+    if isinstance(response, pb.RangeResponse):
+        return Values(response.header.revision, (response.kvs[0].value if response.kvs else None,))
+    if len(response.responses) != asked:
+        raise _odd(f"{len(response.responses)} answers to {asked} reads")
+    found = [op.response_range.kvs for op in response.responses]
+    return Values(response.header.revision, tuple([kvs[0].value if kvs else None for kvs in found]))
 
 
 def next_page(answer: pb.RangeResponse, after: bytes | None) -> bytes | None:

@@ -141,13 +141,13 @@ class Driver:
 
     def on_signals(self, signals: list[Signal]) -> None:
         """Take the misses of one wake-up."""
-        miss = events.Miss
-        misses = tuple([miss(one.address, one.direction, one.ifindex, one.ktime_ns / 1e9) for one in signals])
+        addresses = tuple([one.address for one in signals])
+        at = tuple([one.ktime_ns / 1e9 for one in signals])
         inward = sum([one.direction for one in signals])
         for direction, count in ((Direction.EGRESS, len(signals) - inward), (Direction.INGRESS, inward)):
             if count:
                 self._directions[direction].inc(count)
-        self.feed(events.Misses(misses))
+        self.feed(events.Misses(addresses, at))
 
     def feed(self, event: events.Event) -> None:
         """Take one event, now or behind those that are being worked on."""

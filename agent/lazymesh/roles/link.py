@@ -33,7 +33,7 @@ if TYPE_CHECKING:
     from lazymesh.core.model import Address
     from lazymesh.core.records import ClusterConfig
     from lazymesh.kvstore.config import EtcdConfig
-    from lazymesh.kvstore.model import Change, ClientEvent, ReadResult, WatchLoss
+    from lazymesh.kvstore.model import Change, ClientEvent, Values, WatchLoss
 
 log = structlog.get_logger()
 
@@ -180,15 +180,14 @@ class ClusterLink:
             lambda outcome: self.guard(lambda: self._on_read(command, outcome)),
         )
 
-    def _on_read(self, command: events.Read, outcome: ReadResult | KvstoreError) -> None:
+    def _on_read(self, command: events.Read, outcome: Values | KvstoreError) -> None:
         if isinstance(outcome, KvstoreError):
             self.read_problem = str(outcome)
             self._observer.on_event(events.ReadFailed(self.name, command.addresses, outcome.kind))
             return
         self.read_problem = None
-        values = tuple([None if pair is None else pair.value for pair in outcome.values])
         self._observer.on_event(
-            events.Answered(self.name, command.spaces, command.addresses, values, outcome.revision)
+            events.Answered(self.name, command.spaces, command.addresses, outcome.values, outcome.revision)
         )
 
     def watch(self, command: events.Watch) -> None:

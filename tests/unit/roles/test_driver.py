@@ -77,7 +77,7 @@ def test_signals_of_one_moment_are_one_event() -> None:
     signals = [Signal(address=IP, direction=d, cluster_id=2, ifindex=3, ktime_ns=10**9) for d in Direction]
     fixture.driver.on_signals(signals)
     (told,) = fixture.resolver.told
-    assert told == events.Misses(tuple(events.Miss(IP, d, 3, 1.0) for d in Direction))
+    assert told == events.Misses((IP, IP), (1.0, 1.0))
     assert fixture.sample("cilium_ipcache_miss_signal_total", direction="egress") == 1
     assert fixture.sample("cilium_ipcache_miss_signal_total", direction="ingress") == 1
 

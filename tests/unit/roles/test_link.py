@@ -11,7 +11,7 @@ from lazymesh.core import events
 from lazymesh.core.model import Space, parse_address
 from lazymesh.errors import KvstoreError
 from lazymesh.kvstore.config import parse_config
-from lazymesh.kvstore.model import Change, KeyValue, ReadResult, WatchLoss
+from lazymesh.kvstore.model import Change, KeyValue, ReadResult, Values, WatchLoss
 from lazymesh.roles import link as module
 from lazymesh.roles.link import ClusterLink, LinkConfig
 from tests.support.etcd import eventually
@@ -47,7 +47,8 @@ class FakeClient:
 
     def read_soon(self, keys: Sequence[bytes], timeout: float, on_done: Any) -> None:
         """Read, and answer a moment later."""
-        asyncio.get_running_loop().call_soon(on_done, self.error or self._read(keys))
+        values = Values(7, tuple(map(self.data.get, keys)))
+        asyncio.get_running_loop().call_soon(on_done, self.error or values)
 
     async def read_many(self, keys: Sequence[bytes], _timeout: float = 0) -> ReadResult:
         """Read."""

@@ -7,7 +7,6 @@ which one that is, is told here.
 
 from __future__ import annotations
 
-from collections import OrderedDict
 from typing import TYPE_CHECKING
 
 from lazymesh.core.events import Read
@@ -15,7 +14,7 @@ from lazymesh.core.resolver.link import Lane, Link, LinkState
 from lazymesh.core.resolver.tracked import Fetch
 
 if TYPE_CHECKING:
-    from lazymesh.core.model import Address, Space
+    from lazymesh.core.model import Space
     from lazymesh.core.resolver.limits import Limits
     from lazymesh.core.resolver.tracked import Tracked
 
@@ -25,14 +24,15 @@ class Backlog:
 
     def __init__(self, limits: Limits) -> None:
         self._limits = limits
-        self._running: OrderedDict[Address, Tracked] = OrderedDict()
-        self._parked: OrderedDict[Address, Tracked] = OrderedDict()
+        self._missed = 0
         self.busy: dict[str, Link] = {}
         """The ready clusters for which something waits, by name."""
+        self._parked: dict[str, Link] = {}
+        """The others for which something may wait."""
 
     def __len__(self) -> int:
         """Return how many missed addresses wait, for clusters ready or not."""
-        return len(self._running) + len(self._parked)
+        return self._missed
 
     def level(self, *, others: bool) -> int:
         """Return how many missed addresses wait for ready clusters: the load that muting the kernel would relieve.
@@ -40,10 +40,10 @@ class Backlog:
         Those of a cluster that is not ready do no work, and of one alone only a part counts while there are
         others: muting everybody for its sake would let a cluster that is slow harm all others.
         """
-        if not others or not self._running:
-            return len(self._running)
-        longest = max([link.missed for link in self.busy.values()], default=0)
-        return len(self._running) - max(0, longest - int(self._limits.queue * self._limits.one_cluster))
+        waiting = [link.missed for link in self.busy.values()]
+        if not others or not any(waiting):
+            return sum(waiting)
+        return sum(waiting) - max(0, max(waiting) - int(self._limits.queue * self._limits.one_cluster))
 
     def put(self, tracked: Tracked, link: Link, spaces: tuple[Space, ...], *, urgent: bool) -> None:
         """Queue a read of the address, or join the one in flight; urgent: a packet waits for it."""
@@ -58,12 +58,11 @@ class Backlog:
         lane = link.lanes.get(spaces)
         if lane is None:
             lane = link.lanes[spaces] = Lane()
-        ready = link.state is LinkState.READY
-        if ready:
-            self.busy[link.name] = link
+        (self.busy if link.state is LinkState.READY else self._parked)[link.name] = link
         if urgent:
             lane.misses[address] = tracked
-            (self._running if ready else self._parked)[address] = tracked
+            link.missed += 1
+            self._missed += 1
         elif address in link.unproven:
             lane.proofs[address] = tracked
         else:
@@ -74,34 +73,33 @@ class Backlog:
         address = tracked.address
         tracked.fetch = Fetch.IDLE
         lane = link.lanes[tracked.wants]
-        if lane.misses.pop(address, None) is None:
-            if lane.proofs.pop(address, None) is None:
-                del lane.checks[address]
-        elif self._running.pop(address, None) is None:
-            del self._parked[address]
+        if lane.misses.pop(address, None) is not None:
+            link.missed -= 1
+            self._missed -= 1
+        elif lane.proofs.pop(address, None) is None:
+            del lane.checks[address]
 
     def overflow(self) -> Tracked | None:
         """Return the address to shed next, or None while the bound holds.
 
-        Those of clusters that are not ready go first: they would have waited anyway. Then the oldest of the
-        cluster that has most: it is the one that is too slow.
+        Those of clusters that are not ready go first: they would have waited anyway. Of all such clusters, and then of
+        the others, the one that has most gives its oldest: it is the one that is too slow.
         """
-        if len(self) <= self._limits.queue:
+        if self._missed <= self._limits.queue:
             return None
-        if self._parked:
-            return next(iter(self._parked.values()))
-        lanes = max(self.busy.values(), key=lambda link: link.missed).lanes.values()
+        parked = [link for link in self._parked.values() if link.missed]
+        lanes = max(parked or self.busy.values(), key=lambda link: link.missed).lanes.values()
         return next(iter(max(lanes, key=lambda lane: len(lane.misses)).misses.values()))
 
     def park(self, link: Link) -> None:
         """Keep the cluster's addresses back: it is not ready."""
-        self.busy.pop(link.name, None)
-        _transfer(link, self._running, self._parked)
+        if self.busy.pop(link.name, None) is not None and link.missed:
+            self._parked[link.name] = link
 
     def unpark(self, link: Link) -> None:
         """Let the cluster's addresses go: it is ready."""
+        self._parked.pop(link.name, None)
         self.busy[link.name] = link
-        _transfer(link, self._parked, self._running)
 
     def reads(self, now: float) -> list[Read]:
         """Return all reads that can be sent now, in rounds of one for each cluster: all get their turn."""
@@ -129,7 +127,9 @@ class Backlog:
         for tracked in taken:
             tracked.fetch = Fetch.READING
             link.reading[tracked.address] = spaces
-            self._running.pop(tracked.address, None)
+        missed = sum([len(lane.misses) for lane in link.lanes.values()])
+        self._missed += missed - link.missed
+        link.missed = missed
         link.in_flight += 1
         link.breaker.sent()
         reads.append(Read(link.name, spaces, tuple([tracked.address for tracked in taken])))
@@ -138,12 +138,3 @@ class Backlog:
     def _proves(self, link: Link, now: float) -> bool:
         """Tell whether nothing is to be read but entries of an earlier life: also not while their answers are due."""
         return bool(link.unproven) and now < link.ready_at + self._limits.prove_first
-
-
-def _transfer(
-    link: Link, source: OrderedDict[Address, Tracked], target: OrderedDict[Address, Tracked]
-) -> None:
-    for lane in link.lanes.values():
-        for address, tracked in lane.misses.items():
-            if source.pop(address, None) is not None:
-                target[address] = tracked

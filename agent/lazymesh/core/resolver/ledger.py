@@ -39,9 +39,10 @@ class Ledger:
 
     def own(self, tracked: Tracked, entry: Entry) -> None:
         """Enter the entry, as the most recently used one."""
+        if tracked.entry is not None:
+            self._owned.move_to_end(tracked.address)
         tracked.entry = entry
         self._owned[tracked.address] = tracked
-        self._owned.move_to_end(tracked.address)
 
     def disown(self, tracked: Tracked) -> None:
         """Strike the entry out."""

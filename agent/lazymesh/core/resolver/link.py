@@ -86,11 +86,8 @@ class Link:
     """No checks are sent before: the last one failed, or all nodes would ask at once."""
     ready_at: float = -math.inf
     """Since when it is ready: no answer could come before."""
-
-    @property
-    def missed(self) -> int:
-        """How many missed addresses wait for a read."""
-        return sum([len(lane.misses) for lane in self.lanes.values()])
+    missed: int = 0
+    """How many missed addresses wait for a read, in all lanes; kept by ``backlog``."""
 
     def void_reads(self) -> None:
         """Make the answers of all reads in flight worthless: they may carry revisions of a replaced store."""

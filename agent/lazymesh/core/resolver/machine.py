@@ -61,7 +61,6 @@ class Resolver:
         self._links = self._lifecycle.links
         self._muted = False
         self._handlers: dict[type, Callable[[Any, float], None]] = {
-            ev.Miss: self._miss,
             ev.Misses: self._misses,
             ev.Answered: self._answered,
             ev.ReadFailed: self._read_failed,
@@ -99,32 +98,34 @@ class Resolver:
     # --- misses ---------------------------------------------------------------------------------------------
 
     def _misses(self, event: ev.Misses, now: float) -> None:
-        for miss in event.misses:
-            self._miss(miss, now)
+        known = self._moves.tracked
+        for address, at in zip(event.addresses, event.at, strict=True):
+            tracked = known.get(address)
+            if tracked is None:
+                self._resolve(address, at, now)
+            else:
+                self._missed_again(tracked, at, now)
 
-    def _miss(self, miss: ev.Miss, now: float) -> None:
-        tracked = self._moves.tracked.get(miss.address)
-        if tracked is None:
-            self._resolve(miss.address, miss.at, now)
-        elif tracked.phase is Phase.RESOLVING:
+    def _missed_again(self, tracked: Tracked, at: float, now: float) -> None:
+        if tracked.phase is Phase.RESOLVING:
             if tracked.missed_at is None:
-                tracked.missed_at = miss.at
+                tracked.missed_at = at
         elif tracked.phase is Phase.INSTALLED:
-            self._missed_though_installed(tracked, miss.at, now)
+            self._missed_though_installed(tracked, at, now)
         elif tracked.expires <= now:
             self._moves.forget(tracked)
-            self._resolve(miss.address, miss.at, now)
+            self._resolve(tracked.address, at, now)
         else:
-            tracked.missed_at = miss.at
+            tracked.missed_at = at
             self._negatives.renew(tracked, now)
             self._moves.report(tracked, "absent", tracked.reason, cached=True)
 
     def _resolve(self, address: Address, missed_at: float | None, now: float) -> None:
-        owners = self._judge.table.owners(address)
-        cluster = self._judge.table.cluster(owners[0]) if len(owners) == 1 else None
+        table = self._judge.table
+        owners = table.owners(address)
+        cluster = table.cluster(owners[0]) if len(owners) == 1 else None
         link = self._lifecycle.link(cluster.name) if cluster is not None else None
-        tracked = self._moves.begin(address, owners, link)
-        tracked.missed_at = missed_at
+        tracked = self._moves.begin(address, owners, link, missed_at)
         if cluster is None or link is None:
             self._moves.refuse(tracked, _unowned(owners), "", now)
         elif link.state is LinkState.SILENT or not link.breaker.admits(now):
@@ -155,14 +156,18 @@ class Resolver:
         link.breaker.succeeded()
         spaces, values, as_of = answer.spaces, answer.values, answer.as_of
         landed: list[Tracked] = []
-        at = 0
+        at = iter(values)
         for address in answer.addresses:
+            states = [ev.KeyState(address, space, next(at), as_of) for space in spaces]
             tracked = self._land(link, address)
-            if tracked is not None:
-                for offset, space in enumerate(spaces):
-                    tracked.learn(ev.KeyState(address, space, values[at + offset], as_of))
-                landed.append(tracked)
-            at += len(spaces)
+            if tracked is None:
+                continue
+            landed.append(tracked)
+            if tracked.known:
+                for state in states:
+                    tracked.learn(state)
+            else:
+                tracked.known = states
         for tracked in landed:
             self._take_answer(tracked, link, now)
         self._watch(link, landed, spaces, as_of)
@@ -184,10 +189,11 @@ class Resolver:
     def _take_answer(self, tracked: Tracked, link: Link, now: float) -> None:
         tracked.spaces = tracked.wants
         self._moves.settle(tracked, now)
-        # Not IDLE: the next group is being asked, and may know more.
-        if tracked.fetch is Fetch.IDLE:
+        if tracked.fetch is not Fetch.IDLE:
+            return  # the next group is being asked, and may know more
+        if link.unproven:
             link.unproven.discard(tracked.address)
-        if tracked.entry is not None and tracked.fetch is Fetch.IDLE and link.state is LinkState.READY:
+        if tracked.entry is not None and link.state is LinkState.READY:
             self._ledger.trust(tracked)
 
     def _watch(self, link: Link, landed: list[Tracked], spaces: tuple[Space, ...], as_of: int) -> None:

@@ -53,9 +53,11 @@ class Moves:
         self._ledger = ledger
         self._negatives = negatives
 
-    def begin(self, address: Address, owners: tuple[str, ...], link: Link | None) -> Tracked:
+    def begin(
+        self, address: Address, owners: tuple[str, ...], link: Link | None, missed_at: float | None = None
+    ) -> Tracked:
         """Track one more address."""
-        tracked = self.tracked[address] = Tracked(address, owners, link)
+        tracked = self.tracked[address] = Tracked(address, owners, link, missed_at)
         if link is not None:
             link.members[address] = tracked
         return tracked
@@ -122,7 +124,7 @@ class Moves:
             tracked.again = True
         elif tracked.entry != (entry := entry_of(verdict, self._judge.here)):
             self._ledger.name(tracked, verdict.identity)
-            self.install(tracked, entry, now)
+            self._install(tracked, entry, cluster, now)
 
     def _settle_without_record(self, tracked: Tracked, cluster: ClusterInfo, now: float) -> None:
         following = _group_after(cluster.spaces, tracked.spaces)
@@ -135,8 +137,10 @@ class Moves:
     def install(self, tracked: Tracked, entry: Entry, now: float) -> None:
         """Send an Install; room in the budget is made first."""
         cluster = self._cluster(tracked)
-        if cluster is None:
-            return
+        if cluster is not None:
+            self._install(tracked, entry, cluster, now)
+
+    def _install(self, tracked: Tracked, entry: Entry, cluster: ClusterInfo, now: float) -> None:
         if tracked.phase is Phase.ABSENT:
             self._negatives.remove(tracked)
             tracked.move(Phase.RESOLVING)

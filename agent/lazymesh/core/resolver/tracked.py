@@ -30,6 +30,8 @@ class Phase(enum.Enum):
     ABSENT = "absent"
     """No entry, for a reason that stands until it expires."""
 
+    __hash__ = object.__hash__  # as in model.Space
+
 
 ALLOWED = {
     Phase.RESOLVING: {Phase.INSTALLED, Phase.ABSENT},

@@ -1,6 +1,6 @@
 """The queue: batches, fairness, shedding and muting, seen through the resolver."""
 
-from lazymesh.core.events import Admit, ClusterReady, ClusterSilent, Command, Miss, Mute, Read, Tick
+from lazymesh.core.events import Admit, ClusterReady, ClusterSilent, Command, Mute, Read, Tick
 from lazymesh.core.model import Reason
 from lazymesh.core.resolver.limits import Limits
 from tests.support.playbook import (
@@ -225,9 +225,5 @@ def test_late_answers_let_fewer_misses_in_and_none_at_all_let_more_in() -> None:
 def test_every_shed_miss_is_reported_exactly_once() -> None:
     """Counting the reports is counting the losses."""
     story = Play(limits=Limits(queue=4))
-    outcomes = [
-        c.outcome
-        for a in (B1, B2, B3, B4, B5, B6, B7, B8)
-        for c in story.tell(Miss(a, miss(a).direction, 7, 0.0))
-    ]
+    outcomes = [c.outcome for a in (B1, B2, B3, B4, B5, B6, B7, B8) for c in story.tell(miss(a))]
     assert outcomes == ["shed"] * 4

@@ -21,14 +21,13 @@ from lazymesh.core.events import (
     IdentityKnown,
     Install,
     KeyState,
-    Miss,
     Misses,
     Report,
     StoreReset,
     TableChanged,
     Watch,
 )
-from lazymesh.core.model import Direction, Reason, Space
+from lazymesh.core.model import Reason, Space
 from lazymesh.core.resolver.limits import Limits
 from tests.support.playbook import (
     ALL_IDENTITIES,
@@ -297,7 +296,7 @@ def test_a_scanned_address_is_not_watched_and_soon_read_again() -> None:
 
 def test_misses_of_one_moment_share_a_transaction() -> None:
     """What came in one wake-up is asked for together."""
-    together = Misses(tuple(Miss(address, Direction.EGRESS, 3, 0.0) for address in (B1, B2, B3)))
+    together = Misses((B1, B2, B3), (0.0,) * 3)
     (play() >> together << read(B1, B2, B3)).end()
 
 
