@@ -14,7 +14,7 @@ from bisect import bisect_left
 from itertools import accumulate
 from typing import TYPE_CHECKING
 
-from prometheus_client import CollectorRegistry, Counter, Gauge
+from prometheus_client import CollectorRegistry, Counter
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, HistogramMetricFamily, Metric
 from prometheus_client.exposition import choose_encoder
 from prometheus_client.registry import Collector
@@ -40,7 +40,7 @@ class Metrics:
 
     def __init__(self) -> None:
         self.registry = CollectorRegistry()
-        counter, gauge = self._counter, self._gauge
+        counter = self._counter
         self.signals = counter(
             "cilium_ipcache_miss_signal", "Miss signals that reached the agent", "direction"
         )
@@ -54,13 +54,9 @@ class Metrics:
         )
         self.outcomes = counter("lazymesh_resolutions", "Ends of resolutions", "outcome", "cached")
         self.evictions = counter("lazymesh_entries_evicted", "Entries of ours taken out, by why", "why")
-        self.muted = gauge("lazymesh_datapath_muted", "1 while the kernel is told to signal nothing")
 
     def _counter(self, name: str, text: str, *labels: str) -> Counter:
         return Counter(name, text, labels, registry=self.registry)
-
-    def _gauge(self, name: str, text: str, *labels: str) -> Gauge:
-        return Gauge(name, text, labels, registry=self.registry)
 
     def collect_counter(
         self, name: str, text: str, labels: tuple[str, ...], read: Callable[[], Iterable[Sample]]

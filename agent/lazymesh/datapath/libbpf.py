@@ -504,14 +504,15 @@ class PerfBuffer:
     def consume(self, limit: int = 1 << 30) -> bool:
         """Hand waiting records to on_sample, CPU by CPU: in order of time only within one.
 
-        Of each CPU at most ``limit``; True if more may wait. perf_buffer__poll would miss what a full edge left behind.
+        At most ``limit`` in all; True if more may wait. perf_buffer__poll would miss what a full edge left behind.
         """
         heads = [ring.head.value for ring in self._rings]
         self._fence()
         more = False
         for ring, head in zip(self._rings, heads, strict=True):
             if ring.position != head:
-                more |= self._read(ring, head, limit)
+                limit -= self._read(ring, head, limit)
+                more |= ring.position != head
         self._fence()
         for ring in self._rings:
             ring.tail.value = ring.position
@@ -536,11 +537,11 @@ class PerfBuffer:
         # behind it, as the rings' protocol has it (perf_event_open(2)).
         self._lib.perf_buffer__buffer_cnt(self._buffer)
 
-    def _read(self, ring: _Ring, head: int, limit: int) -> bool:
-        """Read up to a position, or up to a number of records; return whether some are left."""
+    def _read(self, ring: _Ring, head: int, limit: int) -> int:
+        """Read up to a position, or up to a number of records; return how many."""
         data, size, at = ring.data, ring.size, ring.position
-        on_sample = self._on_sample
-        while at != head and limit:
+        on_sample, read = self._on_sample, 0
+        while at != head and read < limit:
             start = at % size
             kind, _, length, raw_length = (
                 _RECORD.unpack_from(data, start) if start + 12 <= size else ring.head_at(start)
@@ -551,12 +552,12 @@ class PerfBuffer:
                     on_sample(bytes(data[start + 12 : start + 12 + raw_length]))
                 else:
                     on_sample(ring.wrapped(start, length)[12 : 12 + raw_length])
-                limit -= 1
+                read += 1
             elif kind == _RECORD_LOST:
                 self.lost += int.from_bytes(ring.wrapped(start, length)[16:24], sys.byteorder)
             at += length
         ring.position = at
-        return at != head
+        return read
 
 
 class _Ring:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+from collections import deque
 from typing import TYPE_CHECKING
 
 from lazymesh.datapath import abi
@@ -18,21 +19,32 @@ RING_PAGES = 64
 
 
 AT_ONCE = 256
-"""Signals of one CPU that are taken before the event loop gets its turn."""
+"""Signals that are handed over before the event loop gets its turn."""
+ROOM = 32_768
+"""Signals that may wait here, some 3 MB: a burst is taken out of the rings much faster than it is resolved."""
+CROWDED, RELIEVED = ROOM * 3 // 4, ROOM // 4
 
 
 class SignalReader:
-    """Hands every signal that is waiting to one callback, each time the kernel says that there is something.
+    """Takes signals out of the rings as the kernel says that there are some, and hands them over in their order.
 
     on_signals runs in the event loop, with all signals of that moment (or AT_ONCE): batching without waiting.
+    on_crowded is told when so many wait that there had better be no more, and when that is over.
     """
 
-    def __init__(self, events: Map, on_signals: Callable[[list[abi.Signal]], None]) -> None:
-        self._on_signals = on_signals
-        self._batch: list[abi.Signal] = []
+    def __init__(
+        self,
+        events: Map,
+        on_signals: Callable[[list[abi.Signal]], None],
+        on_crowded: Callable[[bool], None] = lambda _: None,
+    ) -> None:
         self.invalid = 0
         """Records that were no miss signal: there should be none."""
-        self._buffer = PerfBuffer(events, RING_PAGES, self._take)
+        self.crowded = False
+        self._on_signals = on_signals
+        self._on_crowded = on_crowded
+        self._waiting: deque[bytes] = deque()
+        self._buffer = PerfBuffer(events, RING_PAGES, self._waiting.append)
         self._loop: asyncio.AbstractEventLoop | None = None
         self._paused = False
 
@@ -43,7 +55,7 @@ class SignalReader:
         self._drain()  # what came before the loop looked
 
     def pause(self, on: bool) -> None:
-        """Leave what waits in the rings, or go on: they are the better queue while there is no other room for it."""
+        """Hand nothing over for the moment, or go on."""
         self._paused = on
         if not on and self._loop is not None:
             self._loop.call_soon(self._drain)
@@ -55,19 +67,32 @@ class SignalReader:
             self._loop = None
         self._buffer.close()
 
-    def _take(self, raw: bytes) -> None:
-        signal = abi.unpack_signal(raw)
-        if signal is None:
-            self.invalid += 1
-        else:
-            self._batch.append(signal)
-
     def _drain(self) -> None:
-        if self._paused or self._loop is None:
+        if self._loop is None:
             return
-        more = self._buffer.consume(AT_ONCE)
-        if self._batch:
-            batch, self._batch = self._batch, []
-            self._on_signals(batch)
+        # What finds no room stays in the rings, and what finds none there is lost and counted by the kernel.
+        room = ROOM - len(self._waiting)
+        more = room > 0 and self._buffer.consume(room)
+        self._tell_whether_crowded()
+        if not self._paused and self._waiting:
+            self._hand_over()
+            more = more or bool(self._waiting)
         if more:  # the kernel has told already that there is something
             self._loop.call_soon(self._drain)
+
+    def _hand_over(self) -> None:
+        batch = []
+        for _ in range(min(AT_ONCE, len(self._waiting))):
+            signal = abi.unpack_signal(self._waiting.popleft())
+            if signal is None:
+                self.invalid += 1
+            else:
+                batch.append(signal)
+        if batch:
+            self._on_signals(batch)
+
+    def _tell_whether_crowded(self) -> None:
+        waiting = len(self._waiting)
+        if waiting <= RELIEVED if self.crowded else waiting >= CROWDED:
+            self.crowded = not self.crowded
+            self._on_crowded(self.crowded)

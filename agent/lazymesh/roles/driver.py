@@ -52,10 +52,10 @@ class Installs(Protocol):
 
 
 class Valve(Protocol):
-    """What the kernel may signal."""
+    """What may come in."""
 
-    def mute(self, on: bool) -> None:
-        """Nothing at all, or something again."""
+    def pause(self, on: bool) -> None:
+        """Nothing for the moment, or something again."""
 
     def admit(self, share: float) -> None:
         """So much of what the settings allow."""
@@ -109,7 +109,6 @@ class Driver:
         metrics: Metrics,
         valve: Valve,
     ) -> None:
-        self.muted = False
         self._resolver = resolver
         self._installer = installer
         self._links = links
@@ -224,7 +223,7 @@ class Driver:
             elif isinstance(command, events.Admit):
                 self._admit(command.share)
             else:
-                self._change_mute(command)
+                self._valve.pause(command.on)
         self._install(installs)
 
     def _install(self, installs: list[events.Install]) -> None:
@@ -245,12 +244,6 @@ class Driver:
             ]
             self._events.appendleft(events.InstallResults(tuple(results)))
         installs.clear()
-
-    def _change_mute(self, command: events.Mute) -> None:
-        self.muted = command.on
-        self._valve.mute(command.on)
-        self._metrics.muted.set(command.on)
-        log.warning("the kernel is told to signal nothing" if command.on else "the kernel may signal again")
 
     def _admit(self, share: float) -> None:
         # The way back up takes many steps.

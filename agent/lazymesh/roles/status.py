@@ -108,7 +108,7 @@ class Status:
                 "waiting": self.parts.resolver.queued,
                 "inFlight": sum(view.in_flight for view in views.values()),
                 "negative": counts["absent"],
-                "muted": self.parts.driver.muted,
+                "muted": self.parts.reader.crowded,
                 "admitted": round(self.parts.resolver.admission.share, 3),
             },
             "clusters": [
@@ -154,7 +154,7 @@ class Status:
         holding = self.parts.holding
         if holding.problem and self.parts.datapath.config.read().on_miss == OnMiss.HOLD:
             yield f"packets are not held, missed ones are passed on: {holding.problem}"
-        if self.parts.driver.muted:
+        if self.parts.reader.crowded:
             yield "signals are muted: misses come faster than they can be resolved"
         admission = self.parts.resolver.admission
         if admission.share < 1:
@@ -288,6 +288,10 @@ def export(metrics: Metrics, status: Status) -> None:
         (),
         lambda: [((), status.parts.reader.invalid)],
     )
+    metrics.collect_gauge(
+        "lazymesh_datapath_muted", "1 while the kernel is told to signal nothing", (),
+        lambda: [((), float(status.parts.reader.crowded))],
+    )  # fmt: skip
     metrics.collect_counter(
         "lazymesh_log_lines_lost", "Lines of the log that could not be written: disk full, or nobody reads", (),
         lambda: [((), logs.stderr.lost)],

@@ -56,14 +56,14 @@ class Fixture:
     ) -> None:
         self.resolver = Scripted(answers)
         self.metrics = Metrics()
-        self.muted: list[bool] = []
+        self.paused: list[bool] = []
         self.admitted: list[float] = []
         self.driver = Driver(
             cast("Resolver", self.resolver),
             shadow(),
             links or {},
             self.metrics,
-            SimpleNamespace(mute=self.muted.append, admit=self.admitted.append),
+            SimpleNamespace(pause=self.paused.append, admit=self.admitted.append),
         )
 
     def sample(self, name: str, **labels: str) -> float:
@@ -180,12 +180,12 @@ def test_shadow_leaves_alone_what_is_known_by_now() -> None:
     assert one.changes_total == 0
 
 
-def test_mute_reaches_the_kernel_and_evictions_are_counted() -> None:
+def test_pauses_and_shares_reach_the_valve_and_evictions_are_counted() -> None:
     """Both are told by commands."""
     commands = [events.Mute(True), events.Admit(0.5), events.Evict(IP, "deleted"), events.Mute(False)]
     fixture = Fixture({events.Tick: commands})
     fixture.driver.feed(events.Tick())
-    assert (fixture.muted, fixture.driver.muted, fixture.admitted) == ([True, False], False, [0.5])
+    assert (fixture.paused, fixture.admitted) == ([True, False], [0.5])
     assert fixture.sample("lazymesh_entries_evicted_total", why="deleted") == 1
 
 

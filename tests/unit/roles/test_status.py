@@ -48,7 +48,7 @@ def status(links: dict[str, Any], *, attached: bool = True, **mesh: Any) -> Stat
             table=SimpleNamespace(cluster=lambda _: None),
         ),
         follower=SimpleNamespace(attached={"lxc0": 0} if attached else {}, behind=[]),
-        driver=SimpleNamespace(muted=mesh.get("muted", False)),
+        reader=SimpleNamespace(crowded=mesh.get("muted", False)),
         holding=SimpleNamespace(state=mesh.get("holding", "on"), problem=None),
         resolver=SimpleNamespace(
             clusters={},
