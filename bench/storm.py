@@ -29,7 +29,7 @@ from tests.support.node import metric, pack_key, pack_value
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-    from tests.support.lab import AgentProcess, Pod
+    from tests.support.lab import Pod
 
 ADDRESSES, IN_A_ROW, REPEATS = 50_000, 500_000, 3
 MAP_SIZE = 20 * 60_000
@@ -126,8 +126,6 @@ def of_agent(bed: Bed, count: int, size: int) -> dict[str, Any]:
         ipcache = Map.pinned(Pins.under(lab.bpffs).path(IPCACHE))
         with contextlib.closing(ipcache):
             result = storm(agent, lab.pods[0], ipcache, 0, count)
-        cpu_then = cpu_s(agent.pid)
-        settled_s = _settle(agent)
         counted = {
             name: int(metric(agent, "lazymesh_packets_total", verdict=name, direction="egress"))
             for name in ("missed", "signalled", "suppressed_dedup", "suppressed_rate", "muted", "lost")
@@ -136,23 +134,12 @@ def of_agent(bed: Bed, count: int, size: int) -> dict[str, Any]:
             for outcome in ("installed", "absent", "failed", "shed")
         }
         evicted = int(metric(agent, "lazymesh_entries_evicted_total"))
-        after_us = (cpu_s(agent.pid) - cpu_then) * 1e6 / count
+        (cluster,) = [each for each in agent.status()["clusters"] if each["name"] == "b"]
     return asdict(result) | {
         "counts": counted | {"evicted": evicted},
-        "settled_s": settled_s,
-        "cpu_us_after_each": after_us,
+        "watched_keys": cluster["watchedKeys"],
+        "watches": cluster["watchedRanges"],
     }
-
-
-def _settle(agent: AgentProcess) -> float:
-    """Wait until the agent has nothing left to do, watches above all; return the seconds."""
-    began, before = time.monotonic(), cpu_s(agent.pid)
-    while True:
-        time.sleep(0.5)
-        now = cpu_s(agent.pid)
-        if now - before < 0.05:
-            return time.monotonic() - began - 0.5
-        before = now
 
 
 def summary(found: dict[str, list[dict[str, Any]]], row: dict[str, Any]) -> Part:
@@ -161,7 +148,7 @@ def summary(found: dict[str, list[dict[str, Any]]], row: dict[str, Any]) -> Part
     figures: dict[str, Any] = _of(ours) | {
         "lost": sum(_unexplained(one) for one in ours),
         "rounds": [one["rounds"] for one in ours],
-        "cpu_us_after_each": _median(ours, "cpu_us_after_each"),
+        "watches": ours[0]["watches"],
         "bare_per_second": round(statistics.median(one["found"] / one["seconds"] for one in bare)),
         "bare_cpu_us_each": round(statistics.median(one["cpu_s"] * 1e6 / one["found"] for one in bare), 2),
         "in_a_row": _of([row]) | {"lost": _unexplained(row)},

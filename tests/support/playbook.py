@@ -18,6 +18,7 @@ from lazymesh.core.events import (
     Evict,
     Install,
     InstallResult,
+    InstallResults,
     KeyState,
     Misses,
     Read,
@@ -143,14 +144,14 @@ def failed(*addresses: Address, kind: str = "unavailable", cluster: str = "b") -
     return ReadFailed(cluster, addresses, kind)
 
 
-def stands(address: Address, of: Entry | None = None) -> InstallResult:
+def stands(address: Address, of: Entry | None = None) -> InstallResults:
     """The entry stands in the map."""
-    return InstallResult(address, of or entry(), None)
+    return InstallResults((InstallResult(address, of or entry(), None),))
 
 
-def refused(address: Address, error: Reason, of: Entry | None = None) -> InstallResult:
+def refused(address: Address, error: Reason, of: Entry | None = None) -> InstallResults:
     """The map did not take the entry."""
-    return InstallResult(address, of or entry(), error)
+    return InstallResults((InstallResult(address, of or entry(), error),))
 
 
 # --- commands -----------------------------------------------------------------------------------------------------

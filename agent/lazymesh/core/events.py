@@ -131,7 +131,7 @@ class InstallResult(Struct, frozen=True):
 
 
 class InstallResults(Struct, frozen=True):
-    """The outcomes of several Install commands that were carried out together."""
+    """The outcomes of Install commands that were carried out together."""
 
     results: tuple[InstallResult, ...]
 
@@ -180,7 +180,6 @@ Event = (
     | IdentityKnown
     | IdentitiesKnown
     | IdentityGone
-    | InstallResult
     | InstallResults
     | Adopted
     | Lost

@@ -389,6 +389,9 @@ class Map:
 
     def update_many(self, items: list[tuple[bytes, bytes]]) -> None:
         """Write many elements in as few system calls as the kernel allows."""
+        if len(items) == 1:
+            self.update(*items[0])
+            return
         for start in range(0, len(items), _BATCH):
             part = items[start : start + _BATCH]
             count = ctypes.c_uint32(len(part))

@@ -41,11 +41,8 @@ _REFUSALS = frozenset({Reason.FORGED, Reason.MALFORMED, Reason.AMBIGUOUS, Reason
 class Installs(Protocol):
     """Where entries go: the map, or nowhere in shadow mode."""
 
-    def install(self, address: Address, entry: Entry, cluster_id: int) -> Reason | None:
-        """Put an entry in; return why not."""
-
     def install_many(self, installs: Sequence[tuple[Address, Entry, int]]) -> list[Reason | None]:
-        """Put several in; return the same of each."""
+        """Put entries in; return of each why not."""
 
     def evict(self, address: Address) -> bool:
         """Take an entry of ours out."""
@@ -142,11 +139,11 @@ class Driver:
         """Take the misses of one wake-up."""
         addresses = tuple([one.address for one in signals])
         at = tuple([one.ktime_ns / 1e9 for one in signals])
+        self.feed(events.Misses(addresses, at))
         inward = sum([one.direction for one in signals])
         for direction, count in ((Direction.EGRESS, len(signals) - inward), (Direction.INGRESS, inward)):
             if count:
                 self._directions[direction].inc(count)
-        self.feed(events.Misses(addresses, at))
 
     def feed(self, event: events.Event) -> None:
         """Take one event, now or behind those that are being worked on."""
@@ -161,7 +158,7 @@ class Driver:
             while self._events:
                 while self._events:
                     event = self._events.popleft()
-                    if isinstance(event, events.StoreReset | events.ClusterGone):
+                    if self._later and isinstance(event, (events.StoreReset, events.ClusterGone)):
                         # The resolver forgets its watches, and so has the link: these would be nobody's.
                         self._later = deque(each for each in self._later if each.cluster != event.cluster)
                     self._carry_out(self._resolver.step(event, time.monotonic()))
@@ -212,10 +209,10 @@ class Driver:
                 installs.append(command)
             elif isinstance(command, events.Report):
                 self._reports.append(command)
-            elif isinstance(command, events.Watch | events.Unwatch):
-                self._later.append(command)
             elif isinstance(command, events.Read):
                 self._read(command)
+            elif isinstance(command, (events.Watch, events.Unwatch)):
+                self._later.append(command)
             elif isinstance(command, events.Evict):
                 self._install(installs)
                 self._installer.evict(command.address)
@@ -230,19 +227,12 @@ class Driver:
         """Put entries in, and have the resolver told how it went before anything else."""
         if not installs:
             return
-        if len(installs) == 1:
-            (one,) = installs
-            error = self._installer.install(one.address, one.entry, one.cluster_id)
-            self._events.appendleft(events.InstallResult(one.address, one.entry, error))
-        else:
-            errors = self._installer.install_many(
-                [(one.address, one.entry, one.cluster_id) for one in installs]
-            )
-            results = [
-                events.InstallResult(one.address, one.entry, error)
-                for one, error in zip(installs, errors, strict=True)
-            ]
-            self._events.appendleft(events.InstallResults(tuple(results)))
+        errors = self._installer.install_many([(one.address, one.entry, one.cluster_id) for one in installs])
+        results = [
+            events.InstallResult(one.address, one.entry, error)
+            for one, error in zip(installs, errors, strict=True)
+        ]
+        self._events.appendleft(events.InstallResults(tuple(results)))
         installs.clear()
 
     def _admit(self, share: float) -> None:

@@ -177,18 +177,26 @@ class ClusterLink:
         self._client_of(command.spaces[0]).read_soon(
             keys.ip_keys(command.spaces, command.addresses, self.name),
             READ_TIMEOUT_S,
-            lambda outcome: self.guard(lambda: self._on_read(command, outcome)),
+            partial(self._on_read, command),
         )
 
     def _on_read(self, command: events.Read, outcome: Values | KvstoreError) -> None:
         if isinstance(outcome, KvstoreError):
             self.read_problem = str(outcome)
-            self._observer.on_event(events.ReadFailed(self.name, command.addresses, outcome.kind))
-            return
-        self.read_problem = None
-        self._observer.on_event(
-            events.Answered(self.name, command.spaces, command.addresses, outcome.values, outcome.revision)
-        )
+            self._tell(events.ReadFailed(self.name, command.addresses, outcome.kind))
+        else:
+            self.read_problem = None
+            self._tell(
+                events.Answered(
+                    self.name, command.spaces, command.addresses, outcome.values, outcome.revision
+                )
+            )
+
+    def _tell(self, event: events.Event) -> None:
+        try:
+            self._observer.on_event(event)
+        except Exception as exc:  # as in ``guard``
+            self.fail(exc)
 
     def watch(self, command: events.Watch) -> None:
         """Watch the keys of some addresses."""
@@ -201,8 +209,9 @@ class ClusterLink:
             one.unfollow(address)
 
     def _on_key_changed(self, space: Space, address: Address, change: Change) -> None:
-        state = events.KeyState(address, space, change.value, change.mod_revision)
-        self.guard(lambda: self._observer.on_event(events.Changed(self.name, state)))
+        self._tell(
+            events.Changed(self.name, events.KeyState(address, space, change.value, change.mod_revision))
+        )
 
     def _on_keys_lost(self, loss: WatchLoss) -> None:
         """Keys are not watched any more: collect such losses, then have everything of the cluster read again."""

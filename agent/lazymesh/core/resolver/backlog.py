@@ -110,30 +110,36 @@ class Backlog:
         return reads
 
     def _read(self, link: Link, now: float, reads: list[Read]) -> bool:
+        """Add one read of the cluster's, if there is one that may be sent; tell whether there may be another."""
         if link.in_flight >= self._limits.transactions_in_flight or not link.breaker.admits(now):
             return False
         proving = self._proves(link, now)
         for spaces, lane in link.lanes.items():
             room = max(1, self._limits.keys_per_transaction // len(spaces))
+            before = len(lane.misses)
             taken = lane.take_proofs(room) if proving else lane.take(room, now >= link.checks_after)
             if taken:
                 break
         else:
-            if not any(link.lanes.values()):
-                del self.busy[link.name]
+            self._is_busy(link)
             return False
-        # To the end of the row: the other lane is asked first next time.
-        link.lanes[spaces] = link.lanes.pop(spaces)
+        if len(link.lanes) > 1:  # to the end of the row: the other lane is asked first next time
+            link.lanes[spaces] = link.lanes.pop(spaces)
         for tracked in taken:
             tracked.fetch = Fetch.READING
             link.reading[tracked.address] = spaces
-        missed = sum([len(lane.misses) for lane in link.lanes.values()])
-        self._missed += missed - link.missed
-        link.missed = missed
+        self._missed -= before - len(lane.misses)
+        link.missed -= before - len(lane.misses)
         link.in_flight += 1
         link.breaker.sent()
         reads.append(Read(link.name, spaces, tuple([tracked.address for tracked in taken])))
-        return True
+        return self._is_busy(link)
+
+    def _is_busy(self, link: Link) -> bool:
+        if any(link.lanes.values()):
+            return True
+        del self.busy[link.name]
+        return False
 
     def _proves(self, link: Link, now: float) -> bool:
         """Tell whether nothing is to be read but entries of an earlier life: also not while their answers are due."""

@@ -9,7 +9,7 @@ Left to others: I/O, clock and dice to the shell (roles), which calls :meth:`Res
 what comes back, in order; how one address moves to ``moves``; whether a record is believable to ``judge``;
 what is sent when to ``backlog``; what befalls whole clusters to ``lifecycle``; whose an address is to
 ``clusters``. The shell answers every Read by one Answered or ReadFailed and every Install by one
-InstallResult.
+InstallResult, of which InstallResults brings several.
 """
 
 from __future__ import annotations
@@ -73,7 +73,6 @@ class Resolver:
             ev.IdentityKnown: self._identity_known,
             ev.IdentitiesKnown: self._identities_known,
             ev.IdentityGone: self._identity_gone,
-            ev.InstallResult: self._moves.install_ended,
             ev.InstallResults: self._installs_ended,
             ev.Adopted: self._adopted,
             ev.Lost: self._lost,

@@ -29,6 +29,7 @@ from lazymesh.core.events import (
     IdentityKnown,
     Install,
     InstallResult,
+    InstallResults,
     KeyState,
     Lost,
     Read,
@@ -283,7 +284,7 @@ class World(RuleBasedStateMachine):
 
     def answer_install(self) -> None:
         """Results come in the order of the commands."""
-        self.feed(self.results.pop(0))
+        self.feed(InstallResults((self.results.pop(0),)))
 
     @rule(name=clusters, which=st.integers(0, 99))
     def watch_event_arrives_again(self, name: str, which: int) -> None:
