@@ -24,7 +24,7 @@ from bench.store import Store
 from lazymesh.datapath.libbpf import Map
 from lazymesh.datapath.pins import IPCACHE, Pins
 from tests.support.lab import Lab
-from tests.support.node import metric, pack_key, pack_value
+from tests.support.node import metric, pack_key, pack_value, status
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -134,7 +134,7 @@ def of_agent(bed: Bed, count: int, size: int) -> dict[str, Any]:
             for outcome in ("installed", "absent", "failed", "shed")
         }
         evicted = int(metric(agent, "lazymesh_entries_evicted_total"))
-        (cluster,) = [each for each in agent.status()["clusters"] if each["name"] == "b"]
+        (cluster,) = [each for each in status(lab)["clusters"] if each["name"] == "b"]
     return asdict(result) | {
         "counts": counted | {"evicted": evicted},
         "watched_keys": cluster["watchedKeys"],

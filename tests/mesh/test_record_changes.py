@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 import pytest
 
 from tests.support.lab import OTHER_IDENTITY, SERVER_IDENTITY, Lab, remote_address
-from tests.support.node import Misses, etcd_calls, identity_of, metric, send_udp, wait_identity
+from tests.support.node import Misses, etcd_calls, identity_of, metric, send_udp, status, wait_identity
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -80,6 +80,32 @@ def test_reused_address_gets_the_new_identity_within_a_second(lab: Lab, agent: A
     wait_identity(lab, ip, SERVER_IDENTITY)
     lab.publish(ip, OTHER_IDENTITY)
     assert wait_identity(lab, ip, OTHER_IDENTITY) < 1
+
+
+@pytest.mark.parametrize("family", [4, 6])
+def test_pods_of_one_node_share_their_watches(lab: Lab, agent: AgentProcess, family: int) -> None:
+    """One for each space. What happens to a neighbour before anybody talks to it matters to nobody."""
+    first, second = (remote_address(next(_NUMBERS), family) for _ in range(2))
+    lab.publish(first)
+    miss(lab, first)
+    wait_identity(lab, first, SERVER_IDENTITY)
+    keys, ranges = _watched(lab)
+    for identity in (OTHER_IDENTITY, SERVER_IDENTITY):
+        lab.publish(second, identity)
+    miss(lab, second)
+    wait_identity(lab, second, SERVER_IDENTITY)
+    assert _watched(lab) == (keys + 2, ranges)
+    lab.publish(second, OTHER_IDENTITY)
+    assert wait_identity(lab, second, OTHER_IDENTITY) < 1
+    assert identity_of(lab, first) == SERVER_IDENTITY
+    lab.withdraw(first)
+    assert wait_identity(lab, first, None) < 1
+    assert identity_of(lab, second) == OTHER_IDENTITY
+
+
+def _watched(lab: Lab) -> tuple[int, int]:
+    (cluster,) = [each for each in status(lab)["clusters"] if each["name"] == "b"]
+    return cluster["watchedKeys"], cluster["watchedRanges"]
 
 
 @pytest.mark.parametrize("order", sorted(set(ORDERS)))
