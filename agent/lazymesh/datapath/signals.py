@@ -20,8 +20,8 @@ RING_PAGES = 128
 
 AT_ONCE = 256
 """Signals that are handed over before the event loop gets its turn."""
-ROOM = 32_768
-"""Signals that may wait here, some 3 MB: a burst is taken out of the rings much faster than it is resolved."""
+ROOM = 65_536
+"""Signals that may wait here, some 6 MB: a burst is taken out of the rings much faster than it is resolved."""
 CROWDED, RELIEVED = ROOM * 3 // 4, ROOM // 4
 
 

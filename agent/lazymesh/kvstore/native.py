@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from lazymesh.kvstore.channel import Metadata, UnaryCall
     from lazymesh.kvstore.config import Endpoint, EtcdConfig
 
-BUFFER = 256 << 10
+BUFFER = 64 << 10
 PONG_S = 0.05
 """An answer to a ping waits this long for something else to go with."""
 
