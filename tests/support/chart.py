@@ -87,6 +87,7 @@ WRONG: list[dict[str, Any]] = [
     {"onMiss": "wait"},
     {"holdTimeout": 0},
     {"shadow": "yes"},
+    {"privileged": None},
     {"metrics": {"port": 0}},
     {"metrics": {"prot": 9968}},
     {"capabilities": {"extra": ["CAP_SYS_RESOURCE"]}},
@@ -126,3 +127,9 @@ def merged(base: dict[str, Any], path: str, value: object) -> dict[str, Any]:
     if not rest:
         return base | {head: value}
     return base | {head: merged(base.get(head, {}), rest, value)}
+
+
+def defaults() -> dict[str, Any]:
+    """Return values.yaml."""
+    values: dict[str, Any] = yaml.safe_load((CHART / "values.yaml").read_text())
+    return values

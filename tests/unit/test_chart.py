@@ -19,6 +19,7 @@ from tests.support.chart import (
     STANDALONE,
     UNPRIVILEGED,
     WRONG,
+    defaults,
     helm,
     merged,
     rendered,
@@ -43,12 +44,6 @@ def leaves(values: dict[str, Any], known: set[str], prefix: str = "") -> Iterato
             yield from leaves(value, known, f"{path}.")
         else:
             yield path
-
-
-def defaults() -> dict[str, Any]:
-    """Return values.yaml."""
-    values: dict[str, Any] = yaml.safe_load((CHART / "values.yaml").read_text())
-    return values
 
 
 def validate(objects: list[dict[str, Any]], versions: tuple[str, ...] = KUBERNETES) -> None:
