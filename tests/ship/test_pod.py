@@ -110,7 +110,7 @@ import ctypes, os
 libc = ctypes.CDLL(None, use_errno=True)
 print(libc.vmsplice(os.pipe()[1], None, 0, 0), os.strerror(ctypes.get_errno()))
 """
-"""Makes a system call that needs no capability, and that no runtime allows by default."""
+"""Makes a system call that needs no capability, and that the list refuses which Container gives."""
 
 
 @pytest.mark.parametrize(
