@@ -62,6 +62,15 @@ def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
             yield running
 
 
+@pytest.fixture
+def _no_release(cluster: Cluster) -> Iterator[None]:
+    """Whatever becomes of the test, the next one finds no release."""
+    yield
+    cluster.run(
+        "helm", "uninstall", "lazymesh", "--namespace=kube-system", "--ignore-not-found", "--no-hooks"
+    )
+
+
 def apply(cluster: Cluster, objects: list[dict[str, Any]], *words: str) -> str:
     """Apply objects on the server's side, an unknown field being an error; returns what was done."""
     argv = ("kubectl", "apply", "--server-side", "--validate=strict", *words, "--filename=-")
@@ -123,6 +132,7 @@ def test_objects_of_combinations_are_accepted(cluster: Cluster, values: dict[str
     assert len(apply(cluster, objects, "--dry-run=server").splitlines()) == len(objects)
 
 
+@pytest.mark.usefixtures("_no_release")
 def test_release_goes_from_any_values_to_any(cluster: Cluster) -> None:
     """Installed, upgraded through all combinations, rolled back, and taken away; nothing of it is left."""
     helm(cluster, "install", "lazymesh", str(CHART))
@@ -142,6 +152,7 @@ EARLIER = "6683aca"
 
 
 @pytest.mark.needs("earlier versions")
+@pytest.mark.usefixtures("_no_release")
 def test_release_of_an_earlier_chart_is_upgraded_as_documented(cluster: Cluster, tmp_path: Path) -> None:
     """What was set stays set, and what is new has its default; the way that would leave it out is refused."""
     words = ["git", "-C", ROOT, "archive", EARLIER, "deploy/chart"]

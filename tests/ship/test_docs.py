@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 
 import pytest
 
-from tests.support.docs import blocks, shell
+from tests.support.docs import blocks, marks, shell
 from tests.support.lab import Lab, remote_address
 from tests.support.node import connect, pins
 
@@ -29,6 +29,12 @@ def lab() -> Iterator[Lab]:
         built.start_agent()
         assert connect(built.pods[0].namespace, peer) is not None
         yield built
+
+
+def test_no_block_is_marked_for_nobody() -> None:
+    """Each mark is run by a test of this file, or of test_cluster_life.py."""
+    here = {"run", "run node", "run node stopped"}
+    assert marks() == here | {"run cluster", "run helm", "run kubectl", "run keep", "run no hooks"}
 
 
 @pytest.mark.needs("helm")

@@ -15,6 +15,12 @@ if TYPE_CHECKING:
 ROOT = Path(__file__).parents[2]
 
 
+def marks() -> set[str]:
+    """Return what blocks are marked with, the unmarked left out."""
+    texts = [path.read_text() for path in (ROOT / "docs").glob("*.md")]
+    return {mark for text in texts for mark in re.findall(r"^```sh (.+)$", text, re.MULTILINE)}
+
+
 def blocks(mark: str) -> list[tuple[str, str]]:
     """Return file and text of each block with this mark."""
     return [
