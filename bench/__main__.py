@@ -11,7 +11,19 @@ from typing import Any
 
 import click
 
-from bench import first_packet, flood, memory, packet, resolve, restart, scan, startup, storm, throughput
+from bench import (
+    first_packet,
+    flood,
+    image,
+    memory,
+    packet,
+    resolve,
+    restart,
+    scan,
+    startup,
+    storm,
+    throughput,
+)
 from bench.compare import compare as differences
 from bench.report import table
 from bench.stage import load
@@ -23,6 +35,7 @@ PARTS = {
     "packet": packet.run,
     "memory": memory.run,
     "startup": startup.run,
+    "image": image.run,
     "first_packet": first_packet.run,
     "throughput": throughput.run,
     "scan": scan.run,

@@ -57,6 +57,10 @@ def _has_helm() -> bool:
     return shutil.which("helm") is not None or (TESTS.parent / ".cache/bin/helm").exists()
 
 
+def _has_kubernetes() -> bool:
+    return (TESTS.parent / ".cache/kubernetes/version").exists()
+
+
 def _has_history() -> bool:
     words = ["git", "-C", str(TESTS), "rev-parse", "--is-shallow-repository"]
     return subprocess.run(words, check=False, capture_output=True, text=True).stdout == "false\n"
@@ -90,6 +94,7 @@ NEEDS: dict[str, tuple[str, Callable[[], bool]]] = {
     "network namespaces": ("allow this container to make network namespaces", _can_make_namespaces),
     "earlier versions": ("clone the whole history: git fetch --unshallow", _has_history),
     "helm": ("run scripts/helm --build once", _has_helm),
+    "Kubernetes": ("run scripts/kubernetes --build once", _has_kubernetes),
     "buildah": ("install buildah and mmdebstrap", _can_build_images),
     "crun": ("install crun and libcap2-bin", _has_crun),
     "tcx": ("run on kernel 6.6 or later", _has_tcx),

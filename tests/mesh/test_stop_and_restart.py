@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import os
 import signal
+import subprocess
+import sys
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import pytest
@@ -51,6 +55,35 @@ def installed(lab: Lab, *numbers: int, identity: int = SERVER_IDENTITY) -> list[
         send_udp(lab.pods[0].namespace, ip, 1)
         wait_identity(lab, ip, identity)
     return ips
+
+
+IMPORTING = """
+import sys, types
+from lazymesh.cli import main
+class Slow(types.ModuleType):
+    def __getattr__(self, name):
+        print("importing", flush=True)
+        import time
+        time.sleep(60)
+sys.modules["slow"] = Slow("slow")
+main._COMMANDS["agent"] = "slow"
+sys.argv = ["lazymesh", "agent"]
+main.main()
+"""
+
+
+def test_container_can_be_stopped_while_the_agent_is_imported() -> None:
+    """The first process of a pid namespace sees no signal that it does not handle."""
+    words = ["unshare", "--pid", "--fork", "--kill-child", sys.executable, "-c", IMPORTING]
+    outside = subprocess.Popen(words, stdout=subprocess.PIPE, text=True)
+    try:
+        assert outside.stdout
+        assert outside.stdout.readline() == "importing\n"
+        (first,) = Path(f"/proc/{outside.pid}/task/{outside.pid}/children").read_text().split()
+        os.kill(int(first), signal.SIGTERM)
+        assert outside.wait(10) == 128 + signal.SIGTERM
+    finally:
+        stop_process(outside)
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])

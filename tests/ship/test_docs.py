@@ -1,36 +1,23 @@
 """What docs/ has people type works: every shell block marked as runnable is run, as it stands.
 
 ``sh run``: in a checkout. ``sh run node``: on a node whose agent runs. ``sh run node stopped``: with the agent killed.
+Those that need a cluster are run by test_cluster_life.py.
 """
 
 from __future__ import annotations
 
-import os
-import re
 import subprocess
-import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import pytest
 
+from tests.support.docs import blocks, marks, shell
 from tests.support.lab import Lab, remote_address
 from tests.support.node import connect, pins
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
-
-ROOT = Path(__file__).parents[2]
-
-
-def blocks(mark: str) -> list[tuple[str, str]]:
-    """Return file and text of each block with this mark."""
-    return [
-        (path.name, text)
-        for path in sorted((ROOT / "docs").glob("*.md"))
-        for found, text in re.findall(r"^```sh ?(.*)\n((?:.*\n)*?)```$", path.read_text(), re.MULTILINE)
-        if found == mark
-    ]
 
 
 @pytest.fixture(scope="module")
@@ -44,19 +31,10 @@ def lab() -> Iterator[Lab]:
         yield built
 
 
-def shell(text: str, prefix: list[str], env: dict[str, str]) -> None:
-    """Run a block; its output is in the error."""
-    path = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
-    done = subprocess.run(
-        [*prefix, "bash", "-euo", "pipefail", "-c", text],
-        capture_output=True,
-        text=True,
-        check=False,
-        cwd=ROOT,
-        env={**os.environ, "PATH": path, **env},
-        timeout=100,
-    )
-    assert done.returncode == 0, f"{done.stdout}\n{done.stderr}"
+def test_no_block_is_marked_for_nobody() -> None:
+    """Each mark is run by a test of this file, or of test_cluster_life.py."""
+    here = {"run", "run node", "run node stopped"}
+    assert marks() == here | {"run cluster", "run helm", "run kubectl", "run keep", "run no hooks"}
 
 
 @pytest.mark.needs("helm")

@@ -11,7 +11,7 @@ import pytest
 import yaml
 
 from tests.support.cilium import Cilium
-from tests.support.container import Container, Mount, in_lab, manifest
+from tests.support.container import Container, Mount, filtered, in_lab, manifest, needed_capabilities
 from tests.support.lab import METRICS_PORT, POLICY, AgentProcess, Lab, remote_address
 from tests.support.namespaces import stop_process
 from tests.support.node import connect, filters, metric, options, pins
@@ -19,8 +19,7 @@ from tests.support.node import connect, filters, metric, options, pins
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
-VALUES = yaml.safe_load((Path(__file__).parents[2] / "deploy/chart/values.yaml").read_text())
-NEEDED = tuple(VALUES["capabilities"]["needed"])
+NEEDED = needed_capabilities()
 
 
 @pytest.fixture
@@ -84,6 +83,7 @@ def test_pod_resolves_holds_and_leaves(lab: Lab, image: Path, capabilities: tupl
     agent = start(lab, *pod(lab, image, capabilities))
     try:
         agent.wait_ready()
+        assert filtered(lab.node_a) is (capabilities is not None)
         peer = remote_address(0)
         lab.publish(peer)
         took = connect(lab.pods[0].namespace, peer)
@@ -103,6 +103,27 @@ def test_pod_resolves_holds_and_leaves(lab: Lab, image: Path, capabilities: tupl
     assert status_code == 0
     assert pins(lab) == []
     assert filters(lab.node_a) == []
+
+
+SPLICE = """
+import ctypes, os
+libc = ctypes.CDLL(None, use_errno=True)
+print(libc.vmsplice(os.pipe()[1], None, 0, 0), os.strerror(ctypes.get_errno()))
+"""
+"""Makes a system call that needs no capability, and that the list refuses which Container gives."""
+
+
+@pytest.mark.parametrize(
+    ("capabilities", "answer"),
+    [(None, "0 Success\n"), (NEEDED, "-1 Operation not permitted\n")],
+    ids=["privileged", "minimal"],
+)
+def test_pod_without_privileges_has_the_default_system_calls(
+    image: Path, tmp_path: Path, capabilities: tuple[str, ...] | None, answer: str
+) -> None:
+    """The filter under which the other tests run is one, and it refuses."""
+    done = Container(image, tmp_path, capabilities, program="/usr/bin/python3").run("-c", SPLICE)
+    assert (done.stdout, done.stderr) == (answer, "")
 
 
 @pytest.mark.parametrize("without", NEEDED)

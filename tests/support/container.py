@@ -10,6 +10,7 @@ import functools
 import itertools
 import json
 import os
+import re
 import subprocess
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -17,8 +18,11 @@ from typing import TYPE_CHECKING, Any
 
 import yaml
 
+from tests.support.seccomp import default_profile
+
 if TYPE_CHECKING:
     from tests.support.lab import Lab
+    from tests.support.namespaces import Namespace
 
 ROOT = Path(__file__).parents[2]
 MANIFESTS = ROOT / "deploy" / "kubernetes"
@@ -38,6 +42,12 @@ def in_lab(lab: Lab, root: Path, capabilities: tuple[str, ...] | None = None) ->
     here = str(lab.directory)
     mounts = (Mount(here, here), Mount("/dev/net/tun", "/dev/net/tun"))
     return Container(root, lab.directory / "containers", capabilities, mounts)
+
+
+def needed_capabilities() -> tuple[str, ...]:
+    """Return those that the chart gives the agent where it is not privileged."""
+    values = yaml.safe_load((ROOT / "deploy" / "chart" / "values.yaml").read_text())
+    return tuple(values["capabilities"]["needed"])
 
 
 def manifest(kind: str, directory: Path = MANIFESTS) -> dict[str, Any]:
@@ -60,7 +70,8 @@ class Mount:
 class Container:
     """A way to run programs of the image; ``directory`` takes its bundles.
 
-    capabilities: None: all, as in a privileged container.
+    capabilities: None: all, and every system call, as in a privileged container. Else the system calls are those that
+    a runtime allows by default with these capabilities (``seccompProfile: RuntimeDefault``).
     """
 
     root: Path
@@ -69,6 +80,7 @@ class Container:
     mounts: tuple[Mount, ...] = ()
     env: dict[str, str] = field(default_factory=dict)
     uid: int = 0
+    program: str = "lazymesh"
 
     def command(self, *args: str) -> list[str]:
         """Return the words that run ``lazymesh ARGS`` in a container of its own, in whatever network is around."""
@@ -103,7 +115,7 @@ class Container:
         return {
             "ociVersion": "1.0.0",
             "process": {
-                "args": ["lazymesh", *args],
+                "args": [self.program, *args],
                 "env": [f"{key}={value}" for key, value in env.items()],
                 "cwd": "/",
                 "user": {"uid": self.uid, "gid": self.uid},
@@ -143,8 +155,18 @@ class Container:
                 if privileged
                 else ["/proc/sys", "/proc/sysrq-trigger", "/proc/irq", "/proc/bus"],
                 "maskedPaths": [] if privileged else ["/proc/kcore", "/proc/keys", "/sys/firmware"],
+                **({} if privileged else {"seccomp": default_profile(names)}),
             },
         }
+
+
+def filtered(node: Namespace) -> bool:
+    """Tell whether the kernel filters the system calls of the agent that runs on a node."""
+    (agent,) = [
+        pid for pid in node.pids() if b"lazymesh\0agent\0" in Path(f"/proc/{pid}/cmdline").read_bytes()
+    ]
+    (mode,) = re.findall(r"^Seccomp:\s+(\d)$", Path(f"/proc/{agent}/status").read_text(), re.MULTILINE)
+    return {"0": False, "2": True}[mode]
 
 
 @functools.cache

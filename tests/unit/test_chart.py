@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import json
 import subprocess
-from functools import cache
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import kubernetes_validate
@@ -13,141 +11,29 @@ import pytest
 import yaml
 
 from lazymesh.cli.agent import agent
+from tests.support.chart import (
+    CHART,
+    MONITORED,
+    OTHERS,
+    ROOT,
+    STANDALONE,
+    UNPRIVILEGED,
+    WRONG,
+    defaults,
+    helm,
+    merged,
+    rendered,
+)
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
+    from pathlib import Path
 
-ROOT = Path(__file__).parents[2]
-CHART = ROOT / "deploy" / "chart"
 SCHEMAS = ROOT / "tests" / "support" / "monitoring.schema.json"
 KUBERNETES = ("1.25", "1.31", "1.34")
 """The oldest that the chart names, and two later ones."""
-UNPRIVILEGED = {"privileged": False}
-STANDALONE = {"datapath": "standalone", "interfaces": ["lxc+"]}
-MONITORED = {"metrics": {"podMonitor": True, "rules": True, "dashboard": True}}
-
-OTHERS: dict[str, tuple[Any, dict[str, Any]]] = {
-    "image.repository": ("elsewhere/lazymesh", {}),
-    "image.tag": ("9.9.9", {}),
-    "image.pullPolicy": ("Always", {}),
-    "image.pullSecrets": ([{"name": "regcred"}], {}),
-    "cluster.name": ("a", {}),
-    "cluster.id": (1, {}),
-    "cluster.maxConnected": (511, {}),
-    "cluster.region": ("eu", {}),
-    "datapath": ("auto", {}),
-    "interfaces": (["veth+"], {}),
-    "uplinks": (["eth0"], {}),
-    "attach": ("clsact", {}),
-    "meshCIDRs": (["b=10.2.0.0/16"], {}),
-    "shadow": (True, {}),
-    "onMiss": ("pass", {}),
-    "holdTimeout": (100, {}),
-    "holdTimeoutAction": ("drop", {}),
-    "signalRate": (0, {}),
-    "staleLimit": ("90s", {}),
-    "ipcacheSize": (100_000, {}),
-    "etcdTransport": ("grpcio", {}),
-    "policy": ("kind: CiliumClusterwideNetworkPolicy\n", STANDALONE),
-    "log.format": ("text", {}),
-    "log.level": ("debug", {}),
-    "clustermesh.secret": ("mesh", {}),
-    "clustermesh.remoteCertSecret": ("remote", {}),
-    "clustermesh.localCertSecret": ("local", {}),
-    "clustermesh.kvstoremeshSecret": ("", {}),
-    "clustermesh.hostAliases": ([{"ip": "192.0.2.1", "hostnames": ["b.mesh.cilium.io"]}], {}),
-    "metrics.port": (9999, {}),
-    "metrics.host": ("127.0.0.1", {}),
-    "metrics.podMonitor": (True, {}),
-    "metrics.interval": ("10s", MONITORED),
-    "metrics.rules": (True, {}),
-    "metrics.dashboard": (True, {}),
-    "metrics.dashboardLabels": ({"grafana": "yes"}, MONITORED),
-    "metrics.runbooks": ("https://docs.example/troubleshooting", MONITORED),
-    "privileged": (False, {}),
-    "capabilities.needed": (["NET_ADMIN"], UNPRIVILEGED),
-    "capabilities.extra": (["SYS_RESOURCE"], UNPRIVILEGED),
-    "bpffs": ("/run/bpf", {}),
-    "nodeHeaders": (True, {}),
-    "resources": ({"limits": {"memory": "1Gi"}}, {}),
-    "priorityClassName": ("high", {}),
-    "tolerations": ([], {}),
-    "nodeSelector": ({"mesh": "yes"}, {}),
-    "affinity": ({"nodeAffinity": {}}, {}),
-    "updateStrategy": ({"type": "OnDelete"}, {}),
-    "terminationGracePeriodSeconds": (30, {}),
-    "podLabels": ({"team": "net"}, {}),
-    "podAnnotations": ({"note": "x"}, {}),
-    "serviceAccount.name": ("mesh", {}),
-    "serviceAccount.annotations": ({"note": "x"}, {}),
-    "uninstall.enabled": (False, {}),
-    "uninstall.timeout": (10, {}),
-}
-"""For each value another one than the default, and what has to be set for it to matter."""
-
-WRONG: list[dict[str, Any]] = [
-    {"datapath": "magic"},
-    {"datapath": "standalone"},
-    {"policy": "kind: CiliumClusterwideNetworkPolicy"},
-    {"cluster": {"name": "Not A Name"}},
-    {"cluster": {"id": 512}},
-    {"cluster": {"maxConnected": 256}},
-    {"interfaces": ["a-name-that-is-too-long"]},
-    {"meshCIDRs": ["10.2.0.0/16"]},
-    {"onMiss": "wait"},
-    {"holdTimeout": 0},
-    {"shadow": "yes"},
-    {"metrics": {"port": 0}},
-    {"metrics": {"prot": 9968}},
-    {"capabilities": {"extra": ["CAP_SYS_RESOURCE"]}},
-    {"clustermesh": {"secret": ""}},
-    {"resources": {"limits": {"memory": "lots"}}},
-    {"typo": 1},
-]
 
 needs_helm = pytest.mark.needs("helm")
-
-
-def helm(values: dict[str, Any]) -> subprocess.CompletedProcess[str]:
-    """Render the chart with values; hooks included."""
-    words = (
-        "template",
-        "lazymesh",
-        CHART,
-        "--namespace",
-        "kube-system",
-        "--kube-version",
-        "1.31.0",
-        "--values",
-        "-",
-    )
-    return subprocess.run(
-        [ROOT / "scripts" / "helm", *words],
-        input=json.dumps(values),
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-
-
-@cache
-def _rendered(values: str) -> str:
-    done = helm(json.loads(values))
-    assert done.returncode == 0, done.stderr
-    return done.stdout
-
-
-def rendered(values: dict[str, Any]) -> list[dict[str, Any]]:
-    """Return the objects of the chart."""
-    return [each for each in yaml.safe_load_all(_rendered(json.dumps(values))) if each]
-
-
-def merged(base: dict[str, Any], path: str, value: object) -> dict[str, Any]:
-    """Return values with one more set."""
-    head, _, rest = path.partition(".")
-    if not rest:
-        return base | {head: value}
-    return base | {head: merged(base.get(head, {}), rest, value)}
 
 
 def leaves(values: dict[str, Any], known: set[str], prefix: str = "") -> Iterator[str]:
@@ -158,12 +44,6 @@ def leaves(values: dict[str, Any], known: set[str], prefix: str = "") -> Iterato
             yield from leaves(value, known, f"{path}.")
         else:
             yield path
-
-
-def defaults() -> dict[str, Any]:
-    """Return values.yaml."""
-    values: dict[str, Any] = yaml.safe_load((CHART / "values.yaml").read_text())
-    return values
 
 
 def validate(objects: list[dict[str, Any]], versions: tuple[str, ...] = KUBERNETES) -> None:
@@ -217,6 +97,22 @@ def test_wrong_value_is_refused(values: dict[str, Any]) -> None:
     done = helm(values)
     assert done.returncode != 0
     assert "don't meet the specifications of the schema" in done.stderr
+
+
+@needs_helm
+@pytest.mark.parametrize("version", KUBERNETES)
+def test_pod_without_privileges_is_confined(version: str) -> None:
+    """By the runtime's own list of system calls; not by its AppArmor profile, which keeps everybody out of bpffs."""
+    objects = rendered(UNPRIVILEGED, f"{version}.0")
+    (template,) = [each["spec"]["template"] for each in objects if each["kind"] == "DaemonSet"]
+    security = template["spec"]["containers"][0]["securityContext"]
+    assert security["seccompProfile"] == {"type": "RuntimeDefault"}
+    assert security["allowPrivilegeEscalation"] is False
+    annotation = "container.apparmor.security.beta.kubernetes.io/agent"
+    told = (security.get("appArmorProfile"), template["metadata"]["annotations"].get(annotation))
+    # The field is as old as 1.30.
+    assert told == ((None, "unconfined") if version == "1.25" else ({"type": "Unconfined"}, None))
+    validate(objects, (version,))
 
 
 @needs_helm

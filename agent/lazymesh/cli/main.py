@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import importlib
 import os
+import signal
 import sys
 
 import click
@@ -52,6 +53,10 @@ def cli() -> None:
 
 def main() -> None:
     """Run the command line and exit."""
+    if os.getpid() == 1:
+        # The kernel keeps from a container's first process what it does not handle, and its pod would be waited for
+        # in vain. The agent's own way to stop takes this one's place once it is there.
+        signal.signal(signal.SIGTERM, lambda number, _frame: os._exit(128 + number))
     try:
         cli.main(prog_name="lazymesh", standalone_mode=False)
     except click.UsageError as exc:

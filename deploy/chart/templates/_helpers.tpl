@@ -34,5 +34,15 @@ capabilities:
   drop: [ALL]
   add:
     {{- toYaml (concat .Values.capabilities.needed .Values.capabilities.extra | uniq) | nindent 4 }}
+seccompProfile: {type: RuntimeDefault}
+{{- if include "lazymesh.apparmor" . }}
+# A runtime's own profile lets nobody write below /sys/fs/bpf.
+appArmorProfile: {type: Unconfined}
 {{- end }}
+{{- end }}
+{{- end -}}
+
+{{- /* Whether the API knows appArmorProfile; before there was an annotation. */ -}}
+{{- define "lazymesh.apparmor" -}}
+{{- if semverCompare ">=1.30.0-0" .Capabilities.KubeVersion.Version }}yes{{ end -}}
 {{- end -}}

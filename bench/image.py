@@ -1,0 +1,58 @@
+"""How long the image takes to be ready as a node has it: from the start of its container to the first /readyz of 200.
+
+Privileged, and with the chart's capabilities and a runtime's default list of system calls; the programs are compiled
+with the image's own headers each time, and nothing is pinned from before.
+"""
+
+from __future__ import annotations
+
+import statistics
+import time
+from typing import TYPE_CHECKING
+
+from bench.report import Part, Row
+from tests.support.container import image_root, in_lab, needed_capabilities
+from tests.support.lab import Lab
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+REPEATS, MOST_S = 5, 5
+
+
+def run(say: Callable[[str], None]) -> Part:
+    """Measure."""
+    say("the image is built, if need be")
+    root = image_root()
+    kinds = {"privileged": None, "unprivileged": needed_capabilities()}
+    took: dict[str, list[float]] = {kind: [] for kind in kinds}
+    with Lab(pods=1) as lab:
+        for number in range(REPEATS):
+            say(f"start {number + 1} of {REPEATS}")
+            for kind, capabilities in kinds.items():
+                lab.program = in_lab(lab, root, capabilities).command
+                took[kind].append(start(lab))
+    figures = {"ready_s": {kind: round(statistics.median(runs), 3) for kind, runs in took.items()}}
+    worst = max(second for runs in took.values() for second in runs)
+    rows = [
+        Row(
+            f"image ready, {kind}",
+            f"{median:.2f} s",
+            f"worst of {REPEATS} {max(took[kind]):.2f} s",
+            median,
+            None,
+            "s",
+        )
+        for kind, median in figures["ready_s"].items()
+    ]
+    rows.append(Row("image ready, at worst", f"{worst:.2f} s", f"bound {MOST_S} s", worst, MOST_S, "s"))
+    return Part(figures, rows, {f"ready_s.{kind}": runs for kind, runs in took.items()})
+
+
+def start(lab: Lab) -> float:
+    """Start a container, wait for it to be ready, and have it clean up; return the seconds until it was."""
+    began = time.monotonic()
+    agent = lab.start_agent("--cleanup")
+    took = time.monotonic() - began
+    agent.stop()
+    return took

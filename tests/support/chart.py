@@ -1,0 +1,135 @@
+"""The chart's values as the tests try them, and what Helm makes of the chart with them."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+ROOT = Path(__file__).parents[2]
+CHART = ROOT / "deploy" / "chart"
+UNPRIVILEGED: dict[str, Any] = {"privileged": False}
+STANDALONE: dict[str, Any] = {"datapath": "standalone", "interfaces": ["lxc+"]}
+MONITORED: dict[str, Any] = {"metrics": {"podMonitor": True, "rules": True, "dashboard": True}}
+
+OTHERS: dict[str, tuple[Any, dict[str, Any]]] = {
+    "image.repository": ("elsewhere/lazymesh", {}),
+    "image.tag": ("9.9.9", {}),
+    "image.pullPolicy": ("Always", {}),
+    "image.pullSecrets": ([{"name": "regcred"}], {}),
+    "cluster.name": ("a", {}),
+    "cluster.id": (1, {}),
+    "cluster.maxConnected": (511, {}),
+    "cluster.region": ("eu", {}),
+    "datapath": ("auto", {}),
+    "interfaces": (["veth+"], {}),
+    "uplinks": (["eth0"], {}),
+    "attach": ("clsact", {}),
+    "meshCIDRs": (["b=10.2.0.0/16"], {}),
+    "shadow": (True, {}),
+    "onMiss": ("pass", {}),
+    "holdTimeout": (100, {}),
+    "holdTimeoutAction": ("drop", {}),
+    "signalRate": (0, {}),
+    "staleLimit": ("90s", {}),
+    "ipcacheSize": (100_000, {}),
+    "etcdTransport": ("grpcio", {}),
+    "policy": ("kind: CiliumClusterwideNetworkPolicy\n", STANDALONE),
+    "log.format": ("text", {}),
+    "log.level": ("debug", {}),
+    "clustermesh.secret": ("mesh", {}),
+    "clustermesh.remoteCertSecret": ("remote", {}),
+    "clustermesh.localCertSecret": ("local", {}),
+    "clustermesh.kvstoremeshSecret": ("", {}),
+    "clustermesh.hostAliases": ([{"ip": "192.0.2.1", "hostnames": ["b.mesh.cilium.io"]}], {}),
+    "metrics.port": (9999, {}),
+    "metrics.host": ("127.0.0.1", {}),
+    "metrics.podMonitor": (True, {}),
+    "metrics.interval": ("10s", MONITORED),
+    "metrics.rules": (True, {}),
+    "metrics.dashboard": (True, {}),
+    "metrics.dashboardLabels": ({"grafana": "yes"}, MONITORED),
+    "metrics.runbooks": ("https://docs.example/troubleshooting", MONITORED),
+    "privileged": (False, {}),
+    "capabilities.needed": (["NET_ADMIN"], UNPRIVILEGED),
+    "capabilities.extra": (["SYS_RESOURCE"], UNPRIVILEGED),
+    "bpffs": ("/run/bpf", {}),
+    "nodeHeaders": (True, {}),
+    "resources": ({"limits": {"memory": "1Gi"}}, {}),
+    "priorityClassName": ("high", {}),
+    "tolerations": ([], {}),
+    "nodeSelector": ({"mesh": "yes"}, {}),
+    "affinity": ({"nodeAffinity": {}}, {}),
+    "updateStrategy": ({"type": "OnDelete"}, {}),
+    "terminationGracePeriodSeconds": (30, {}),
+    "podLabels": ({"team": "net"}, {}),
+    "podAnnotations": ({"note": "x"}, {}),
+    "serviceAccount.name": ("mesh", {}),
+    "serviceAccount.annotations": ({"note": "x"}, {}),
+    "uninstall.enabled": (False, {}),
+    "uninstall.timeout": (10, {}),
+}
+"""For each value another one than the default, and what has to be set for it to matter."""
+
+WRONG: list[dict[str, Any]] = [
+    {"datapath": "magic"},
+    {"datapath": "standalone"},
+    {"policy": "kind: CiliumClusterwideNetworkPolicy"},
+    {"cluster": {"name": "Not A Name"}},
+    {"cluster": {"id": 512}},
+    {"cluster": {"maxConnected": 256}},
+    {"interfaces": ["a-name-that-is-too-long"]},
+    {"meshCIDRs": ["10.2.0.0/16"]},
+    {"onMiss": "wait"},
+    {"holdTimeout": 0},
+    {"shadow": "yes"},
+    {"privileged": None},
+    {"metrics": {"port": 0}},
+    {"metrics": {"prot": 9968}},
+    {"capabilities": {"extra": ["CAP_SYS_RESOURCE"]}},
+    {"clustermesh": {"secret": ""}},
+    {"resources": {"limits": {"memory": "lots"}}},
+    {"typo": 1},
+]
+
+
+def helm(values: dict[str, Any], kubernetes: str = "1.31.0") -> subprocess.CompletedProcess[str]:
+    """Render the chart with values; hooks included."""
+    words = ("template", "lazymesh", CHART, "--namespace", "kube-system", "--kube-version", kubernetes)
+    return subprocess.run(
+        [ROOT / "scripts" / "helm", *words, "--values", "-"],
+        input=json.dumps(values),
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+
+
+@cache
+def _rendered(values: str, kubernetes: str) -> str:
+    done = helm(json.loads(values), kubernetes)
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+def rendered(values: dict[str, Any], kubernetes: str = "1.31.0") -> list[dict[str, Any]]:
+    """Return the objects of the chart."""
+    return [each for each in yaml.safe_load_all(_rendered(json.dumps(values), kubernetes)) if each]
+
+
+def merged(base: dict[str, Any], path: str, value: object) -> dict[str, Any]:
+    """Return values with one more set."""
+    head, _, rest = path.partition(".")
+    if not rest:
+        return base | {head: value}
+    return base | {head: merged(base.get(head, {}), rest, value)}
+
+
+def defaults() -> dict[str, Any]:
+    """Return values.yaml."""
+    values: dict[str, Any] = yaml.safe_load((CHART / "values.yaml").read_text())
+    return values
