@@ -48,7 +48,7 @@ class Installs(Protocol):
         """Take an entry of ours out."""
 
 
-class Valve(Protocol):
+class Intake(Protocol):
     """What may come in."""
 
     def pause(self, on: bool) -> None:
@@ -104,7 +104,7 @@ class Driver:
         installer: Installs,
         links: Mapping[str, ClusterLink],
         metrics: Metrics,
-        valve: Valve,
+        valve: Intake,
     ) -> None:
         self._resolver = resolver
         self._installer = installer
