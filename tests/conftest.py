@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 
 TESTS = Path(__file__).parent
 
-PATIENCE_SECONDS = 120
+PATIENCE_SECONDS = int(os.environ.get("LAZYMESH_TEST_PATIENCE", "120"))
 """For one test; a hanging one must fail by name instead of taking the whole run with it."""
 
 SKIPS_ALLOWED_IN_CI: dict[str, str] = {}

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from tests.support.lab import SERVER_IDENTITY, Lab, remote_address
+import pytest
+
+from tests.support.lab import ETCD_PORT, SERVER_IDENTITY, Lab, remote_address
 from tests.support.node import (
     Misses,
     connect,
@@ -20,6 +22,9 @@ from tests.support.node import (
     status,
     wait_identity,
 )
+from tests.support.proxy import Proxy
+
+PROXY_PORT = 12_381
 
 
 def test_shadow_resolves_and_reports_but_changes_no_packet_and_no_map() -> None:
@@ -57,6 +62,7 @@ def test_on_miss_drop_lets_nothing_through_until_it_is_resolved() -> None:
         assert later < 0.9
 
 
+@pytest.mark.needs("BPF_NOEXIST")  # elsewhere nothing tells a /32 that says world from a route
 def test_entry_of_somebody_else_is_never_touched() -> None:
     """A stranger's /32 stands in the way: refused, counted, left alone, and again after our eviction."""
     with Lab(pods=1) as lab:
@@ -84,3 +90,28 @@ def test_entry_of_somebody_else_is_never_touched() -> None:
         send_udp(lab.pods[0].namespace, remote_address(2), 1)
         wait_identity(lab, remote_address(2), SERVER_IDENTITY)
         assert raw_entries(lab)[pack_key(other)] == pack_value(77)
+
+
+def test_entry_that_somebody_writes_while_we_ask_is_left_alone() -> None:
+    """The kernel refuses to write over it; one that would not is asked before. And it is not evicted later."""
+    with Lab(pods=1) as lab, Proxy(lab.node_a, PROXY_PORT, ETCD_PORT) as proxy:
+        config = lab.directory / "proxied"
+        config.mkdir()
+        url = lab.etcd.url.replace(str(ETCD_PORT), str(PROXY_PORT))
+        (config / "b").write_text(f"endpoints:\n- {url}\n", encoding="ascii")
+        lab.start_agent(config=config)
+        ours, theirs = remote_address(0), remote_address(1)
+        lab.publish_many([ours, theirs])
+        with Misses(lab.socket) as misses:
+            proxy.delay(1)
+            send_udp(lab.pods[0].namespace, theirs, 1)
+            insert_foreign(lab, pack_key(theirs), pack_value(77))
+            assert misses.next(theirs)["reason"] == "not-ours"
+            proxy.delay(0)
+        send_udp(lab.pods[0].namespace, ours, 1)
+        wait_identity(lab, ours, SERVER_IDENTITY)
+        assert list(raw_entries(lab, "lm_owned")) == [pack_key(ours)]
+        lab.withdraw(theirs)
+        lab.withdraw(ours)
+        wait_identity(lab, ours, None)
+        assert raw_entries(lab) == {pack_key(theirs): pack_value(77)}

@@ -187,7 +187,7 @@ def test_another_store_behind_the_same_address_is_believed_when_it_is_complete(
     lab.publish_many(KNOWN)
     churn.change(8)
     churn.write_all()
-    lab._publish_cluster()
+    lab.publish_cluster()
 
 
 def test_stopped_store_costs_little_and_is_found_within_moments(

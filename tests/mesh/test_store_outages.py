@@ -60,7 +60,7 @@ def state(lab: Lab) -> str:
 
 def refill(lab: Lab, *ips: str) -> None:
     """Write cluster b into an empty etcd, with these pods."""
-    lab._publish_cluster()
+    lab.publish_cluster()
     lab.publish_many(ips)
 
 

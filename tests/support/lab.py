@@ -31,7 +31,7 @@ from typing import TYPE_CHECKING, Any, Self
 
 from tests.support import namespaces
 from tests.support.etcd import EtcdServer, EtcdSettings
-from tests.support.namespaces import Namespace, NamespaceSet, ip_batch, stop_process
+from tests.support.namespaces import Namespace, NamespaceSet, stop_process
 from tests.support.traffic import EchoServer
 
 if TYPE_CHECKING:
@@ -99,11 +99,116 @@ class Pod:
         return pod_address(self.number, 6)
 
 
-class Lab:
+class Cluster:
+    """What a cluster with one node says in its etcd."""
+
+    store: Store
+
+    def __init__(
+        self,
+        name: str,
+        cluster_id: int,
+        cidrs: tuple[str | None, str | None] = REMOTE_CIDRS,
+        host: tuple[str, str] = NODE_B,
+    ) -> None:
+        self.remote_name, self.remote_id = name, cluster_id
+        self.cidrs, self.host = cidrs, host
+        self.server, self.other = (cluster_id << 16) + 1, (cluster_id << 16) + 2
+        """Identities: of pods that POLICY allows, and of others."""
+
+    def publish_cluster(self) -> None:
+        """Say everything that a cluster with one node and no pods says."""
+        config = {"id": self.remote_id, "capabilities": {"syncedCanaries": True, "maxConnectedClusters": 255}}
+        prefixes = ("nodes", "services", "identities", "ip")
+        stamp = _now()
+        self.store.put_many(
+            {f"cilium/cluster-config/{self.remote_name}": _json(config)}
+            | {f"cilium/synced/{self.remote_name}/cilium/state/{name}/v1": stamp for name in prefixes}
+            | {"cilium/.heartbeat": stamp}
+            | dict(
+                [
+                    self._identity(self.server, {"app": "server"}),
+                    self._identity(self.other, {"app": "other"}),
+                    self._node(f"{self.remote_name}-1", self.cidrs, self.host),
+                ]
+            )
+        )
+
+    def heartbeat(self) -> None:
+        """Say that the cluster lives, as its apiserver does every minute."""
+        self.store.put_many({"cilium/.heartbeat": _now()})
+
+    def publish(self, ip: str, identity: int | None = None, space: str = "default", **fields: object) -> None:
+        """Publish a pod: ``default`` is pushed, ``ondemand`` pull-only; fields: others of the record."""
+        self.store.put_many({_ip_key(space, ip): _json(self._endpoint(ip, identity) | fields)})
+
+    def publish_many(self, ips: Iterable[str], identity: int | None = None, space: str = "default") -> None:
+        """Publish pods of one identity in few transactions."""
+        self.store.put_many({_ip_key(space, ip): _json(self._endpoint(ip, identity)) for ip in ips})
+
+    def withdraw(self, *ips: str, space: str | None = None) -> None:
+        """Delete pods' records from one address space, or from all."""
+        spaces = [space] if space else ["default", "ondemand"]
+        self.store.delete_many([_ip_key(name, ip) for ip in ips for name in spaces])
+
+    def publish_identity(self, number: int, labels: Mapping[str, str]) -> None:
+        """Publish an identity's labels; namespace and cluster are added where missing."""
+        self.store.put_many(dict([self._identity(number, labels)]))
+
+    def withdraw_identity(self, number: int) -> None:
+        """Delete an identity."""
+        self.store.delete_many([f"cilium/state/identities/v1/id/{number}"])
+
+    def publish_node(
+        self, name: str, cidrs: tuple[str | None, str | None] = REMOTE_CIDRS, ips: tuple[str, str] = NODE_B
+    ) -> None:
+        """Publish a node of the cluster with its pod CIDRs (IPv4, IPv6, or None) and internal addresses."""
+        self.store.put_many(dict([self._node(name, cidrs, ips)]))
+
+    def _identity(self, number: int, labels: Mapping[str, str]) -> tuple[str, str]:
+        needed = {"io.cilium.k8s.policy.cluster": self.remote_name, "io.kubernetes.pod.namespace": "default"}
+        text = "".join(f"k8s:{key}={value};" for key, value in sorted((needed | dict(labels)).items()))
+        return f"cilium/state/identities/v1/id/{number}", text
+
+    def _node(self, name: str, cidrs: tuple[str | None, str | None], ips: tuple[str, str]) -> tuple[str, str]:
+        node = {
+            "Name": name,
+            "Cluster": self.remote_name,
+            "IPAddresses": [{"Type": "InternalIP", "IP": ip} for ip in ips],
+            "IPv4AllocCIDR": _go_network(cidrs[0]),
+            "IPv4SecondaryAllocCIDRs": None,
+            "IPv6AllocCIDR": _go_network(cidrs[1]),
+            "IPv6SecondaryAllocCIDRs": None,
+            **dict.fromkeys(("IPv4HealthIP", "IPv6HealthIP", "IPv4IngressIP", "IPv6IngressIP"), ""),
+            "ClusterID": self.remote_id,
+            "Source": "custom-resource",
+            "EncryptionKey": 0,
+            "Labels": {"kubernetes.io/hostname": name},
+            "Annotations": None,
+            "WireguardPubKey": "",
+            "BootID": "",
+        }
+        return f"cilium/state/nodes/v1/{self.remote_name}/{name}", _json(node)
+
+    def _endpoint(self, ip: str, identity: int | None) -> dict[str, Any]:
+        return {
+            "IP": ip,
+            "Mask": None,
+            "HostIP": self.host[0],
+            "ID": self.server if identity is None else identity,
+            "Key": 0,
+            "Metadata": "",
+            "K8sNamespace": "default",
+            "K8sPodName": "server-" + ip.replace(":", "-").replace(".", "-"),
+            "K8sServiceAccount": "default",
+        }
+
+
+class Lab(Cluster):
     """The two clusters, up when entered; all of it is gone when left, whatever happened in between."""
 
     def __init__(self, pods: int = 1, *, name: str = "b", cluster_id: int = 2) -> None:
-        self.remote_name, self.remote_id = name, cluster_id
+        super().__init__(name, cluster_id)
         self.program: Callable[..., list[str]] = this_checkout
         """Makes words that run ``lazymesh`` with the given arguments; agents of this lab are started by it."""
         self._pod_count = pods
@@ -138,7 +243,7 @@ class Lab:
         self._start_etcd()
         self._stack.enter_context(EchoServer(self.node_b))
         self.etcd.wait_ready()
-        self._publish_cluster()
+        self.publish_cluster()
         self.join_mesh()
         self.set_policy(POLICY)
 
@@ -160,85 +265,6 @@ class Lab:
         self.no_config = self.directory / "empty"
         self.policy, self.socket = self.directory / "policy.yaml", self.directory / "agent.sock"
         subprocess.run(["mount", "-t", "bpf", "bpf", self.bpffs], check=True)
-
-    # What cluster b says in its etcd.
-
-    def _publish_cluster(self) -> None:
-        config = {"id": self.remote_id, "capabilities": {"syncedCanaries": True, "maxConnectedClusters": 255}}
-        prefixes = ("nodes", "services", "identities", "ip")
-        stamp = _now()
-        self.store.put_many(
-            {f"cilium/cluster-config/{self.remote_name}": _json(config)}
-            | {f"cilium/synced/{self.remote_name}/cilium/state/{name}/v1": stamp for name in prefixes}
-            | {"cilium/.heartbeat": stamp}
-            | dict(
-                [
-                    self._identity(SERVER_IDENTITY, {"app": "server"}),
-                    self._identity(OTHER_IDENTITY, {"app": "other"}),
-                ]
-            )
-            | dict([self._node(f"{self.remote_name}-1", REMOTE_CIDRS, NODE_B)])
-        )
-
-    def heartbeat(self) -> None:
-        """Say that cluster b lives, as its apiserver does every minute."""
-        self.store.put_many({"cilium/.heartbeat": _now()})
-
-    def publish(
-        self, ip: str, identity: int = SERVER_IDENTITY, space: str = "default", **fields: object
-    ) -> None:
-        """Publish a remote pod: ``default`` is pushed, ``ondemand`` pull-only; fields: others of the record."""
-        self.store.put_many({_ip_key(space, ip): _json(_endpoint(ip, identity) | fields)})
-
-    def publish_many(
-        self, ips: Iterable[str], identity: int = SERVER_IDENTITY, space: str = "default"
-    ) -> None:
-        """Publish remote pods of one identity in few transactions."""
-        self.store.put_many({_ip_key(space, ip): _json(_endpoint(ip, identity)) for ip in ips})
-
-    def withdraw(self, *ips: str, space: str | None = None) -> None:
-        """Delete pods' records from one address space, or from all."""
-        spaces = [space] if space else ["default", "ondemand"]
-        self.store.delete_many([_ip_key(name, ip) for ip in ips for name in spaces])
-
-    def publish_identity(self, number: int, labels: Mapping[str, str]) -> None:
-        """Publish an identity's labels; namespace and cluster are added where missing."""
-        self.store.put_many(dict([self._identity(number, labels)]))
-
-    def withdraw_identity(self, number: int) -> None:
-        """Delete an identity."""
-        self.store.delete_many([f"cilium/state/identities/v1/id/{number}"])
-
-    def publish_node(
-        self, name: str, cidrs: tuple[str | None, str | None] = REMOTE_CIDRS, ips: tuple[str, str] = NODE_B
-    ) -> None:
-        """Publish a node of cluster b with its pod CIDRs (IPv4, IPv6, or None) and internal addresses."""
-        self.store.put_many(dict([self._node(name, cidrs, ips)]))
-
-    def _identity(self, number: int, labels: Mapping[str, str]) -> tuple[str, str]:
-        needed = {"io.cilium.k8s.policy.cluster": self.remote_name, "io.kubernetes.pod.namespace": "default"}
-        text = "".join(f"k8s:{key}={value};" for key, value in sorted((needed | dict(labels)).items()))
-        return f"cilium/state/identities/v1/id/{number}", text
-
-    def _node(self, name: str, cidrs: tuple[str | None, str | None], ips: tuple[str, str]) -> tuple[str, str]:
-        node = {
-            "Name": name,
-            "Cluster": self.remote_name,
-            "IPAddresses": [{"Type": "InternalIP", "IP": ip} for ip in ips],
-            "IPv4AllocCIDR": _go_network(cidrs[0]),
-            "IPv4SecondaryAllocCIDRs": None,
-            "IPv6AllocCIDR": _go_network(cidrs[1]),
-            "IPv6SecondaryAllocCIDRs": None,
-            **dict.fromkeys(("IPv4HealthIP", "IPv6HealthIP", "IPv4IngressIP", "IPv6IngressIP"), ""),
-            "ClusterID": self.remote_id,
-            "Source": "custom-resource",
-            "EncryptionKey": 0,
-            "Labels": {"kubernetes.io/hostname": name},
-            "Annotations": None,
-            "WireguardPubKey": "",
-            "BootID": "",
-        }
-        return f"cilium/state/nodes/v1/{self.remote_name}/{name}", _json(node)
 
     # What node a is given.
 
@@ -265,8 +291,7 @@ class Lab:
 
     def plug(self, pod: Pod) -> None:
         """Give it one again, with the same addresses."""
-        ip_batch([_pod_veth(pod, self.node_a)])
-        self.node_a.ip(_host_side(pod))
+        self.node_a.ip([_pod_veth(pod), *_host_side(pod)])
         pod.namespace.ip(_pod_side(pod))
 
     # What runs on node a.
@@ -383,9 +408,9 @@ class Store:
     _OPERATIONS = 128
     """Per transaction; the server's own limit."""
 
-    def __init__(self, namespace: Namespace, port: int) -> None:
+    def __init__(self, namespace: Namespace | None, port: int, host: str = "127.0.0.1") -> None:
         self._namespace = namespace
-        self._connection = http.client.HTTPConnection("127.0.0.1", port, timeout=20)
+        self._connection = http.client.HTTPConnection(host, port, timeout=20)
 
     def put_many(self, pairs: Mapping[str, str]) -> None:
         """Write keys, 128 at a time, each batch at one revision."""
@@ -425,7 +450,10 @@ class Store:
     def _exchange(self, path: str, body: str) -> tuple[int, str]:
         if self._connection.sock is None:
             # A socket stays in the namespace where it was made, so only connecting has to happen inside.
-            self._namespace.call(self._connection.connect)
+            if self._namespace:
+                self._namespace.call(self._connection.connect)
+            else:
+                self._connection.connect()
         self._connection.request("POST", path, body, {"Content-Type": "application/json"})
         response = self._connection.getresponse()
         return response.status, response.read().decode()
@@ -454,14 +482,10 @@ def _wire(node_a: Namespace, node_b: Namespace, pods: list[Pod]) -> None:
     for namespace in (node_a, node_b, *(pod.namespace for pod in pods)):
         namespace.sysctl(_QUIET_IPV6)
     node_a.sysctl({"ipv4/ip_forward": 1, "ipv6/conf/all/forwarding": 1})
-    ip_batch(
-        [
-            _veth("eth0", _mac(1, 0), node_a, _mac(2, 0), node_b),
-            *(_pod_veth(pod, node_a) for pod in pods),
-        ]
-    )
     node_a.ip(
         [
+            _veth("eth0", _mac(1, 0), _mac(2, 0), node_b),
+            *(_pod_veth(pod) for pod in pods),
             *_uplink(NODE_A, NODE_B, _mac(2, 0), REMOTE_CIDRS),
             *(line for pod in pods for line in _host_side(pod)),
         ]
@@ -488,13 +512,13 @@ def _mac(kind: int, number: int) -> str:
     return f"02:00:00:{kind:02x}:{number >> 8:02x}:{number & 255:02x}"
 
 
-def _veth(name: str, mac: str, home: Namespace, peer_mac: str, peer_home: Namespace) -> str:
-    one, other = f"netns {home.name} address {mac}", f"netns {peer_home.name} address {peer_mac}"
-    return f"link add name {name} {one} type veth peer name eth0 {other}"
+def _veth(name: str, mac: str, peer_mac: str, peer_home: Namespace) -> str:
+    # Made where one end stays: older kernels take a name for taken when the machine itself has such an interface.
+    return f"link add name {name} address {mac} type veth peer name eth0 netns {peer_home.name} address {peer_mac}"
 
 
-def _pod_veth(pod: Pod, node: Namespace) -> str:
-    return _veth(pod.interface, _mac(3, pod.number), node, _mac(4, pod.number), pod.namespace)
+def _pod_veth(pod: Pod) -> str:
+    return _veth(pod.interface, _mac(3, pod.number), _mac(4, pod.number), pod.namespace)
 
 
 def _uplink(mine: tuple[str, str], theirs: tuple[str, str], mac: str, cidrs: tuple[str, str]) -> list[str]:
@@ -538,20 +562,6 @@ def _pod_side(pod: Pod) -> list[str]:
 
 def _ip_key(space: str, ip: str) -> str:
     return f"cilium/state/ip/v1/{space}/{ip}"
-
-
-def _endpoint(ip: str, identity: int) -> dict[str, Any]:
-    return {
-        "IP": ip,
-        "Mask": None,
-        "HostIP": NODE_B[0],
-        "ID": identity,
-        "Key": 0,
-        "Metadata": "",
-        "K8sNamespace": "default",
-        "K8sPodName": "server-" + ip.replace(":", "-").replace(".", "-"),
-        "K8sServiceAccount": "default",
-    }
 
 
 def _go_network(cidr: str | None) -> dict[str, str] | None:

@@ -343,7 +343,7 @@ class Soak:
         self.lab.publish_many(KNOWN)
         self.churn.write_all()
         # Last what says that it is complete: a store that says so and is not takes its pods away.
-        self.lab._publish_cluster()
+        self.lab.publish_cluster()
 
     def compact(self) -> None:
         """Forget everything that the agent would resume from, while it is cut off."""
