@@ -244,7 +244,10 @@ def main() -> None:
     except (DatapathError, OSError) as exc:
         agent.send(b"e" + str(exc).encode())
         return
-    agent.send(b"u" + json.dumps({"ifindex": tap.ifindex, "name": tap.name}).encode())
+    try:
+        agent.send(b"u" + json.dumps({"ifindex": tap.ifindex, "name": tap.name}).encode())
+    except BrokenPipeError:  # the agent was killed meanwhile; its successor starts a holder of its own
+        return
     agent.setblocking(False)
     Holder(tap, pins, mapped, agent).run()
 
