@@ -121,7 +121,7 @@ class Backlog:
             if taken:
                 break
         else:
-            self._is_busy(link)
+            self._stays_busy(link)
             return False
         if len(link.lanes) > 1:  # to the end of the row: the other lane is asked first next time
             link.lanes[spaces] = link.lanes.pop(spaces)
@@ -133,9 +133,10 @@ class Backlog:
         link.in_flight += 1
         link.breaker.sent()
         reads.append(Read(link.name, spaces, tuple([tracked.address for tracked in taken])))
-        return self._is_busy(link)
+        return self._stays_busy(link)
 
-    def _is_busy(self, link: Link) -> bool:
+    def _stays_busy(self, link: Link) -> bool:
+        """Tell whether something still waits for the cluster; if not, it is busy no more."""
         if any(link.lanes.values()):
             return True
         del self.busy[link.name]
