@@ -17,6 +17,7 @@ import selectors
 import socket
 import struct
 import subprocess
+import sys
 import tempfile
 import time
 from pathlib import Path
@@ -624,6 +625,21 @@ def balanced(bench: HoldBench) -> int:
     """Return how many packets should be out by the counters."""
     counts = {"held": 0, "gated": 0, "returned": 0, "discarded": 0} | bench.counts()
     return counts["held"] + counts["gated"] - counts["returned"] - counts["discarded"]
+
+
+@pytest.mark.parametrize("pins", ["there", "missing"])
+def test_a_holder_whose_agent_is_dead_says_nothing(bench: HoldBench, pins: str, tmp_path: Path) -> None:
+    """It was killed while its holder started, well or badly: no traceback, and no device is left."""
+    ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+    ours.close()
+    where = bench.pins if pins == "there" else tmp_path
+    command = bench.node.command(sys.executable, "-m", "lazymesh.roles.holder", str(theirs.fileno()), where)
+    with theirs:
+        ended = subprocess.run(
+            command, pass_fds=(theirs.fileno(),), capture_output=True, text=True, timeout=20, check=False
+        )
+    assert (ended.returncode, ended.stdout, ended.stderr) == (0, "", "")
+    assert bench.node.run("ip", "-o", "link").count("lm_hold") == 1  # the bench's own
 
 
 def test_a_packet_that_never_arrives_is_found(bench: HoldBench) -> None:

@@ -236,6 +236,17 @@ def frame_of(data: bytes, slots: ctypes.Array[abi.Slot]) -> Frame | None:
 def main() -> None:
     """Run as ``python -m lazymesh.roles.holder FD PINS``."""
     agent, pins = socket.socket(fileno=int(sys.argv[1])), Path(sys.argv[2])
+    holder = None
+    with contextlib.suppress(
+        BrokenPipeError
+    ):  # the agent was killed meanwhile; its successor starts one of its own
+        holder = _start(agent, pins)
+    if holder is not None:
+        holder.run()
+
+
+def _start(agent: socket.socket, pins: Path) -> Holder | None:
+    """Return a holder that its agent knows of; None when it cannot work, and the agent knows why."""
     try:
         tap = open_tap()  # first: until then an older holder may be giving back what it has
         tap.set_filter(open_pin(pins / HOLD_FILTER))
@@ -243,13 +254,10 @@ def main() -> None:
         reset(pins, mapped)
     except (DatapathError, OSError) as exc:
         agent.send(b"e" + str(exc).encode())
-        return
-    try:
-        agent.send(b"u" + json.dumps({"ifindex": tap.ifindex, "name": tap.name}).encode())
-    except BrokenPipeError:  # the agent was killed meanwhile; its successor starts a holder of its own
-        return
+        return None
+    agent.send(b"u" + json.dumps({"ifindex": tap.ifindex, "name": tap.name}).encode())
     agent.setblocking(False)
-    Holder(tap, pins, mapped, agent).run()
+    return Holder(tap, pins, mapped, agent)
 
 
 if __name__ == "__main__":
