@@ -42,6 +42,16 @@ HELD_MS = 5000
 DENIED_S = 3.3
 """Three SYNs."""
 
+ATTACHED = """\
+python3 - <<'END'
+from tests.support.bpfobject import program_info_by_id
+from tests.support.tcx import filters, tcx_programs
+print(*[one.name for device in ("lxc0", "eth1") for one in filters(device)])
+print(*[program_info_by_id(one).name for device in ("lxc0", "eth1") for one in tcx_programs(device)])
+END
+"""
+"""The distribution's bpftool knows no tcx."""
+
 NODE = """\
 sysctl -q net.ipv4.ip_forward=1
 ip netns add pod
@@ -183,9 +193,9 @@ def test_first_packet_of_a_connection_misses_on_both_nodes_and_is_held(nodes: tu
 def test_programs_are_attached_as_the_kernel_allows(nodes: tuple[Node, Node]) -> None:
     """By tcx links where it has them, by clsact filters elsewhere."""
     for one in nodes:
-        filters = one.run("for each in lxc0 eth1; do tc filter show dev $each ingress; done")
-        assert ("lm_from_" in filters) == (KERNEL < (6, 6))
-        assert one.run("bpftool net show").count("lm_from_") == 2
+        filters, links = one.run(ATTACHED).splitlines()
+        assert (filters, links)[KERNEL >= (6, 6)].split() == ["lm_from_pod", "lm_from_uplink"]
+        assert (filters, links)[KERNEL < (6, 6)] == ""
 
 
 def test_policy_judges_by_the_identity_that_was_resolved(nodes: tuple[Node, Node]) -> None:
