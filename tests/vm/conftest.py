@@ -49,7 +49,7 @@ class Machine:
     def __init__(self, name: str, ssh_config: Path) -> None:
         self.name, self.address = name, ADDRESSES[name]
         found = re.search(
-            rf"^Host {name}\n +HostName (\S+)", ssh_config.read_text(encoding="utf-8"), re.MULTILINE
+            rf"^Host node-{name}\n +HostName (\S+)", ssh_config.read_text(encoding="utf-8"), re.MULTILINE
         )
         assert found
         self.reached_at = found[1]
@@ -63,7 +63,7 @@ class Machine:
             "-o",
             f"ControlPath={ssh_config}.%n",
         )
-        self._ssh = ["ssh", "-F", str(ssh_config), *shared, name]
+        self._ssh = ["ssh", "-F", str(ssh_config), *shared, f"node-{name}"]
 
     def run(self, script: str, timeout_s: float = 60, *, check: bool = True) -> str:
         """Run a shell script as root in the checkout; return what it printed."""
@@ -122,7 +122,10 @@ def machines(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Mapping[str, 
                 f"the machines did not start; the whole story is in {os.environ['LAZYMESH_VM_LOG']}", 1
             )
         config = tmp_path_factory.mktemp("vm") / "ssh"
-        config.write_text("".join(box.ssh_config(name) for name in ADDRESSES), encoding="utf-8")
-        yield {name: Machine(name, config) for name in ADDRESSES}
+        config.write_text("".join(box.ssh_config(f"node-{name}") for name in ADDRESSES), encoding="utf-8")
+        found = {name: Machine(name, config) for name in ADDRESSES}
+        for machine in found.values():
+            assert machine.run("uname -r").startswith(".".join(map(str, KERNEL))), "another kernel"
+        yield found
     finally:
         box.destroy()
