@@ -13,7 +13,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Protocol
 
-from lazymesh.core.keys import address_text
+from lazymesh.core.keys import common_text, group_of
 from lazymesh.core.model import parse_address
 
 if TYPE_CHECKING:
@@ -129,26 +129,6 @@ class _Range:
 
     def on_lost(self, _watch_id: int, loss: WatchLoss) -> None:
         self._owner.lost(self, loss)
-
-
-def group_of(address: Address) -> bytes:
-    """Return what the addresses have in common that share a watch: a /24 of IPv4, a /120 of IPv6.
-
-    Nodes have such pod CIDRs by Cilium's defaults. An IPv6 address that ends in a zero group is alone: in its text that
-    group may have vanished.
-    """
-    return address if len(address) == 16 and address.endswith(b"\0\0") else address[:-1]
-
-
-def common_text(address: Address) -> bytes:
-    """Return how the texts of all addresses in its group begin."""
-    text = address_text(address)
-    if len(address) == 4:
-        text = text[: text.rindex(".") + 1]
-    elif not address.endswith(b"\0\0"):
-        # The last eight bits are two digits, unless those before them are zero.
-        text = text[: max(text.rindex(":") + 1, len(text) - 2)]
-    return text.encode()
 
 
 def _address_in(text: bytes) -> Address | None:
