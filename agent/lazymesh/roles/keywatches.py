@@ -11,6 +11,7 @@ range is watched anew from there. What comes twice by that is known by its revis
 
 from __future__ import annotations
 
+from itertools import groupby
 from typing import TYPE_CHECKING, Protocol
 
 from lazymesh.core.keys import common_text, group_of
@@ -64,17 +65,16 @@ class KeyWatches:
 
     def follow(self, addresses: Iterable[Address], after: int) -> None:
         """Have all changes of these addresses told that come after the revision at which they were read."""
-        ranges = self._ranges
-        for address in addresses:
-            group = group_of(address)
-            one = ranges.get(group)
+        for group, neighbours in groupby(addresses, group_of):  # most come together
+            some = set(neighbours)
+            one = self._ranges.get(group)
             if one is None:
-                one = ranges[group] = _Range(self, group, self.prefix + common_text(address))
+                one = self._ranges[group] = _Range(self, group, self.prefix + common_text(next(iter(some))))
                 self._begin(one, after + 1)
-            elif one.since > after + 1 and address not in one.addresses:
+            elif one.since > after + 1 and not some <= one.addresses:
                 self._watches.remove(one.watch_id)
                 self._begin(one, after + 1)
-            one.addresses.add(address)
+            one.addresses |= some
 
     def unfollow(self, address: Address) -> None:
         """Have nothing more of the address told."""
