@@ -116,18 +116,26 @@ def values_of(response: pb.RangeResponse | pb.TxnResponse, reads: Reads) -> Valu
     if isinstance(response, pb.RangeResponse):
         return Values(response.header.revision, (response.kvs[0].value if response.kvs else None,))
     keys, prefixes, within = reads
-    if len(response.responses) != len(prefixes) + len(keys):
-        raise _odd(f"{len(response.responses)} answers to {len(prefixes) + len(keys)} reads")
-    answers = [op.response_range for op in response.responses]
+    answers: Sequence[pb.ResponseOp] = response.responses
+    if len(answers) != len(prefixes) + len(keys):
+        raise _odd(f"{len(answers)} answers to {len(prefixes) + len(keys)} reads")
+    values: list[bytes | None] = []
+    if prefixes:
+        found = _below(prefixes, [op.response_range for op in answers[: len(prefixes)]])
+        values = [found.get(key) for key in within]
+        answers = answers[len(prefixes) :]
+    values += [kvs[0].value if (kvs := op.response_range.kvs) else None for op in answers]
+    return Values(response.header.revision, tuple(values))
+
+
+def _below(prefixes: Sequence[bytes], answers: Sequence[pb.RangeResponse]) -> dict[bytes, bytes]:
     found: dict[bytes, bytes] = {}
-    for prefix, answer in zip(prefixes, answers, strict=False):
+    for prefix, answer in zip(prefixes, answers, strict=True):
         if answer.more:
             below = prefix.decode(errors="replace")
             raise KvstoreError(f"there are more than {WHOLE_MOST} keys below {below}", "exhausted")
         found.update([(kv.key, kv.value) for kv in answer.kvs])
-    values = [found.get(key) for key in within]
-    values += [kvs[0].value if (kvs := answer.kvs) else None for answer in answers[len(prefixes) :]]
-    return Values(response.header.revision, tuple(values))
+    return found
 
 
 def next_page(answer: pb.RangeResponse, after: bytes | None) -> bytes | None:

@@ -89,7 +89,7 @@ class Backlog:
             return None
         parked = [link for link in self._parked.values() if link.missed]
         lanes = max(parked or self.busy.values(), key=lambda link: link.missed).lanes.values()
-        return max(lanes, key=lambda lane: len(lane.misses)).misses.first()
+        return max(lanes, key=lambda lane: lane.misses.count).misses.first()
 
     def park(self, link: Link) -> None:
         """Keep the cluster's addresses back: it is not ready."""
@@ -117,7 +117,7 @@ class Backlog:
         whole_at = self._limits.whole_at if link.whole else None
         for spaces, lane in link.lanes.items():
             room = max(1, self._limits.keys_per_transaction // len(spaces))
-            before = len(lane.misses)
+            before = lane.misses.count
             if proving:
                 batch = lane.take_proofs(room, whole_at)
             else:
@@ -133,8 +133,9 @@ class Backlog:
         for tracked in taken:
             tracked.fetch = Fetch.READING
             link.reading[tracked.address] = spaces
-        self._missed -= before - len(lane.misses)
-        link.missed -= before - len(lane.misses)
+        misses = before - lane.misses.count
+        self._missed -= misses
+        link.missed -= misses
         link.in_flight += 1
         link.breaker.sent()
         addresses = tuple([tracked.address for tracked in taken])

@@ -45,7 +45,7 @@ class Lane:
     """Checks of entries that an earlier life of the agent has left: they go before everything else."""
 
     def __len__(self) -> int:
-        return len(self.misses) + len(self.checks) + len(self.proofs)
+        return self.misses.count + self.checks.count + self.proofs.count
 
     def take_proofs(self, room: int, whole_at: int | None) -> Batch:
         """Remove and return addresses whose entries are of an earlier life (as ``Waiting.take``)."""
@@ -55,12 +55,13 @@ class Lane:
 
     def take(self, room: int, whole_at: int | None, *, with_checks: bool) -> Batch:
         """Remove and return addresses (as ``Waiting.take``)."""
-        if self.proofs:  # they have had their time
+        if self.proofs.count:  # they have had their time
             self.proofs.move_to(self.checks)
-        checks = min(len(self.checks), max(room // 4, room - len(self.misses))) if with_checks else 0
+        checks = min(self.checks.count, max(room // 4, room - self.misses.count)) if with_checks else 0
         batch = Batch()
         self.misses.take(batch, room - checks, whole_at)
-        self.checks.take(batch, checks, whole_at)
+        if checks:
+            self.checks.take(batch, checks, whole_at)
         return batch
 
 

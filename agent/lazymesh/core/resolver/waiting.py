@@ -36,15 +36,13 @@ class Batch:
 class Waiting:
     """The addresses of one kind that wait in a lane."""
 
-    __slots__ = ("_count", "_groups")
+    __slots__ = ("_groups", "count")
 
     def __init__(self) -> None:
         # OrderedDict, not dict: taking from the front of a plain dict walks over all that was taken before.
         self._groups: OrderedDict[bytes, dict[Address, Tracked]] = OrderedDict()
-        self._count = 0
-
-    def __len__(self) -> int:
-        return self._count
+        self.count = 0
+        """How many there are; for others to read only. (An attribute, as it is asked for often.)"""
 
     def add(self, tracked: Tracked) -> None:
         """Have an address wait, which does not yet."""
@@ -54,14 +52,14 @@ class Waiting:
         if members is None:
             members = self._groups[group] = {}
         members[address] = tracked
-        self._count += 1
+        self.count += 1
 
     def remove(self, address: Address) -> bool:
         """Have an address wait no more; tell whether it did."""
         members = self._groups.get(address[:-1])
         if members is None or members.pop(address, None) is None:
             return False
-        self._count -= 1
+        self.count -= 1
         if not members:
             del self._groups[address[:-1]]
         return True
@@ -76,7 +74,7 @@ class Waiting:
             for tracked in members.values():
                 other.add(tracked)
         self._groups.clear()
-        self._count = 0
+        self.count = 0
 
     def take(self, batch: Batch, room: int, whole_at: int | None) -> None:
         """Move addresses into the batch, the oldest first, until ``room`` is used up.
@@ -90,10 +88,10 @@ class Waiting:
                 batch.whole.append(list(members.values()))
             elif len(members) > room:
                 batch.apart += [members.pop(address) for address in list(islice(members, room))]
-                self._count -= room
+                self.count -= room
                 return
             else:
                 batch.apart += members.values()
             room -= len(members)
-            self._count -= len(members)
+            self.count -= len(members)
             del self._groups[group]

@@ -55,7 +55,7 @@ def test_neighbours_go_together(
     waiting, batch = waiting_for(*waits), Batch()
     waiting.take(batch, room, whole_at=3)
     assert texts(batch) == ([list(each) for each in whole], list(apart))
-    assert len(waiting) == len(waits) - len(list(batch))
+    assert waiting.count == len(waits) - len(list(batch))
 
 
 def test_nothing_goes_whole_where_it_must_not() -> None:
@@ -109,13 +109,13 @@ class Row(RuleBasedStateMachine):
         """They wait elsewhere from now on."""
         other = Waiting()
         self.waiting.move_to(other)
-        assert not self.waiting
+        assert not self.waiting.count
         self.waiting = other
 
     @invariant()
     def it_is_what_it_was_told(self) -> None:
         """In number, and the first is of the oldest neighbourhood."""
-        assert len(self.waiting) == len(self.model)
+        assert self.waiting.count == len(self.model)
         if self.model:
             assert self.waiting.first().address in self.model
 
