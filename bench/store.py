@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any, Self
 from bench import records
 from lazymesh.kvstore.client import EtcdClient
 from lazymesh.kvstore.config import load_config
+from lazymesh.kvstore.requests import Reads
 from lazymesh.kvstore.supervisor import Options
 from lazymesh.kvstore.transport import Transport
 from lazymesh.roles.logs import configure_logging
@@ -112,7 +113,7 @@ class _Worker:
             keys = [key for pair in islice(left, READS // len(spaces)) for key in pair]
             if keys:
                 flying += 1
-                self._client.read_soon(keys, 10, take)
+                self._client.read_soon(Reads(keys), 10, take)
             elif not flying:
                 ended.set_result(None)
 

@@ -22,6 +22,7 @@ from tests.support.node import (
     assert_unharmed,
     cluster,
     connect,
+    have_wait,
     identity_of,
     metric,
     missed_until,
@@ -251,6 +252,25 @@ def test_pairs_that_nobody_writes_make_no_entry(
         assert misses.provoke(lab.pods[0].namespace, known)["outcome"] == "installed"
     assert identity_of(lab, address) is None
     assert sum(f"address={address} " in line for line in agent.log.splitlines()) == 1
+
+
+def test_a_crowd_of_keys_between_a_nodes_pods_hides_none(
+    lab: Lab, agent: AgentProcess, liar: Neighbour, writes: Store
+) -> None:
+    """More keys than a /24 has addresses: its pods are then read one by one, and all are found."""
+    pods = [f"10.3.9.{number}" for number in range(100, 200)]
+    writes.put_many({liar.ip_key(f"10.3.9.0{number}"): "{}" for number in range(600)})
+    writes.put_many(
+        {liar.ip_key(ip): json.dumps({"IP": ip, "HostIP": "192.168.100.3", "ID": OF_C}) for ip in pods}
+    )
+    join(lab, liar)
+    liar.etcd.freeze()
+    try:
+        have_wait(lab, [f"10.3.{number}.1" for number in range(20, 28)], pods)
+    finally:
+        liar.etcd.thaw()
+    wait_until(lambda: all(identity_of(lab, ip) == OF_C for ip in pods), 5, "every pod of c resolved")
+    assert cluster(lab, "c")["breaker"] == "closed"
 
 
 def test_identity_of_another_cluster_is_not_its_to_change(

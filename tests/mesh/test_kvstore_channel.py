@@ -15,6 +15,7 @@ from lazymesh.kvstore.channel import Code, RpcError, UnaryCall
 from lazymesh.kvstore.client import EtcdClient
 from lazymesh.kvstore.config import parse_config
 from lazymesh.kvstore.model import Values
+from lazymesh.kvstore.requests import WHOLE_MOST, Reads
 from lazymesh.kvstore.supervisor import Options
 from lazymesh.kvstore.transport import KINDS, Transport, make_channel, read_tls_files
 from tests.support.etcd import Authority, EtcdServer, EtcdSettings, cilium_roles, eventually
@@ -185,7 +186,7 @@ async def test_read_is_answered_even_if_the_client_is_closed(kind: str, moment: 
             if moment == "under way":
                 await client.wait_connected()
                 server.freeze()
-            client.read_soon([b"a", b"b"], 5, told.append)
+            client.read_soon(Reads([b"a", b"b"]), 5, told.append)
             if moment == "under way":
                 await asyncio.sleep(0.05)
         server.thaw()
@@ -201,7 +202,48 @@ async def test_read_soon_reads_what_read_many_does(etcd: EtcdServer, kind: str) 
         await client.put(b"soon", b"1")
         for keys in ([b"soon"], [b"soon", b"never"]):
             told: list[Values | KvstoreError] = []
-            client.read_soon(keys, 5, told.append)
+            client.read_soon(Reads(keys), 5, told.append)
             await eventually(lambda told=told: told)
             there = await client.read_many(keys)
             assert told == [Values(there.revision, tuple(pair and pair.value for pair in there.values))]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("there", [True, False])
+async def test_prefixes_are_read_whole_in_the_same_transaction(
+    etcd: EtcdServer, kind: str, there: bool
+) -> None:
+    """Not what begins alike in another group; and as well when the connection is still to be made."""
+    keys = [b"whole/10.2.1.%d" % number for number in range(256)]
+    async with EtcdClient(config_of(etcd), Options(transport=Transport(kind=kind))) as client:
+        await client.write_many([(key, key) for key in [b"whole/10.2.10.7", *keys[:100]]])
+    async with EtcdClient(config_of(etcd), Options(transport=Transport(kind=kind))) as client:
+        if there:
+            await client.wait_connected()
+        told: list[Values | KvstoreError] = []
+        reads = Reads(
+            [b"whole/10.2.10.7", b"whole/10.2.10.8"], [b"whole/10.2.1."], [keys[101], keys[99], keys[0]]
+        )
+        client.read_soon(reads, 5, told.append)
+        await eventually(lambda: told)
+        (answer,) = told
+        assert isinstance(answer, Values)
+        assert answer.values == (None, keys[99], keys[0], b"whole/10.2.10.7", None)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+async def test_prefix_with_too_much_below_it_is_refused(etcd: EtcdServer, kind: str) -> None:
+    """By number, and by size."""
+    many = [(b"many/%d" % number, b"") for number in range(WHOLE_MOST + 1)]
+    large = [(b"large/%d" % number, bytes(1_000_000)) for number in range(20)]
+    async with EtcdClient(config_of(etcd), Options(transport=Transport(kind=kind))) as client:
+        for at in range(0, len(many), 128):
+            await client.write_many(many[at : at + 128])
+        for pair in large:
+            await client.write_many([pair])
+        for prefix in (b"many/", b"large/"):
+            told: list[Values | KvstoreError] = []
+            client.read_soon(Reads([], [prefix], [prefix + b"1"]), 5, told.append)
+            await eventually(lambda told=told: told)
+            assert isinstance(told[0], KvstoreError)
+            assert told[0].kind == "exhausted"

@@ -7,8 +7,18 @@ from typing import TYPE_CHECKING
 import pytest
 
 from tests.support.etcd import wait_until
-from tests.support.lab import Lab, remote_address
-from tests.support.node import Misses, etcd_calls, metric, packets, send_udp, wait_identity
+from tests.support.lab import OTHER_IDENTITY, SERVER_IDENTITY, Lab, remote_address
+from tests.support.node import (
+    Misses,
+    entries,
+    etcd_calls,
+    have_wait,
+    metric,
+    packets,
+    send_udp,
+    status,
+    wait_identity,
+)
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -58,6 +68,24 @@ def test_a_thousand_misses_for_one_address_are_one_read(
     send_udp(lab.pods[0].namespace, ip, 10)
     assert reads(lab) - before == 1
     assert metric(agent, "cilium_ipcache_miss_signal_total") - signals <= 2
+
+
+def test_pods_of_one_node_are_read_together(lab: Lab, agent: AgentProcess) -> None:
+    """What has come together while etcd was busy is one range, and each address gets its own answer from it."""
+    pods = [f"10.2.77.{number}" for number in range(200)]
+    pushed, pull_only = pods[:60], pods[60:120]
+    lab.publish_many([*pushed, "10.2.77.255"])
+    lab.publish_many(pull_only, OTHER_IDENTITY, space="ondemand")
+    before = reads(lab)
+    lab.etcd.freeze()
+    try:
+        have_wait(lab, [f"10.2.{number}.1" for number in range(78, 86)], pods)
+    finally:
+        lab.etcd.thaw()
+    wait_until(lambda: not status(lab)["queue"]["inFlight"], 5, "all answers")
+    of_pods = {ip: entry.identity for ip, entry in entries(lab).items() if ip.startswith("10.2.77.")}
+    assert of_pods == dict.fromkeys(pushed, SERVER_IDENTITY) | dict.fromkeys(pull_only, OTHER_IDENTITY)
+    assert reads(lab) - before == 8 + 1
 
 
 def test_later_misses_are_answered_from_the_negative_cache(lab: Lab, agent: AgentProcess) -> None:

@@ -25,7 +25,7 @@ from tests.support.lab import ETCD_PORT, METRICS_PORT, AgentProcess
 from tests.support.traffic import PORT
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Mapping
+    from collections.abc import Iterator, Mapping, Sequence
 
     from tests.support.lab import Lab
     from tests.support.namespaces import Namespace
@@ -190,6 +190,18 @@ def http_status(node: Namespace, port: int, path: str) -> tuple[int, str]:
             return response.status, response.read().decode()
 
     return node.call(fetch)
+
+
+def have_wait(lab: Lab, first: Sequence[str], then: Sequence[str]) -> None:
+    """While a cluster's etcd stands still: have the first eight misses take all its reads, and the others wait."""
+    for number, ip in enumerate(first):
+        send_udp(lab.pods[0].namespace, ip, 1)
+        wait_until(
+            lambda number=number: status(lab)["queue"]["inFlight"] == number + 1, 2, "a read in flight"
+        )
+    for ip in then:
+        send_udp(lab.pods[0].namespace, ip, 1)
+    wait_until(lambda: status(lab)["queue"]["waiting"] == len(then), 2, "misses that wait")
 
 
 def etcd_calls(lab: Lab, method: str) -> int:

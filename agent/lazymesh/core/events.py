@@ -54,12 +54,14 @@ class Answered(Struct, frozen=True):
 
 
 class ReadFailed(Struct, frozen=True):
-    """A batch of reads did not come back."""
+    """A Read did not come back."""
 
     cluster: str
     addresses: tuple[Address, ...]
     kind: str
-    """KvstoreError.kind: unavailable, timeout, permission, certificate, protocol."""
+    """KvstoreError.kind: unavailable, timeout, permission, certificate, protocol, exhausted."""
+    whole: bool = False
+    """Some /24 was read whole."""
 
 
 class Changed(Struct, frozen=True):
@@ -192,12 +194,14 @@ Event = (
 
 
 class Read(Struct, frozen=True):
-    """Read the keys of these addresses in one transaction: all of ``spaces`` for each address."""
+    """Read the keys of these addresses in one transaction: all of ``spaces`` for each address or /24."""
 
     cluster: str
     spaces: tuple[Space, ...]
     """Either (CACHED,) or (PUSHED, PULL_ONLY): never both kinds, one refused read fails a whole transaction."""
     addresses: tuple[Address, ...]
+    whole: tuple[int, ...] = ()
+    """The first so many addresses are of one /24, which is read whole, and so on; those behind are read apart."""
 
 
 class Watch(Struct, frozen=True):

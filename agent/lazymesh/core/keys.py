@@ -36,6 +36,26 @@ def address_text(address: Address) -> str:
     return str(IPv6Address(address))
 
 
+def group_of(address: Address) -> bytes:
+    """Return what the addresses have in common that are read or watched together: a /24 of IPv4, a /120 of IPv6.
+
+    Nodes have such pod CIDRs by Cilium's defaults. An IPv6 address that ends in a zero group is alone: in its text that
+    group may have vanished.
+    """
+    return address if len(address) == 16 and address.endswith(b"\0\0") else address[:-1]
+
+
+def common_text(address: Address) -> bytes:
+    """Return how the texts of all addresses in its group begin."""
+    text = address_text(address)
+    if len(address) == 4:
+        text = text[: text.rindex(".") + 1]
+    elif not address.endswith(b"\0\0"):
+        # The last eight bits are two digits, unless those before them are zero.
+        text = text[: max(text.rindex(":") + 1, len(text) - 2)]
+    return text.encode()
+
+
 def ip_key(space: Space, address: Address, cluster: str) -> bytes:
     """Return the key of the address's record; ``cluster`` only matters in the cache."""
     return ip_prefix(space, cluster) + address_text(address).encode()

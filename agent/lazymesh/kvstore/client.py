@@ -40,7 +40,7 @@ class EtcdClient:
         self._supervisor = Supervisor(config, options)
         self.watches = WatchHub(self._supervisor, options)
         self._tasks: list[asyncio.Task[None]] = []
-        self._reads: set[asyncio.Task[ReadResult]] = set()
+        self._reads: set[asyncio.Task[Values]] = set()
 
     async def __aenter__(self) -> Self:
         self._tasks = [
@@ -82,19 +82,19 @@ class EtcdClient:
     async def read_many(self, keys: Sequence[bytes], timeout_s: float = TIMEOUT_S) -> ReadResult:
         """Read up to 128 keys at one revision, in one round trip. One refused key fails all of them."""
         connection = await self._supervisor.connection(timeout_s)
-        answer = await self._call_on(connection, _read_call(keys, timeout_s))
+        answer = await self._call_on(connection, _read_call(requests.Reads(keys), timeout_s))
         return requests.read_result(answer, len(keys))
 
     def read_soon(
-        self, keys: Sequence[bytes], timeout_s: float, on_done: Callable[[Values | KvstoreError], None]
+        self, reads: requests.Reads, timeout_s: float, on_done: Callable[[Values | KvstoreError], None]
     ) -> None:
-        """Read up to 128 keys as ``read_many``, with no task for it where there is a connection.
+        """Read up to 128 keys and prefixes at one revision, with no task for it where there is a connection.
 
-        on_done is called in any case.
+        on_done is called in any case. KvstoreError (exhausted): there is too much below a prefix.
         """
         connection = self._supervisor.present
         if connection is None:
-            task = asyncio.create_task(self.read_many(keys, timeout_s))
+            task = asyncio.create_task(self._read_values(reads, timeout_s))
             self._reads.add(task)
             task.add_done_callback(self._reads.discard)
             task.add_done_callback(lambda ended: on_done(_outcome_of(ended)))
@@ -106,13 +106,17 @@ class EtcdClient:
                 on_done(outcome)
                 return
             try:
-                values = requests.values_of(outcome, len(keys))
+                values = requests.values_of(outcome, reads)
             except KvstoreError as exc:
                 on_done(exc)
             else:
                 on_done(values)
 
-        connection.start(_read_call(keys, timeout_s), done)
+        connection.start(_read_call(reads, timeout_s), done)
+
+    async def _read_values(self, reads: requests.Reads, timeout_s: float) -> Values:
+        connection = await self._supervisor.connection(timeout_s)
+        return requests.values_of(await self._call_on(connection, _read_call(reads, timeout_s)), reads)
 
     async def get(self, key: bytes, timeout_s: float = TIMEOUT_S) -> KeyValue | None:
         """Read one key; None if it does not exist."""
@@ -227,22 +231,21 @@ class EtcdClient:
             self._supervisor.suspect(connection)
 
 
-def _read_call(keys: Sequence[bytes], timeout_s: float) -> rpc.Call[Any, Any]:
+def _read_call(reads: requests.Reads, timeout_s: float) -> rpc.Call[Any, Any]:
     def what() -> str:
-        return f"read {_names(keys)}"
+        return f"read {_names([*reads.prefixes, *reads.keys])}"
 
-    if len(keys) == 1:
-        return rpc.Call(rpc.RANGE, requests.read_one(keys[0]), timeout_s, what)
-    return rpc.Call(rpc.READ_MANY, keys, timeout_s, what)
+    if len(reads.keys) == 1 and not reads.prefixes:
+        return rpc.Call(rpc.RANGE, requests.read_one(reads.keys[0]), timeout_s, what)
+    return rpc.Call(rpc.READ_MANY, reads, timeout_s, what)
 
 
-def _outcome_of(task: asyncio.Task[ReadResult]) -> Values | KvstoreError:
+def _outcome_of(task: asyncio.Task[Values]) -> Values | KvstoreError:
     if task.cancelled():
         return KvstoreError("the client was closed")
     error = task.exception()
     if error is None:
-        result = task.result()
-        return Values(result.revision, tuple([pair and pair.value for pair in result.values]))
+        return task.result()
     return error if isinstance(error, KvstoreError) else KvstoreError(f"{type(error).__name__}: {error}")
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 from lazymesh.errors import KvstoreError
 from lazymesh.kvstore import etcd_pb2 as pb
@@ -34,11 +34,35 @@ def read_batch(keys: Sequence[bytes]) -> pb.TxnRequest:
     return pb.TxnRequest(success=[pb.RequestOp(request_range=read_one(key)) for key in keys])
 
 
-def encode_reads(keys: Sequence[bytes]) -> bytes:
-    """Return the bytes of :func:`read_batch`, made without objects: they take ten times as long."""
-    if max(map(len, keys)) > _SHORT:
-        return read_batch(keys).SerializeToString()
-    return b"".join([_READ_OF[len(key)] + key + _SERIALIZABLE for key in keys])
+class Reads(NamedTuple):
+    """What one transaction reads."""
+
+    keys: Sequence[bytes]
+    """Each of these alone."""
+    prefixes: Sequence[bytes] = ()
+    """All keys below these."""
+    within: Sequence[bytes] = ()
+    """What is wanted of those below the prefixes."""
+
+
+def encode_reads(reads: Reads) -> bytes:
+    """Return the bytes of a transaction, made without objects for its keys: they take ten times as long."""
+    keys, prefixes, _ = reads
+    if max(map(len, keys), default=0) > _SHORT:
+        single = read_batch(keys).SerializeToString()
+    else:
+        single = b"".join([_READ_OF[len(key)] + key + _SERIALIZABLE for key in keys])
+    if not prefixes:
+        return single
+    ranges = [read_page(prefix, None, 0, WHOLE_MOST) for prefix in prefixes]
+    return (
+        pb.TxnRequest(success=[pb.RequestOp(request_range=one) for one in ranges]).SerializeToString()
+        + single
+    )
+
+
+WHOLE_MOST = 512
+"""Keys that a prefix which is read whole may have: twice as many as a /24 has addresses."""
 
 
 _SHORT = 100
@@ -84,14 +108,34 @@ def read_result(response: pb.RangeResponse | pb.TxnResponse, asked: int) -> Read
     return ReadResult(response.header.revision, [one_of(op.response_range) for op in response.responses])
 
 
-def values_of(response: pb.RangeResponse | pb.TxnResponse, asked: int) -> Values:
-    """Return the same without what packets do not wait for."""
+def values_of(response: pb.RangeResponse | pb.TxnResponse, reads: Reads) -> Values:
+    """Return the values of all keys within prefixes, and then of the others, without what packets do not wait for.
+
+    KvstoreError: protocol, if it is no answer to so many reads; exhausted, if more is below a prefix than is read.
+    """
     if isinstance(response, pb.RangeResponse):
         return Values(response.header.revision, (response.kvs[0].value if response.kvs else None,))
-    if len(response.responses) != asked:
-        raise _odd(f"{len(response.responses)} answers to {asked} reads")
-    found = [op.response_range.kvs for op in response.responses]
-    return Values(response.header.revision, tuple([kvs[0].value if kvs else None for kvs in found]))
+    keys, prefixes, within = reads
+    answers: Sequence[pb.ResponseOp] = response.responses
+    if len(answers) != len(prefixes) + len(keys):
+        raise _odd(f"{len(answers)} answers to {len(prefixes) + len(keys)} reads")
+    values: list[bytes | None] = []
+    if prefixes:
+        found = _below(prefixes, [op.response_range for op in answers[: len(prefixes)]])
+        values = [found.get(key) for key in within]
+        answers = answers[len(prefixes) :]
+    values += [kvs[0].value if (kvs := op.response_range.kvs) else None for op in answers]
+    return Values(response.header.revision, tuple(values))
+
+
+def _below(prefixes: Sequence[bytes], answers: Sequence[pb.RangeResponse]) -> dict[bytes, bytes]:
+    found: dict[bytes, bytes] = {}
+    for prefix, answer in zip(prefixes, answers, strict=True):
+        if answer.more:
+            below = prefix.decode(errors="replace")
+            raise KvstoreError(f"there are more than {WHOLE_MOST} keys below {below}", "exhausted")
+        found.update([(kv.key, kv.value) for kv in answer.kvs])
+    return found
 
 
 def next_page(answer: pb.RangeResponse, after: bytes | None) -> bytes | None:

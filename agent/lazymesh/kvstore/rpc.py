@@ -80,7 +80,7 @@ DELETE_RANGE = Method(
 )
 TXN = Method("/etcdserverpb.KV/Txn", pb.TxnRequest.SerializeToString, pb.TxnResponse.FromString)
 READ_MANY = Method(TXN.path, requests.encode_reads, TXN.decode)
-"""A transaction of reads; the request is the keys."""
+"""A transaction of reads, asked for as ``requests.Reads``."""
 WATCH = Method("/etcdserverpb.Watch/Watch", pb.WatchRequest.SerializeToString, pb.WatchResponse.FromString)
 LEASE_GRANT = Method(
     "/etcdserverpb.Lease/LeaseGrant", pb.LeaseGrantRequest.SerializeToString, pb.LeaseGrantResponse.FromString

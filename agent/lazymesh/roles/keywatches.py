@@ -11,9 +11,10 @@ range is watched anew from there. What comes twice by that is known by its revis
 
 from __future__ import annotations
 
+from itertools import groupby
 from typing import TYPE_CHECKING, Protocol
 
-from lazymesh.core.keys import address_text
+from lazymesh.core.keys import common_text, group_of
 from lazymesh.core.model import parse_address
 
 if TYPE_CHECKING:
@@ -64,17 +65,16 @@ class KeyWatches:
 
     def follow(self, addresses: Iterable[Address], after: int) -> None:
         """Have all changes of these addresses told that come after the revision at which they were read."""
-        ranges = self._ranges
-        for address in addresses:
-            group = group_of(address)
-            one = ranges.get(group)
+        for group, neighbours in groupby(addresses, group_of):  # most come together
+            some = set(neighbours)
+            one = self._ranges.get(group)
             if one is None:
-                one = ranges[group] = _Range(self, group, self.prefix + common_text(address))
+                one = self._ranges[group] = _Range(self, group, self.prefix + common_text(next(iter(some))))
                 self._begin(one, after + 1)
-            elif one.since > after + 1 and address not in one.addresses:
+            elif one.since > after + 1 and not some <= one.addresses:
                 self._watches.remove(one.watch_id)
                 self._begin(one, after + 1)
-            one.addresses.add(address)
+            one.addresses |= some
 
     def unfollow(self, address: Address) -> None:
         """Have nothing more of the address told."""
@@ -129,26 +129,6 @@ class _Range:
 
     def on_lost(self, _watch_id: int, loss: WatchLoss) -> None:
         self._owner.lost(self, loss)
-
-
-def group_of(address: Address) -> bytes:
-    """Return what the addresses have in common that share a watch: a /24 of IPv4, a /120 of IPv6.
-
-    Nodes have such pod CIDRs by Cilium's defaults. An IPv6 address that ends in a zero group is alone: in its text that
-    group may have vanished.
-    """
-    return address if len(address) == 16 and address.endswith(b"\0\0") else address[:-1]
-
-
-def common_text(address: Address) -> bytes:
-    """Return how the texts of all addresses in its group begin."""
-    text = address_text(address)
-    if len(address) == 4:
-        text = text[: text.rindex(".") + 1]
-    elif not address.endswith(b"\0\0"):
-        # The last eight bits are two digits, unless those before them are zero.
-        text = text[: max(text.rindex(":") + 1, len(text) - 2)]
-    return text.encode()
 
 
 def _address_in(text: bytes) -> Address | None:

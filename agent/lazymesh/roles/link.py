@@ -11,6 +11,7 @@ import asyncio
 import contextlib
 from dataclasses import dataclass
 from functools import partial
+from itertools import accumulate
 from typing import TYPE_CHECKING, Protocol
 
 import structlog
@@ -22,6 +23,7 @@ from lazymesh.errors import KvstoreError
 from lazymesh.kvstore.client import EtcdClient
 from lazymesh.kvstore.follower import PrefixFollower
 from lazymesh.kvstore.model import Connected
+from lazymesh.kvstore.requests import Reads
 from lazymesh.kvstore.supervisor import Options
 from lazymesh.kvstore.transport import Transport
 from lazymesh.roles.keywatches import KeyWatches
@@ -174,16 +176,24 @@ class ClusterLink:
 
     def read(self, command: events.Read) -> None:
         """Read the keys of some addresses; the answer comes as an event, in any case: the resolver counts on it."""
-        self._client_of(command.spaces[0]).read_soon(
-            keys.ip_keys(command.spaces, command.addresses, self.name),
-            READ_TIMEOUT_S,
-            partial(self._on_read, command),
-        )
+        single = keys.ip_keys(command.spaces, command.addresses, self.name)
+        reads = Reads(single)
+        if command.whole:
+            within = sum(command.whole) * len(command.spaces)
+            reads = Reads(single[within:], self._prefixes(command), single[:within])
+        self._client_of(command.spaces[0]).read_soon(reads, READ_TIMEOUT_S, partial(self._on_read, command))
+
+    def _prefixes(self, command: events.Read) -> list[bytes]:
+        """Return what the keys of each /24 that is read whole begin with, in each space."""
+        first = accumulate((0, *command.whole[:-1]))
+        texts = [keys.common_text(command.addresses[at]) for at in first]
+        return [keys.ip_prefix(space, self.name) + text for text in texts for space in command.spaces]
 
     def _on_read(self, command: events.Read, outcome: Values | KvstoreError) -> None:
         if isinstance(outcome, KvstoreError):
             self.read_problem = str(outcome)
-            self._tell(events.ReadFailed(self.name, command.addresses, outcome.kind))
+            failed = events.ReadFailed(self.name, command.addresses, outcome.kind, bool(command.whole))
+            self._tell(failed)
         else:
             self.read_problem = None
             self._tell(

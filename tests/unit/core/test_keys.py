@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -7,10 +9,15 @@ from hypothesis import strategies as st
 from lazymesh.core import keys
 from lazymesh.core.model import Space, format_address, parse_address
 
+if TYPE_CHECKING:
+    from lazymesh.core.model import Address
+
 ADDRESSES = st.one_of(st.binary(min_size=4, max_size=4), st.binary(min_size=16, max_size=16))
 SPARSE = st.lists(st.sampled_from([0, 0, 1, 0xD643]), min_size=8, max_size=8).map(
     lambda groups: b"".join(group.to_bytes(2) for group in groups)
 )
+ZEROS = st.lists(st.sampled_from([0, 0, 0, 1, 0xFF]), min_size=16, max_size=16).map(bytes)
+"""IPv6 addresses with long runs of zeros."""
 
 
 @pytest.mark.parametrize(
@@ -152,3 +159,30 @@ def test_keys_of_many_addresses_are_those_of_each(spaces: list[Space], addresses
     """Address by address, each in the order of the spaces."""
     expected = [keys.ip_key(space, address, "b") for address in addresses for space in spaces]
     assert keys.ip_keys(spaces, addresses, "b") == expected
+
+
+@pytest.mark.parametrize(
+    ("address", "text"),
+    [
+        ("10.2.0.1", b"10.2.0."),
+        ("10.2.0.255", b"10.2.0."),
+        ("fd00::1ab", b"fd00::1"),
+        ("fd00::100", b"fd00::1"),
+        ("fd00::ab", b"fd00::"),
+        ("fd00:1:2:3:4:5:6:77", b"fd00:1:2:3:4:5:6:"),
+        ("fd00:1:2:3:4:5:0:77", b"fd00:1:2:3:4:5:0:"),
+        ("fd00:1:2:3:4:5::", b"fd00:1:2:3:4:5::"),
+    ],
+)
+def test_texts_of_a_nodes_pods_begin_alike(address: str, text: bytes) -> None:
+    """A /24 of IPv4, a /120 of IPv6."""
+    assert keys.common_text(parse_address(address)) == text
+
+
+@given(st.binary(min_size=4, max_size=4) | ZEROS, st.integers(0, 255))
+def test_every_address_of_a_group_has_its_text(address: Address, last: int) -> None:
+    """Whatever is compressed in it."""
+    other = address[:-1] + bytes([last])
+    assert keys.address_text(address).encode().startswith(keys.common_text(address))
+    if keys.group_of(other) == keys.group_of(address):
+        assert keys.common_text(other) == keys.common_text(address)

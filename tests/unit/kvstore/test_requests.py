@@ -10,6 +10,7 @@ from lazymesh.errors import KvstoreError
 from lazymesh.kvstore import etcd_pb2 as pb
 from lazymesh.kvstore import requests
 from lazymesh.kvstore.model import KeyValue
+from lazymesh.kvstore.requests import Reads
 
 
 @pytest.mark.parametrize(
@@ -64,7 +65,36 @@ def test_write_batch_deletes_where_there_is_no_value() -> None:
 @given(keys=st.lists(st.binary(min_size=1, max_size=130), min_size=1, max_size=5))
 def test_reads_are_encoded_as_the_library_would(keys: list[bytes]) -> None:
     """Byte for byte, for keys short and long."""
-    assert requests.encode_reads(keys) == requests.read_batch(keys).SerializeToString()
+    assert requests.encode_reads(Reads(keys)) == requests.read_batch(keys).SerializeToString()
+
+
+def test_prefixes_are_read_before_keys_and_answered_key_by_key() -> None:
+    """Only what is wanted of a prefix is told, in the order in which it is wanted."""
+    reads = Reads([b"x/1"], [b"p/1.", b"q/1."], [b"p/1.2", b"q/1.2", b"p/1.9", b"q/1.9"])
+    request = pb.TxnRequest.FromString(requests.encode_reads(reads))
+    p, q, single = [op.request_range for op in request.success]
+    assert [(p.key, p.range_end), (q.key, q.range_end)] == [(b"p/1.", b"p/1/"), (b"q/1.", b"q/1/")]
+    assert p.serializable
+    assert q.limit == requests.WHOLE_MOST
+    assert (single.key, single.range_end) == (b"x/1", b"")
+    found = [pb.KeyValue(key=b"p/1.1", value=b"other"), pb.KeyValue(key=b"p/1.9", value=b"wanted")]
+    answer = of_ranges(
+        pb.RangeResponse(kvs=found), pb.RangeResponse(), pb.RangeResponse(kvs=[pb.KeyValue(value=b"x")])
+    )
+    assert requests.values_of(answer, reads).values == (None, None, b"wanted", None, b"x")
+
+
+def test_prefix_with_too_much_below_it_is_no_answer() -> None:
+    """What is beyond the limit would look as if it did not exist."""
+    reads = Reads([], [b"p/1."], [b"p/1.2"])
+    with pytest.raises(KvstoreError, match=r"more than 512 keys below p/1\.") as refused:
+        requests.values_of(of_ranges(pb.RangeResponse(more=True)), reads)
+    assert refused.value.kind == "exhausted"
+
+
+def of_ranges(*answers: pb.RangeResponse) -> pb.TxnResponse:
+    """Return a transaction's answer."""
+    return pb.TxnResponse(responses=[pb.ResponseOp(response_range=one) for one in answers])
 
 
 def test_answers_to_other_questions_are_refused() -> None:

@@ -5,25 +5,20 @@ from __future__ import annotations
 from collections import defaultdict
 from typing import TYPE_CHECKING
 
-import pytest
-from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, rule
 
-from lazymesh.core.keys import address_text
+from lazymesh.core.keys import address_text, common_text
 from lazymesh.core.model import parse_address
 from lazymesh.errors import KvstoreError
 from lazymesh.kvstore.model import Change, WatchLoss
-from lazymesh.roles.keywatches import KeyWatches, common_text, group_of
+from lazymesh.roles.keywatches import KeyWatches
 
 if TYPE_CHECKING:
     from lazymesh.core.model import Address
     from lazymesh.kvstore.model import WatchListener
 
 ADDRESSES = [parse_address(text) for text in ("10.2.0.1", "10.2.0.22", "10.2.0.255", "10.2.1.1")]
-
-SPARSE = st.lists(st.sampled_from([0, 0, 0, 1, 0xFF]), min_size=16, max_size=16).map(bytes)
-"""IPv6 addresses with long runs of zeros."""
 
 
 class Server:
@@ -144,30 +139,3 @@ def key_of(address: Address) -> bytes:
 
 
 TestKeyWatches = World.TestCase
-
-
-@pytest.mark.parametrize(
-    ("address", "text"),
-    [
-        ("10.2.0.1", b"10.2.0."),
-        ("10.2.0.255", b"10.2.0."),
-        ("fd00::1ab", b"fd00::1"),
-        ("fd00::100", b"fd00::1"),
-        ("fd00::ab", b"fd00::"),
-        ("fd00:1:2:3:4:5:6:77", b"fd00:1:2:3:4:5:6:"),
-        ("fd00:1:2:3:4:5:0:77", b"fd00:1:2:3:4:5:0:"),
-        ("fd00:1:2:3:4:5::", b"fd00:1:2:3:4:5::"),
-    ],
-)
-def test_texts_of_a_nodes_pods_begin_alike(address: str, text: bytes) -> None:
-    """A /24 of IPv4, a /120 of IPv6."""
-    assert common_text(parse_address(address)) == text
-
-
-@given(st.binary(min_size=4, max_size=4) | SPARSE, st.integers(0, 255))
-def test_every_address_of_a_group_has_its_text(address: Address, last: int) -> None:
-    """Whatever is compressed in it."""
-    other = address[:-1] + bytes([last])
-    assert address_text(address).encode().startswith(common_text(address))
-    if group_of(other) == group_of(address):
-        assert common_text(other) == common_text(address)

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any, cast
 
 import pytest
 
-from lazymesh.core import events
+from lazymesh.core import events, keys
 from lazymesh.core.model import Space, parse_address
 from lazymesh.errors import KvstoreError
 from lazymesh.kvstore.config import parse_config
@@ -18,6 +18,8 @@ from tests.support.etcd import eventually
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
+
+    from lazymesh.kvstore.requests import Reads
 
 IP = parse_address("10.2.0.5")
 READ = events.Read("b", (Space.PUSHED, Space.PULL_ONLY), (IP,))
@@ -44,10 +46,12 @@ class FakeClient:
         self.data: dict[bytes, bytes] = {}
         self.error: KvstoreError | None = None
         self.watches = FakeWatches()
+        self.asked: Reads | None = None
 
-    def read_soon(self, keys: Sequence[bytes], timeout: float, on_done: Any) -> None:
+    def read_soon(self, reads: Reads, timeout: float, on_done: Any) -> None:
         """Read, and answer a moment later."""
-        values = Values(7, tuple(map(self.data.get, keys)))
+        self.asked = reads
+        values = Values(7, tuple(map(self.data.get, [*reads.within, *reads.keys])))
         asyncio.get_running_loop().call_soon(on_done, self.error or values)
 
     async def read_many(self, keys: Sequence[bytes], _timeout: float = 0) -> ReadResult:
@@ -124,6 +128,39 @@ async def test_read_is_answered_with_every_key(stage: Stage) -> None:
     await settle()
     (answer,) = stage.observer.told
     assert answer == events.Answered("b", READ.spaces, READ.addresses, (None, b"{}"), 7)
+
+
+async def test_neighbours_are_read_by_what_their_keys_begin_with(stage: Stage) -> None:
+    """In each space; what is read apart comes after them, in the request and in the answer."""
+    pods = [
+        parse_address(text)
+        for text in ("10.2.0.5", "10.2.0.6", "10.2.1.5", "10.2.1.6", "10.2.1.7", "10.2.2.5")
+    ]
+    default, ondemand = keys.ip_prefix(Space.PUSHED, "b"), keys.ip_prefix(Space.PULL_ONLY, "b")
+    stage.store.data = {
+        default + b"10.2.1.5": b"{5}",
+        ondemand + b"10.2.2.5": b"{2.5}",
+        ondemand + b"10.2.0.6": b"{6}",
+    }
+    stage.link.read(events.Read("b", READ.spaces, tuple(pods), (2, 3)))
+    await settle()
+    assert stage.store.asked is not None
+    assert stage.store.asked.prefixes == [
+        default + b"10.2.0.", ondemand + b"10.2.0.", default + b"10.2.1.", ondemand + b"10.2.1.",
+    ]  # fmt: skip
+    assert stage.store.asked.keys == [default + b"10.2.2.5", ondemand + b"10.2.2.5"]
+    (answer,) = stage.observer.told
+    assert isinstance(answer, events.Answered)
+    assert answer.addresses == tuple(pods)
+    assert answer.values == (None, None, None, b"{6}", b"{5}", None, None, None, None, None, None, b"{2.5}")
+
+
+async def test_too_much_in_a_neighbourhood_is_told_as_such(stage: Stage) -> None:
+    """The resolver then reads its addresses apart."""
+    stage.store.error = KvstoreError("too much", "exhausted")
+    stage.link.read(events.Read("b", READ.spaces, (IP,), (1,)))
+    await settle()
+    assert stage.observer.told == [events.ReadFailed("b", (IP,), "exhausted", whole=True)]
 
 
 async def test_failed_read_is_answered_and_shown_until_one_succeeds(stage: Stage) -> None:

@@ -1,8 +1,8 @@
 """What waits for a read, over all clusters, and the reads that can be sent now.
 
-Batching without waiting: whatever has piled up while the in-flight window was full goes out in one
-transaction, and a lone miss goes out alone at once. What does not fit is shed by the resolver, oldest first;
-which one that is, is told here.
+Batching without waiting: whatever has piled up while the in-flight window was full goes out in one transaction, and a
+lone miss goes out alone at once. Which go together is left to ``waiting``. What does not fit is shed by the resolver,
+oldest first; which one that is, is told here.
 """
 
 from __future__ import annotations
@@ -60,24 +60,24 @@ class Backlog:
             lane = link.lanes[spaces] = Lane()
         (self.busy if link.state is LinkState.READY else self._parked)[link.name] = link
         if urgent:
-            lane.misses[address] = tracked
+            lane.misses.add(tracked)
             link.missed += 1
             self._missed += 1
         elif address in link.unproven:
-            lane.proofs[address] = tracked
+            lane.proofs.add(tracked)
         else:
-            lane.checks[address] = tracked
+            lane.checks.add(tracked)
 
     def remove(self, tracked: Tracked, link: Link) -> None:
         """Take a queued address out."""
         address = tracked.address
         tracked.fetch = Fetch.IDLE
         lane = link.lanes[tracked.wants]
-        if lane.misses.pop(address, None) is not None:
+        if lane.misses.remove(address):
             link.missed -= 1
             self._missed -= 1
-        elif lane.proofs.pop(address, None) is None:
-            del lane.checks[address]
+        elif not lane.proofs.remove(address):
+            lane.checks.remove(address)
 
     def overflow(self) -> Tracked | None:
         """Return the address to shed next, or None while the bound holds.
@@ -89,7 +89,7 @@ class Backlog:
             return None
         parked = [link for link in self._parked.values() if link.missed]
         lanes = max(parked or self.busy.values(), key=lambda link: link.missed).lanes.values()
-        return next(iter(max(lanes, key=lambda lane: len(lane.misses)).misses.values()))
+        return max(lanes, key=lambda lane: lane.misses.count).misses.first()
 
     def park(self, link: Link) -> None:
         """Keep the cluster's addresses back: it is not ready."""
@@ -114,10 +114,15 @@ class Backlog:
         if link.in_flight >= self._limits.transactions_in_flight or not link.breaker.admits(now):
             return False
         proving = self._proves(link, now)
+        whole_at = self._limits.whole_at if link.whole else None
         for spaces, lane in link.lanes.items():
             room = max(1, self._limits.keys_per_transaction // len(spaces))
-            before = len(lane.misses)
-            taken = lane.take_proofs(room) if proving else lane.take(room, now >= link.checks_after)
+            before = lane.misses.count
+            if proving:
+                batch = lane.take_proofs(room, whole_at)
+            else:
+                batch = lane.take(room, whole_at, with_checks=now >= link.checks_after)
+            taken = list(batch)
             if taken:
                 break
         else:
@@ -128,11 +133,13 @@ class Backlog:
         for tracked in taken:
             tracked.fetch = Fetch.READING
             link.reading[tracked.address] = spaces
-        self._missed -= before - len(lane.misses)
-        link.missed -= before - len(lane.misses)
+        misses = before - lane.misses.count
+        self._missed -= misses
+        link.missed -= misses
         link.in_flight += 1
         link.breaker.sent()
-        reads.append(Read(link.name, spaces, tuple([tracked.address for tracked in taken])))
+        addresses = tuple([tracked.address for tracked in taken])
+        reads.append(Read(link.name, spaces, addresses, tuple(map(len, batch.whole))))
         return self._stays_busy(link)
 
     def _stays_busy(self, link: Link) -> bool:

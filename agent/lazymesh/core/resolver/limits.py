@@ -42,6 +42,8 @@ class Limits:
     """Missed addresses that wait for a read, over all clusters; beyond it the oldest is shed."""
     keys_per_transaction: int = 128
     """etcd's default --max-txn-ops. Keys, not addresses: a group of two spaces reads 64 addresses at once."""
+    whole_at: int = 64
+    """So many waiting addresses of one /24 have it read whole: if all 256 are there, that costs the same."""
     transactions_in_flight: int = 8
     """Per cluster: measured, more than eight make etcd no faster."""
     owned: int = 25_600

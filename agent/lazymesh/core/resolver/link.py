@@ -12,9 +12,10 @@ from __future__ import annotations
 
 import enum
 import math
-from collections import OrderedDict
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
+
+from lazymesh.core.resolver.waiting import Batch, Waiting
 
 if TYPE_CHECKING:
     from lazymesh.core.model import Address, Space
@@ -36,33 +37,32 @@ class LinkState(enum.Enum):
 
 @dataclass(slots=True, eq=False)
 class Lane:
-    """The addresses that wait for a read of one group of spaces, in the order in which they came."""
+    """The addresses that wait for a read of one group of spaces."""
 
-    # OrderedDict, not dict: taking from the front of a plain dict walks over all that was taken before.
-    misses: OrderedDict[Address, Tracked] = field(default_factory=OrderedDict)
-    checks: OrderedDict[Address, Tracked] = field(default_factory=OrderedDict)
-    proofs: OrderedDict[Address, Tracked] = field(default_factory=OrderedDict)
+    misses: Waiting = field(default_factory=Waiting)
+    checks: Waiting = field(default_factory=Waiting)
+    proofs: Waiting = field(default_factory=Waiting)
     """Checks of entries that an earlier life of the agent has left: they go before everything else."""
 
     def __len__(self) -> int:
-        return len(self.misses) + len(self.checks) + len(self.proofs)
+        return self.misses.count + self.checks.count + self.proofs.count
 
-    def take_proofs(self, room: int) -> list[Tracked]:
-        """Remove and return at most ``room`` addresses whose entries are of an earlier life."""
-        return _pop_first(self.proofs, room)
+    def take_proofs(self, room: int, whole_at: int | None) -> Batch:
+        """Remove and return addresses whose entries are of an earlier life (as ``Waiting.take``)."""
+        batch = Batch()
+        self.proofs.take(batch, room, whole_at)
+        return batch
 
-    def take(self, room: int, with_checks: bool) -> list[Tracked]:
-        """Remove and return at most ``room`` addresses."""
-        if self.proofs:  # they have had their time
-            self.checks.update(self.proofs)
-            self.proofs.clear()
-        checks = min(len(self.checks), max(room // 4, room - len(self.misses))) if with_checks else 0
-        taken = _pop_first(self.misses, room - checks)
-        return taken + _pop_first(self.checks, checks) if checks else taken
-
-
-def _pop_first(waiting: OrderedDict[Address, Tracked], count: int) -> list[Tracked]:
-    return [waiting.popitem(last=False)[1] for _ in range(min(count, len(waiting)))]
+    def take(self, room: int, whole_at: int | None, *, with_checks: bool) -> Batch:
+        """Remove and return addresses (as ``Waiting.take``)."""
+        if self.proofs.count:  # they have had their time
+            self.proofs.move_to(self.checks)
+        checks = min(self.checks.count, max(room // 4, room - self.misses.count)) if with_checks else 0
+        batch = Batch()
+        self.misses.take(batch, room - checks, whole_at)
+        if checks:
+            self.checks.take(batch, checks, whole_at)
+        return batch
 
 
 @dataclass(slots=True, eq=False)
@@ -86,6 +86,8 @@ class Link:
     """No checks are sent before: the last one failed, or all nodes would ask at once."""
     ready_at: float = -math.inf
     """Since when it is ready: no answer could come before."""
+    whole: bool = True
+    """Where many of a /24 wait, it may be read whole. Not so once there was too much in one."""
     missed: int = 0
     """How many missed addresses wait for a read, in all lanes; kept by ``backlog``."""
 

@@ -216,6 +216,9 @@ class Resolver:
             return
         link.in_flight = max(0, link.in_flight - 1)
         before = link.breaker.state
+        if failure.kind == "exhausted" and failure.whole:
+            self._read_apart(link, failure)
+            return
         if failure.kind == "permission":
             link.breaker.succeeded()  # the store is well; it is our certificate that is not
         else:
@@ -234,6 +237,15 @@ class Resolver:
                 self._moves.read(tracked, tracked.wants)
         if link.breaker.state is BreakerState.OPEN and before is not BreakerState.OPEN:
             self._lifecycle.give_up(link, now)
+
+    def _read_apart(self, link: Link, failure: ev.ReadFailed) -> None:
+        """Read each address alone from now on: there was too much in a /24, and it need not be what was asked for."""
+        link.whole = False
+        link.breaker.succeeded()
+        for address in failure.addresses:
+            tracked = self._land(link, address)
+            if tracked is not None:
+                self._moves.read(tracked, tracked.wants)
 
     def _changed(self, change: ev.Changed, now: float) -> None:
         state = change.state

@@ -9,8 +9,9 @@ from __future__ import annotations
 
 import enum
 import math
-from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
+
+from msgspec import Struct, field
 
 from lazymesh.core.model import Reason
 
@@ -49,8 +50,7 @@ class Fetch(enum.Enum):
     READING = enum.auto()
 
 
-@dataclass(slots=True, eq=False)
-class Tracked:
+class Tracked(Struct, eq=False):
     """One address that somebody missed, or that an earlier life of the agent installed."""
 
     address: Address

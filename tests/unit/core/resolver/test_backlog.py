@@ -1,6 +1,6 @@
 """The queue: batches, fairness, shedding and muting, seen through the resolver."""
 
-from lazymesh.core.events import Admit, ClusterReady, ClusterSilent, Command, Mute, Read, Tick
+from lazymesh.core.events import Admit, ClusterReady, ClusterSilent, Command, Mute, Read, ReadFailed, Tick
 from lazymesh.core.model import Reason
 from lazymesh.core.resolver.limits import Limits
 from tests.support.playbook import (
@@ -28,7 +28,8 @@ from tests.support.playbook import (
 )
 
 MUTED: list[Command] = [Mute(True), Admit(0.5)]
-MANY = [bytes([10, 2, 1 + n // 256, n % 256]) for n in range(300)]
+MANY = [bytes([10, 2, n % 100, n // 100]) for n in range(300)]
+NEIGHBOURS = [bytes([10, 2, 1 + n // 256, n % 256]) for n in range(300)]
 
 
 def reads(commands: list[Command]) -> list[Read]:
@@ -72,6 +73,31 @@ def test_a_transaction_never_has_more_keys_than_etcd_takes() -> None:
             story.tell(miss(address))
     assert [len(r.addresses) for r in reads(direct.tell(ClusterReady("b")))] == [64, 64, 64, 64, 44]
     assert [len(r.addresses) for r in reads(cached.tell(ClusterReady("b")))] == [128, 128, 44]
+
+
+def test_many_neighbours_are_read_whole() -> None:
+    """One range brings a /24's records for less than 64 of them cost alone; of another /24 there are too few."""
+    story = Play()
+    for address in NEIGHBOURS:
+        story.tell(miss(address))
+    whole, apart = reads(story.tell(ClusterReady("b")))
+    assert (whole.addresses, whole.whole) == (tuple(NEIGHBOURS[:256]), (256,))
+    assert (apart.addresses, apart.whole) == (tuple(NEIGHBOURS[256:]), ())
+
+
+def test_neighbours_with_too_much_between_them_are_read_apart() -> None:
+    """Nobody is told that they do not exist; the cluster is read so until it is connected to anew."""
+    story = Play()
+    for address in NEIGHBOURS[:100]:
+        story.tell(miss(address))
+    (whole,) = reads(story.tell(ClusterReady("b")))
+    said = story.tell(ReadFailed("b", whole.addresses, "exhausted", whole=True))
+    assert [(len(one.addresses), one.whole) for one in reads(said)] == [(64, ()), (36, ())]
+    assert said == reads(said)
+    story.tell(ClusterSilent("b"))
+    for address in NEIGHBOURS[100:200]:
+        story.tell(miss(address))
+    assert all(not one.whole for one in reads(story.tell(Tick())))
 
 
 def test_the_window_bounds_what_is_in_flight_for_each_cluster() -> None:

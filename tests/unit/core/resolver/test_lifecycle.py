@@ -263,9 +263,9 @@ def test_after_silence_the_owner_is_asked_again_and_not_the_cache_that_lacked_th
 
 
 def test_many_entries_are_read_again_in_full_batches() -> None:
-    """64 addresses of two keys each to a transaction."""
+    """64 addresses of two keys each to a transaction, where they are no neighbours."""
     story = play()
-    addresses = [bytes([10, 2, 1, n]) for n in range(200)]
+    addresses = [bytes([10, 2, n, 1]) for n in range(200)]
     story.tell(ClusterSilent("b"))
     for address in addresses:
         story.tell(miss(address))

@@ -25,10 +25,10 @@ def test_a_lane_is_emptied_in_fair_parts(
     """Oldest first, misses before checks."""
     lane = Lane()
     for n in range(misses):
-        lane.misses[bytes([n])] = Tracked(bytes([n]), ())
+        lane.misses.add(Tracked(bytes([n]), ()))
     for n in range(checks):
-        lane.checks[bytes([100 + n])] = Tracked(bytes([100 + n]), ())
-    numbers = [tracked.address[0] for tracked in lane.take(room, with_checks)]
+        lane.checks.add(Tracked(bytes([100 + n]), ()))
+    numbers = [tracked.address[0] for tracked in lane.take(room, None, with_checks=with_checks)]
     assert numbers == [*range(taken[0]), *range(100, 100 + taken[1])]
     assert len(lane) == misses + checks - sum(taken)
 

@@ -116,6 +116,7 @@ class World(RuleBasedStateMachine):
             owned=budget,
             transactions_in_flight=IN_FLIGHT,
             keys_per_transaction=KEYS,
+            whole_at=2,
             queue=3,
             negatives=3,
             revalidation_spread=2.0,
@@ -167,7 +168,10 @@ class World(RuleBasedStateMachine):
         assert not set(read.addresses) & set(others), "single flight"
         cluster.reads.append(read)
         assert len(cluster.reads) + len(cluster.executed) <= IN_FLIGHT
-        assert len(read.addresses) * len(read.spaces) <= KEYS
+        whole = sum(read.whole)
+        assert (len(read.whole) + len(read.addresses) - whole) * len(read.spaces) <= KEYS
+        groups = itertools.groupby(read.addresses[:whole], lambda address: address[:-1])
+        assert tuple(len(list(group)) for _, group in groups) == read.whole
         assert cluster.ready, "a cluster that is not ready is not read"
 
     def install(self, command: Install) -> None:
@@ -294,12 +298,13 @@ class World(RuleBasedStateMachine):
         if told:
             self.feed(Changed(name, told[which % len(told)]))
 
-    @rule(name=clusters, kind=st.sampled_from(["timeout", "permission"]))
+    @rule(name=clusters, kind=st.sampled_from(["timeout", "permission", "exhausted"]))
     def read_fails(self, name: str, kind: str) -> None:
         """The store does not answer, or refuses."""
         cluster = self.clusters[name]
         if cluster.reads:
-            self.feed(ReadFailed(name, cluster.reads.pop(0).addresses, kind))
+            read = cluster.reads.pop(0)
+            self.feed(ReadFailed(name, read.addresses, kind, bool(read.whole)))
 
     @rule(address=addresses, stranger=st.booleans())
     def entry_vanishes(self, address: Address, stranger: bool) -> None:
