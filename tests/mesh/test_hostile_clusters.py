@@ -271,6 +271,7 @@ def test_a_crowd_of_keys_between_a_nodes_pods_hides_none(
         liar.etcd.thaw()
     wait_until(lambda: all(identity_of(lab, ip) == OF_C for ip in pods), 5, "every pod of c resolved")
     assert cluster(lab, "c")["breaker"] == "closed"
+    assert "neighbours are read one by one from now on" in agent.log
 
 
 def test_identity_of_another_cluster_is_not_its_to_change(

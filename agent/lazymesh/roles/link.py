@@ -192,6 +192,10 @@ class ClusterLink:
     def _on_read(self, command: events.Read, outcome: Values | KvstoreError) -> None:
         if isinstance(outcome, KvstoreError):
             self.read_problem = str(outcome)
+            if command.whole and outcome.kind == "exhausted":
+                log.warning(
+                    "neighbours are read one by one from now on", cluster=self.name, error=str(outcome)
+                )
             failed = events.ReadFailed(self.name, command.addresses, outcome.kind, bool(command.whole))
             self._tell(failed)
         else:
