@@ -15,11 +15,12 @@ import sys
 import tempfile
 import time
 import xml.etree.ElementTree as ET
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
 from lazymesh.datapath import libbpf
+from lazymesh.datapath.capabilities import Circumstances, missing
 from lazymesh.datapath.maps import kernel_honours_noexist
 from lazymesh.datapath.pins import HOLD_FILTER, HOLD_PROGRAMS, PROGRAMS, Pins
 from lazymesh.datapath.program import load
@@ -60,6 +61,7 @@ def features() -> dict[str, object]:
     except DatapathError as exc:
         found |= {"loads": False, "complaint": str(exc)}
     found["load_s"] = round(time.monotonic() - began, 1)
+    found["needs"] = missing(frozenset(), replace(Circumstances.here(), locked_unlimited=False))
     found["hook"] = "tcx" if libbpf.has_tcx() else "clsact"
     found["noexist"] = kernel_honours_noexist()
     found["batches"] = libbpf.has_lpm_batches()

@@ -85,6 +85,7 @@ def matrix(every: dict[str, dict[str, Any]]) -> str:
     """Return docs/kernels.md: what each kernel has, and what is done where it lacks something."""
     rows: list[tuple[str, Callable[[dict[str, Any]], str]]] = [
         ("kernel", lambda found: found["version"].partition("Debian ")[2].split()[0]),
+        ("fewest capabilities", lambda found: ", ".join(found["features"]["needs"])),
         ("all programs load", lambda found: _yes(found["features"]["loads"])),
         ("miss", lambda found: _tests(found, "miss")),
         ("policy", lambda found: _tests(found, "policy")),
@@ -105,7 +106,8 @@ def matrix(every: dict[str, dict[str, Any]]) -> str:
         "Written by `scripts/vm test --all`, which boots kernels of the distribution's package pool in virtual",
         "machines, compiles the datapath there with the kernel's own headers, loads it, and runs tests of the",
         "datapath tier on it. The stories are those of `tests/vm`: agent, etcd and pods in machines that Vagrant",
-        "brings up, on one node, and on two that are a cluster each. A number says how many tests passed.",
+        "brings up, on one node, and on two that are a cluster each. In one of them the agent has the fewest",
+        "capabilities, and each of them is taken away. A number says how many tests passed.",
         "",
         f"| | {' | '.join(every)} |",
         f"|---|{'---|' * len(every)}",

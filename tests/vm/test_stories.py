@@ -32,6 +32,7 @@ STORIES = {
         f"{FIRST}::test_unsynced_remote_pod_reaches_a_local_pod",
     ],
     "a killed agent comes back": [f"{LIFE}::test_restarted_agent_adopts_corrects_and_keeps[kill]"],
+    "the fewest capabilities are enough": ["tests/mesh/test_capabilities.py"],
     "beside Cilium, and gone without a trace": [f"{UNINSTALL}[v2-{'tcx' if HAS_TCX else 'clsact'}]"],
 }
 if KERNEL_NAME == "5.10-oldest":  # the one that ignores BPF_NOEXIST
