@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 
 import pytest
 
-from tests.support.lab import POLICY, Lab, remote_address
+from tests.support.lab import BOTH_WAYS, Lab, remote_address
 from tests.support.node import connect, identity_of, metric, packets
 from tests.support.traffic import EchoServer, Probe, probe
 
@@ -15,15 +15,6 @@ if TYPE_CHECKING:
 
     from tests.support.lab import AgentProcess
 
-BOTH_WAYS = (
-    POLICY
-    + """\
-  ingress:
-    - fromEndpoints:
-        - matchLabels:
-            k8s:app: server
-"""
-)
 BY_HAND = ("--mesh-cidr", "b=10.2.0.0/16", "--mesh-cidr", "b=fd00:10:2::/64")
 
 

@@ -60,6 +60,15 @@ spec:
         - matchLabels:
             k8s:app: server
 """
+BOTH_WAYS = (
+    POLICY
+    + """\
+  ingress:
+    - fromEndpoints:
+        - matchLabels:
+            k8s:app: server
+"""
+)
 
 
 def pod_address(number: int, family: int = 4) -> str:

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import pytest
 
 from tests.support.etcd import wait_until
-from tests.support.lab import Cluster, Store
+from tests.support.lab import BOTH_WAYS, Cluster, Store
 from tests.support.node import metric
 from tests.support.traffic import Exchange, Probe
 from tests.vm.conftest import KERNEL, STORY_PATIENCE_S
@@ -22,20 +22,6 @@ if TYPE_CHECKING:
 
 pytestmark = pytest.mark.patience(STORY_PATIENCE_S)
 
-POLICY = """\
-apiVersion: cilium.io/v2
-kind: CiliumClusterwideNetworkPolicy
-metadata:
-  name: servers-only
-spec:
-  endpointSelector: {}
-  egress:
-    - toEndpoints:
-        - matchLabels: {"k8s:app": server}
-  ingress:
-    - fromEndpoints:
-        - matchLabels: {"k8s:app": server}
-"""
 ETCD_PORT = 2379
 HELD_MS = 5000
 """Emulated processors may need longer for an answer than a packet is usually held."""
@@ -111,7 +97,7 @@ class Node(Cluster):
         """Start an agent, not waiting for it."""
         names = {"us": self.remote_name, "them": other.remote_name, "number": self.number}
         where = {"their_address": other.address, "port": ETCD_PORT}
-        self.run(AGENT.format(policy=POLICY, held=HELD_MS, **names, **where))
+        self.run(AGENT.format(policy=BOTH_WAYS, held=HELD_MS, **names, **where))
 
     def wait_ready(self) -> None:
         """Wait until the agent is."""
