@@ -15,6 +15,7 @@ import subprocess
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+import hypothesis
 import pytest
 
 from lazymesh.datapath import libbpf
@@ -24,6 +25,10 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
 
 TESTS = Path(__file__).parent
+
+# A test that takes long has a busy machine to thank, not the example that was drawn.
+hypothesis.settings.register_profile("unhurried", hypothesis.settings.default, deadline=None)
+hypothesis.settings.load_profile("unhurried")
 
 PATIENCE_SECONDS = int(os.environ.get("LAZYMESH_TEST_PATIENCE", "120"))
 """For one test; a hanging one must fail by name instead of taking the whole run with it."""

@@ -54,7 +54,7 @@ class Answered(Struct, frozen=True):
 
 
 class ReadFailed(Struct, frozen=True):
-    """A Read did not come back."""
+    """A Read came to nothing."""
 
     cluster: str
     addresses: tuple[Address, ...]

@@ -37,7 +37,7 @@ def address_text(address: Address) -> str:
 
 
 def group_of(address: Address) -> bytes:
-    """Return what the addresses have in common that are read or watched together: a /24 of IPv4, a /120 of IPv6.
+    """Return what the addresses have in common that are watched together: a /24 of IPv4, a /120 of IPv6.
 
     Nodes have such pod CIDRs by Cilium's defaults. An IPv6 address that ends in a zero group is alone: in its text that
     group may have vanished.

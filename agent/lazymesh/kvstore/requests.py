@@ -9,7 +9,7 @@ from lazymesh.kvstore import etcd_pb2 as pb
 from lazymesh.kvstore.model import KeyValue, ReadResult, Values
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Container, Sequence
 
 
 def prefix_end(prefix: bytes) -> bytes:
@@ -34,6 +34,10 @@ def read_batch(keys: Sequence[bytes]) -> pb.TxnRequest:
     return pb.TxnRequest(success=[pb.RequestOp(request_range=read_one(key)) for key in keys])
 
 
+WHOLE_MOST = 256
+"""Keys that a prefix which is read whole may have: as many as a /24 has addresses."""
+
+
 class Reads(NamedTuple):
     """What one transaction reads."""
 
@@ -42,7 +46,7 @@ class Reads(NamedTuple):
     prefixes: Sequence[bytes] = ()
     """All keys below these."""
     within: Sequence[bytes] = ()
-    """What is wanted of those below the prefixes."""
+    """What is wanted of those below the prefixes. Their values come first, in this order, then those of ``keys``."""
 
 
 def encode_reads(reads: Reads) -> bytes:
@@ -59,10 +63,6 @@ def encode_reads(reads: Reads) -> bytes:
         pb.TxnRequest(success=[pb.RequestOp(request_range=one) for one in ranges]).SerializeToString()
         + single
     )
-
-
-WHOLE_MOST = 512
-"""Keys that a prefix which is read whole may have: twice as many as a /24 has addresses."""
 
 
 _SHORT = 100
@@ -121,20 +121,22 @@ def values_of(response: pb.RangeResponse | pb.TxnResponse, reads: Reads) -> Valu
         raise _odd(f"{len(answers)} answers to {len(prefixes) + len(keys)} reads")
     values: list[bytes | None] = []
     if prefixes:
-        found = _below(prefixes, [op.response_range for op in answers[: len(prefixes)]])
+        found = _wanted(set(within), prefixes, [op.response_range for op in answers[: len(prefixes)]])
         values = [found.get(key) for key in within]
         answers = answers[len(prefixes) :]
     values += [kvs[0].value if (kvs := op.response_range.kvs) else None for op in answers]
     return Values(response.header.revision, tuple(values))
 
 
-def _below(prefixes: Sequence[bytes], answers: Sequence[pb.RangeResponse]) -> dict[bytes, bytes]:
+def _wanted(
+    keys: Container[bytes], prefixes: Sequence[bytes], answers: Sequence[pb.RangeResponse]
+) -> dict[bytes, bytes]:
     found: dict[bytes, bytes] = {}
     for prefix, answer in zip(prefixes, answers, strict=True):
-        if answer.more:
+        if answer.more or len(answer.kvs) > WHOLE_MOST:  # who answers need not keep to what was asked
             below = prefix.decode(errors="replace")
-            raise KvstoreError(f"there are more than {WHOLE_MOST} keys below {below}", "exhausted")
-        found.update([(kv.key, kv.value) for kv in answer.kvs])
+            raise KvstoreError(f"there are more than {WHOLE_MOST} keys below {below}*", "exhausted")
+        found.update([(key, kv.value) for kv in answer.kvs if (key := kv.key) in keys])
     return found
 
 

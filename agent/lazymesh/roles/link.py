@@ -11,7 +11,6 @@ import asyncio
 import contextlib
 from dataclasses import dataclass
 from functools import partial
-from itertools import accumulate
 from typing import TYPE_CHECKING, Protocol
 
 import structlog
@@ -27,6 +26,7 @@ from lazymesh.kvstore.requests import Reads
 from lazymesh.kvstore.supervisor import Options
 from lazymesh.kvstore.transport import Transport
 from lazymesh.roles.keywatches import KeyWatches
+from lazymesh.roles.logs import OncePer
 from lazymesh.tasks import together
 
 if TYPE_CHECKING:
@@ -45,6 +45,9 @@ RETRY_S = 0.5
 """Between looks for a cluster-config or a canary that is not there yet."""
 REWATCH_S = 1.0
 """Lost key watches are collected for this long before the cluster's addresses are read again."""
+
+QUIET_S = 60.0
+"""What goes wrong with many reads alike is logged once in this time."""
 
 DIRECT = ((Space.PUSHED, Space.PULL_ONLY),)
 
@@ -118,6 +121,7 @@ class ClusterLink:
         self._tasks: set[asyncio.Task[None]] = set()
         self._failure: asyncio.Future[None] | None = None
         self._rewatch: asyncio.TimerHandle | None = None
+        self._said = OncePer(QUIET_S)
 
     @property
     def client(self) -> EtcdClient:
@@ -185,17 +189,18 @@ class ClusterLink:
 
     def _prefixes(self, command: events.Read) -> list[bytes]:
         """Return what the keys of each /24 that is read whole begin with, in each space."""
-        first = accumulate((0, *command.whole[:-1]))
-        texts = [keys.common_text(command.addresses[at]) for at in first]
-        return [keys.ip_prefix(space, self.name) + text for text in texts for space in command.spaces]
+        prefixes, at = [], 0
+        for count in command.whole:
+            text = keys.common_text(command.addresses[at])
+            prefixes += [keys.ip_prefix(space, self.name) + text for space in command.spaces]
+            at += count
+        return prefixes
 
     def _on_read(self, command: events.Read, outcome: Values | KvstoreError) -> None:
         if isinstance(outcome, KvstoreError):
             self.read_problem = str(outcome)
-            if command.whole and outcome.kind == "exhausted":
-                log.warning(
-                    "neighbours are read one by one from now on", cluster=self.name, error=str(outcome)
-                )
+            if command.whole and self._said("whole", asyncio.get_running_loop().time()):
+                log.warning("a /24 could not be read whole", cluster=self.name, error=str(outcome))
             failed = events.ReadFailed(self.name, command.addresses, outcome.kind, bool(command.whole))
             self._tell(failed)
         else:

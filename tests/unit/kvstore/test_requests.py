@@ -87,9 +87,11 @@ def test_prefixes_are_read_before_keys_and_answered_key_by_key() -> None:
 def test_prefix_with_too_much_below_it_is_no_answer() -> None:
     """What is beyond the limit would look as if it did not exist."""
     reads = Reads([], [b"p/1."], [b"p/1.2"])
-    with pytest.raises(KvstoreError, match=r"more than 512 keys below p/1\.") as refused:
-        requests.values_of(of_ranges(pb.RangeResponse(more=True)), reads)
-    assert refused.value.kind == "exhausted"
+    crowd = [pb.KeyValue(key=b"p/1.2")] * (requests.WHOLE_MOST + 1)
+    for answer in (pb.RangeResponse(more=True), pb.RangeResponse(kvs=crowd)):
+        with pytest.raises(KvstoreError, match=r"more than 256 keys below p/1\.\*") as refused:
+            requests.values_of(of_ranges(answer), reads)
+        assert refused.value.kind == "exhausted"
 
 
 def of_ranges(*answers: pb.RangeResponse) -> pb.TxnResponse:

@@ -76,14 +76,14 @@ class Backlog:
         if lane.misses.remove(address):
             link.missed -= 1
             self._missed -= 1
-        elif not lane.proofs.remove(address):
-            lane.checks.remove(address)
+        elif not lane.proofs.remove(address) and not lane.checks.remove(address):
+            raise RuntimeError(f"address {address.hex()} waits for no read")
 
     def overflow(self) -> Tracked | None:
         """Return the address to shed next, or None while the bound holds.
 
         Those of clusters that are not ready go first: they would have waited anyway. Of all such clusters, and then of
-        the others, the one that has most gives its oldest: it is the one that is too slow.
+        the others, the one that has most gives an old one: it is the one that is too slow.
         """
         if self._missed <= self._limits.queue:
             return None
@@ -114,7 +114,7 @@ class Backlog:
         if link.in_flight >= self._limits.transactions_in_flight or not link.breaker.admits(now):
             return False
         proving = self._proves(link, now)
-        whole_at = self._limits.whole_at if link.whole else None
+        whole_at = self._limits.whole_at if now >= link.whole_after else None
         for spaces, lane in link.lanes.items():
             room = max(1, self._limits.keys_per_transaction // len(spaces))
             before = lane.misses.count

@@ -53,7 +53,7 @@ class Lifecycle:
         if link.state is not LinkState.READY:
             if link.state is LinkState.SILENT:
                 link.checks_after = now + link.breaker.spread()
-            link.state, link.ready_at, link.whole = LinkState.READY, now, True
+            link.state, link.ready_at = LinkState.READY, now
             self._backlog.unpark(link)
             self._read_again(link)
 

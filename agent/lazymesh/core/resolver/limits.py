@@ -41,9 +41,11 @@ class Limits:
     queue: int = 4096
     """Missed addresses that wait for a read, over all clusters; beyond it the oldest is shed."""
     keys_per_transaction: int = 128
-    """etcd's default --max-txn-ops. Keys, not addresses: a group of two spaces reads 64 addresses at once."""
+    """etcd's default --max-txn-ops. Keys (or ranges), not addresses: a group of two spaces reads 64 at once."""
     whole_at: int = 64
     """So many waiting addresses of one /24 have it read whole: if all 256 are there, that costs the same."""
+    apart_for: float = 60.0
+    """So long none is read whole after one could not be: it held too much, or the range is forbidden."""
     transactions_in_flight: int = 8
     """Per cluster: measured, more than eight make etcd no faster."""
     owned: int = 25_600

@@ -60,8 +60,8 @@ class Lane:
         checks = min(self.checks.count, max(room // 4, room - self.misses.count)) if with_checks else 0
         batch = Batch()
         self.misses.take(batch, room - checks, whole_at)
-        if checks:
-            self.checks.take(batch, checks, whole_at)
+        # Nobody waits for checks, but misses would wait for a whole /24 of them.
+        self.checks.take(batch, checks, whole_at if not batch else None)
         return batch
 
 
@@ -86,8 +86,8 @@ class Link:
     """No checks are sent before: the last one failed, or all nodes would ask at once."""
     ready_at: float = -math.inf
     """Since when it is ready: no answer could come before."""
-    whole: bool = True
-    """Where many of a /24 wait, it may be read whole. Not so once there was too much in one."""
+    whole_after: float = -math.inf
+    """No /24 is read whole before: the last one could not be."""
     missed: int = 0
     """How many missed addresses wait for a read, in all lanes; kept by ``backlog``."""
 

@@ -38,6 +38,10 @@ if TYPE_CHECKING:
     from lazymesh.core.resolver.link import Link
 
 
+_APART = frozenset({"exhausted", "permission"})
+"""Why a /24 could not be read that may not stand against its addresses alone."""
+
+
 def _no_jitter() -> float:
     return 1.0
 
@@ -216,8 +220,8 @@ class Resolver:
             return
         link.in_flight = max(0, link.in_flight - 1)
         before = link.breaker.state
-        if failure.kind == "exhausted" and failure.whole:
-            self._read_apart(link, failure)
+        if failure.whole and failure.kind in _APART:
+            self._read_apart(link, failure, now)
             return
         if failure.kind == "permission":
             link.breaker.succeeded()  # the store is well; it is our certificate that is not
@@ -238,9 +242,9 @@ class Resolver:
         if link.breaker.state is BreakerState.OPEN and before is not BreakerState.OPEN:
             self._lifecycle.give_up(link, now)
 
-    def _read_apart(self, link: Link, failure: ev.ReadFailed) -> None:
-        """Read each address alone from now on: there was too much in a /24, and it need not be what was asked for."""
-        link.whole = False
+    def _read_apart(self, link: Link, failure: ev.ReadFailed, now: float) -> None:
+        """Read each address alone for a while: what was too much in its /24 need not be what was asked for."""
+        link.whole_after = now + self._limits.apart_for
         link.breaker.succeeded()
         for address in failure.addresses:
             tracked = self._land(link, address)

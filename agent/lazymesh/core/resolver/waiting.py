@@ -1,8 +1,8 @@
-"""What waits for a read, in the order in which it came, but neighbours together.
+"""What waits for a read: the neighbourhood (a /24, or the like of IPv6) first whose first address has waited longest.
 
-A store finds the records of a whole /24 in one range as fast as some forty single keys (measured, etcd 3.4: 256 records
-take a fifth of the time, if all of them are wanted, and as long if a quarter is). So where many pods of one node wait,
-their /24 is read whole. Not so with IPv6: the keys of a /120 need not lie together, and what lies between has no bound.
+A store finds the records of a whole /24 in one range in the time of some fifty single keys (measured, etcd 3.4). So
+where more pods of one node wait, their /24 is read whole. Not so with IPv6: the keys of a /120 need not lie together,
+and what lies between has no bound.
 """
 
 from __future__ import annotations
@@ -32,6 +32,9 @@ class Batch:
             yield from members
         yield from self.apart
 
+    def __bool__(self) -> bool:
+        return bool(self.whole or self.apart)
+
 
 class Waiting:
     """The addresses of one kind that wait in a lane."""
@@ -39,7 +42,8 @@ class Waiting:
     __slots__ = ("_groups", "count")
 
     def __init__(self) -> None:
-        # OrderedDict, not dict: taking from the front of a plain dict walks over all that was taken before.
+        # OrderedDict, not dict: taking from the front of a plain dict walks over all that was taken before. (Of a
+        # neighbourhood's 256 that does not matter.)
         self._groups: OrderedDict[bytes, dict[Address, Tracked]] = OrderedDict()
         self.count = 0
         """How many there are; for others to read only. (An attribute, as it is asked for often.)"""
@@ -56,16 +60,20 @@ class Waiting:
 
     def remove(self, address: Address) -> bool:
         """Have an address wait no more; tell whether it did."""
-        members = self._groups.get(address[:-1])
-        if members is None or members.pop(address, None) is None:
+        group = address[:-1]
+        members = self._groups.get(group)
+        if members is None or address not in members:
             return False
+        if next(iter(members)) == address:  # the others came later
+            self._groups.move_to_end(group)
+        del members[address]
         self.count -= 1
         if not members:
-            del self._groups[address[:-1]]
+            del self._groups[group]
         return True
 
     def first(self) -> Tracked:
-        """Return the address that has waited longest; there is one."""
+        """Return the first address of the first neighbourhood; there is one."""
         return next(iter(next(iter(self._groups.values())).values()))
 
     def move_to(self, other: Waiting) -> None:
@@ -77,10 +85,9 @@ class Waiting:
         self.count = 0
 
     def take(self, batch: Batch, room: int, whole_at: int | None) -> None:
-        """Move addresses into the batch, the oldest first, until ``room`` is used up.
+        """Move addresses into the batch, neighbourhood by neighbourhood, until ``room`` is used up.
 
-        A /24 of which at least ``whole_at`` wait (None: never so many) comes whole: it takes the room that is left,
-        whatever that is.
+        A /24 of which at least ``whole_at`` wait (None: never so many) comes whole, also if there is less room.
         """
         while room > 0 and self._groups:
             group, members = next(iter(self._groups.items()))

@@ -1,6 +1,18 @@
 """The queue: batches, fairness, shedding and muting, seen through the resolver."""
 
-from lazymesh.core.events import Admit, ClusterReady, ClusterSilent, Command, Mute, Read, ReadFailed, Tick
+import pytest
+
+from lazymesh.core.events import (
+    Admit,
+    ClusterReady,
+    ClusterSilent,
+    Command,
+    Misses,
+    Mute,
+    Read,
+    ReadFailed,
+    Tick,
+)
 from lazymesh.core.model import Reason
 from lazymesh.core.resolver.limits import Limits
 from tests.support.playbook import (
@@ -85,19 +97,26 @@ def test_many_neighbours_are_read_whole() -> None:
     assert (apart.addresses, apart.whole) == (tuple(NEIGHBOURS[256:]), ())
 
 
-def test_neighbours_with_too_much_between_them_are_read_apart() -> None:
-    """Nobody is told that they do not exist; the cluster is read so until it is connected to anew."""
-    story = Play()
-    for address in NEIGHBOURS[:100]:
-        story.tell(miss(address))
-    (whole,) = reads(story.tell(ClusterReady("b")))
-    said = story.tell(ReadFailed("b", whole.addresses, "exhausted", whole=True))
-    assert [(len(one.addresses), one.whole) for one in reads(said)] == [(64, ()), (36, ())]
+@pytest.mark.parametrize("kind", ["exhausted", "permission"])
+def test_neighbours_that_cannot_be_read_whole_are_read_apart_for_a_while(kind: str) -> None:
+    """There is too much between them, or the range is forbidden: nobody is told that they do not exist."""
+
+    def missed(group: int) -> list[tuple[int, tuple[int, ...]]]:
+        addresses = tuple([bytes([10, 2, group, n]) for n in range(100)])
+        return sizes(reads(story.tell(Misses(addresses, (story.now,) * 100))))
+
+    def sizes(said: list[Read]) -> list[tuple[int, tuple[int, ...]]]:
+        return [(len(one.addresses), one.whole) for one in said]
+
+    story = play()
+    assert missed(1) == [(100, (100,))]
+    addresses = tuple([bytes([10, 2, 1, n]) for n in range(100)])
+    said = story.tell(ReadFailed("b", addresses, kind, whole=True))
+    assert sizes(reads(said)) == [(64, ()), (36, ())]
     assert said == reads(said)
-    story.tell(ClusterSilent("b"))
-    for address in NEIGHBOURS[100:200]:
-        story.tell(miss(address))
-    assert all(not one.whole for one in reads(story.tell(Tick())))
+    assert missed(2) == [(64, ()), (36, ())]
+    story.now += 60.0
+    assert missed(3) == [(100, (100,))]
 
 
 def test_the_window_bounds_what_is_in_flight_for_each_cluster() -> None:

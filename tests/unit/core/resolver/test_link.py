@@ -33,6 +33,19 @@ def test_a_lane_is_emptied_in_fair_parts(
     assert len(lane) == misses + checks - sum(taken)
 
 
+@pytest.mark.parametrize(("misses", "whole"), [(0, 1), (5, 0)])
+def test_checks_go_whole_alone_only(misses: int, whole: int) -> None:
+    """A packet would wait for what is read with its address."""
+    lane = Lane()
+    for n in range(misses):
+        lane.misses.add(Tracked(bytes([10, 2, 9, n]), ()))
+    for n in range(200):
+        lane.checks.add(Tracked(bytes([10, 2, 1, n]), ()))
+    batch = lane.take(64, 64, with_checks=True)
+    assert len(batch.whole) == whole
+    assert len(list(batch)) == (200 if whole else 64)
+
+
 def test_void_reads_stay_in_flight_without_a_group() -> None:
     """They still count, but their answer will not."""
     link = Link("b", Breaker(Limits(), lambda: 1.0), reading={B1: DIRECT})

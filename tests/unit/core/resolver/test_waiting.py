@@ -65,6 +65,16 @@ def test_nothing_goes_whole_where_it_must_not() -> None:
     assert texts(batch) == ([], [*A, B[0]])
 
 
+def test_who_is_shed_is_the_oldest() -> None:
+    """A neighbourhood whose first one is gone goes behind the others."""
+    waiting = waiting_for(A[0], B[0], A[1], B[1], A[2])
+    shed = []
+    while waiting.count:
+        shed.append(format_address(waiting.first().address))
+        assert waiting.remove(waiting.first().address)
+    assert shed == [A[0], B[0], A[1], B[1], A[2]]
+
+
 ADDRESSES = st.builds(lambda group, last: bytes((10, 2, group, last)), st.integers(0, 2), st.integers(0, 4))
 
 
