@@ -17,8 +17,7 @@ from lazymesh.core.events import (
     Changed,
     Evict,
     Install,
-    InstallResult,
-    InstallResults,
+    InstallsEnded,
     KeyState,
     Misses,
     Read,
@@ -144,14 +143,14 @@ def failed(*addresses: Address, kind: str = "unavailable", cluster: str = "b") -
     return ReadFailed(cluster, addresses, kind)
 
 
-def stands(address: Address, of: Entry | None = None) -> InstallResults:
+def stands(address: Address) -> InstallsEnded:
     """The entry stands in the map."""
-    return InstallResults((InstallResult(address, of or entry(), None),))
+    return InstallsEnded((address,), (None,))
 
 
-def refused(address: Address, error: Reason, of: Entry | None = None) -> InstallResults:
+def refused(address: Address, error: Reason) -> InstallsEnded:
     """The map did not take the entry."""
-    return InstallResults((InstallResult(address, of or entry(), error),))
+    return InstallsEnded((address,), (error,))
 
 
 # --- commands -----------------------------------------------------------------------------------------------------

@@ -123,19 +123,12 @@ class IdentityGone(Struct, frozen=True):
     identity: int
 
 
-class InstallResult(Struct, frozen=True):
-    """The outcome of one Install command."""
-
-    address: Address
-    entry: Entry
-    error: Reason | None
-    """None: it stands in the map. Else TAKEN, NOT_OURS, MAP_FULL or INSTALL_FAILED."""
-
-
-class InstallResults(Struct, frozen=True):
+class InstallsEnded(Struct, frozen=True):
     """The outcomes of Install commands that were carried out together."""
 
-    results: tuple[InstallResult, ...]
+    addresses: tuple[Address, ...]
+    errors: tuple[Reason | None, ...]
+    """Of each, None: it stands in the map. Else TAKEN, NOT_OURS, MAP_FULL or INSTALL_FAILED."""
 
 
 class Adopted(Struct, frozen=True):
@@ -182,7 +175,7 @@ Event = (
     | IdentityKnown
     | IdentitiesKnown
     | IdentityGone
-    | InstallResults
+    | InstallsEnded
     | Adopted
     | Lost
     | Used
@@ -221,7 +214,7 @@ class Unwatch(Struct, frozen=True):
 
 
 class Install(Struct, frozen=True):
-    """Put the entry into the map, unless somebody else's entry stands there; answered by InstallResult.
+    """Put the entry into the map, unless somebody else's entry stands there; answered by InstallsEnded.
 
     Also replaces an entry of ours by a newer one.
     """

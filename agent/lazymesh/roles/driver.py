@@ -228,11 +228,8 @@ class Driver:
         if not installs:
             return
         errors = self._installer.install_many([(one.address, one.entry, one.cluster_id) for one in installs])
-        results = [
-            events.InstallResult(one.address, one.entry, error)
-            for one, error in zip(installs, errors, strict=True)
-        ]
-        self._events.appendleft(events.InstallResults(tuple(results)))
+        addresses = tuple([one.address for one in installs])
+        self._events.appendleft(events.InstallsEnded(addresses, tuple(errors)))
         installs.clear()
 
     def _admit(self, share: float) -> None:

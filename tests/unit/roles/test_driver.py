@@ -88,7 +88,7 @@ def test_result_of_an_install_comes_before_everything_else() -> None:
     fixture.driver._events.append(events.Tick())
     fixture.driver.feed(events.ClusterReady("b"))
     kinds = [type(event) for event in fixture.resolver.told]
-    assert kinds == [events.Tick, events.InstallResults, events.ClusterReady]
+    assert kinds == [events.Tick, events.InstallsEnded, events.ClusterReady]
 
 
 def test_packets_are_let_go_before_anything_that_they_do_not_wait_for() -> None:
@@ -208,10 +208,9 @@ def test_installs_with_nothing_in_between_go_together() -> None:
     fixture.driver._installer = cast("Shadow", installer)
     fixture.driver.feed(events.Tick())
     assert order == [others[0], others[1], IP, others[2]]
-    results = [events.InstallResult(address, ENTRY, None) for address in others[:3]]
     assert fixture.resolver.told[1:] == [
-        events.InstallResults(tuple(results[2:])),
-        events.InstallResults(tuple(results[:2])),
+        events.InstallsEnded((others[2],), (None,)),
+        events.InstallsEnded((others[0], others[1]), (None, None)),
     ]
 
 

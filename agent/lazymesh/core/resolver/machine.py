@@ -8,8 +8,8 @@ hole, a lost known peer is an outage, a slow unknown peer is neither.
 Left to others: I/O, clock and dice to the shell (roles), which calls :meth:`Resolver.step` and carries out
 what comes back, in order; how one address moves to ``moves``; whether a record is believable to ``judge``;
 what is sent when to ``backlog``; what befalls whole clusters to ``lifecycle``; whose an address is to
-``clusters``. The shell answers every Read by one Answered or ReadFailed and every Install by one
-InstallResult, of which InstallResults brings several.
+``clusters``. The shell answers every Read by one Answered or ReadFailed, and every Install in one
+InstallsEnded, which may be of several.
 """
 
 from __future__ import annotations
@@ -77,7 +77,7 @@ class Resolver:
             ev.IdentityKnown: self._identity_known,
             ev.IdentitiesKnown: self._identities_known,
             ev.IdentityGone: self._identity_gone,
-            ev.InstallResults: self._installs_ended,
+            ev.InstallsEnded: self._installs_ended,
             ev.Adopted: self._adopted,
             ev.Lost: self._lost,
             ev.Used: self._used,
@@ -134,7 +134,7 @@ class Resolver:
         elif link.state is LinkState.SILENT or not link.breaker.admits(now):
             self._moves.refuse(tracked, Reason.CLUSTER_DOWN, "", now)
         else:
-            self._moves.read(tracked, cluster.spaces[0])
+            self._backlog.put(tracked, link, cluster.spaces[0], urgent=True)
 
     def _missed_though_installed(self, tracked: Tracked, at: float, now: float) -> None:
         self._ledger.touch(tracked)
@@ -210,9 +210,9 @@ class Resolver:
         if addresses:
             self._moves.out.append(ev.Watch(link.name, spaces, tuple(addresses), as_of))
 
-    def _installs_ended(self, event: ev.InstallResults, now: float) -> None:
-        for result in event.results:
-            self._moves.install_ended(result, now)
+    def _installs_ended(self, event: ev.InstallsEnded, now: float) -> None:
+        for address, error in zip(event.addresses, event.errors, strict=True):
+            self._moves.install_ended(address, error, now)
 
     def _read_failed(self, failure: ev.ReadFailed, now: float) -> None:
         link = self._links.get(failure.cluster)

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from lazymesh.core.events import Command, Evict, Install, InstallResult, Report, Unwatch
+from lazymesh.core.events import Command, Evict, Install, Report, Unwatch
 from lazymesh.core.model import Reason
 from lazymesh.core.records import entry_of
 from lazymesh.core.resolver.judge import Judge, Refusal
@@ -158,22 +158,22 @@ class Moves:
         while (victim := self._ledger.surplus()) is not None:
             self.drop(victim, "budget", None)
 
-    def install_ended(self, result: InstallResult, now: float) -> None:
+    def install_ended(self, address: Address, error: Reason | None, now: float) -> None:
         """Take the outcome of an Install, and then whatever came while it was unanswered."""
-        self._ledger.unanswered.discard(result.address)
-        tracked = self.tracked.get(result.address)
+        self._ledger.unanswered.discard(address)
+        tracked = self.tracked.get(address)
         if tracked is None:
             return
         # Without an entry it was evicted behind the Install's back: the outcome has no meaning any more.
         if tracked.entry is not None:
-            if result.error is None:
+            if error is None:
                 self._installed(tracked)
-            elif result.error is Reason.TAKEN:
+            elif error is Reason.TAKEN:
                 self.report(tracked, "installed", None, "by the map's owner")
                 self.give_away(tracked)
                 return
             else:
-                self.refuse(tracked, result.error, "", now)
+                self.refuse(tracked, error, "", now)
         if tracked.again:
             tracked.again = False
             self.settle(tracked, now)

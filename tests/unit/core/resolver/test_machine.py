@@ -384,7 +384,7 @@ def test_a_record_that_moves_to_the_other_space_leaves_no_gap() -> None:
         << read(B1)
         >> answered(12, pull_only={B1: record(B1, DATABASE)})
         << install(B1, entry(DATABASE))
-        >> stands(B1, entry(DATABASE))
+        >> stands(B1)
         << report(B1, "updated")
         >> put(B1, 11, record(B1, DATABASE), Space.PULL_ONLY)
     ).end()
@@ -418,7 +418,7 @@ def test_a_reused_address_gets_the_new_identity() -> None:
         installed()
         >> put(B1, 11, record(B1, DATABASE))
         << install(B1, entry(DATABASE))
-        >> stands(B1, entry(DATABASE))
+        >> stands(B1)
         << report(B1, "updated")
     ).end()
 
@@ -474,7 +474,7 @@ def test_deletes_and_creates_delivered_in_any_order_converge(order: list[KeyStat
     def answer_installs() -> None:
         while held:
             done = held.pop(0)
-            carry_out(story.tell(stands(done.address, done.entry)))
+            carry_out(story.tell(stands(done.address)))
 
     for state in order:
         carry_out(story.tell(put(B1, state.as_of, state.value) if state.value else deleted(B1, state.as_of)))
@@ -519,7 +519,7 @@ def test_a_withdrawn_identity_takes_its_entries_along() -> None:
 def test_a_withdrawn_identity_touches_no_entry_of_another() -> None:
     """The index follows the address from identity to identity."""
     story = installed() >> put(B1, 11, record(B1, DATABASE)) << install(B1, entry(DATABASE))
-    story >> stands(B1, entry(DATABASE)) << report(B1, "updated")
+    story >> stands(B1) << report(B1, "updated")
     story.identities.discard(WEB)
     (story >> IdentityGone(WEB)).end()
 
@@ -588,7 +588,7 @@ def test_a_miss_under_way_follows_its_address_to_the_new_owner() -> None:
         >> answered(7, {B1: record(B1, WEB_OF_C)}, cluster="c")
         << install(B1, entry(WEB_OF_C), cluster_id=3)
         << watch(B1, 7, cluster="c")
-        >> stands(B1, entry(WEB_OF_C))
+        >> stands(B1)
         << report(B1, "installed", missed_at=1.0, cluster="c")
     ).end()
 
@@ -618,7 +618,7 @@ def test_an_adopted_entry_is_updated_if_its_address_was_reused() -> None:
         >> answered(10, {B1: record(B1, DATABASE)})
         << install(B1, entry(DATABASE))
         << watch(B1, 10)
-        >> stands(B1, entry(DATABASE))
+        >> stands(B1)
         << report(B1, "updated")
     ).end()
 
@@ -648,7 +648,7 @@ def test_adopted_entries_are_proven_before_anything_else_is_read() -> None:
         << install(B1, entry(DATABASE))
         << watch(B1, 10)
         << read(B2, B3)
-        >> stands(B1, entry(DATABASE))
+        >> stands(B1)
         << report(B1, "updated")
     ).end()
 
@@ -775,7 +775,7 @@ def test_a_miss_during_an_update_is_answered_by_its_result() -> None:
         << install(B1, entry(DATABASE))
         >> miss(B1, at=0.5)
         >> miss(B1, at=0.6)
-        >> refused(B1, Reason.MAP_FULL, entry(DATABASE))
+        >> refused(B1, Reason.MAP_FULL)
         << evict(B1, "map-full")
         << report(B1, "evicted", Reason.MAP_FULL, missed_at=0.5)
     ).end()

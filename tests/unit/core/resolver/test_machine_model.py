@@ -28,8 +28,7 @@ from lazymesh.core.events import (
     IdentityGone,
     IdentityKnown,
     Install,
-    InstallResult,
-    InstallResults,
+    InstallsEnded,
     KeyState,
     Lost,
     Read,
@@ -103,7 +102,7 @@ class World(RuleBasedStateMachine):
         """Strangers stand there, which programs take for the world."""
         self.taken: set[Address] = set()
         """The map's owner has entries there by which programs know the peer."""
-        self.results: list[InstallResult] = []
+        self.results: list[tuple[Address, Reason | None]] = []
         self.refusal: Reason | None = None
         self.unanswered: dict[Address, int] = {}
         self.asked: set[Address] = set()
@@ -177,7 +176,7 @@ class World(RuleBasedStateMachine):
     def install(self, command: Install) -> None:
         """Write to the map, unless it refuses, and keep the result for later."""
         address, entry = command.address, command.entry
-        assert address not in {result.address for result in self.results}, "one Install at a time"
+        assert address not in dict(self.results), "one Install at a time"
         assert entry.identity in self.identities, "an identity nobody knows"
         # The same again is no news: it puts back what somebody took away.
         assert self.last.get(address) == entry or self.may_say(address, entry), "out of date"
@@ -188,7 +187,7 @@ class World(RuleBasedStateMachine):
             self.map[address] = entry
             assert len(self.map) <= self.budget
         self.last[address] = entry
-        self.results.append(InstallResult(address, entry, error))
+        self.results.append((address, error))
 
     def may_say(self, address: Address, entry: Entry) -> bool:
         """Tell whether a record that was told last, or one written since, makes this entry."""
@@ -288,7 +287,8 @@ class World(RuleBasedStateMachine):
 
     def answer_install(self) -> None:
         """Results come in the order of the commands."""
-        self.feed(InstallResults((self.results.pop(0),)))
+        address, error = self.results.pop(0)
+        self.feed(InstallsEnded((address,), (error,)))
 
     @rule(name=clusters, which=st.integers(0, 99))
     def watch_event_arrives_again(self, name: str, which: int) -> None:
@@ -323,7 +323,7 @@ class World(RuleBasedStateMachine):
         """It looks at the map once in a while, and gives such entries up first."""
         lost = [address for address in self.last if address not in self.map]
         for address in lost:
-            if address not in {result.address for result in self.results}:
+            if address not in dict(self.results):
                 self.last.pop(address)
         self.feed(Lost(tuple(lost)))
 
@@ -402,7 +402,7 @@ class World(RuleBasedStateMachine):
     @invariant()
     def no_entry_has_an_unknown_identity(self) -> None:
         """The policy would not know it; only while an update is unanswered an entry may be the one before."""
-        answered = self.map.keys() - {result.address for result in self.results}
+        answered = self.map.keys() - dict(self.results).keys()
         assert {self.map[address].identity for address in answered} <= self.identities
 
     def quiet_down(self) -> None:

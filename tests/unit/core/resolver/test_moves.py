@@ -101,7 +101,7 @@ def test_a_refused_update_evicts_what_stood_before() -> None:
         installed()
         >> put(B1, 11, record(B1, DATABASE))
         << install(B1, entry(DATABASE))
-        >> refused(B1, Reason.INSTALL_FAILED, entry(DATABASE))
+        >> refused(B1, Reason.INSTALL_FAILED)
         << evict(B1, "install-failed")
         << report(B1, "evicted", Reason.INSTALL_FAILED)
     ).end()
@@ -116,7 +116,7 @@ def test_changes_during_an_install_converge_to_the_newest_on_its_result() -> Non
         >> stands(B1)
         << report(B1, "installed", missed_at=0.0)
         << install(B1, entry(MAIL))
-        >> stands(B1, entry(MAIL))
+        >> stands(B1)
         << report(B1, "updated")
     ).end()
 
@@ -142,7 +142,7 @@ def test_a_return_during_an_install_waits_for_its_result() -> None:
         >> put(B1, 12, record(B1, DATABASE))
         >> stands(B1)
         << install(B1, entry(DATABASE))
-        >> stands(B1, entry(DATABASE))
+        >> stands(B1)
         << report(B1, "installed")
     ).end()
 
@@ -173,7 +173,7 @@ def test_an_install_answered_after_its_address_was_forgotten_is_not_taken_for_th
         << watch(B1, 20)
         >> stands(B1)
         << install(B1, entry(DATABASE))
-        >> stands(B1, entry(DATABASE))
+        >> stands(B1)
         << report(B1, "installed", missed_at=1.0)
     ).end()
 
