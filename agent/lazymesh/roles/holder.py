@@ -237,9 +237,8 @@ def main() -> None:
     """Run as ``python -m lazymesh.roles.holder FD PINS``."""
     agent, pins = socket.socket(fileno=int(sys.argv[1])), Path(sys.argv[2])
     holder = None
-    with contextlib.suppress(
-        BrokenPipeError
-    ):  # the agent was killed meanwhile; its successor starts one of its own
+    # The agent may have been killed meanwhile; its successor starts one of its own.
+    with contextlib.suppress(BrokenPipeError):
         holder = _start(agent, pins)
     if holder is not None:
         holder.run()
