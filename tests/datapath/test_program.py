@@ -28,11 +28,10 @@ from lazymesh.datapath.pins import (
 )
 from lazymesh.datapath.program import Datapath, load, open_own_ipcache
 from lazymesh.errors import DatapathError
-from tests.datapath.conftest import key_of, mounted_bpffs, open_descriptors
+from tests.datapath.conftest import mounted_bpffs, open_descriptors
 from tests.datapath.test_abi_layout import tool
-from tests.support import packets
 from tests.support.packets import POD_B1, Flow
-from tests.support.prog_run import TC_ACT_UNSPEC, load_empty_program, load_lookup_program, run_packet
+from tests.support.prog_run import TC_ACT_UNSPEC, load_empty_program, run_packet
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -178,25 +177,6 @@ def test_verifier_has_an_easy_life(bench: Bench, direction: Direction) -> None:
     }
     called = set(re.findall(r"call (\w+)#", listing))
     assert {helper for helper in called if "map_" not in helper and "trie_" not in helper} <= helpers
-
-
-def test_hit_costs_next_to_nothing_beside_its_lookup(bench: Bench) -> None:
-    """At 1,000 entries, some nanoseconds above a program that only looks up; a ceiling for mishaps, no benchmark."""
-    bench.entries({packets.pod_of_b(number).prefix(4): Entry(131_073) for number in range(1_000)})
-    bench.mesh({packets.PODS_OF_B[4]: 2})
-    frame = Flow(packets.pod_of_b(77)).udp()
-    lookup = load_lookup_program(bench.maps["lm_ipcache"].fd, key_of(packets.pod_of_b(77).prefix(4)))
-    empty = load_empty_program()
-    hit = bench.datapath.program(Direction.EGRESS)[1]
-    try:
-        # The least of many short runs, taken in turns, is what other processes disturb least.
-        runs = [[run_packet(fd, frame, repeat=20_000).ns for fd in (empty, lookup, hit)] for _ in range(25)]
-    finally:
-        os.close(lookup)
-        os.close(empty)
-    nothing, only_lookup, ours = (min(column) for column in zip(*runs, strict=True))
-    assert nothing < only_lookup
-    assert ours - only_lookup <= 25, f"empty {nothing} ns, lookup {only_lookup} ns, hit {ours} ns"
 
 
 @pytest.fixture

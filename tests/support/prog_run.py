@@ -191,20 +191,6 @@ def load_empty_program() -> int:
     return _load(_instruction(0xB7, immediate=TC_ACT_UNSPEC) + _instruction(0x95))
 
 
-def load_lookup_program(map_fd: int, key: bytes) -> int:
-    """Return a TC program that looks one key up in a map and does nothing else."""
-    code = b""
-    for offset in range(0, len(key), 4):
-        (word,) = struct.unpack_from("=i", key, offset)
-        code += _instruction(0x62, target=10, offset=offset - len(key), immediate=word)  # store on the stack
-    code += _instruction(0xBF, target=2, source=10) + _instruction(0x07, target=2, immediate=-len(key))
-    code += _instruction(0x18, target=1, source=1, immediate=map_fd) + _instruction(
-        0
-    )  # 64-bit: a map by descriptor
-    code += _instruction(0x85, immediate=1)  # bpf_map_lookup_elem
-    return _load(code + _instruction(0xB7, immediate=TC_ACT_UNSPEC) + _instruction(0x95))
-
-
 def _instruction(
     code: int, *, target: int = 0, source: int = 0, offset: int = 0, immediate: int = 0
 ) -> bytes:

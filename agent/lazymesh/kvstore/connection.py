@@ -105,10 +105,12 @@ class Connection:
                 task.add_done_callback(lambda ended: None if ended.cancelled() else on_done(ended.result()))
                 under_way[:] = [task.cancel]
             else:
+                under_way.clear()  # else one holds the other, and the answer, until garbage is looked for
                 on_done(self._outcome(call, outcome, floor))
 
         def give_up() -> None:
-            under_way[0]()
+            if under_way:
+                under_way[0]()
 
         under_way.append(self._send(call, self.login, done))
         return give_up
@@ -118,7 +120,10 @@ class Connection:
         pending = _Pending[Response | KvstoreError]()
         outcome = await pending.wait(self.start(call, pending.settle))
         if isinstance(outcome, KvstoreError):
-            raise outcome
+            try:
+                raise outcome
+            finally:
+                del outcome, pending  # the error holds this frame
         return outcome
 
     async def stream(
@@ -231,7 +236,7 @@ class Connection:
             self._observe(response.header, floor)
         except RpcError as exc:
             error = self._down() or self.peer.translate(exc, call.what())
-            error.__cause__ = exc
+            error.__cause__ = exc.with_traceback(None)  # which holds this frame, and this frame the error
             return error
         except KvstoreError as exc:
             return exc

@@ -32,8 +32,9 @@ class Transport:
     questions are enough.)"""
     keepalive_timeout_s: float = 25.0
     """Cilium's etcd.keepaliveTimeout."""
-    max_message_bytes: int = 16 << 20
-    """A page of 1,000 records is some 500 KB, but one etcd value alone may have 1.5 MB."""
+    max_message_bytes: int = 4 << 20
+    """A page of 1,000 records is some 500 KB, but one etcd value alone may have 1.5 MB. While one is taken apart, the
+    agent holds several times as much as it is long."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import ctypes
 import gc
 import os
 import random
@@ -67,6 +68,8 @@ EPOCH_S = 10.0
 """How long the programs remember that they have noted a peer."""
 SHARE_OF_MAP = 20
 """Our budget is one entry in so many of the map's."""
+M_MMAP_THRESHOLD, OWN_PAGES_FROM = -3, 128 << 10
+"""glibc's mallopt(3): blocks from this size on get pages of their own, and these go back when they are freed."""
 
 
 def run_agent(settings: AgentSettings) -> None:
@@ -79,6 +82,8 @@ def run_agent(settings: AgentSettings) -> None:
     check_capabilities()
     policy, text = _read_policy(settings)
     check_directories(settings.mesh.clustermesh_config, settings.mesh.remote_config)
+    # Left alone, glibc raises that size with each block that is freed, and the heap keeps what a long listing took.
+    ctypes.CDLL(None).mallopt(M_MMAP_THRESHOLD, OWN_PAGES_FROM)
     agent = Agent(settings, policy, zlib.crc32(text.encode()))
     # A storm makes objects by the hundred thousand, none of them garbage, and looking through them was a fifth of its
     # work; what is there by now stays, and is looked through no more.
