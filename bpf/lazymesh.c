@@ -13,6 +13,7 @@
 #include "include/lazymesh_abi.h"
 #include "include/maps.h"
 #include "include/parse.h"
+#include "include/answers.h"
 #include "include/hold.h"
 #include "include/policy.h"
 
@@ -81,11 +82,10 @@ static __always_inline enum miss look_up(struct lm_config *config, struct ipcach
 	return miss;
 }
 
-/* Remember whom this node talks to, once in an epoch. */
-static __always_inline void note_recent(const struct lm_packet *packet, u32 epoch)
+/* Note whom this node talks to, once in an epoch. */
+static __always_inline void note_recent(const struct lm_packet *packet, u64 hash, u32 epoch)
 {
 	const __be32 *a = packet->peer.addr;
-	u64 hash = ((u64)(a[0] ^ a[2]) << 32 | (a[1] ^ a[3])) * 0x9e3779b97f4a7c15;
 	u64 tag = (hash & 0xffffffff00000000) | epoch, *last, value = epoch;
 	u32 index = hash >> (64 - LM_RECENT_BITS);
 	struct lm_dedup_key key = {};
@@ -208,14 +208,15 @@ static __always_inline void note_window(struct __sk_buff *skb, const struct lm_p
 static __always_inline int handle(struct __sk_buff *skb, int direction)
 {
 	struct lm_packet packet = {};
+	struct answer *answer;
 	struct lm_mesh_cidr *mesh;
 	struct lm_counters *counters;
 	struct lm_config *config;
 	enum miss miss;
 	u32 zero = 0, slot = direction, identity = WORLD_ID;
 	enum hold hold = HOLD_NOT;
-	int parsed, verdict, missed = 0, arrived = 0;
-	u64 now;
+	int parsed, verdict, missed = 0, arrived = 0, known = 0;
+	u64 now, hash;
 
 	config = lm_config.lookup(&zero);
 	counters = lm_counters.lookup(&slot);
@@ -231,15 +232,26 @@ static __always_inline int handle(struct __sk_buff *skb, int direction)
 		counters->policy_deny++;
 		return TC_ACT_SHOT;
 	}
-	miss = look_up(config, &packet.peer, &identity);
+	hash = hash_of(packet.peer.addr);
+	answer = answer_at(hash, config);
+	if (answer && is_answer(answer, &packet, hash, config)) {
+		known = 1;
+		miss = MISS_NO;
+		identity = answer->identity;
+	} else {
+		miss = look_up(config, &packet.peer, &identity);
+	}
 	/* A hit stays behind the held packets of its address. */
 	if (miss == MISS_NO && config->hold_cookie && !arrived && hold_pending(&packet, HOLD_GATE_NS) &&
 	    park(skb, &packet, direction, HOLD_GATED, bpf_ktime_get_ns()))
 		return config->parked;
 	if (arrived && miss == MISS_NO)
 		rearm(&packet);
-	if (miss == MISS_NO)
-		note_recent(&packet, config->epoch);
+	if (miss == MISS_NO && !known) {
+		note_recent(&packet, hash, config->epoch);
+		if (answer)
+			remember(answer, &packet, hash, identity, config);
+	}
 	if (miss == MISS_NO && !config->enforced) {
 		counters->hit++;
 		return TC_ACT_UNSPEC;

@@ -68,7 +68,7 @@ struct lm_config {
 	__u32 parked; /* the verdict that ends the way of a packet of which the TAP has a clone */
 	__u32 view[LM_VIEWS]; /* enum lm_view: how to read each element of the view maps */
 	__u32 epoch;	      /* counts up every few seconds: lm_recent notes an address once in each */
-	__u32 pad;
+	__u32 generation; /* goes up when an entry is replaced or removed: voids answers.h; 0: nothing is remembered */
 	__u64 policy_tag; /* which policy lm_policy was filled for; user space's alone */
 };
 

@@ -77,6 +77,7 @@ class Bench:
         self.maps["lm_ipcache"].update_many(
             [(key_of(text), abi.pack_entry(e)) for text, e in entries.items()]
         )
+        self.datapath.config.void()
 
     def mesh(self, cidrs: Mapping[str, int]) -> None:
         """Declare pod CIDRs and the cluster ids they belong to."""

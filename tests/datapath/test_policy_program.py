@@ -113,7 +113,7 @@ class TestIdentity:
         self, policed: Policed, world: int | None, direction: Direction, version: int
     ) -> None:
         """Without an identity of its own a mesh peer is world, identity 2, whatever answered the lookup."""
-        policed.bench.maps["lm_ipcache"].delete(abi.pack_address_key(POD_B1.address(version)))
+        policed.bench.ipcache.delete(POD_B1.address(version))
         if world is not None:
             policed.bench.entries({packets.NODE_PODS_OF_B[version]: Entry(world)})
         frame = Flow(POD_B1, direction, version).udp()
@@ -221,7 +221,7 @@ class TestReplies:
     ) -> None:
         """A flow allowed as world goes on when the peer's entry arrives, as long as its own direction is allowed."""
         bench = policed.bench
-        bench.maps["lm_ipcache"].delete(abi.pack_address_key(POD_B1.address(version)))
+        bench.ipcache.delete(POD_B1.address(version))
         policed.allow(initiator, WORLD)
         there = Flow(POD_B1, initiator, version)
         assert policed.judge(initiator, there.tcp("S")) == ALLOW
@@ -415,7 +415,7 @@ def test_transport_header_cut_short_is_judged_by_identity_alone(
 @pytest.mark.parametrize("version", VERSIONS)
 def test_miss_is_signalled_before_it_is_denied(policed: Policed, version: int) -> None:
     """A denied first packet must still page the entry in, or the peer would stay world for ever."""
-    policed.bench.maps["lm_ipcache"].delete(abi.pack_address_key(POD_B1.address(version)))
+    policed.bench.ipcache.delete(POD_B1.address(version))
     policed.bench.forget_counts()
     assert policed.bench.send(EGRESS, Flow(version=version).udp()) == TC_ACT_SHOT
     assert policed.bench.counts(EGRESS) == {"missed": 1, "lost": 1, DENY: 1}

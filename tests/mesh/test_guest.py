@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 
+from lazymesh.datapath import abi
 from tests.support.cilium import Cilium
 from tests.support.etcd import wait_until
 from tests.support.lab import (
@@ -28,6 +29,7 @@ from tests.support.node import (
     launched,
     metric,
     options,
+    raw_entries,
     send_udp,
     status,
 )
@@ -183,6 +185,19 @@ def test_status_shows_the_map(pair: Pair) -> None:
     assert f"Ipcache:    map {pair.cilium.map_id} (v2-readonly, pinned)" in shown
     assert "Datapath:   cilium, attached by tcx" in shown
     assert status(pair.lab)["datapath"]["ipcache"]["maps"][0]["size"] == 512_000
+
+
+def test_programs_remember_nothing_while_packets_may_be_held(pair: Pair) -> None:
+    """What Cilium has removed since the last tick goes on as world: right only where misses are passed on, too."""
+
+    def remembers() -> bool:
+        (raw,) = raw_entries(pair.lab, "lm_config").values()
+        return abi.Config.from_buffer_copy(raw).generation != 0
+
+    for action, expected in (("pass", True), ("hold", False), ("drop", True), ("hold", False)):
+        assert pair.lab.cli("config", "on-miss", action).returncode == 0
+        assert remembers() is expected
+    pair.lab.cli("config", "on-miss", "pass")
 
 
 def test_shadow_decides_everything_and_writes_nothing(agent: Cilium, lab: Lab) -> None:

@@ -93,7 +93,7 @@ class Config(ctypes.Structure):
         ("parked", c_uint32),
         ("view", c_uint32 * 3),
         ("epoch", c_uint32),
-        ("pad", c_uint32),
+        ("generation", c_uint32),
         ("policy_tag", c_uint64),
     )
 

@@ -30,7 +30,7 @@ from lazymesh.datapath.libbpf import (
 from lazymesh.errors import DatapathError, MapFullError
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Iterator, Mapping, Sequence
+    from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 
 _FULL = (errno.ENOSPC, errno.E2BIG, errno.ENOMEM)
 
@@ -93,6 +93,8 @@ class IpcacheMap:
         self._tag = tag
         self._packed_last: Entry | None = None
         self._packed = b""
+        self.on_change: Callable[[], None] = lambda: None
+        """Told after an entry was replaced or removed."""
         view = view_of(bpf_map.layout)
         if view is None and read_only:
             # Flags say who may write: entries can be read whatever they are.
@@ -170,15 +172,18 @@ class IpcacheMap:
     def replace(self, address: Address, entry: Entry) -> None:
         """Write the /32 or /128, whatever stands there."""
         self._update(abi.pack_address_key(address), entry, BPF_ANY)
+        self.on_change()
 
     def delete(self, address: Address) -> bool:
         """Remove the /32 or /128; False when it was not there."""
         try:
-            return self._map.delete(abi.pack_address_key(address))
+            deleted = self._map.delete(abi.pack_address_key(address))
         except OSError as exc:
             raise DatapathError(
                 f"cannot delete from the ipcache map at {self._path}: {exc.strerror}"
             ) from exc
+        self.on_change()
+        return deleted
 
     def _standing(self, raw: bytes) -> Standing:
         return Standing(abi.unpack_entry(raw), self._tag != 0 and abi.tag_of_entry(raw) == self._tag)
@@ -244,6 +249,9 @@ class Views:
             if slot >= len(ipcaches) or ipcaches[slot].view is not view:
                 self._outer[view].delete(slot.to_bytes(4, sys.byteorder))
         self._shown = [ipcache.view for ipcache in ipcaches]
+        self._config.void()
+        for ipcache in ipcaches:
+            ipcache.on_change = self._config.void
 
 
 class RecentMap:
@@ -429,6 +437,8 @@ class DatapathConfig:
     """Which policy the policy map is filled for."""
     parked: int = 2
     """The verdict that ends the way of a parked packet: a drop (2), as all hooks know it."""
+    remember: bool = True
+    """The programs may take what the ipcache said for true until the clock's next tick."""
 
 
 class ConfigMap:
@@ -450,6 +460,7 @@ class ConfigMap:
         raw.on_miss, raw.policy_tag = config.on_miss, config.policy_tag
         raw.enforced = sum(1 << direction for direction in config.enforced)
         raw.parked, raw.muted, raw.hold_cookie = config.parked, 0, 0
+        raw.generation = _next(raw.generation) if config.remember else 0
         for name in ("interface", "uplink", "global"):
             interval, depth = _bucket(getattr(config, f"{name}_rate"), getattr(config, f"{name}_burst"))
             setattr(raw, f"{name}_interval_ns", interval)
@@ -474,6 +485,16 @@ class ConfigMap:
         raw.view[slot] = view
         self._map.update(self._SLOT, bytes(raw))
 
+    def remember(self, on: bool) -> None:
+        """Let the programs remember answers of the ipcache, or not any more."""
+        self.change(generation=_next(self.read().generation) if on else 0)
+
+    def void(self) -> None:
+        """Have the programs forget what the ipcache has said: it may say something else now."""
+        generation = self.read().generation
+        if generation:
+            self.change(generation=_next(generation))
+
     def mute(self, on: bool) -> None:
         """Raise or lower the mute flag: while it is up the programs count misses and signal none."""
         self.change(muted=int(on))
@@ -481,6 +502,10 @@ class ConfigMap:
     def admit(self, share: float) -> None:
         """Let this share of the rates that were written be signalled; of a burst, too, as the depth stays."""
         self.change(**{name: int(interval / share) for name, interval in self._intervals.items()})
+
+
+def _next(generation: int) -> int:
+    return generation % 0xFFFFFFFF + 1
 
 
 def _bucket(rate: int, burst: int) -> tuple[int, int]:

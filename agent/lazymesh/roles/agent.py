@@ -404,23 +404,34 @@ class Agent:
 
     def _configure(self, datapath: Datapath) -> None:
         settings, shadow = self._settings.datapath, self._settings.shadow
+        # Where no entry is ever written, policy, holding and dropping would cut everybody off.
+        on_miss = OnMiss.PASS if shadow else OnMiss[settings.on_miss.upper()]
         datapath.config.write(
             DatapathConfig(
                 interface_rate=settings.signal_rate,
                 uplink_rate=4 * settings.signal_rate,
                 global_rate=10 * settings.signal_rate,
-                # Where no entry is ever written, policy, holding and dropping would cut everybody off.
-                on_miss=OnMiss.PASS if shadow else OnMiss[settings.on_miss.upper()],
+                on_miss=on_miss,
+                remember=self._may_remember(on_miss),
                 enforced=self._policy.enforced if self._policy and not shadow else frozenset(),
                 policy_tag=self._policy_tag,
             )
         )
 
+    def _may_remember(self, on_miss: OnMiss) -> bool:
+        """Tell whether the programs may remember an answer until the next tick.
+
+        Cilium's agent may remove an entry meanwhile: a packet then goes on as world, unless misses are to be held.
+        """
+        return self._settings.datapath.mode == "standalone" or on_miss is not OnMiss.HOLD
+
     def _switch_on_miss(self, datapath: Datapath, holding: Holding, action: str) -> dict[str, Any]:
         """Change what becomes of missed packets, at once."""
         if self._settings.shadow and action != "pass":
             return {"error": "in shadow mode missed packets are always passed on"}
-        datapath.config.change(on_miss=OnMiss[action.upper()])
+        on_miss = OnMiss[action.upper()]
+        datapath.config.change(on_miss=on_miss)
+        datapath.config.remember(self._may_remember(on_miss))
         if action == "hold":
             holding.want()
         log.info("on miss", action=action)

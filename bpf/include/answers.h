@@ -1,0 +1,65 @@
+/* SPDX-License-Identifier: (GPL-2.0-only OR BSD-2-Clause) */
+/*
+ * What a CPU remembers of the ipcache for a moment.
+ *
+ * A walk through an LPM trie costs as much as all else that is done for a hit, several times over, and the packets of one
+ * moment go to few peers. So a hit is remembered: until the clock's next tick (1 to 10 ms, by the kernel's HZ), in which
+ * Cilium may have taken the entry away, and until the agent replaces or removes any entry itself, which voids all. A miss
+ * is not: an entry counts from the moment that it stands.
+ */
+#ifndef LAZYMESH_ANSWERS_H
+#define LAZYMESH_ANSWERS_H
+
+#include "lazymesh_abi.h"
+#include "parse.h"
+
+#define ANSWER_BITS 10
+
+/* The seal ties address, identity and moment together, so that half a write is none. */
+struct answer {
+	u64 seal;
+	__be32 addr[4];
+	u32 family;
+	u32 identity;
+};
+
+/* Not pinned: no load of the programs takes over what another one remembered. */
+BPF_PERCPU_ARRAY(lm_answers, struct answer, 1 << ANSWER_BITS);
+
+static __always_inline u64 hash_of(const __be32 *a)
+{
+	return ((u64)(a[0] ^ a[2]) << 32 | (a[1] ^ a[3])) * 0x9e3779b97f4a7c15;
+}
+
+static __always_inline u64 seal_of(u64 hash, u32 identity, const struct lm_config *config)
+{
+	return hash ^ (u64)identity << 16 ^ (bpf_jiffies64() << 32 | config->generation);
+}
+
+/* Where the answer about an address would be; NULL when nothing is to be remembered. */
+static __always_inline struct answer *answer_at(u64 hash, const struct lm_config *config)
+{
+	u32 index = hash >> (64 - ANSWER_BITS);
+
+	return config->generation ? lm_answers.lookup(&index) : NULL;
+}
+
+static __always_inline int is_answer(const struct answer *answer, const struct lm_packet *packet, u64 hash,
+				     const struct lm_config *config)
+{
+	const __be32 *a = packet->peer.addr, *b = answer->addr;
+
+	return a[0] == b[0] && a[1] == b[1] && a[2] == b[2] && a[3] == b[3] && packet->peer.family == answer->family &&
+	       answer->seal == seal_of(hash, answer->identity, config);
+}
+
+static __always_inline void remember(struct answer *answer, const struct lm_packet *packet, u64 hash, u32 identity,
+				     const struct lm_config *config)
+{
+	__builtin_memcpy(answer->addr, packet->peer.addr, sizeof(answer->addr));
+	answer->family = packet->peer.family;
+	answer->identity = identity;
+	answer->seal = seal_of(hash, identity, config);
+}
+
+#endif
