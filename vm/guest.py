@@ -34,6 +34,7 @@ IPCACHE_SIZE = 20_000
 TESTS = Path("tests/datapath")
 GROUPS = {
     "miss": "test_verdicts",
+    "answers": "test_answers",
     "policy": "test_policy_program",
     "hold": "test_hold_program",
     "hooks": "test_hooks",

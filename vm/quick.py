@@ -88,6 +88,7 @@ def matrix(every: dict[str, dict[str, Any]]) -> str:
         ("fewest capabilities", lambda found: ", ".join(found["features"]["needs"])),
         ("all programs load", lambda found: _yes(found["features"]["loads"])),
         ("miss", lambda found: _tests(found, "miss")),
+        ("hits remembered for a tick", lambda found: _tests(found, "answers")),
         ("policy", lambda found: _tests(found, "policy")),
         ("hold", lambda found: _tests(found, "hold") if found["features"]["hold"] else "no"),
         ("hold of UDP segments (GSO)", lambda found: _yes(found["features"]["udp_gso"])),

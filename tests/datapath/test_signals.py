@@ -33,6 +33,8 @@ if TYPE_CHECKING:
 EGRESS, INGRESS = Direction
 CAUSES = ("signalled", "suppressed_dedup", "suppressed_rate", "muted", "lost")
 UNLIMITED = {"interface_rate": 0, "global_rate": 0}
+HOUR_NS = 3_600 * 10**9
+"""A token in this time: none comes back while a test runs, however slow the machine."""
 
 
 @pytest.fixture
@@ -186,6 +188,7 @@ def test_noisy_interface_uses_up_its_own_tokens_only(
     """A pod that scans the mesh is cut off at its burst; its neighbour's first misses are signalled."""
     node, one, two = two_ports
     mesh.configure(interface_rate=1, interface_burst=10, global_rate=0)
+    mesh.datapath.config.change(interface_interval_ns=HOUR_NS, interface_burst_ns=9 * HOUR_NS)
     with reading(mesh) as records:
         node.call(send_to_many, mesh, one, range(50))
         assert mesh.counts(EGRESS) == {"missed": 50, "signalled": 10, "suppressed_rate": 40}
@@ -200,6 +203,7 @@ def test_all_interfaces_together_keep_the_global_limit(
     """However many interfaces there are, the agent gets no more than it can take."""
     node, one, two = two_ports
     mesh.configure(interface_rate=0, global_rate=1, global_burst=15)
+    mesh.datapath.config.change(global_interval_ns=HOUR_NS, global_burst_ns=14 * HOUR_NS)
     with reading(mesh) as records:
         node.call(send_to_many, mesh, one, range(10))
         node.call(send_to_many, mesh, two, range(10, 30))
