@@ -8,6 +8,7 @@ key to the kvstore.
 
 from __future__ import annotations
 
+from functools import lru_cache
 from ipaddress import IPv6Address
 from typing import TYPE_CHECKING
 
@@ -68,11 +69,18 @@ def ip_prefix(space: Space, cluster: str) -> bytes:
     return _PUSHED if space is Space.PUSHED else _PULL_ONLY
 
 
-def ip_keys(spaces: Sequence[Space], addresses: Sequence[Address], cluster: str) -> list[bytes]:
+@lru_cache(maxsize=1_024)  # two for each cluster
+def _prefixes(spaces: tuple[Space, ...], cluster: str) -> list[bytes]:
+    return [ip_prefix(space, cluster) for space in spaces]
+
+
+def ip_keys(spaces: tuple[Space, ...], addresses: Sequence[Address], cluster: str) -> list[bytes]:
     """Return what ``ip_key`` returns for each address in each of the spaces, address by address."""
-    prefixes = [ip_prefix(space, cluster) for space in spaces]
-    texts = [address_text(address).encode() for address in addresses]
-    return [prefix + text for text in texts for prefix in prefixes]
+    prefixes, keys = _prefixes(spaces, cluster), []
+    for address in addresses:
+        text = address_text(address).encode()
+        keys += [prefix + text for prefix in prefixes]
+    return keys
 
 
 def nodes_prefix(cached: bool, cluster: str) -> bytes:

@@ -10,8 +10,9 @@ import asyncio
 import contextlib
 import os
 import ssl
+import time
 from collections import deque
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 from lazymesh.kvstore.certificate import client_context
 from lazymesh.kvstore.channel import Code, RpcError
@@ -24,8 +25,18 @@ if TYPE_CHECKING:
     from lazymesh.kvstore.config import Endpoint, EtcdConfig
 
 BUFFER = 64 << 10
-PONG_S = 0.05
-"""An answer to a ping waits this long for something else to go with."""
+SWEEP_S = 0.05
+"""So often the clock is looked at while calls are under way: a timer for each would be a tenth of a call's work. An
+answer to a ping waits at most as long for something else to go with."""
+
+
+class _UnderWay(NamedTuple):
+    """One unary call that has no outcome yet."""
+
+    deadline: float
+    give_up: Callable[[], None]
+    on_done: Callable[[bytes | RpcError], None]
+    timeout_s: float
 
 
 class NativeChannel(asyncio.BufferedProtocol):
@@ -45,9 +56,10 @@ class NativeChannel(asyncio.BufferedProtocol):
         self._waiting: deque[tuple[Exchange, bytes, bytes | None]] = deque()
         """Calls that the server has no room for yet."""
         self._flush_due = False
-        self._calls = 0
-        """Unary calls under way: when the server says that it leaves, they may still end well."""
-        self._pong: asyncio.TimerHandle | None = None
+        self._calls: dict[Exchange, _UnderWay] = {}
+        """Unary calls: when the server says that it leaves, they may still end well."""
+        self._sweeper: asyncio.TimerHandle | None = None
+        """Set while there are calls, or pings without answer."""
         host = f"[{endpoint.host}]" if ":" in endpoint.host else endpoint.host
         self._authority = f"{host}:{endpoint.port}"
 
@@ -79,25 +91,20 @@ class NativeChannel(asyncio.BufferedProtocol):
         messages: list[bytes] = []
 
         def end(code: Code, details: str) -> None:
-            timer.cancel()
-            self._calls -= 1
+            del self._calls[exchange]
             if code is Code.OK and len(messages) != 1:
                 code, details = Code.INTERNAL, f"{len(messages)} responses to one request"
             on_done(messages[0] if code is Code.OK else RpcError(code, details))
 
         def give_up() -> None:
-            if not exchange.ended:
-                timer.cancel()
-                self._calls -= 1
+            if self._calls.pop(exchange, None) is not None:
                 self._leave(exchange)
 
-        def time_out() -> None:
-            give_up()
-            on_done(RpcError(Code.DEADLINE_EXCEEDED, f"no answer in {request.timeout_s:g} s"))
-
         exchange = Exchange(messages.append, end)
-        timer = self._loop.call_later(request.timeout_s, time_out)
-        self._calls += 1
+        deadline = time.monotonic() + request.timeout_s
+        self._calls[exchange] = _UnderWay(deadline, give_up, on_done, request.timeout_s)
+        if self._sweeper is None:
+            self._sweeper = self._loop.call_later(SWEEP_S, self._sweep)
         head = self._head(request.path, request.metadata, int(request.timeout_s * 1000))
         self._begin(exchange, head, request.message)
         return give_up
@@ -165,8 +172,8 @@ class NativeChannel(asyncio.BufferedProtocol):
             self._admit()
         if self._wire.out:
             self._flush()
-        elif self._wire.pongs and self._pong is None:
-            self._pong = self._loop.call_later(PONG_S, self._flush)
+        elif self._wire.pongs and self._sweeper is None:
+            self._sweeper = self._loop.call_later(SWEEP_S, self._sweep)
         if self._wire.closing and not self._calls:
             self._end(self._wire.closing)
 
@@ -228,6 +235,15 @@ class NativeChannel(asyncio.BufferedProtocol):
         exchange.ended = True
         self._admit()
 
+    def _sweep(self) -> None:
+        """Give up calls that are too late, and answer pings that nothing has taken along."""
+        self._sweeper = self._loop.call_later(SWEEP_S, self._sweep) if self._calls else None
+        now = time.monotonic()
+        for late in [call for call in self._calls.values() if call.deadline <= now]:
+            late.give_up()
+            late.on_done(RpcError(Code.DEADLINE_EXCEEDED, f"no answer in {late.timeout_s:g} s"))
+        self._flush()
+
     def _flush_soon(self) -> None:
         if not self._flush_due:
             self._flush_due = True
@@ -235,9 +251,6 @@ class NativeChannel(asyncio.BufferedProtocol):
 
     def _flush(self) -> None:
         self._flush_due = False
-        if self._pong is not None:
-            self._pong.cancel()
-            self._pong = None
         wire = self._wire
         if wire.pongs:
             wire.out += wire.pongs
@@ -254,9 +267,9 @@ class NativeChannel(asyncio.BufferedProtocol):
             self._settled.set_exception(RpcError(Code.UNAVAILABLE, reason))
             self._settled.exception()  # seen: it may come when nobody waits any more
         self._admit()
-        if self._pong is not None:
-            self._pong.cancel()
-            self._pong = None
+        if self._sweeper is not None:
+            self._sweeper.cancel()
+            self._sweeper = None
         if self._transport is not None:
             with contextlib.suppress(RuntimeError):
                 self._transport.abort()

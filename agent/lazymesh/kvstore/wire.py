@@ -153,11 +153,18 @@ class Wire:
         self.exchanges[stream] = exchange
         exchange.window = self._first_window
         self.out.append(_frame(HEADERS, END_HEADERS, stream, head))
-        if message is not None:
-            exchange.unsent_end = True
-            self.send(exchange, message)
-        else:
+        if message is None:
             self._flush(exchange)
+            return
+        size = _PREFIX.size + len(message)
+        exchange.unsent_end = True
+        if size <= min(self._window, exchange.window, self._frame_size):
+            self._window -= size
+            exchange.window -= size
+            exchange.sent_all = True
+            self.out.append(_frame(DATA, END_STREAM, stream, _PREFIX.pack(0, len(message)) + message))
+        else:
+            self.send(exchange, message)
 
     def send(self, exchange: Exchange, message: bytes) -> None:
         """Send one message, as far as the server takes it now, and the rest later."""
@@ -221,16 +228,16 @@ class Wire:
         if self._uncredited > _CREDIT_AT:
             self.out.append(_frame(WINDOW_UPDATE, 0, 0, _U32.pack(self._uncredited)))
             self._uncredited = 0
-        exchange = self._exchange(stream)
+        exchange = self.exchanges.get(stream) or self._exchange(stream)
         if exchange is None:
             return
         exchange.uncredited += len(payload)
-        self._messages(exchange, _without_padding(flags, payload))
+        self._messages(exchange, _without_padding(payload) if flags & PADDED else payload)
         if exchange.ended:
             return
         if flags & END_STREAM:
             self._end(exchange, Code.INTERNAL, "the response ends without a status")
-        else:
+        elif exchange.uncredited >= _CREDIT_AT:
             self._credit(exchange)
 
     def _messages(self, exchange: Exchange, data: memoryview) -> None:
@@ -263,7 +270,7 @@ class Wire:
             self.out.append(_frame(WINDOW_UPDATE, 0, exchange.stream, _U32.pack(due)))
 
     def _headers(self, flags: int, stream: int, payload: memoryview) -> None:
-        block = _without_padding(flags, payload)
+        block = _without_padding(payload) if flags & PADDED else payload
         if flags & PRIORITISED:
             if len(block) < 5:
                 raise ProtocolError("HEADERS too short")
@@ -286,7 +293,7 @@ class Wire:
 
     def _head(self, flags: int, stream: int, block: bytes) -> None:
         head = self._heads.get(block) or self._decode(block)
-        exchange = self._exchange(stream)
+        exchange = self.exchanges.get(stream) or self._exchange(stream)
         if exchange is None:
             return
         if flags & END_STREAM:
@@ -482,9 +489,7 @@ def _frame(kind: int, flags: int, stream: int, payload: bytes) -> bytes:
     return _FRAME.pack(length >> 8, length & 0xFF, kind, flags, stream) + payload
 
 
-def _without_padding(flags: int, payload: memoryview) -> memoryview:
-    if not flags & PADDED:
-        return payload
+def _without_padding(payload: memoryview) -> memoryview:
     if not payload or payload[0] >= len(payload):
         raise ProtocolError("padding longer than its frame")
     return payload[1 : len(payload) - payload[0]]

@@ -115,7 +115,8 @@ class Driver:
         self._admitted = 1.0
         self._events: deque[events.Event] = deque()
         self._busy = False
-        self._reports: list[events.Report] = []
+        self._reports: list[tuple[events.Report, float]] = []
+        """With the time of the step that made each: of an entry, the moment at which it stood."""
         self._later: deque[events.Watch | events.Unwatch] = deque()
         """Changes of watches: they start from a known revision, so nothing is missed while packets come first."""
         self._said: dict[str | None, OncePer] = {}
@@ -137,10 +138,12 @@ class Driver:
 
     def on_signals(self, signals: list[Signal]) -> None:
         """Take the misses of one wake-up."""
-        addresses = tuple([one.address for one in signals])
-        at = tuple([one.ktime_ns / 1e9 for one in signals])
-        self.feed(events.Misses(addresses, at))
-        inward = sum([one.direction for one in signals])
+        addresses, at, inward = [], [], 0
+        for one in signals:
+            addresses.append(one.address)
+            at.append(one.ktime_ns / 1e9)
+            inward += one.direction
+        self.feed(events.Misses(tuple(addresses), tuple(at)))
         for direction, count in ((Direction.EGRESS, len(signals) - inward), (Direction.INGRESS, inward)):
             if count:
                 self._directions[direction].inc(count)
@@ -161,7 +164,8 @@ class Driver:
                     if self._later and isinstance(event, (events.StoreReset, events.ClusterGone)):
                         # The resolver forgets its watches, and so has the link: these would be nobody's.
                         self._later = deque(each for each in self._later if each.cluster != event.cluster)
-                    self._carry_out(self._resolver.step(event, time.monotonic()))
+                    now = time.monotonic()
+                    self._carry_out(self._resolver.step(event, now), now)
                 self._finish()
         except Exception as exc:
             # The resolver may be anywhere between two states: nothing more is decided from it.
@@ -175,20 +179,19 @@ class Driver:
         """Do what packets do not wait for, and first let go those that do."""
         reports, self._reports = self._reports, []
         if self.release is not None and reports:
-            for report in reports:
+            for report, _ in reports:
                 if report.outcome != "evicted":
                     self.release(
                         report.address, Cause.INSTALLED if report.outcome in _GOOD else Cause.NEGATIVE
                     )
             self.released()
-        now = time.monotonic()
         while self._later:
             self._change_watch(self._later.popleft())
         ends: dict[tuple[str, bool], int] = {}
-        for report in reports:
+        for report, at in reports:
             end = report.outcome, report.cached
             ends[end] = ends.get(end, 0) + 1
-            self._report(report, now)
+            self._report(report, at)
         for (outcome, cached), count in ends.items():
             self._metrics.outcomes.labels(outcome, "yes" if cached else "no").inc(count)
 
@@ -201,14 +204,14 @@ class Driver:
         else:
             link.unwatch(command.address)
 
-    def _carry_out(self, commands: list[events.Command]) -> None:
+    def _carry_out(self, commands: list[events.Command], now: float) -> None:
         """Carry out the commands of one step, in their order; installs with nothing to do in between go together."""
         installs: list[events.Install] = []
         for command in commands:
             if isinstance(command, events.Install):
                 installs.append(command)
             elif isinstance(command, events.Report):
-                self._reports.append(command)
+                self._reports.append((command, now))
             elif isinstance(command, events.Read):
                 self._read(command)
             elif isinstance(command, (events.Watch, events.Unwatch)):
@@ -250,10 +253,10 @@ class Driver:
         said = self._said.setdefault(report.cluster, OncePer(QUIET_S))
         return said((report.address, report.reason), now)
 
-    def _report(self, report: events.Report, now: float) -> None:
+    def _report(self, report: events.Report, at: float) -> None:
         if self.installed is not None and report.outcome in _GOOD and not report.cached:
             self.installed(report.address)
-        latency = None if report.missed_at is None else max(0.0, now - report.missed_at)
+        latency = None if report.missed_at is None else max(0.0, at - report.missed_at)
         reason = None if report.reason is None else report.reason.value
         if reason is not None and report.outcome != "evicted":
             self._metrics.errors.labels(reason).inc()
@@ -273,7 +276,7 @@ class Driver:
                     "detail": report.detail or None,
                 }
             )
-        if report.reason in _REFUSALS and self._may_say(report, now):
+        if report.reason in _REFUSALS and self._may_say(report, at):
             log.warning(
                 "address refused",
                 address=format_address(report.address),

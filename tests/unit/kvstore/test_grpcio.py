@@ -28,4 +28,4 @@ def test_keepalive_and_message_size_are_what_was_asked_for() -> None:
     options = dict(channel_options(Endpoint("http", "a", 1), Transport()))
     assert options["grpc.keepalive_time_ms"] == 15_000
     assert options["grpc.keepalive_timeout_ms"] == 25_000
-    assert options["grpc.max_receive_message_length"] >= 8 << 20
+    assert options["grpc.max_receive_message_length"] >= 4 << 20

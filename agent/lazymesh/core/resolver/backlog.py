@@ -122,7 +122,7 @@ class Backlog:
                 batch = lane.take_proofs(room, whole_at)
             else:
                 batch = lane.take(room, whole_at, with_checks=now >= link.checks_after)
-            taken = list(batch)
+            taken = batch.taken()
             if taken:
                 break
         else:

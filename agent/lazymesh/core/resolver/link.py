@@ -60,8 +60,9 @@ class Lane:
         checks = min(self.checks.count, max(room // 4, room - self.misses.count)) if with_checks else 0
         batch = Batch()
         self.misses.take(batch, room - checks, whole_at)
-        # Nobody waits for checks, but misses would wait for a whole /24 of them.
-        self.checks.take(batch, checks, whole_at if not batch else None)
+        if checks:
+            # Nobody waits for checks, but misses would wait for a whole /24 of them.
+            self.checks.take(batch, checks, None if batch.taken() else whole_at)
         return batch
 
 

@@ -8,32 +8,27 @@ and what lies between has no bound.
 from __future__ import annotations
 
 from collections import OrderedDict
-from dataclasses import dataclass, field
-from itertools import islice
+from itertools import chain, islice
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
-
     from lazymesh.core.model import Address
     from lazymesh.core.resolver.tracked import Tracked
 
 
-@dataclass(slots=True)
 class Batch:
     """What goes into one transaction."""
 
-    whole: list[list[Tracked]] = field(default_factory=list)
-    """Addresses of one /24 each, which is read whole."""
-    apart: list[Tracked] = field(default_factory=list)
+    __slots__ = ("apart", "whole")
 
-    def __iter__(self) -> Iterator[Tracked]:
-        for members in self.whole:
-            yield from members
-        yield from self.apart
+    def __init__(self) -> None:
+        self.whole: list[list[Tracked]] = []
+        """Addresses of one /24 each, which is read whole."""
+        self.apart: list[Tracked] = []
 
-    def __bool__(self) -> bool:
-        return bool(self.whole or self.apart)
+    def taken(self) -> list[Tracked]:
+        """Return all addresses, those of whole /24s first."""
+        return [*chain.from_iterable(self.whole), *self.apart] if self.whole else self.apart
 
 
 class Waiting:

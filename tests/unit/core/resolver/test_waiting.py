@@ -55,7 +55,7 @@ def test_neighbours_go_together(
     waiting, batch = waiting_for(*waits), Batch()
     waiting.take(batch, room, whole_at=3)
     assert texts(batch) == ([list(each) for each in whole], list(apart))
-    assert waiting.count == len(waits) - len(list(batch))
+    assert waiting.count == len(waits) - len(batch.taken())
 
 
 def test_nothing_goes_whole_where_it_must_not() -> None:
@@ -104,7 +104,7 @@ class Row(RuleBasedStateMachine):
         """Some are read; nothing that is older is left behind but a part of its own neighbourhood."""
         batch = Batch()
         self.waiting.take(batch, room, whole_at)
-        taken = [tracked.address for tracked in batch]
+        taken = [tracked.address for tracked in batch.taken()]
         assert len(set(taken)) == len(taken)
         assert set(taken) <= set(self.model)
         assert len(batch.apart) + len(batch.whole) <= room
