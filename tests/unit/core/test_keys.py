@@ -158,7 +158,7 @@ def test_no_key_crashes_the_parsers(key: bytes) -> None:
 def test_keys_of_many_addresses_are_those_of_each(spaces: list[Space], addresses: list[bytes]) -> None:
     """Address by address, each in the order of the spaces."""
     expected = [keys.ip_key(space, address, "b") for address in addresses for space in spaces]
-    assert keys.ip_keys(spaces, addresses, "b") == expected
+    assert keys.ip_keys(tuple(spaces), addresses, "b") == expected
 
 
 @pytest.mark.parametrize(
