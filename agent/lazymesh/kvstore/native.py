@@ -56,8 +56,10 @@ class NativeChannel(asyncio.BufferedProtocol):
         self._waiting: deque[tuple[Exchange, bytes, bytes | None]] = deque()
         """Calls that the server has no room for yet."""
         self._flush_due = False
-        self._calls: dict[Exchange, _UnderWay] = {}
+        self._calls: dict[int, _UnderWay] = {}
         """Unary calls: when the server says that it leaves, they may still end well."""
+        self._made = 0
+        """Calls in all, so a number for each."""
         self._sweeper: asyncio.TimerHandle | None = None
         """Set while there are calls, or pings without answer."""
         host = f"[{endpoint.host}]" if ":" in endpoint.host else endpoint.host
@@ -91,18 +93,19 @@ class NativeChannel(asyncio.BufferedProtocol):
         messages: list[bytes] = []
 
         def end(code: Code, details: str) -> None:
-            del self._calls[exchange]
+            del self._calls[number]
             if code is Code.OK and len(messages) != 1:
                 code, details = Code.INTERNAL, f"{len(messages)} responses to one request"
             on_done(messages[0] if code is Code.OK else RpcError(code, details))
 
         def give_up() -> None:
-            if self._calls.pop(exchange, None) is not None:
+            if self._calls.pop(number, None) is not None:
                 self._leave(exchange)
 
+        self._made = number = self._made + 1
         exchange = Exchange(messages.append, end)
         deadline = time.monotonic() + request.timeout_s
-        self._calls[exchange] = _UnderWay(deadline, give_up, on_done, request.timeout_s)
+        self._calls[number] = _UnderWay(deadline, give_up, on_done, request.timeout_s)
         if self._sweeper is None:
             self._sweeper = self._loop.call_later(SWEEP_S, self._sweep)
         head = self._head(request.path, request.metadata, int(request.timeout_s * 1000))
