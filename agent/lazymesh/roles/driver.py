@@ -116,7 +116,9 @@ class Driver:
         self._events: deque[events.Event] = deque()
         self._busy = False
         self._reports: list[tuple[events.Report, float]] = []
-        """With the time of the step that made each: of an entry, the moment at which it stood."""
+        """With the time at which each came about: that of an entry, when it stood."""
+        self._stood = 0.0
+        """When the last installs were carried out."""
         self._later: deque[events.Watch | events.Unwatch] = deque()
         """Changes of watches: they start from a known revision, so nothing is missed while packets come first."""
         self._said: dict[str | None, OncePer] = {}
@@ -165,7 +167,8 @@ class Driver:
                         # The resolver forgets its watches, and so has the link: these would be nobody's.
                         self._later = deque(each for each in self._later if each.cluster != event.cluster)
                     now = time.monotonic()
-                    self._carry_out(self._resolver.step(event, now), now)
+                    commands = self._resolver.step(event, now)
+                    self._carry_out(commands, self._stood if isinstance(event, events.InstallsEnded) else now)
                 self._finish()
         except Exception as exc:
             # The resolver may be anywhere between two states: nothing more is decided from it.
@@ -231,6 +234,7 @@ class Driver:
         if not installs:
             return
         errors = self._installer.install_many([(one.address, one.entry, one.cluster_id) for one in installs])
+        self._stood = time.monotonic()
         addresses = tuple([one.address for one in installs])
         self._events.appendleft(events.InstallsEnded(addresses, tuple(errors)))
         installs.clear()
