@@ -12,6 +12,7 @@ import base64
 import contextlib
 import json
 import os
+import random
 import shutil
 import signal
 import socket
@@ -30,10 +31,15 @@ START_TIMEOUT_S = 20.0
 
 
 def free_port() -> int:
-    """Return a TCP port nobody listens on; ports of other namespaces are not looked at."""
-    with socket.socket(socket.AF_INET6) as probe:
-        probe.bind(("::", 0))
-        return int(probe.getsockname()[1])
+    """Return a TCP port nobody listens on; ports of other namespaces are not looked at.
+
+    None that the kernel gives to clients: it would be taken by one of those while its server is stopped.
+    """
+    while True:
+        port = random.randrange(20_000, 32_768)
+        with socket.socket(socket.AF_INET6) as probe, contextlib.suppress(OSError):
+            probe.bind(("::", port))
+            return port
 
 
 def wait_until(check: Callable[[], Any], timeout_s: float = START_TIMEOUT_S, what: str = "condition") -> Any:
