@@ -40,7 +40,7 @@ class Installer:
         """The map is nearly full: nothing new is put in, what is left is for Cilium."""
         self.on_full: Callable[[], None] = lambda: None
         """Told when the kernel has no room for an entry."""
-        self._maps = list(maps)
+        self.use(maps)
         self._journal = journal
         self._honours_noexist = honours_noexist
         self._shared = shared
@@ -96,6 +96,7 @@ class Installer:
     def use(self, maps: Sequence[IpcacheMap]) -> None:
         """Write into these maps from now on. What is ours in another first map is to be carried over."""
         self._maps = list(maps)
+        self._main = self._maps[0]
 
     def carry_over(self, address: Address) -> Reason | None:
         """Put an entry of ours into a first map that is new; returns why not, and then it is not ours any more."""
@@ -189,10 +190,6 @@ class Installer:
         """Give up an entry that is lost."""
         self._beside.discard(address)
         self._forget(address)
-
-    @property
-    def _main(self) -> IpcacheMap:
-        return self._maps[0]
 
     def _insert(self, address: Address, entry: Entry, cluster_id: int) -> bool:
         if self.crowded:

@@ -185,10 +185,11 @@ class Connection:
         other, so only that one tells a store that went back; the next connect finds out for sure.
         """
         self.heard_at = time.monotonic()
-        self.revision = max(self.revision, header.revision)
-        self.cluster_id = self.cluster_id or header.cluster_id
+        revision, cluster_id = header.revision, header.cluster_id
+        self.revision = max(self.revision, revision)
+        self.cluster_id = self.cluster_id or cluster_id
         # The end of a compacted watch comes with revision 0.
-        if header.cluster_id != self.cluster_id or 0 < header.revision < floor:
+        if cluster_id != self.cluster_id or 0 < revision < floor:
             reason, advice = "another store answers there", "all is read anew"
             self.fail(self.peer.error("unavailable", "go on", reason, advice))
             self._check_up()

@@ -24,15 +24,12 @@ class Backlog:
 
     def __init__(self, limits: Limits) -> None:
         self._limits = limits
-        self._missed = 0
+        self.missed = 0
+        """How many missed addresses wait, for clusters ready or not; for others to read only, at each step."""
         self.busy: dict[str, Link] = {}
         """The ready clusters for which something waits, by name."""
         self._parked: dict[str, Link] = {}
         """The others for which something may wait."""
-
-    def __len__(self) -> int:
-        """Return how many missed addresses wait, for clusters ready or not."""
-        return self._missed
 
     def level(self, *, others: bool) -> int:
         """Return how many missed addresses wait for ready clusters: the load that muting the kernel would relieve.
@@ -62,7 +59,7 @@ class Backlog:
         if urgent:
             lane.misses.add(tracked)
             link.missed += 1
-            self._missed += 1
+            self.missed += 1
         elif address in link.unproven:
             lane.proofs.add(tracked)
         else:
@@ -75,7 +72,7 @@ class Backlog:
         lane = link.lanes[tracked.wants]
         if lane.misses.remove(address):
             link.missed -= 1
-            self._missed -= 1
+            self.missed -= 1
         elif not lane.proofs.remove(address) and not lane.checks.remove(address):
             raise RuntimeError(f"address {address.hex()} waits for no read")
 
@@ -85,7 +82,7 @@ class Backlog:
         Those of clusters that are not ready go first: they would have waited anyway. Of all such clusters, and then of
         the others, the one that has most gives an old one: it is the one that is too slow.
         """
-        if self._missed <= self._limits.queue:
+        if self.missed <= self._limits.queue:
             return None
         parked = [link for link in self._parked.values() if link.missed]
         lanes = max(parked or self.busy.values(), key=lambda link: link.missed).lanes.values()
@@ -134,7 +131,7 @@ class Backlog:
             tracked.fetch = Fetch.READING
             link.reading[tracked.address] = spaces
         misses = before - lane.misses.count
-        self._missed -= misses
+        self.missed -= misses
         link.missed -= misses
         link.in_flight += 1
         link.breaker.sent()

@@ -93,7 +93,7 @@ class Resolver:
         if self._backlog.busy:
             out += self._backlog.reads(now)
         # What still waits now has to fit. Most of the time nothing waits, and this is asked at every event.
-        if self._muted or self._backlog:
+        if self._muted or self._backlog.missed:
             self._shed(now)
             self._mute()
         return out
@@ -404,7 +404,7 @@ class Resolver:
     @property
     def queued(self) -> int:
         """How many missed addresses wait for a read."""
-        return len(self._backlog)
+        return self._backlog.missed
 
     @property
     def muted(self) -> bool:
