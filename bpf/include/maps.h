@@ -1,8 +1,8 @@
 /* SPDX-License-Identifier: (GPL-2.0-only OR BSD-2-Clause) */
 /*
- * The maps (but lm_answers, see answers.h), pinned one file each under LM_PIN_DIR, which the loader defines; a pin that exists is used again, so
- * entries, journal, flows and counters outlive an agent. BCC turns each line into a map, and rewrites accesses in its
- * main file alone: the loader therefore hands it all our files as one.
+ * The maps (but lm_answers, see answers.h), pinned one file each under LM_PIN_DIR, which the loader defines; a pin that
+ * exists is used again, so entries, journal, flows and counters outlive an agent. BCC turns each line into a map, and
+ * rewrites accesses in its main file alone: the loader therefore hands it all our files as one.
  */
 #ifndef LAZYMESH_MAPS_H
 #define LAZYMESH_MAPS_H

@@ -491,9 +491,10 @@ class ConfigMap:
 
     def void(self) -> None:
         """Have the programs forget what the ipcache has said: it may say something else now."""
-        generation = self.read().generation
-        if generation:
-            self.change(generation=_next(generation))
+        raw = self.read()
+        if raw.generation:
+            raw.generation = _next(raw.generation)
+            self._map.update(self._SLOT, bytes(raw))
 
     def mute(self, on: bool) -> None:
         """Raise or lower the mute flag: while it is up the programs count misses and signal none."""
