@@ -12,6 +12,7 @@ import os
 import shutil
 import signal
 import subprocess
+import tempfile
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -29,6 +30,11 @@ TESTS = Path(__file__).parent
 # A test that takes long has a busy machine to thank, not the example that was drawn.
 hypothesis.settings.register_profile("unhurried", hypothesis.settings.default, deadline=None)
 hypothesis.settings.load_profile("unhurried")
+
+os.environ.setdefault(
+    "LAZYMESH_PROGRAM_CACHE", str(Path(tempfile.gettempdir(), "lazymesh-tests", "programs.json"))
+)
+"""Where agents keep what was compiled, if a test does not say: one of the first compiles for all the others."""
 
 PATIENCE_SECONDS = int(os.environ.get("LAZYMESH_TEST_PATIENCE", "120"))
 """For one test; a hanging one must fail by name instead of taking the whole run with it."""

@@ -19,6 +19,8 @@ if TYPE_CHECKING:
 
 DEFAULT_BPFFS = Path("/sys/fs/bpf")
 DEFAULT_SOCKET = Path("/run/lazymesh/agent.sock")
+DEFAULT_PROGRAM_CACHE = Path("/run/lazymesh/programs.json")
+"""Below /run, so that it is gone with the kernel that it was compiled for."""
 DEFAULT_CLUSTERMESH_CONFIG = Path("/var/lib/cilium/clustermesh")
 
 _CLUSTER_NAME = re.compile(r"([a-z0-9][-a-z0-9]*)?[a-z0-9]")
@@ -83,6 +85,8 @@ class DatapathSettings:
     (measured with etcd on the same two cores: at 250 their p99 doubles, at 1,000 it grows tenfold)."""
     ipcache_size: int = IPCACHE_SIZE
     """Entries of an ipcache of our own; Cilium's has the size that Cilium gave it."""
+    program_cache: Path | None = DEFAULT_PROGRAM_CACHE
+    """Keeps what BCC compiled for the next start."""
     mode: str = "standalone"
     """Where entries go: ``standalone``, into an ipcache of our own; ``cilium``, into that of the Cilium agent here;
     ``auto``, into Cilium's if there is one."""

@@ -169,7 +169,7 @@ def test_journal_of_another_version_is_refused_and_nothing_is_touched(lab: Lab) 
 
 def test_killed_agent_takes_its_loader_along(lab: Lab) -> None:
     """One that went on would pin its programs over those of the next agent, which would hear of no miss then."""
-    with launched(lab, *options(lab)) as agent:
+    with launched(lab, *options(lab, program_cache="off")) as agent:
         loader = wait_until(lambda: _loader(agent.pid), 10, "a loader at work")
         os.kill(loader, signal.SIGSTOP)  # so that it cannot end by itself
         try:

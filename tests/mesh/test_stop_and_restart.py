@@ -220,7 +220,7 @@ def test_second_agent_on_the_node_leaves_the_first_alone(lab: Lab) -> None:
 
 def test_signal_while_the_datapath_is_being_compiled_cleans_up_too(lab: Lab) -> None:
     """An agent that is stopped before it has really started leaves as little as any other."""
-    with launched(lab, *options(lab), "--cleanup") as agent:
+    with launched(lab, *options(lab, program_cache="off"), "--cleanup") as agent:
         wait_until((lab.bpffs / "lazymesh").exists, 10, "the agent at work")
         assert stop_process(agent.process) == 0
     assert pins(lab) == []

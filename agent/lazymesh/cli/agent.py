@@ -12,6 +12,7 @@ from lazymesh.roles.agent import run_agent
 from lazymesh.roles.logs import configure_logging
 from lazymesh.settings import (
     DEFAULT_CLUSTERMESH_CONFIG,
+    DEFAULT_PROGRAM_CACHE,
     IPCACHE_SIZE,
     AgentSettings,
     DatapathSettings,
@@ -137,6 +138,13 @@ _path = click.Path(path_type=Path)
     help="Entries of an ipcache of our own; one in twenty may be a resolved address.",
 )
 @click.option(
+    "--program-cache",
+    default=str(DEFAULT_PROGRAM_CACHE),
+    show_default=True,
+    metavar="FILE",
+    help="Keeps the programs as they were compiled, so that the next start needs no compiler; 'off' for nowhere.",
+)
+@click.option(
     "--stale-limit",
     type=Period(),
     default="10m",
@@ -177,7 +185,7 @@ def agent(**options: Any) -> None:
 
 
 def _settings(options: dict[str, Any]) -> AgentSettings:
-    address = options["metrics_address"]
+    address, cache = options["metrics_address"], options["program_cache"]
     return AgentSettings(
         mesh=MeshSettings(
             cluster_name=options["cluster_name"],
@@ -200,6 +208,7 @@ def _settings(options: dict[str, Any]) -> AgentSettings:
             drop_on_timeout=options["hold_timeout_action"] == "drop",
             signal_rate=options["signal_rate"],
             ipcache_size=options["ipcache_size"],
+            program_cache=None if cache == "off" else Path(cache),
         ),
         policy=options["policy"],
         shadow=options["shadow"],

@@ -98,6 +98,7 @@ def library() -> ctypes.CDLL:
     lib.bpf_map_lookup_batch.argtypes = (number, pointer, pointer, pointer, pointer, pointer, pointer)
     lib.bpf_map_lookup_and_delete_elem.argtypes = (number, ctypes.c_char_p, pointer)
     lib.bpf_map_create.argtypes = (number, ctypes.c_char_p, *(ctypes.c_uint32,) * 3, pointer)
+    lib.bpf_prog_load.argtypes = (number, *(ctypes.c_char_p,) * 3, ctypes.c_size_t, pointer)
     lib.bpf_obj_get.argtypes = (ctypes.c_char_p,)
     lib.bpf_obj_pin.argtypes = (number, ctypes.c_char_p)
     lib.bpf_obj_get_info_by_fd.argtypes = (number, pointer, pointer)
@@ -179,6 +180,7 @@ def open_pin(path: Path) -> int:
 _TCX_INGRESS = 46
 _BPF_F_BEFORE = 1 << 3
 """Without a program to stand before: at the head."""
+_INSTRUCTION_SIZE = 8
 _CHAIN_MOST = 64
 """BPF_MPROG_MAX: no chain is longer."""
 
@@ -287,6 +289,19 @@ def program_id(program: int) -> int:
     info = _ProgramInfo()
     _get_info(program, info)
     return int(info.id)
+
+
+def program_type(program: int) -> int:
+    """Return which kind of program it is, by the kernel's number."""
+    info = _ProgramInfo()
+    _get_info(program, info)
+    return int(info.type)
+
+
+def load_program(name: str, kind: int, license_words: str, code: bytes) -> int:
+    """Load instructions; return the program's file descriptor."""
+    count = len(code) // _INSTRUCTION_SIZE
+    return _checked(library().bpf_prog_load(kind, name.encode(), license_words.encode(), code, count, None))
 
 
 def describe_program(number: int) -> ProgramDescription:

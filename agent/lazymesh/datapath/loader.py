@@ -1,8 +1,9 @@
 """The loader: a process of a second that compiles, loads and pins the datapath, then gives LLVM's memory back.
 
-Run as ``python -m lazymesh.datapath.loader`` with a request as JSON on stdin (where to pin, how large the ipcache is,
-and the process whose end is ours, if any); prints one JSON object, ``{"ok": true}`` or ``{"error": "one line"}``. No
-other module imports bcc.
+Run as ``python -m lazymesh.datapath.loader`` with a request as JSON on stdin: where to pin, how large the ipcache is, the
+process whose end is ours, if any, and the file that is to keep what was compiled, if any. Prints one JSON object,
+``{"ok": true}``, with ``"not_kept": "one line"`` if the file could not be written, or ``{"error": "one line"}``. No other
+module imports bcc.
 """
 
 from __future__ import annotations
@@ -19,16 +20,18 @@ from importlib import resources
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from lazymesh.datapath import abi, libbpf
+from lazymesh.datapath import abi, kept, libbpf
 from lazymesh.datapath.headers import find_headers, merge_headers
-from lazymesh.datapath.maps import View, layout_of
-from lazymesh.datapath.pins import HOLD_FILTER, HOLD_PROGRAMS, PROGRAMS, SIGNALS, VIEWS
+from lazymesh.datapath.libbpf import Map
+from lazymesh.datapath.maps import View, make_view
+from lazymesh.datapath.pins import HOLD_FILTER, HOLD_PROGRAMS, PROGRAMS, SIGNALS, VIEWS, expected_layouts
+from lazymesh.datapath.source import one_text, origin
 from lazymesh.errors import DatapathError
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
-_VIEW = libbpf.MapLayout(libbpf.MAP_TYPE_ARRAY_OF_MAPS, 4, 4, len(abi.Config().view), 0)
+    from lazymesh.datapath.kept import Kept
 
 _TABLES: dict[str, tuple[type[ctypes.Structure] | None, type[ctypes.Structure] | None]] = {
     "lm_mesh_cidrs": (abi.IpcacheKey, abi.MeshCidr),
@@ -60,8 +63,8 @@ def die_with(parent: int) -> None:
         sys.exit("the agent has ended")
 
 
-def load(pins: Path, ipcache_size: int) -> None:
-    """Compile bpf/lazymesh.c, load the programs, check sizes, pin everything under ``pins``."""
+def load(pins: Path, ipcache_size: int) -> Kept:
+    """Compile bpf/lazymesh.c, load the programs, check sizes, pin everything under ``pins``; return what to keep."""
     try:
         from bcc import BPF  # noqa: PLC0415 (the import alone costs a tenth of a second and 70 MB)
     except ImportError as exc:
@@ -89,61 +92,51 @@ def load(pins: Path, ipcache_size: int) -> None:
     libbpf.pin(bpf[SIGNALS.encode()].map_fd, pins / SIGNALS)
     for name, function in programs.items():
         libbpf.pin(function.fd, pins / name)
+    return _to_keep(bpf, programs)
+
+
+def _to_keep(bpf: Any, programs: dict[str, Any]) -> Kept:
+    """Take from BCC what it compiled. Its instructions name maps by the file descriptors that it has them open by."""
+    from bcc import lib  # noqa: PLC0415 (as above)
+
+    lib.bpf_num_tables.argtypes = (ctypes.c_void_p,)
+    lib.bpf_table_name.argtypes = (ctypes.c_void_p, ctypes.c_size_t)
+    lib.bpf_table_name.restype = ctypes.c_char_p
+    names = [lib.bpf_table_name(bpf.module, number) for number in range(lib.bpf_num_tables(bpf.module))]
+    opened = {name.decode(): lib.bpf_table_fd(bpf.module, name) for name in names}
+    lasting = {*expected_layouts(ipcache_size=0), *VIEWS}
+    license_of_all = lib.bpf_module_license(bpf.module).decode()
+    return kept.Kept(
+        origin(),
+        {
+            name: kept.program_of(
+                libbpf.program_type(programs[name].fd),
+                license_of_all,
+                bpf.dump_func(name),
+                {fd: name for name, fd in opened.items()},
+            )
+            for name in programs
+        },
+        {name: Map(os.dup(fd)).layout for name, fd in opened.items() if name not in lasting},
+    )
 
 
 @contextlib.contextmanager
 def _new_views(pins: Path) -> Iterator[None]:
-    """Pin maps of maps for BCC to find; whatever has not got its lasting name by the end goes again.
-
-    The maps that they take are like one made here, without BTF, as neither ours nor those of Cilium's agent have any:
-    from 5.15 to 6.1 the kernel takes no map without BTF for one with it, and BCC would give it some.
-    """
+    """Pin maps of maps for BCC to find; whatever has not got its lasting name by the end goes again."""
     try:
         for view, name in zip(View, VIEWS, strict=True):
-            _pin_view(view, name, _new(pins, name))
+            outer = make_view(view, name)
+            libbpf.pin(outer.fd, _new(pins, name))
+            outer.close()
         yield
     finally:
         for name in VIEWS:
             _new(pins, name).unlink(missing_ok=True)
 
 
-def _pin_view(view: View, name: str, pin: Path) -> None:
-    try:
-        like = libbpf.Map.create("lm_like", layout_of(view))
-        outer = libbpf.Map.create(name, _VIEW, like.fd)
-        libbpf.pin(outer.fd, pin)
-    except OSError as exc:
-        raise DatapathError(f"cannot make the map {name} at {pin}: {exc.strerror}") from exc
-    like.close()
-    outer.close()
-
-
 def _new(pins: Path, view: str) -> Path:
     return pins / f"{view}_new"
-
-
-def one_text(source: Path) -> str:
-    """Return a C file with our own headers put in where they are included, each once.
-
-    BCC rewrites map accesses in its main file only, and we want them where they belong. ``#line`` keeps messages right.
-    """
-    seen: set[Path] = set()
-
-    def inline(path: Path) -> str:
-        seen.add(path)
-        lines = [f'#line 1 "{path.name}"']
-        for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
-            quoted = re.fullmatch(r'#include "(.+)"', line)
-            if quoted is None:
-                lines.append(line)
-                continue
-            header = (path.parent / quoted[1]).resolve()
-            if header not in seen:
-                lines.append(inline(header))
-            lines.append(f'#line {number + 1} "{path.name}"')
-        return "\n".join(lines)
-
-    return inline(source.resolve()) + "\n"
 
 
 def _check_sizes(bpf: Any) -> None:
@@ -156,6 +149,14 @@ def _check_sizes(bpf: Any) -> None:
                     f"{table}: {ours.__name__} is {ctypes.sizeof(ours)} bytes here and {ctypes.sizeof(element)}"
                     " in the compiled program: the installation is broken, reinstall lazymesh"
                 )
+
+
+def _keep(path: Path, to_keep: Kept) -> dict[str, str]:
+    try:
+        kept.write(path, to_keep)
+    except OSError as exc:
+        return {"not_kept": f"{path}: {exc.strerror}"}
+    return {}
 
 
 def _first_complaint(words: str) -> str:
@@ -173,6 +174,7 @@ def main() -> None:
     if "parent" in request:
         die_with(request["parent"])
     answer: dict[str, object] = {"ok": True}
+    keep = request.get("keep")
     # BCC, clang and the verifier talk on file descriptor 2: kept, and only shown (one line of it) when they fail.
     with (
         tempfile.TemporaryFile() as words,
@@ -183,7 +185,9 @@ def main() -> None:
             headers = find_headers()
             if not headers.running:
                 os.environ["BCC_KERNEL_SOURCE"] = str(merge_headers(headers, Path(scratch)))
-            load(Path(request["pins"]), request["ipcache_size"])
+            to_keep = load(Path(request["pins"]), request["ipcache_size"])
+            if keep is not None:
+                answer |= _keep(Path(keep), to_keep)
         except (DatapathError, OSError) as exc:
             words.seek(0)
             complaint = _first_complaint(words.read().decode(errors="replace"))

@@ -22,9 +22,11 @@ from lazymesh.datapath.libbpf import (
     BPF_ANY,
     BPF_F_NO_PREALLOC,
     BPF_NOEXIST,
+    MAP_TYPE_ARRAY_OF_MAPS,
     MAP_TYPE_LPM_TRIE,
     Map,
     MapLayout,
+    pin,
     possible_cpus,
 )
 from lazymesh.errors import DatapathError, MapFullError
@@ -47,6 +49,27 @@ def open_map(path: Path) -> Map:
         raise DatapathError(f"cannot open the map at {path}: {exc.strerror}") from exc
 
 
+def make_map(name: str, layout: MapLayout, like: int = 0) -> Map:
+    """Make a map that is not pinned yet; DatapathError. like: of a map of maps, one that it takes."""
+    try:
+        return Map.create(name, layout, like)
+    except OSError as exc:
+        raise DatapathError(f"cannot make the map {name}: {exc.strerror}") from exc
+
+
+def open_or_make_map(path: Path, layout: MapLayout) -> Map:
+    """Open the pin, or make a map of its name and pin it there."""
+    if path.exists():
+        return open_map(path)
+    made = make_map(path.name, layout)
+    try:
+        pin(made.fd, path)
+    except OSError as exc:
+        made.close()
+        raise DatapathError(f"cannot pin a map at {path}: {exc.strerror}") from exc
+    return made
+
+
 class View(enum.IntEnum):
     """enum lm_view: what the kernel takes for one kind of map in a map of maps; the words are for people."""
 
@@ -66,6 +89,8 @@ class View(enum.IntEnum):
 _VIEWS = {(12, 1): View.V1, (24, 1): View.V2, (24, 129): View.V2_READONLY}
 """By value size and flags (cilium-formats 1.1, cilium-live 3.1)."""
 
+_VIEW_LAYOUT = MapLayout(MAP_TYPE_ARRAY_OF_MAPS, 4, 4, len(abi.Config().view), 0)
+
 
 def view_of(layout: MapLayout) -> View | None:
     """Return which ipcache a map is by its layout, None for what is none that we know."""
@@ -78,6 +103,19 @@ def layout_of(view: View) -> MapLayout:
     """Return the layout of the smallest ipcache of a kind."""
     value_size, flags = next(layout for layout, kind in _VIEWS.items() if kind is view)
     return MapLayout(MAP_TYPE_LPM_TRIE, 24, value_size, 1, flags)
+
+
+def make_view(view: View, name: str) -> Map:
+    """Make a map of maps for ipcaches of a kind.
+
+    The maps that it takes are like one made here, without BTF, as neither ours nor those of Cilium's agent have any:
+    from 5.15 to 6.1 the kernel takes no map without BTF for one with it, and BCC would give it some.
+    """
+    like = make_map("lm_like", layout_of(view))
+    try:
+        return make_map(name, _VIEW_LAYOUT, like.fd)
+    finally:
+        like.close()
 
 
 class IpcacheMap:

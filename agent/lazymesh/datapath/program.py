@@ -8,7 +8,9 @@ import subprocess
 import sys
 from typing import TYPE_CHECKING
 
-from lazymesh.datapath import libbpf
+import structlog
+
+from lazymesh.datapath import kept, libbpf
 from lazymesh.datapath.maps import (
     ConfigMap,
     CounterMap,
@@ -21,6 +23,7 @@ from lazymesh.datapath.maps import (
     Views,
     WindowMap,
     open_map,
+    open_or_make_map,
 )
 from lazymesh.datapath.pins import (
     HOLD_PROGRAMS,
@@ -31,11 +34,16 @@ from lazymesh.datapath.pins import (
     expected_layouts,
     own_ipcache,
 )
+from lazymesh.datapath.source import origin
 from lazymesh.errors import DatapathError
 
 if TYPE_CHECKING:
+    from pathlib import Path
+
     from lazymesh.core.model import Direction
     from lazymesh.datapath.pins import Pins
+
+log = structlog.get_logger()
 
 IPCACHE_SIZE = 512_000
 """Cilium's own size (cilium-formats 1.1)."""
@@ -43,10 +51,33 @@ LOAD_TIMEOUT_S = 180
 """A second or two on an idle node; half a minute has been seen on emulated processors, more where others compete."""
 
 
-def load(pins: Pins, ipcache_size: int = IPCACHE_SIZE) -> Datapath:
-    """Compile, load and pin in a process of its own; maps that are pinned already are used again."""
+def load(pins: Pins, ipcache_size: int = IPCACHE_SIZE, keep: Path | None = None) -> Datapath:
+    """Load and pin; maps that are pinned already are used again.
+
+    keep: a file with what was compiled at an earlier start. If it is of no use, the programs are compiled, in a process of
+    its own, and kept there.
+    """
     pins.prepare(ipcache_size)
-    request = json.dumps({"pins": str(pins.directory), "ipcache_size": ipcache_size, "parent": os.getpid()})
+    found = None if keep is None else kept.read(keep, origin())
+    if found is not None:
+        try:
+            kept.load(found, pins, ipcache_size)
+            return Datapath(pins)
+        except DatapathError as exc:
+            log.warning("the programs kept of an earlier start do not load, compiling anew", error=str(exc))
+    _compile(pins, ipcache_size, keep)
+    return Datapath(pins)
+
+
+def _compile(pins: Pins, ipcache_size: int, keep: Path | None) -> None:
+    request = json.dumps(
+        {
+            "pins": str(pins.directory),
+            "ipcache_size": ipcache_size,
+            "parent": os.getpid(),
+            "keep": None if keep is None else str(keep),
+        }
+    )
     try:
         done = subprocess.run(  # our own interpreter, our own module
             [sys.executable, "-m", "lazymesh.datapath.loader"],
@@ -67,16 +98,14 @@ def load(pins: Pins, ipcache_size: int = IPCACHE_SIZE) -> Datapath:
         raise DatapathError(f"the datapath loader died with status {done.returncode}: {last}") from exc
     if "error" in answer:
         raise DatapathError(answer["error"])
-    return Datapath(pins)
+    if "not_kept" in answer:
+        log.warning("what was compiled could not be kept for the next start", error=answer["not_kept"])
 
 
 def open_own_ipcache(pins: Pins, size: int) -> IpcacheMap:
     """Return the ipcache of a node without Cilium: the pinned one, or a new one."""
     path = pins.path(IPCACHE)
-    if not path.exists():
-        made = libbpf.Map.create(IPCACHE, own_ipcache(size))
-        libbpf.pin(made.fd, path)
-        made.close()
+    open_or_make_map(path, own_ipcache(size)).close()
     return IpcacheMap.pinned(path)
 
 
@@ -91,7 +120,8 @@ class MeshMaps:
         libbpf.raise_memlock()
         layouts = expected_layouts(ipcache_size)
         self._maps = [
-            _open_or_make(pins, name, layouts[name]) for name in ("lm_config", "lm_mesh_cidrs", "lm_policy")
+            open_or_make_map(pins.path(name), layouts[name])
+            for name in ("lm_config", "lm_mesh_cidrs", "lm_policy")
         ]
         config, cidrs, policy = self._maps
         self.config, self.cidrs, self.policy = ConfigMap(config), MeshCidrs(cidrs), PolicyMap(policy)
@@ -100,18 +130,6 @@ class MeshMaps:
         """Give the file descriptors back."""
         for opened in self._maps:
             opened.close()
-
-
-def _open_or_make(pins: Pins, name: str, layout: libbpf.MapLayout) -> libbpf.Map:
-    path = pins.path(name)
-    if path.exists():
-        return open_map(path)
-    try:
-        made = libbpf.Map.create(name, layout)
-        libbpf.pin(made.fd, path)
-    except OSError as exc:
-        raise DatapathError(f"cannot make the map {name}: {exc.strerror}") from exc
-    return made
 
 
 class Datapath:

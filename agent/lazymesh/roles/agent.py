@@ -221,7 +221,7 @@ class Agent:
             raise
 
     async def _load_and_serve(self, pins: Pins, maps: MeshMaps) -> None:
-        """Compile, and follow the mesh meanwhile: a large one takes as long to be listed."""
+        """Load, and follow the mesh meanwhile: to compile takes as long as to list a large one."""
         engine = PolicyEngine(self._policy) if self._policy else None
         enforcement = Enforcement(maps.policy, engine, maps.config.read().policy_tag == self._policy_tag)
         inbox = Inbox()
@@ -229,7 +229,8 @@ class Agent:
         following = asyncio.create_task(mesh.run(), name="mesh")
         try:
             try:
-                datapath = await asyncio.to_thread(load, pins, self._settings.datapath.ipcache_size)
+                wanted = self._settings.datapath
+                datapath = await asyncio.to_thread(load, pins, wanted.ipcache_size, wanted.program_cache)
             except DatapathError:
                 self._refused = not self._fresh
                 raise

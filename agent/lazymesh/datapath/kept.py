@@ -1,0 +1,133 @@
+"""Programs as BCC compiled them, kept in a file, so that the next start needs no compiler: neither its second nor its memory.
+
+What is kept is good for the very C, BCC and kernel that it was made with. Whatever is wrong with the file or with what is
+in it, BCC does the work again. Where programs name a map by its number, the number of the map that is pinned now goes in.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import stat
+import struct
+import sys
+import tempfile
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import msgspec
+
+from lazymesh.datapath import libbpf
+from lazymesh.datapath.libbpf import Map, MapLayout
+from lazymesh.datapath.maps import View, make_map, make_view, open_or_make_map
+from lazymesh.datapath.pins import IPCACHE, SIGNALS, VIEWS, expected_layouts
+from lazymesh.errors import DatapathError
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+    from lazymesh.datapath.pins import Pins
+
+_INSTRUCTION = struct.Struct("=BBhi")
+_LOAD_64, _MAP_FD = 0x18, 1
+"""``BPF_LD | BPF_IMM | BPF_DW`` and ``BPF_PSEUDO_MAP_FD``: what follows is a map's file descriptor."""
+
+
+class Program(msgspec.Struct, frozen=True):
+    """One program: its type, its instructions, and which of them (by number) name which map."""
+
+    kind: int
+    license: str
+    code: bytes
+    maps: dict[int, str]
+
+
+class Kept(msgspec.Struct, frozen=True):
+    """All programs, and what they were made of."""
+
+    origin: str
+    programs: dict[str, Program]
+    fresh: dict[str, MapLayout]
+    """Maps that belong to one load of the programs: made anew each time."""
+
+
+def program_of(kind: int, license: str, code: bytes, names: Mapping[int, str]) -> Program:
+    """Describe instructions that name maps by file descriptor; KeyError for one that has no name."""
+    maps, instructions = {}, list(_INSTRUCTION.iter_unpack(code))
+    at = 0
+    while at < len(instructions):
+        opcode, registers, _, immediate = instructions[at]
+        if opcode == _LOAD_64 and registers >> 4 == _MAP_FD:
+            maps[at] = names[immediate]
+        at += 2 if opcode == _LOAD_64 else 1
+    return Program(kind, license, code, maps)
+
+
+def write(path: Path, kept: Kept) -> None:
+    """Keep programs in a file, whole or not at all; OSError."""
+    with contextlib.suppress(FileExistsError):  # if it is no directory, the next line says so
+        path.parent.mkdir(mode=0o755, parents=True)
+    fd, name = tempfile.mkstemp(prefix=f".{path.name}-", dir=path.parent)
+    try:
+        with os.fdopen(fd, "wb") as file:
+            file.write(msgspec.json.encode(kept))
+        Path(name).replace(path)
+    except OSError:
+        Path(name).unlink(missing_ok=True)
+        raise
+
+
+def read(path: Path, origin: str) -> Kept | None:
+    """Return what is kept if it was made of this; None: nothing, of something else, damaged, or others may write it."""
+    try:
+        with path.open("rb") as file:
+            found = os.fstat(file.fileno())
+            if found.st_uid != os.geteuid() or found.st_mode & (stat.S_IWGRP | stat.S_IWOTH):
+                return None
+            kept = msgspec.json.decode(file.read(), type=Kept)
+    except (OSError, msgspec.MsgspecError):
+        return None
+    return kept if kept.origin == origin else None
+
+
+def load(kept: Kept, pins: Pins, ipcache_size: int) -> None:
+    """Load the programs and pin everything, as the loader does; nothing is pinned but maps unless all went well."""
+    libbpf.raise_memlock()
+    with contextlib.ExitStack() as stack:
+        maps = {}
+
+        def add(name: str, opened: Map) -> None:
+            maps[name] = opened
+            stack.callback(opened.close)
+
+        for name, layout in expected_layouts(ipcache_size).items():
+            if name != IPCACHE:
+                add(name, open_or_make_map(pins.path(name), layout))
+        for view, name in zip(View, VIEWS, strict=True):
+            add(name, make_view(view, name))
+        for name, layout in kept.fresh.items():
+            add(name, make_map(name, layout))
+        programs = {}
+        for name, program in kept.programs.items():
+            programs[name] = _load(name, program, maps)
+            stack.callback(os.close, programs[name])
+        try:
+            for name in (*VIEWS, SIGNALS):
+                libbpf.pin(maps[name].fd, pins.path(name))
+            for name, fd in programs.items():
+                libbpf.pin(fd, pins.path(name))
+        except OSError as exc:
+            raise DatapathError(f"cannot pin {name}: {exc.strerror}") from exc
+
+
+def _load(name: str, program: Program, maps: Mapping[str, Map]) -> int:
+    code = bytearray(program.code)
+    try:
+        for at, wanted in program.maps.items():
+            offset = at * _INSTRUCTION.size + 4
+            code[offset : offset + 4] = maps[wanted].fd.to_bytes(4, sys.byteorder)
+        return libbpf.load_program(name, program.kind, program.license, bytes(code))
+    except KeyError as exc:
+        raise DatapathError(f"{name} names a map that there is not: {exc}") from exc
+    except OSError as exc:
+        raise DatapathError(f"the kernel refuses {name}: {exc.strerror}") from exc

@@ -1,0 +1,302 @@
+"""What BCC compiled is kept: the next start loads the very same programs, and compiles when anything is amiss."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from typing import TYPE_CHECKING
+
+import msgspec
+import pytest
+
+from lazymesh.core.model import Direction, Entry
+from lazymesh.datapath import kept, libbpf, source
+from lazymesh.datapath.kept import Kept, Program, program_of
+from lazymesh.datapath.libbpf import Map, MapLayout
+from lazymesh.datapath.maps import DatapathConfig
+from lazymesh.datapath.pins import (
+    HOLD_FILTER,
+    HOLD_PROGRAMS,
+    PROGRAMS,
+    SIGNALS,
+    VIEWS,
+    Pins,
+    expected_layouts,
+)
+from lazymesh.datapath.program import load, open_own_ipcache
+from lazymesh.errors import DatapathError
+from tests.datapath.conftest import mounted_bpffs, open_descriptors
+from tests.datapath.test_abi_layout import tool
+from tests.datapath.test_loader import NO_CAPABILITIES
+from tests.support.packets import POD_B1, Flow
+from tests.support.prog_run import run_packet
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+    from pathlib import Path
+
+SIZE = 1_000
+ALL = (*PROGRAMS, *HOLD_PROGRAMS, HOLD_FILTER)
+
+
+@pytest.fixture(scope="module")
+def first(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Path, dict[str, object]]]:
+    """Return the file that a first start leaves behind, and what the kernel says of the programs of that start."""
+    file = tmp_path_factory.mktemp("kept") / "programs.json"
+    with mounted_bpffs() as bpffs:
+        pins = Pins.under(bpffs)
+        load(pins, SIZE, file).close()
+        yield file, described(pins)
+
+
+@pytest.fixture
+def pins() -> Iterator[Pins]:
+    """Return pins of nothing yet."""
+    with mounted_bpffs() as bpffs:
+        yield Pins.under(bpffs)
+
+
+@pytest.fixture
+def no_compiler(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """Whoever wants to compile fails."""
+    monkeypatch.setattr(sys, "executable", str(tmp_path / "no python here"))
+
+
+def described(pins: Pins) -> dict[str, object]:
+    """Return what the kernel says of each program, and of the maps that it uses; both without what is new each time."""
+    return {name: (_program(pins, name), _maps(pins, name)) for name in ALL}
+
+
+def _bpftool(*words: str) -> dict[str, object]:
+    done = subprocess.run([tool("bpftool"), *words, "-j"], capture_output=True, check=True)
+    found: dict[str, object] = json.loads(done.stdout)
+    return found
+
+
+def _program(pins: Pins, name: str) -> dict[str, object]:
+    found = _bpftool("prog", "show", "pinned", str(pins.path(name)))
+    return {key: found[key] for key in ("name", "type", "tag", "gpl_compatible", "bytes_xlated")}
+
+
+def _maps(pins: Pins, name: str) -> list[tuple[str, MapLayout]]:
+    fd = libbpf.open_pin(pins.path(name))
+    try:
+        ids = libbpf.describe_program(libbpf.program_id(fd)).map_ids
+    finally:
+        os.close(fd)
+    found = []
+    for each in ids:
+        opened = Map.by_id(each)
+        found.append((str(_bpftool("map", "show", "id", str(each))["name"]), opened.layout))
+        opened.close()
+    return sorted(found, key=str)
+
+
+def test_second_start_loads_the_same_programs_without_a_compiler(
+    first: tuple[Path, dict[str, object]], pins: Pins, no_compiler: None
+) -> None:
+    """Same instructions, same maps, same pins; an entry makes a hit as ever."""
+    file, before = first
+    datapath = load(pins, SIZE, file)
+    maps = expected_layouts(SIZE).keys() - {"lm_ipcache"}
+    assert {path.name for path in pins.directory.iterdir()} == {*maps, *VIEWS, *ALL, SIGNALS}
+    assert described(pins) == before
+    ipcache = open_own_ipcache(pins, SIZE)
+    datapath.views.show([ipcache])
+    ipcache.insert(POD_B1.address(4), Entry(131_073))
+    run_packet(datapath.program(Direction.EGRESS)[1], Flow().udp(), repeat=3)
+    assert datapath.counters.read(Direction.EGRESS).hit == 3
+    ipcache.close()
+    datapath.close()
+
+
+def test_pinned_maps_are_used_again(
+    first: tuple[Path, dict[str, object]], pins: Pins, no_compiler: None
+) -> None:
+    """As with a compiler: what an agent leaves is its successor's, but for signals and views."""
+    file, _ = first
+    one = load(pins, SIZE, file)
+    one.config.write(DatapathConfig(rearm_s=7))
+    signals = one.signals.map_id
+    one.close()
+    two = load(pins, SIZE, file)
+    assert two.config.read().rearm_ns == 7_000_000_000
+    assert two.signals.map_id != signals
+    two.close()
+
+
+def test_other_size_of_the_ipcache_needs_no_compiler(
+    first: tuple[Path, dict[str, object]], pins: Pins, no_compiler: None
+) -> None:
+    """No program knows it."""
+    load(pins, 2 * SIZE, first[0]).close()
+    opened = Map.pinned(pins.path("lm_owned"))
+    assert opened.layout.max_entries == 2 * SIZE
+    opened.close()
+
+
+def test_file_is_readable_by_its_owner_alone(first: tuple[Path, dict[str, object]]) -> None:
+    """What is in it goes into the kernel."""
+    found = first[0].stat()
+    assert (found.st_uid, found.st_mode & 0o777) == (os.geteuid(), 0o600)
+    assert [path.name for path in first[0].parent.iterdir()] == [first[0].name]
+
+
+def truncated(content: bytes) -> bytes:
+    """Cut a file in two."""
+    return content[: len(content) // 2]
+
+
+def of_other_origin(content: bytes) -> bytes:
+    """Make it that of another version."""
+    return content.replace(source.origin().encode(), b"0" * 64)
+
+
+def of_other_form(_content: bytes) -> bytes:
+    """Make it somebody else's."""
+    return b'{"programs": []}'
+
+
+@pytest.mark.parametrize("spoil", [truncated, of_other_origin, of_other_form])
+def test_useless_file_is_taken_for_none(first: tuple[Path, dict[str, object]], tmp_path: Path, spoil) -> None:  # type: ignore[no-untyped-def]
+    """Of another version or kernel, cut off, or no file of ours."""
+    file = tmp_path / "programs.json"
+    file.write_bytes(spoil(first[0].read_bytes()))
+    assert kept.read(first[0], source.origin()) is not None
+    assert kept.read(file, source.origin()) is None
+
+
+@pytest.mark.parametrize("mode", [0o620, 0o602], ids=["group", "others"])
+def test_file_that_others_may_write_is_taken_for_none(
+    first: tuple[Path, dict[str, object]], tmp_path: Path, mode: int
+) -> None:
+    """They would write into the kernel."""
+    file = tmp_path / "programs.json"
+    file.write_bytes(first[0].read_bytes())
+    file.chmod(0o600)
+    assert kept.read(file, source.origin()) is not None
+    file.chmod(mode)
+    assert kept.read(file, source.origin()) is None
+
+
+def test_file_of_another_user_is_taken_for_none(
+    first: tuple[Path, dict[str, object]], tmp_path: Path
+) -> None:
+    """It may be a trap, in a directory where anybody may write."""
+    file = tmp_path / "programs.json"
+    file.write_bytes(first[0].read_bytes())
+    os.chown(file, 65_534, 65_534)
+    assert kept.read(file, source.origin()) is None
+
+
+def test_useless_file_is_compiled_over(pins: Pins, tmp_path: Path) -> None:
+    """So the start after it has what it needs."""
+    file = tmp_path / "below" / "programs.json"
+    file.parent.mkdir()
+    file.write_text("no JSON", encoding="ascii")
+    load(pins, SIZE, file).close()
+    assert kept.read(file, source.origin()) is not None
+
+
+def refused(one: Program) -> Program:
+    """Have a program end in the middle."""
+    return msgspec.structs.replace(one, code=one.code[:-8])
+
+
+def of_unknown_map(one: Program) -> Program:
+    """Have a program name a map that there is not."""
+    return msgspec.structs.replace(one, maps=dict.fromkeys(one.maps, "lm_nothing"))
+
+
+@pytest.mark.parametrize(
+    ("change", "words"), [(refused, "the kernel refuses lm_from_pod"), (of_unknown_map, "'lm_nothing'")]
+)
+def test_what_does_not_load_is_compiled_anew(  # type: ignore[no-untyped-def]
+    first: tuple[Path, dict[str, object]], pins: Pins, tmp_path: Path, change, words: str, capsys
+) -> None:
+    """With a word about it, and no trace of the attempt but maps."""
+    found = kept.read(first[0], source.origin())
+    assert found is not None
+    file = tmp_path / "programs.json"
+    kept.write(
+        file, Kept(found.origin, {name: change(one) for name, one in found.programs.items()}, found.fresh)
+    )
+    pins.prepare(SIZE)
+    before = open_descriptors()
+    with pytest.raises(DatapathError, match=words):
+        kept.load(msgspec.json.decode(file.read_bytes(), type=Kept), pins, SIZE)
+    assert open_descriptors() == before
+    assert not pins.path("lm_from_pod").exists()
+    assert not pins.path("lm_view_v1").exists()
+    load(pins, SIZE, file).close()
+    assert "compiling anew" in capsys.readouterr().out
+    assert described(pins) == first[1]
+    assert kept.read(file, found.origin) == found
+
+
+def test_file_that_cannot_be_written_is_said_and_harms_nobody(pins: Pins, tmp_path: Path, capsys) -> None:  # type: ignore[no-untyped-def]
+    """A read-only file system: each start compiles."""
+    blocked = tmp_path / "file"
+    blocked.touch()
+    load(pins, SIZE, blocked / "programs.json").close()
+    words = capsys.readouterr().out
+    assert "could not be kept" in words
+    assert "Not a directory" in words
+    assert pins.path("lm_from_pod").exists()
+
+
+def test_missing_capability_is_the_kernel_s_word(first: tuple[Path, dict[str, object]], pins: Pins) -> None:
+    """In one line, whichever way was tried first."""
+    pins.prepare(SIZE)
+    code = (
+        "import sys\nfrom pathlib import Path\nfrom lazymesh.datapath.pins import Pins\n"
+        "from lazymesh.datapath.program import load\nfrom lazymesh.errors import DatapathError\n"
+        f"try: load(Pins(Path(sys.argv[1])), {SIZE}, Path(sys.argv[2]))\n"
+        "except DatapathError as exc: print('said:', exc)\n"
+    )
+    words = [*NO_CAPABILITIES, sys.executable, "-c", code, str(pins.directory), str(first[0])]
+    done = subprocess.run(words, capture_output=True, text=True, check=True, timeout=60)
+    (said,) = [line for line in done.stdout.splitlines() if line.startswith("said:")]
+    assert said.startswith("said: cannot make the map ")
+    assert "Operation not permitted" in said
+
+
+def test_origin_is_that_of_text_compiler_and_kernel(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each of them changes what is compiled, or whether it fits."""
+    known = {source.origin()}
+
+    def changed() -> bool:
+        found = source.origin()
+        known.add(found)
+        return True
+
+    with monkeypatch.context() as patch:
+        patch.setattr(source, "one_text", lambda _path: "int nothing;")
+        changed()
+    with monkeypatch.context() as patch:
+        patch.setattr(source, "_bcc_version", lambda: "__version__ = '0.1'")
+        changed()
+    with monkeypatch.context() as patch:
+        patch.setattr(source, "expected_layouts", lambda _size: {})
+        changed()
+    for number in (2, 3, 4):
+        with monkeypatch.context() as patch:
+            uname = list(os.uname())
+            uname[number] += "x"
+            patch.setattr(os, "uname", lambda uname=uname: os.uname_result(uname))
+            changed()
+    assert len(known) == 7
+    assert source.origin() in known
+
+
+def test_maps_are_found_in_instructions_by_their_opcode_alone() -> None:
+    """The second half of a wide instruction, or a constant, may look like anything."""
+    wide = bytes((0x18, 0x11, 0, 0, 7, 0, 0, 0)) + bytes((0x18, 0x11, 0, 0, 7, 0, 0, 0))
+    constant = bytes((0x18, 0x01, 0, 0, 7, 0, 0, 0)) + bytes(8)
+    move = bytes((0xB7, 0x10, 0, 0, 7, 0, 0, 0))
+    found = program_of(3, "GPL", move + constant + wide + move, {7: "lm_owned"})
+    assert found.maps == {3: "lm_owned"}
+    with pytest.raises(KeyError):
+        program_of(3, "GPL", wide, {})
