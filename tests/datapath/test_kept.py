@@ -213,7 +213,7 @@ def of_unknown_map(one: Program) -> Program:
 @pytest.mark.parametrize(
     ("change", "words"), [(refused, "the kernel refuses lm_from_pod"), (of_unknown_map, "'lm_nothing'")]
 )
-def test_what_does_not_load_is_compiled_anew(  # type: ignore[no-untyped-def]
+def test_what_does_not_load_is_compiled_anew(  # type: ignore[no-untyped-def]  # noqa: PLR0917
     first: tuple[Path, dict[str, object]], pins: Pins, tmp_path: Path, change, words: str, capsys
 ) -> None:
     """With a word about it, and no trace of the attempt but maps."""
@@ -261,34 +261,6 @@ def test_missing_capability_is_the_kernel_s_word(first: tuple[Path, dict[str, ob
     (said,) = [line for line in done.stdout.splitlines() if line.startswith("said:")]
     assert said.startswith("said: cannot make the map ")
     assert "Operation not permitted" in said
-
-
-def test_origin_is_that_of_text_compiler_and_kernel(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Each of them changes what is compiled, or whether it fits."""
-    known = {source.origin()}
-
-    def changed() -> bool:
-        found = source.origin()
-        known.add(found)
-        return True
-
-    with monkeypatch.context() as patch:
-        patch.setattr(source, "one_text", lambda _path: "int nothing;")
-        changed()
-    with monkeypatch.context() as patch:
-        patch.setattr(source, "_bcc_version", lambda: "__version__ = '0.1'")
-        changed()
-    with monkeypatch.context() as patch:
-        patch.setattr(source, "expected_layouts", lambda _size: {})
-        changed()
-    for number in (2, 3, 4):
-        with monkeypatch.context() as patch:
-            uname = list(os.uname())
-            uname[number] += "x"
-            patch.setattr(os, "uname", lambda uname=uname: os.uname_result(uname))
-            changed()
-    assert len(known) == 7
-    assert source.origin() in known
 
 
 def test_maps_are_found_in_instructions_by_their_opcode_alone() -> None:

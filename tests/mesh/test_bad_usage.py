@@ -113,7 +113,7 @@ def test_directory_that_is_no_bpffs(lab: Lab) -> None:
 
 def test_no_kernel_headers(lab: Lab) -> None:
     """It names the package; another kernel's headers will do."""
-    words = [sys.executable, "-m", "lazymesh", "agent", *options(lab)]
+    words = [sys.executable, "-m", "lazymesh", "agent", *options(lab, program_cache="off")]
     hide = 'mount -t tmpfs none /lib/modules && exec "$@"'
     inside = lab.node_a.command("unshare", "--mount", "sh", "-c", hide, "sh", *words)
     env = os.environ | {"XDG_CACHE_HOME": str(lab.no_config)}

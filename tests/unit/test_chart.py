@@ -126,7 +126,7 @@ def test_options_are_the_agents_own() -> None:
     known = {param.opts[0].removeprefix("--") for param in agent.params}
     assert set(options) <= known
     # The rest is given by the pod itself, or of no use in one.
-    assert known - set(options) == {"config", "cleanup", "socket"}
+    assert known - set(options) == {"config", "cleanup", "socket", "program-cache"}
 
 
 @needs_helm

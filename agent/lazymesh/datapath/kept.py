@@ -1,7 +1,7 @@
-"""Programs as BCC compiled them, kept in a file, so that the next start needs no compiler: neither its second nor its memory.
+"""Programs as BCC compiled them, kept in a file: the next start needs no compiler, neither its second nor its memory.
 
-What is kept is good for the very C, BCC and kernel that it was made with. Whatever is wrong with the file or with what is
-in it, BCC does the work again. Where programs name a map by its number, the number of the map that is pinned now goes in.
+What is kept is good for the very C, BCC and kernel that it was made with. Whatever is wrong with the file or with what
+is in it, BCC does the work again. Instructions name a map by its file descriptor: that of the pinned map is put there.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING
 import msgspec
 
 from lazymesh.datapath import libbpf
-from lazymesh.datapath.libbpf import Map, MapLayout
+from lazymesh.datapath.libbpf import MapLayout  # noqa: TC001 (msgspec reads it)
 from lazymesh.datapath.maps import View, make_map, make_view, open_or_make_map
 from lazymesh.datapath.pins import IPCACHE, SIGNALS, VIEWS, expected_layouts
 from lazymesh.errors import DatapathError
@@ -26,6 +26,7 @@ from lazymesh.errors import DatapathError
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
+    from lazymesh.datapath.libbpf import Map
     from lazymesh.datapath.pins import Pins
 
 _INSTRUCTION = struct.Struct("=BBhi")
@@ -34,7 +35,7 @@ _LOAD_64, _MAP_FD = 0x18, 1
 
 
 class Program(msgspec.Struct, frozen=True):
-    """One program: its type, its instructions, and which of them (by number) name which map."""
+    """One program: the kernel's number of its type, its instructions, and which of them (by number) name which map."""
 
     kind: int
     license: str
@@ -51,7 +52,7 @@ class Kept(msgspec.Struct, frozen=True):
     """Maps that belong to one load of the programs: made anew each time."""
 
 
-def program_of(kind: int, license: str, code: bytes, names: Mapping[int, str]) -> Program:
+def program_of(kind: int, license_words: str, code: bytes, names: Mapping[int, str]) -> Program:
     """Describe instructions that name maps by file descriptor; KeyError for one that has no name."""
     maps, instructions = {}, list(_INSTRUCTION.iter_unpack(code))
     at = 0
@@ -60,7 +61,7 @@ def program_of(kind: int, license: str, code: bytes, names: Mapping[int, str]) -
         if opcode == _LOAD_64 and registers >> 4 == _MAP_FD:
             maps[at] = names[immediate]
         at += 2 if opcode == _LOAD_64 else 1
-    return Program(kind, license, code, maps)
+    return Program(kind, license_words, code, maps)
 
 
 def write(path: Path, kept: Kept) -> None:

@@ -1,9 +1,9 @@
 """The loader: a process of a second that compiles, loads and pins the datapath, then gives LLVM's memory back.
 
-Run as ``python -m lazymesh.datapath.loader`` with a request as JSON on stdin: where to pin, how large the ipcache is, the
-process whose end is ours, if any, and the file that is to keep what was compiled, if any. Prints one JSON object,
-``{"ok": true}``, with ``"not_kept": "one line"`` if the file could not be written, or ``{"error": "one line"}``. No other
-module imports bcc.
+Run as ``python -m lazymesh.datapath.loader`` with a request as JSON on stdin: where to pin, how large the ipcache is,
+the process whose end is ours, if any, and the file that is to keep what was compiled, if any. Prints one JSON object,
+``{"ok": true}``, with ``"not_kept": "one line"`` if the file could not be written, or ``{"error": "one line"}``.
+No other module imports bcc.
 """
 
 from __future__ import annotations
@@ -102,22 +102,17 @@ def _to_keep(bpf: Any, programs: dict[str, Any]) -> Kept:
     lib.bpf_num_tables.argtypes = (ctypes.c_void_p,)
     lib.bpf_table_name.argtypes = (ctypes.c_void_p, ctypes.c_size_t)
     lib.bpf_table_name.restype = ctypes.c_char_p
-    names = [lib.bpf_table_name(bpf.module, number) for number in range(lib.bpf_num_tables(bpf.module))]
-    opened = {name.decode(): lib.bpf_table_fd(bpf.module, name) for name in names}
+    tables = [lib.bpf_table_name(bpf.module, number) for number in range(lib.bpf_num_tables(bpf.module))]
+    names = {lib.bpf_table_fd(bpf.module, table): table.decode() for table in tables}
+    words = lib.bpf_module_license(bpf.module).decode()
     lasting = {*expected_layouts(ipcache_size=0), *VIEWS}
-    license_of_all = lib.bpf_module_license(bpf.module).decode()
     return kept.Kept(
         origin(),
         {
-            name: kept.program_of(
-                libbpf.program_type(programs[name].fd),
-                license_of_all,
-                bpf.dump_func(name),
-                {fd: name for name, fd in opened.items()},
-            )
-            for name in programs
+            name: kept.program_of(libbpf.program_type(function.fd), words, bpf.dump_func(name), names)
+            for name, function in programs.items()
         },
-        {name: Map(os.dup(fd)).layout for name, fd in opened.items() if name not in lasting},
+        {name: Map(os.dup(fd)).layout for fd, name in names.items() if name not in lasting},
     )
 
 

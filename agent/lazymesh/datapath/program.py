@@ -54,8 +54,8 @@ LOAD_TIMEOUT_S = 180
 def load(pins: Pins, ipcache_size: int = IPCACHE_SIZE, keep: Path | None = None) -> Datapath:
     """Load and pin; maps that are pinned already are used again.
 
-    keep: a file with what was compiled at an earlier start. If it is of no use, the programs are compiled, in a process of
-    its own, and kept there.
+    keep: a file with what was compiled at an earlier start. If it is of no use, a process of its own compiles, and
+    keeps the result there.
     """
     pins.prepare(ipcache_size)
     found = None if keep is None else kept.read(keep, origin())

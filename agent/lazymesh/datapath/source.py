@@ -39,7 +39,7 @@ def one_text(source: Path) -> str:
 def origin() -> str:
     """Return a digest of all that decides what is compiled and whether it fits.
 
-    Our C; BCC's version; the kernel, which BCC asks as well; and the sizes that Python writes, which the loader compares.
+    Our C; BCC's version; the kernel, which BCC asks as well; and the sizes that Python writes, which the loader checks.
     """
     with resources.as_file(resources.files("lazymesh") / "bpf") as source:
         text = one_text(source / "lazymesh.c")
