@@ -19,11 +19,12 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
-from lazymesh.datapath import libbpf
+from lazymesh.datapath import kept, libbpf
 from lazymesh.datapath.capabilities import Circumstances, missing
 from lazymesh.datapath.maps import kernel_honours_noexist
 from lazymesh.datapath.pins import HOLD_FILTER, HOLD_PROGRAMS, PROGRAMS, Pins
 from lazymesh.datapath.program import load
+from lazymesh.datapath.source import origin
 from lazymesh.datapath.tap import try_tap
 from lazymesh.errors import DatapathError
 from lazymesh.roles.check import check_node
@@ -57,11 +58,13 @@ def features() -> dict[str, object]:
     """Try each thing that kernels differ in."""
     began = time.monotonic()
     found: dict[str, object] = {"loads": True, "programs": [*PROGRAMS, *HOLD_PROGRAMS, HOLD_FILTER]}
+    pins, file = Pins.under(BPFFS), Path("/tmp/programs.json")
     try:
-        load(Pins.under(BPFFS), IPCACHE_SIZE).close()
+        load(pins, IPCACHE_SIZE, file).close()
+        found["load_s"] = round(time.monotonic() - began, 1)
+        found["keeps"] = _load_kept(pins, file)
     except DatapathError as exc:
         found |= {"loads": False, "complaint": str(exc)}
-    found["load_s"] = round(time.monotonic() - began, 1)
     found["needs"] = missing(frozenset(), replace(Circumstances.here(), locked_unlimited=False))
     found["hook"] = "tcx" if libbpf.has_tcx() else "clsact"
     found["noexist"] = kernel_honours_noexist()
@@ -71,6 +74,16 @@ def features() -> dict[str, object]:
     except DatapathError as exc:
         found |= {"hold": False, "udp_gso": False, "hold_complaint": str(exc)}
     return found
+
+
+def _load_kept(pins: Pins, file: Path) -> bool:
+    """Load what the first start has kept, over which the tests go then; tell whether there was anything."""
+    found = kept.read(file, origin())
+    if found is not None:
+        pins.remove()
+        pins.prepare(IPCACHE_SIZE)
+        kept.load(found, pins, IPCACHE_SIZE)
+    return found is not None
 
 
 async def findings() -> list[dict[str, str]]:

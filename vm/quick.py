@@ -73,7 +73,9 @@ def failures(found: dict[str, Any]) -> list[str]:
         return [found["error"]]
     if "tests" not in found:
         return ["broke off before the tests had ended"]
-    wrong = [] if found["features"]["loads"] else [f"does not load: {found['features']['complaint']}"]
+    features = found["features"]
+    wrong = [] if features["loads"] else [f"does not load: {features['complaint']}"]
+    wrong += [] if features.get("keeps") else ["does not load what the first start has kept"]
     for name, group in found["tests"].items():
         wrong += [f"{name}: {line}" for line in group["failed"]]
         if not group["passed"]:
@@ -87,6 +89,7 @@ def matrix(every: dict[str, dict[str, Any]]) -> str:
         ("kernel", lambda found: found["version"].partition("Debian ")[2].split()[0]),
         ("fewest capabilities", lambda found: ", ".join(found["features"]["needs"])),
         ("all programs load", lambda found: _yes(found["features"]["loads"])),
+        ("and as kept, for the next start", lambda found: _yes(found["features"]["keeps"])),
         ("miss", lambda found: _tests(found, "miss")),
         ("hits remembered for a tick", lambda found: _tests(found, "answers")),
         ("policy", lambda found: _tests(found, "policy")),
