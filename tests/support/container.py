@@ -39,8 +39,9 @@ def image_root() -> Path:
 
 def in_lab(lab: Lab, root: Path, capabilities: tuple[str, ...] | None = None) -> Container:
     """Return a container on node a of a lab, which sees the lab's directory where the node does."""
-    here = str(lab.directory)
-    mounts = (Mount(here, here), Mount("/dev/net/tun", "/dev/net/tun"))
+    here, run = str(lab.directory), lab.directory / "run"
+    run.mkdir(exist_ok=True)
+    mounts = (Mount(here, here), Mount(str(run), "/run/lazymesh"), Mount("/dev/net/tun", "/dev/net/tun"))
     return Container(root, lab.directory / "containers", capabilities, mounts)
 
 
