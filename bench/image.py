@@ -1,8 +1,8 @@
 """How long the image takes to be ready as a node has it: from the start of its container to the first /readyz of 200.
 
 Privileged, and with the chart's capabilities and a runtime's default list of system calls. Once with the programs to be
-compiled, with the image's own headers, as after a boot or an upgrade, and again as they were kept from there. Nothing is
-pinned from before.
+compiled, with the image's own headers, as after a boot or an upgrade; and again as they were kept from there. From
+before, nothing is pinned.
 """
 
 from __future__ import annotations
