@@ -62,9 +62,12 @@ def features() -> dict[str, object]:
     try:
         load(pins, IPCACHE_SIZE, file).close()
         found["load_s"] = round(time.monotonic() - began, 1)
-        found["keeps"] = _load_kept(pins, file)
     except DatapathError as exc:
         found |= {"loads": False, "complaint": str(exc)}
+    try:
+        found["keeps"] = _load_kept(pins, file)
+    except DatapathError as exc:
+        found["kept_complaint"] = str(exc)
     found["needs"] = missing(frozenset(), replace(Circumstances.here(), locked_unlimited=False))
     found["hook"] = "tcx" if libbpf.has_tcx() else "clsact"
     found["noexist"] = kernel_honours_noexist()

@@ -75,7 +75,9 @@ def failures(found: dict[str, Any]) -> list[str]:
         return ["broke off before the tests had ended"]
     features = found["features"]
     wrong = [] if features["loads"] else [f"does not load: {features['complaint']}"]
-    wrong += [] if features.get("keeps") else ["does not load what the first start has kept"]
+    wrong += (
+        [] if features.get("keeps") else [f"does not load what was kept: {features.get('kept_complaint')}"]
+    )
     for name, group in found["tests"].items():
         wrong += [f"{name}: {line}" for line in group["failed"]]
         if not group["passed"]:

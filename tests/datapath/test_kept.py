@@ -1,9 +1,10 @@
-"""What BCC compiled is kept: the next start loads the very same programs, and compiles when anything is amiss."""
+"""What BCC compiled is kept: the next start loads the same instructions, and compiles when anything is amiss."""
 
 from __future__ import annotations
 
 import json
 import os
+import stat
 import subprocess
 import sys
 from typing import TYPE_CHECKING
@@ -154,16 +155,54 @@ def of_other_origin(content: bytes) -> bytes:
     return content.replace(source.origin().encode(), b"0" * 64)
 
 
+def of_other_compiler(content: bytes) -> bytes:
+    """Make it that of another BCC under the same name."""
+    found = msgspec.json.decode(content, type=Kept)
+    (first, (size, time)), *rest = found.compiler.items()
+    return msgspec.json.encode(
+        msgspec.structs.replace(found, compiler=dict([(first, (size, time + 1)), *rest]))
+    )
+
+
+def of_compiler_that_is_gone(content: bytes) -> bytes:
+    """Make it that of a BCC that has been removed."""
+    found = msgspec.json.decode(content, type=Kept)
+    return msgspec.json.encode(msgspec.structs.replace(found, compiler={"/nowhere/libbcc.so": (1, 1)}))
+
+
 def of_other_form(_content: bytes) -> bytes:
     """Make it somebody else's."""
     return b'{"programs": []}'
 
 
-@pytest.mark.parametrize("spoil", [truncated, of_other_origin, of_other_form])
+def of_no_text(content: bytes) -> bytes:
+    """Flip a bit, so that it is no UTF-8 any more."""
+    return content.replace(b'"GPL"', b'"\xc7PL"')
+
+
+def too_deep(_content: bytes) -> bytes:
+    """Nest it deeper than anybody reads."""
+    return b'{"nothing":' + b"[" * 100_000
+
+
+@pytest.mark.parametrize(
+    "spoil",
+    [
+        truncated,
+        of_other_origin,
+        of_other_compiler,
+        of_compiler_that_is_gone,
+        of_other_form,
+        of_no_text,
+        too_deep,
+    ],
+)
 def test_useless_file_is_taken_for_none(first: tuple[Path, dict[str, object]], tmp_path: Path, spoil) -> None:  # type: ignore[no-untyped-def]
     """Of another version or kernel, cut off, or no file of ours."""
     file = tmp_path / "programs.json"
-    file.write_bytes(spoil(first[0].read_bytes()))
+    spoilt = spoil(first[0].read_bytes())
+    assert spoilt != first[0].read_bytes()
+    file.write_bytes(spoilt)
     assert kept.read(first[0], source.origin()) is not None
     assert kept.read(file, source.origin()) is None
 
@@ -179,6 +218,32 @@ def test_file_that_others_may_write_is_taken_for_none(
     assert kept.read(file, source.origin()) is not None
     file.chmod(mode)
     assert kept.read(file, source.origin()) is None
+
+
+def test_compiler_s_own_files_are_noted(first: tuple[Path, dict[str, object]]) -> None:
+    """A package may exchange a library under the same version of BCC."""
+    found = kept.read(first[0], source.origin())
+    assert found is not None
+    names = " ".join(found.compiler)
+    assert "libbcc" in names
+    assert "libLLVM" in names
+    assert "bcc/__init__.py" in names
+
+
+@pytest.mark.parametrize(
+    "make", [os.mkfifo, lambda path: os.mknod(path, 0o600 | stat.S_IFCHR, os.makedev(1, 3))]
+)
+def test_pipe_or_device_is_read_by_nobody_and_replaced_by_nobody(
+    pins: Pins, tmp_path: Path, make, capsys
+) -> None:  # type: ignore[no-untyped-def]
+    """``--program-cache /dev/null`` for "nowhere" must not cost the node its /dev/null."""
+    path = tmp_path / "null"
+    make(path)
+    before = path.stat()
+    load(pins, SIZE, path).close()
+    assert "not a regular file" in capsys.readouterr().out
+    assert (path.stat().st_ino, path.stat().st_mode) == (before.st_ino, before.st_mode)
+    assert pins.path("lm_from_pod").exists()
 
 
 def test_file_of_another_user_is_taken_for_none(
@@ -220,9 +285,8 @@ def test_what_does_not_load_is_compiled_anew(  # type: ignore[no-untyped-def]  #
     found = kept.read(first[0], source.origin())
     assert found is not None
     file = tmp_path / "programs.json"
-    kept.write(
-        file, Kept(found.origin, {name: change(one) for name, one in found.programs.items()}, found.fresh)
-    )
+    changed = {name: change(one) for name, one in found.programs.items()}
+    kept.write(file, msgspec.structs.replace(found, programs=changed))
     pins.prepare(SIZE)
     before = open_descriptors()
     with pytest.raises(DatapathError, match=words):

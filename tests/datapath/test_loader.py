@@ -38,11 +38,16 @@ def place() -> Iterator[Pins]:
 
 
 def answer(
-    place: Pins, preamble: str = "", size: int = 100, wrapper: tuple[str, ...] = ()
+    place: Pins,
+    preamble: str = "",
+    size: int = 100,
+    wrapper: tuple[str, ...] = (),
+    keep: Path | None = None,
 ) -> dict[str, object]:
     """Run the loader, after some lines of Python that break something, and return what it says."""
     code = f"{preamble}\nfrom lazymesh.datapath import loader\nloader.main()"
-    request = json.dumps({"pins": str(place.directory), "ipcache_size": size})
+    asked = {"pins": str(place.directory), "ipcache_size": size}
+    request = json.dumps(asked if keep is None else asked | {"keep": str(keep)})
     done = subprocess.run(
         [*wrapper, sys.executable, "-c", code],
         input=request,
@@ -135,3 +140,25 @@ def test_size_that_differs_stops_before_any_program_is_pinned(place: Pins) -> No
     said = complaint(answer(place, preamble))
     assert said.startswith("lm_owned: IpcacheEntryV1 is 12 bytes here and 56 in the compiled program")
     assert not place.path("lm_from_pod").exists()
+
+
+@pytest.mark.parametrize(
+    ("preamble", "words"),
+    [
+        ("loader.kept.program_of = {}.__getitem__", "TypeError"),
+        ("import itertools\nloader.origin = map(str, itertools.count()).__next__", "was exchanged while"),
+        ("loader.kept.files = lambda paths: [open('/nowhere')]", "No such file"),
+    ],
+    ids=["another BCC", "upgraded meanwhile", "no files"],
+)
+def test_what_cannot_be_kept_is_loaded_all_the_same(
+    place: Pins, tmp_path: Path, preamble: str, words: str
+) -> None:
+    """The next start compiles again, and this one says why."""
+    file = tmp_path / "programs.json"
+    said = answer(place, f"from lazymesh.datapath import loader\n{preamble}", keep=file)
+    assert said.keys() == {"ok", "not_kept"}
+    assert str(said["not_kept"]).startswith(f"{file}: ")
+    assert words in str(said["not_kept"])
+    assert place.path("lm_from_pod").exists()
+    assert list(tmp_path.iterdir()) == []

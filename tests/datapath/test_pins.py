@@ -102,7 +102,7 @@ def test_pins_of_this_version_are_accepted(bpffs: Path) -> None:
     place.prepare(SIZE)
 
 
-@pytest.mark.parametrize("name", sorted(set(expected_layouts(SIZE)) - set(pins.KEPT)))
+@pytest.mark.parametrize("name", sorted(set(expected_layouts(SIZE)) - set(pins.LASTING)))
 def test_pin_of_another_layout_is_made_anew(bpffs: Path, name: str) -> None:
     """Another version of lazymesh was here: what it held is learned again, all other pins stay."""
     place = Pins.under(bpffs)
@@ -113,7 +113,7 @@ def test_pin_of_another_layout_is_made_anew(bpffs: Path, name: str) -> None:
     assert {path.name for path in place.directory.iterdir()} == set(expected_layouts(SIZE)) - {name}
 
 
-@pytest.mark.parametrize("name", pins.KEPT)
+@pytest.mark.parametrize("name", pins.LASTING)
 def test_entries_or_journal_of_another_layout_are_refused_by_name(bpffs: Path, name: str) -> None:
     """Attaching over it would read and write nonsense; the message says which map and what to do."""
     place = Pins.under(bpffs)

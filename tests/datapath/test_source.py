@@ -5,14 +5,15 @@ from __future__ import annotations
 import os
 import re
 from importlib import resources
+from pathlib import Path
 from typing import TYPE_CHECKING
+
+import pytest
 
 from lazymesh.datapath import source
 
 if TYPE_CHECKING:
-    from pathlib import Path
-
-    import pytest
+    from collections.abc import Callable
 
 
 def test_headers_of_ours_are_put_in_once_and_others_left_alone(tmp_path: Path) -> None:
@@ -49,29 +50,43 @@ def test_our_c_is_whole() -> None:
     assert '#include "' not in text
 
 
-def test_origin_is_that_of_text_compiler_and_kernel(monkeypatch: pytest.MonkeyPatch) -> None:
+CHANGES: dict[str, Callable[[pytest.MonkeyPatch], None]] = {
+    "our C": lambda patch: patch.setattr(source, "one_text", lambda _path: "int nothing;"),
+    "sizes of maps": lambda patch: patch.setattr(source, "expected_layouts", lambda _size: {}),
+    "sizes of structs": lambda patch: patch.setattr(source, "STRUCTS", {}),
+    "number of processors": lambda patch: patch.setattr(source, "possible_cpus", lambda: 4_096),
+    "release": lambda patch: _exchange_kernel(patch, 2),
+    "build": lambda patch: _exchange_kernel(patch, 3),
+    "machine": lambda patch: _exchange_kernel(patch, 4),
+}
+
+
+def _exchange_kernel(patch: pytest.MonkeyPatch, number: int) -> None:
+    words = list(os.uname())
+    words[number] += "x"
+    patch.setattr(os, "uname", lambda: os.uname_result(words))
+
+
+@pytest.mark.parametrize("what", CHANGES)
+def test_origin_changes_with(what: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Each of them changes what is compiled, or whether it fits."""
-    known = {source.origin()}
+    before = source.origin()
+    assert source.origin() == before
+    CHANGES[what](monkeypatch)
+    assert source.origin() != before
 
-    def changed() -> bool:
-        found = source.origin()
-        known.add(found)
-        return True
 
-    with monkeypatch.context() as patch:
-        patch.setattr(source, "one_text", lambda _path: "int nothing;")
-        changed()
-    with monkeypatch.context() as patch:
-        patch.setattr(source, "_bcc_version", lambda: "__version__ = '0.1'")
-        changed()
-    with monkeypatch.context() as patch:
-        patch.setattr(source, "expected_layouts", lambda _size: {})
-        changed()
-    for number in (2, 3, 4):
-        with monkeypatch.context() as patch:
-            uname = list(os.uname())
-            uname[number] += "x"
-            patch.setattr(os, "uname", lambda uname=uname: os.uname_result(uname))
-            changed()
-    assert len(known) == 7
-    assert source.origin() in known
+@pytest.mark.parametrize("name", ["loader.py", "kept.py"])
+def test_origin_changes_with_the_code_that_keeps(
+    name: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """A version that mends it does not go on with what it kept before."""
+    here = Path(source.__file__).parent
+    for each in ("loader.py", "kept.py"):
+        (tmp_path / each).write_bytes((here / each).read_bytes())
+    before = source.origin()
+    monkeypatch.setattr(source, "__file__", str(tmp_path / "source.py"))
+    assert source.origin() == before
+    with (tmp_path / name).open("a") as file:
+        file.write("# more\n")
+    assert source.origin() != before

@@ -355,6 +355,8 @@ class AgentProcess:
     ) -> None:
         self._node = node
         self._log_path = log
+        # By the environment: earlier versions do not have the option.
+        cache = {"LAZYMESH_PROGRAM_CACHE": str(log.with_name("programs.json"))}
         with log.open("ab") as sink:
             self._log_start = sink.tell()
             self.process = node.popen(
@@ -362,7 +364,7 @@ class AgentProcess:
                 stdin=subprocess.DEVNULL,
                 stdout=sink,
                 stderr=sink,
-                env={**os.environ, **(env or {})},
+                env={**cache, **os.environ, **(env or {})},
             )
 
     @property

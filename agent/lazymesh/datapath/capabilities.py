@@ -39,8 +39,8 @@ class Circumstances:
 def missing(held: frozenset[str], where: Circumstances) -> list[str]:
     """Return which capabilities are needed and not held.
 
-    BPF and PERFMON would do for a first start; but maps that are there already are opened by number, by BCC as well,
-    and for that the kernel asks for SYS_ADMIN, which stands in for both.
+    BPF and PERFMON would do for a first start; but Cilium's maps and programs are opened by number, and so are our own
+    by BCC, when it compiles over what is pinned. For that the kernel asks for SYS_ADMIN, which stands in for both.
     """
     needed = ["NET_ADMIN", "SYS_ADMIN"]
     if where.kernel < UNLIMITED_SINCE and not where.locked_unlimited:

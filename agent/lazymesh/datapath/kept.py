@@ -1,12 +1,14 @@
 """Programs as BCC compiled them, kept in a file: the next start needs no compiler, neither its second nor its memory.
 
-What is kept is good for the very C, BCC and kernel that it was made with. Whatever is wrong with the file or with what
-is in it, BCC does the work again. Instructions name a map by its file descriptor: that of the pinned map is put there.
+What is kept is good for what it was made of alone: our C and what turns it into this file, BCC, LLVM, kernel and number
+of processors. Whatever is wrong with the file or with what is in it, BCC does the work again. Instructions name a map
+by its file descriptor: that of the pinned map, or of one made anew, is put there. Programs loaded so have no BTF.
 """
 
 from __future__ import annotations
 
 import contextlib
+import errno
 import os
 import stat
 import struct
@@ -24,7 +26,7 @@ from lazymesh.datapath.pins import IPCACHE, SIGNALS, VIEWS, expected_layouts
 from lazymesh.errors import DatapathError
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Iterable, Mapping
 
     from lazymesh.datapath.libbpf import Map
     from lazymesh.datapath.pins import Pins
@@ -47,6 +49,8 @@ class Kept(msgspec.Struct, frozen=True):
     """All programs, and what they were made of."""
 
     origin: str
+    compiler: dict[str, tuple[int, int]]
+    """Size and time (ns) of the files that did the work."""
     programs: dict[str, Program]
     fresh: dict[str, MapLayout]
     """Maps that belong to one load of the programs: made anew each time."""
@@ -64,8 +68,16 @@ def program_of(kind: int, license_words: str, code: bytes, names: Mapping[int, s
     return Program(kind, license_words, code, maps)
 
 
+def files(paths: Iterable[str]) -> dict[str, tuple[int, int]]:
+    """Return size and time of files; OSError for one that is not there."""
+    found = {path: Path(path).stat() for path in paths}
+    return {path: (each.st_size, each.st_mtime_ns) for path, each in found.items()}
+
+
 def write(path: Path, kept: Kept) -> None:
-    """Keep programs in a file, whole or not at all; OSError."""
+    """Keep programs in a file, whole or not at all; OSError, also for a device or pipe, which must not be replaced."""
+    if path.exists() and not path.is_file():
+        raise OSError(errno.EINVAL, "not a regular file")
     with contextlib.suppress(FileExistsError):  # if it is no directory, the next line says so
         path.parent.mkdir(mode=0o755, parents=True)
     fd, name = tempfile.mkstemp(prefix=f".{path.name}-", dir=path.parent)
@@ -81,18 +93,24 @@ def write(path: Path, kept: Kept) -> None:
 def read(path: Path, origin: str) -> Kept | None:
     """Return what is kept if it was made of this; None: nothing, of something else, damaged, or others may write it."""
     try:
-        with path.open("rb") as file:
-            found = os.fstat(file.fileno())
-            if found.st_uid != os.geteuid() or found.st_mode & (stat.S_IWGRP | stat.S_IWOTH):
+        # A pipe would have us wait for a writer.
+        with os.fdopen(os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK), "rb") as file:
+            if not _is_ours_alone(os.fstat(file.fileno())):
                 return None
             kept = msgspec.json.decode(file.read(), type=Kept)
-    except (OSError, msgspec.MsgspecError):
+        fits = kept.origin == origin and kept.compiler == files(kept.compiler)
+    except (OSError, ValueError, RecursionError):  # msgspec's own are ValueErrors
         return None
-    return kept if kept.origin == origin else None
+    return kept if fits else None
+
+
+def _is_ours_alone(found: os.stat_result) -> bool:
+    others = stat.S_IWGRP | stat.S_IWOTH
+    return stat.S_ISREG(found.st_mode) and found.st_uid == os.geteuid() and not found.st_mode & others
 
 
 def load(kept: Kept, pins: Pins, ipcache_size: int) -> None:
-    """Load the programs and pin everything, as the loader does; nothing is pinned but maps unless all went well."""
+    """Load the programs and pin everything that the loader does; nothing is pinned but maps unless all went well."""
     libbpf.raise_memlock()
     with contextlib.ExitStack() as stack:
         maps = {}

@@ -2,7 +2,7 @@
 
 Run as ``python -m lazymesh.datapath.loader`` with a request as JSON on stdin: where to pin, how large the ipcache is,
 the process whose end is ours, if any, and the file that is to keep what was compiled, if any. Prints one JSON object,
-``{"ok": true}``, with ``"not_kept": "one line"`` if the file could not be written, or ``{"error": "one line"}``.
+``{"ok": true}``, with ``"not_kept": "one line"`` if that came to nothing, or ``{"error": "one line"}``.
 No other module imports bcc.
 """
 
@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import errno
 import json
 import os
 import re
@@ -63,8 +64,11 @@ def die_with(parent: int) -> None:
         sys.exit("the agent has ended")
 
 
-def load(pins: Path, ipcache_size: int) -> Kept:
-    """Compile bpf/lazymesh.c, load the programs, check sizes, pin everything under ``pins``; return what to keep."""
+def load(pins: Path, ipcache_size: int) -> tuple[Any, dict[str, Any]]:
+    """Compile bpf/lazymesh.c, load the programs, check sizes, pin everything under ``pins``.
+
+    Returns BCC's module, and its function of each program.
+    """
     try:
         from bcc import BPF  # noqa: PLC0415 (the import alone costs a tenth of a second and 70 MB)
     except ImportError as exc:
@@ -92,12 +96,26 @@ def load(pins: Path, ipcache_size: int) -> Kept:
     libbpf.pin(bpf[SIGNALS.encode()].map_fd, pins / SIGNALS)
     for name, function in programs.items():
         libbpf.pin(function.fd, pins / name)
-    return _to_keep(bpf, programs)
+    return bpf, programs
 
 
-def _to_keep(bpf: Any, programs: dict[str, Any]) -> Kept:
+def keep(path: Path, made_of: str, bpf: Any, programs: dict[str, Any]) -> None:
+    """Write what BCC compiled into a file, if what it is made of is still the same."""
+    if origin() != made_of:
+        raise OSError(errno.EAGAIN, "lazymesh was exchanged while it was compiled")
+    kept.write(path, _to_keep(made_of, bpf, programs))
+
+
+def _to_keep(made_of: str, bpf: Any, programs: dict[str, Any]) -> Kept:
     """Take from BCC what it compiled. Its instructions name maps by the file descriptors that it has them open by."""
-    from bcc import lib  # noqa: PLC0415 (as above)
+    import bcc  # noqa: PLC0415 (as above)
+
+    lib = bcc.lib
+    mapped = {line.split()[-1] for line in Path("/proc/self/maps").read_text(encoding="utf-8").splitlines()}
+    compiler = [
+        str(bcc.__file__),
+        *sorted(each for each in mapped if re.search(r"/lib(bcc|LLVM|clang)", each)),
+    ]
 
     lib.bpf_num_tables.argtypes = (ctypes.c_void_p,)
     lib.bpf_table_name.argtypes = (ctypes.c_void_p, ctypes.c_size_t)
@@ -107,7 +125,8 @@ def _to_keep(bpf: Any, programs: dict[str, Any]) -> Kept:
     words = lib.bpf_module_license(bpf.module).decode()
     lasting = {*expected_layouts(ipcache_size=0), *VIEWS}
     return kept.Kept(
-        origin(),
+        made_of,
+        kept.files(compiler),
         {
             name: kept.program_of(libbpf.program_type(function.fd), words, bpf.dump_func(name), names)
             for name, function in programs.items()
@@ -146,11 +165,13 @@ def _check_sizes(bpf: Any) -> None:
                 )
 
 
-def _keep(path: Path, to_keep: Kept) -> dict[str, str]:
+def _try_to_keep(path: Path, made_of: str, bpf: Any, programs: dict[str, Any]) -> dict[str, str]:
     try:
-        kept.write(path, to_keep)
+        keep(path, made_of, bpf, programs)
     except OSError as exc:
         return {"not_kept": f"{path}: {exc.strerror}"}
+    except Exception as exc:  # the insides of another BCC: what it loaded is good all the same
+        return {"not_kept": f"{path}: {type(exc).__name__}: {exc}"}
     return {}
 
 
@@ -169,8 +190,8 @@ def main() -> None:
     if "parent" in request:
         die_with(request["parent"])
     answer: dict[str, object] = {"ok": True}
-    keep = request.get("keep")
-    # BCC, clang and the verifier talk on file descriptor 2: kept, and only shown (one line of it) when they fail.
+    file = request.get("keep")
+    # BCC, clang and the verifier talk on file descriptor 2: only shown, and one line of it, when they fail.
     with (
         tempfile.TemporaryFile() as words,
         tempfile.TemporaryDirectory(prefix="lazymesh-headers-") as scratch,
@@ -180,9 +201,10 @@ def main() -> None:
             headers = find_headers()
             if not headers.running:
                 os.environ["BCC_KERNEL_SOURCE"] = str(merge_headers(headers, Path(scratch)))
-            to_keep = load(Path(request["pins"]), request["ipcache_size"])
-            if keep is not None:
-                answer |= _keep(Path(keep), to_keep)
+            made_of = origin()
+            loaded = load(Path(request["pins"]), request["ipcache_size"])
+            if file is not None:
+                answer |= _try_to_keep(Path(file), made_of, *loaded)
         except (DatapathError, OSError) as exc:
             words.seek(0)
             complaint = _first_complaint(words.read().decode(errors="replace"))

@@ -26,7 +26,7 @@ HOLD_FILTER = "lm_hold_whole"
 SIGNALS = "lm_signals"
 IPCACHE = "lm_ipcache"
 LINKS = "links"
-KEPT = (IPCACHE, "lm_owned")
+LASTING = (IPCACHE, "lm_owned")
 """Entries and their journal outlive versions, so a change of theirs has to be read here; all else is learned again."""
 VIEWS = ("lm_view_v1", "lm_view_v2", "lm_view_v2ro")
 """By enum lm_view, from 1 on. Like the signals they belong to one load of the programs."""
@@ -112,7 +112,7 @@ class Pins:
             found.close()
             if layout == expected:
                 continue
-            if name not in KEPT:
+            if name not in LASTING:
                 # Programs that are attached go on with the old one until ours replace them.
                 log.info("map of another version, made anew", name=name)
                 path.unlink()

@@ -1,4 +1,7 @@
-"""The datapath as the agent holds it: loaded by a short-lived process, then open maps and two programs to attach."""
+"""The datapath as the agent holds it: open maps and two programs to attach.
+
+Loaded by a short-lived process that compiles them, or by the agent itself, from what that has kept.
+"""
 
 from __future__ import annotations
 

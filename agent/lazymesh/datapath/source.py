@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import ctypes
 import hashlib
-import importlib.util
 import os
 import re
 from importlib import resources
 from pathlib import Path
 
+from lazymesh.datapath.abi import STRUCTS
+from lazymesh.datapath.libbpf import possible_cpus
 from lazymesh.datapath.pins import expected_layouts
 
 
@@ -37,22 +39,16 @@ def one_text(source: Path) -> str:
 
 
 def origin() -> str:
-    """Return a digest of all that decides what is compiled and whether it fits.
+    """Return a digest of what decides what is compiled and whether it fits, but for the compiler's own files.
 
-    Our C; BCC's version; the kernel, which BCC asks as well; and the sizes that Python writes, which the loader checks.
+    Our C; the code that has it compiled, and takes out what is kept; the sizes that Python writes, which the loader
+    checks; how many processors a signal may come from; and the kernel, which BCC asks as well.
     """
     with resources.as_file(resources.files("lazymesh") / "bpf") as source:
-        text = one_text(source / "lazymesh.c")
+        parts = [one_text(source / "lazymesh.c")]
+    parts += [Path(__file__).with_name(name).read_text(encoding="utf-8") for name in ("loader.py", "kept.py")]
+    parts += [str(expected_layouts(0)), str({name: ctypes.sizeof(each) for name, each in STRUCTS.items()})]
+    parts.append(str(possible_cpus()))
     running = os.uname()
-    sizes = str(expected_layouts(0))
-    parts = (text, sizes, _bcc_version(), running.release, running.version, running.machine)
+    parts += [running.release, running.version, running.machine]
     return hashlib.sha256("\0".join(parts).encode()).hexdigest()
-
-
-def _bcc_version() -> str:
-    """Read it from its file: the import alone costs 70 MB."""
-    spec = importlib.util.find_spec("bcc")
-    if spec is None or spec.origin is None:
-        return ""
-    version = Path(spec.origin).with_name("version.py")
-    return version.read_text(encoding="utf-8") if version.is_file() else ""
