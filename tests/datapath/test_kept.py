@@ -14,7 +14,7 @@ import pytest
 
 from lazymesh.core.model import Direction, Entry
 from lazymesh.datapath import kept, libbpf, source
-from lazymesh.datapath.kept import Kept, Program, program_of
+from lazymesh.datapath.kept import Program, program_of
 from lazymesh.datapath.libbpf import Map, MapLayout
 from lazymesh.datapath.maps import DatapathConfig
 from lazymesh.datapath.pins import (
@@ -152,22 +152,20 @@ def truncated(content: bytes) -> bytes:
 
 def of_other_origin(content: bytes) -> bytes:
     """Make it that of another version."""
-    return content.replace(source.origin().encode(), b"0" * 64)
+    return kept.encode(msgspec.structs.replace(kept.decode(content), origin="0" * 64))
 
 
 def of_other_compiler(content: bytes) -> bytes:
     """Make it that of another BCC under the same name."""
-    found = msgspec.json.decode(content, type=Kept)
+    found = kept.decode(content)
     (first, (size, time)), *rest = found.compiler.items()
-    return msgspec.json.encode(
-        msgspec.structs.replace(found, compiler=dict([(first, (size, time + 1)), *rest]))
-    )
+    return kept.encode(msgspec.structs.replace(found, compiler=dict([(first, (size, time + 1)), *rest])))
 
 
 def of_compiler_that_is_gone(content: bytes) -> bytes:
     """Make it that of a BCC that has been removed."""
-    found = msgspec.json.decode(content, type=Kept)
-    return msgspec.json.encode(msgspec.structs.replace(found, compiler={"/nowhere/libbcc.so": (1, 1)}))
+    found = kept.decode(content)
+    return kept.encode(msgspec.structs.replace(found, compiler={"/nowhere/libbcc.so": (1, 1)}))
 
 
 def of_other_form(_content: bytes) -> bytes:
@@ -178,6 +176,11 @@ def of_other_form(_content: bytes) -> bytes:
 def of_no_text(content: bytes) -> bytes:
     """Flip a bit, so that it is no UTF-8 any more."""
     return content.replace(b'"GPL"', b'"\xc7PL"')
+
+
+def with_another_instruction(content: bytes) -> bytes:
+    """Exchange some of a program's code for what is as long."""
+    return content.replace(b"AAAA", b"AAAB", 1)
 
 
 def too_deep(_content: bytes) -> bytes:
@@ -194,6 +197,7 @@ def too_deep(_content: bytes) -> bytes:
         of_compiler_that_is_gone,
         of_other_form,
         of_no_text,
+        with_another_instruction,
         too_deep,
     ],
 )
@@ -290,7 +294,7 @@ def test_what_does_not_load_is_compiled_anew(  # type: ignore[no-untyped-def]  #
     pins.prepare(SIZE)
     before = open_descriptors()
     with pytest.raises(DatapathError, match=words):
-        kept.load(msgspec.json.decode(file.read_bytes(), type=Kept), pins, SIZE)
+        kept.load(kept.decode(file.read_bytes()), pins, SIZE)
     assert open_descriptors() == before
     assert not pins.path("lm_from_pod").exists()
     assert not pins.path("lm_view_v1").exists()

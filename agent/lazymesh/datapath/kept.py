@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import hashlib
 import os
 import stat
 import struct
@@ -56,6 +57,12 @@ class Kept(msgspec.Struct, frozen=True):
     """Maps that belong to one load of the programs: made anew each time."""
 
 
+class _File(msgspec.Struct, frozen=True):
+    digest: str
+    """SHA-256 of the rest: the verifier would take many an instruction that is not what the compiler wrote."""
+    kept: msgspec.Raw
+
+
 def program_of(kind: int, license_words: str, code: bytes, names: Mapping[int, str]) -> Program:
     """Describe instructions that name maps by file descriptor; KeyError for one that has no name."""
     maps, instructions = {}, list(_INSTRUCTION.iter_unpack(code))
@@ -74,6 +81,20 @@ def files(paths: Iterable[str]) -> dict[str, tuple[int, int]]:
     return {path: (each.st_size, each.st_mtime_ns) for path, each in found.items()}
 
 
+def encode(kept: Kept) -> bytes:
+    """Return a file's content."""
+    body = msgspec.json.encode(kept)
+    return msgspec.json.encode(_File(hashlib.sha256(body).hexdigest(), msgspec.Raw(body)))
+
+
+def decode(content: bytes) -> Kept:
+    """Return what is in a file; ValueError or RecursionError when it is damaged."""
+    file = msgspec.json.decode(content, type=_File)
+    if hashlib.sha256(file.kept).hexdigest() != file.digest:
+        raise ValueError("not what was written")
+    return msgspec.json.decode(file.kept, type=Kept)
+
+
 def write(path: Path, kept: Kept) -> None:
     """Keep programs in a file, whole or not at all; OSError, also for a device or pipe, which must not be replaced."""
     if path.exists() and not path.is_file():
@@ -83,7 +104,7 @@ def write(path: Path, kept: Kept) -> None:
     fd, name = tempfile.mkstemp(prefix=f".{path.name}-", dir=path.parent)
     try:
         with os.fdopen(fd, "wb") as file:
-            file.write(msgspec.json.encode(kept))
+            file.write(encode(kept))
         Path(name).replace(path)
     except OSError:
         Path(name).unlink(missing_ok=True)
@@ -97,7 +118,7 @@ def read(path: Path, origin: str) -> Kept | None:
         with os.fdopen(os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK), "rb") as file:
             if not _is_ours_alone(os.fstat(file.fileno())):
                 return None
-            kept = msgspec.json.decode(file.read(), type=Kept)
+            kept = decode(file.read())
         fits = kept.origin == origin and kept.compiler == files(kept.compiler)
     except (OSError, ValueError, RecursionError):  # msgspec's own are ValueErrors
         return None
