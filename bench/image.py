@@ -31,8 +31,7 @@ def run(say: Callable[[str], None]) -> Part:
         for number in range(REPEATS):
             say(f"start {number + 1} of {REPEATS}")
             for kind, capabilities in kinds.items():
-                container = in_lab(lab, root, capabilities)
-                lab.program = container.command
+                lab.program = in_lab(lab, root, capabilities).command
                 (lab.directory / "run/programs.json").unlink(missing_ok=True)
                 took[kind].append(start(lab))
                 took[f"{kind}, kept"].append(start(lab))

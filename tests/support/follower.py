@@ -6,14 +6,13 @@ or as a clsact filter of a later priority.
 
 from __future__ import annotations
 
-import ctypes
 import os
 import struct
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Self
 
 from lazymesh.datapath import libbpf
-from lazymesh.datapath.libbpf import Map, MapLayout, library
+from lazymesh.datapath.libbpf import Map, MapLayout, load_program
 from tests.support.tcx import TcxLink
 
 if TYPE_CHECKING:
@@ -118,8 +117,4 @@ def _op(code: int, target: int = 0, source: int = 0, offset: int = 0, *, immedia
 
 
 def _load(code: bytes) -> int:
-    count = ctypes.c_size_t(len(code) // 8)
-    result = library().bpf_prog_load(_SCHED_CLS, b"follower", b"GPL", code, count, None)
-    if result < 0:
-        raise OSError(-result, os.strerror(-result))
-    return int(result)
+    return load_program("follower", _SCHED_CLS, "GPL", code)

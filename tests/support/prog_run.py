@@ -14,7 +14,7 @@ import struct
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Self
 
-from lazymesh.datapath.libbpf import library
+from lazymesh.datapath.libbpf import library, load_program
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -188,19 +188,11 @@ def _open_tap() -> int:
 
 def load_empty_program() -> int:
     """Return the cheapest TC program there is, ``return TC_ACT_UNSPEC``: the zero of every measurement."""
-    return _load(_instruction(0xB7, immediate=TC_ACT_UNSPEC) + _instruction(0x95))
+    code = _instruction(0xB7, immediate=TC_ACT_UNSPEC) + _instruction(0x95)
+    return load_program("lm_test", _PROG_TYPE_SCHED_CLS, "GPL", code)
 
 
 def _instruction(
     code: int, *, target: int = 0, source: int = 0, offset: int = 0, immediate: int = 0
 ) -> bytes:
     return struct.pack("=BBhi", code, source << 4 | target, offset, immediate)
-
-
-def _load(code: bytes) -> int:
-    result = library().bpf_prog_load(
-        _PROG_TYPE_SCHED_CLS, b"lm_test", b"GPL", code, ctypes.c_size_t(len(code) // 8), None
-    )
-    if result < 0:
-        raise OSError(-result, os.strerror(-result))
-    return int(result)

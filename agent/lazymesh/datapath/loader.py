@@ -24,7 +24,7 @@ from typing import TYPE_CHECKING, Any
 from lazymesh.datapath import abi, kept, libbpf
 from lazymesh.datapath.headers import find_headers, merge_headers
 from lazymesh.datapath.libbpf import Map
-from lazymesh.datapath.maps import View, make_view
+from lazymesh.datapath.maps import View, make_view, pin_map
 from lazymesh.datapath.pins import HOLD_FILTER, HOLD_PROGRAMS, PROGRAMS, SIGNALS, VIEWS, expected_layouts
 from lazymesh.datapath.source import one_text, origin
 from lazymesh.errors import DatapathError
@@ -99,13 +99,6 @@ def load(pins: Path, ipcache_size: int) -> tuple[Any, dict[str, Any]]:
     return bpf, programs
 
 
-def keep(path: Path, made_of: str, bpf: Any, programs: dict[str, Any]) -> None:
-    """Write what BCC compiled into a file, if what it is made of is still the same."""
-    if origin() != made_of:
-        raise OSError(errno.EAGAIN, "lazymesh was exchanged while it was compiled")
-    kept.write(path, _to_keep(made_of, bpf, programs))
-
-
 def _to_keep(made_of: str, bpf: Any, programs: dict[str, Any]) -> Kept:
     """Take from BCC what it compiled. Its instructions name maps by the file descriptors that it has them open by."""
     import bcc  # noqa: PLC0415 (as above)
@@ -141,7 +134,7 @@ def _new_views(pins: Path) -> Iterator[None]:
     try:
         for view, name in zip(View, VIEWS, strict=True):
             outer = make_view(view, name)
-            libbpf.pin(outer.fd, _new(pins, name))
+            pin_map(outer, _new(pins, name))
             outer.close()
         yield
     finally:
@@ -165,9 +158,12 @@ def _check_sizes(bpf: Any) -> None:
                 )
 
 
-def _try_to_keep(path: Path, made_of: str, bpf: Any, programs: dict[str, Any]) -> dict[str, str]:
+def _keep(path: Path, made_of: str, bpf: Any, programs: dict[str, Any]) -> dict[str, str]:
+    """Write what BCC compiled into a file, if what it is made of is still the same; return what to say if not."""
     try:
-        keep(path, made_of, bpf, programs)
+        if origin() != made_of:
+            raise OSError(errno.EAGAIN, "lazymesh was exchanged while it was compiled")
+        kept.write(path, _to_keep(made_of, bpf, programs))
     except OSError as exc:
         return {"not_kept": f"{path}: {exc.strerror}"}
     except Exception as exc:  # the insides of another BCC: what it loaded is good all the same
@@ -204,7 +200,7 @@ def main() -> None:
             made_of = origin()
             loaded = load(Path(request["pins"]), request["ipcache_size"])
             if file is not None:
-                answer |= _try_to_keep(Path(file), made_of, *loaded)
+                answer |= _keep(Path(file), made_of, *loaded)
         except (DatapathError, OSError) as exc:
             words.seek(0)
             complaint = _first_complaint(words.read().decode(errors="replace"))

@@ -62,12 +62,17 @@ def open_or_make_map(path: Path, layout: MapLayout) -> Map:
     if path.exists():
         return open_map(path)
     made = make_map(path.name, layout)
+    pin_map(made, path)
+    return made
+
+
+def pin_map(made: Map, path: Path) -> None:
+    """Pin a map, or close it and raise DatapathError."""
     try:
         pin(made.fd, path)
     except OSError as exc:
         made.close()
         raise DatapathError(f"cannot pin a map at {path}: {exc.strerror}") from exc
-    return made
 
 
 class View(enum.IntEnum):
