@@ -62,7 +62,7 @@ def is_peer(identity: int) -> bool:
 
 def check_identity(identity: int, of: IdentityRange) -> str | None:
     """Return why the identity must never be installed for a pod of the cluster ``of``; None if it may be."""
-    if identity in of and FIRST_ALLOCATED <= identity < 1 << _BITS:
+    if of.first <= identity <= of.last and FIRST_ALLOCATED <= identity < 1 << _BITS:
         return None
     if identity == 0:
         return "identity 0"

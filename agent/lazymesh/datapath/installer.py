@@ -133,42 +133,47 @@ class Installer:
 
         What is new goes into the journal together: of a storm that is a third of the system calls.
         """
-        plain = self._honours_noexist and len(self._maps) == 1 and not self.crowded
-        fresh = {
-            address: key
-            for address, entry, _ in (installs if plain else ())
-            if self._is_fresh(address, key := abi.pack_address_key(address), entry)
-        }
+        fresh: dict[Address, bytes] = {}
+        lines: list[tuple[bytes, Entry, int]] = []
+        if self._honours_noexist and len(self._maps) == 1 and not self.crowded:
+            for address, entry, cluster_id in installs:
+                key = abi.pack_address_key(address)
+                if self._is_fresh(address, key, entry):
+                    fresh[address] = key
+                    lines.append((key, entry, cluster_id))
         try:
-            self._journal.write_many(
-                [(fresh[address], entry, owner) for address, entry, owner in installs if address in fresh]
-            )
+            self._journal.write_many(lines)
         except DatapathError:
             fresh = {}  # one by one it will show for whom there is room
         return [
-            self._insert_journalled(fresh[each[0]], *each) if each[0] in fresh else self.install(*each)
+            None
+            if (packed := fresh.get(each[0])) is not None and self._insert_journalled(packed, *each)
+            else self.install(*each)
             for each in installs
         ]
 
     def _is_fresh(self, address: Address, key: bytes, entry: Entry) -> bool:
-        """Tell whether an entry is neither ours already nor known to be somebody else's."""
-        standing = self._main.stands_at(key)
-        return standing is None or not (self._is_ours(address, standing) or self._is_foreign(standing, entry))
+        """Tell whether an entry may go into the journal before it is known whether the map takes it.
 
-    def _insert_journalled(
-        self, key: bytes, address: Address, entry: Entry, cluster_id: int
-    ) -> Reason | None:
+        Of Cilium's map the tag will tell, after a crash too. In our own it must not equal somebody else's.
+        """
+        if address in self._owned:
+            return False
+        if self._shared:
+            return True
+        standing = self._main.stands_at(key)
+        return standing is None or not self._is_foreign(standing, entry)
+
+    def _insert_journalled(self, key: bytes, address: Address, entry: Entry, cluster_id: int) -> bool:
+        """Insert what the journal has; tell whether that was all there is to do."""
         try:
-            inserted = self._main.insert_at(key, entry)
+            if not self._main.insert_at(key, entry):
+                return False
         except DatapathError:
-            return self.install(address, entry, cluster_id)
-        if not inserted:
-            self._forget(address)
-            return self._whose(address)
+            return False
         self._beside.discard(address)
-        self._owned.pop(address, None)
         self._owned[address] = (entry, cluster_id)
-        return None
+        return True
 
     def evict(self, address: Address) -> bool:
         """Remove our entry if it still is what we wrote; True when it was."""

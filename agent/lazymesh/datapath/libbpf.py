@@ -410,7 +410,7 @@ class Map:
         for start in range(0, len(items), _BATCH):
             part = items[start : start + _BATCH]
             count = ctypes.c_uint32(len(part))
-            keys, values = b"".join(k for k, _ in part), b"".join(v for _, v in part)
+            keys, values = map(b"".join, zip(*part, strict=True))
             result = self._lib.bpf_map_update_batch(self.fd, keys, values, ctypes.byref(count), None)
             if result in (-errno.EINVAL, -ENOTSUPP):  # LPM tries have had batches since 5.13
                 for key, value in part:
@@ -422,6 +422,14 @@ class Map:
         """Remove many elements; those that are gone already do not matter."""
         for key in keys:
             self.delete(key)
+
+    def is_empty(self) -> bool:
+        """Tell whether there is no element; a hash table is looked through until there is one."""
+        key = ctypes.create_string_buffer(self.layout.key_size)
+        result = self._lib.bpf_map_get_next_key(self.fd, None, key)
+        if result not in (0, -errno.ENOENT):
+            _checked(result)
+        return bool(result)
 
     def count(self) -> int:
         """Count the elements. The interpreter is released while the kernel reads: this may be left to a thread."""

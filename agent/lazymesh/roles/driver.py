@@ -135,7 +135,7 @@ class Driver:
         self.released: Callable[[], None] = lambda: None
         """Told when all answers of the moment are given."""
 
-        self.installed: Callable[[Address], None] | None = None
+        self.installed: Callable[[Sequence[Address]], None] | None = None
         """Told of addresses that have their entry now."""
 
     def on_signals(self, signals: list[Signal]) -> None:
@@ -190,6 +190,10 @@ class Driver:
             self.released()
         while self._later:
             self._change_watch(self._later.popleft())
+        if self.installed is not None:
+            good = [each.address for each, _ in reports if each.outcome in _GOOD and not each.cached]
+            if good:
+                self.installed(good)
         ends: dict[tuple[str, bool], int] = {}
         for report, at in reports:
             end = report.outcome, report.cached
@@ -258,8 +262,6 @@ class Driver:
         return said((report.address, report.reason), now)
 
     def _report(self, report: events.Report, at: float) -> None:
-        if self.installed is not None and report.outcome in _GOOD and not report.cached:
-            self.installed(report.address)
         latency = None if report.missed_at is None else max(0.0, at - report.missed_at)
         reason = None if report.reason is None else report.reason.value
         if reason is not None and report.outcome != "evicted":

@@ -34,6 +34,15 @@ class Watches(Protocol):
         """End a watch."""
 
 
+Neighbours = tuple[bytes, set["Address"]]
+"""Addresses of one group, and what they have in common."""
+
+
+def neighbours_of(addresses: Iterable[Address]) -> list[Neighbours]:
+    """Return the addresses by group; one that they come back to, twice."""
+    return [(group, set(some)) for group, some in groupby(addresses, group_of)]
+
+
 class KeyWatches:
     """The addresses whose keys below one prefix are followed.
 
@@ -63,10 +72,9 @@ class KeyWatches:
         """How many watches that takes."""
         return len(self._ranges)
 
-    def follow(self, addresses: Iterable[Address], after: int) -> None:
+    def follow(self, neighbours: Iterable[Neighbours], after: int) -> None:
         """Have all changes of these addresses told that come after the revision at which they were read."""
-        for group, neighbours in groupby(addresses, group_of):  # most come together
-            some = set(neighbours)
+        for group, some in neighbours:
             one = self._ranges.get(group)
             if one is None:
                 one = self._ranges[group] = _Range(self, group, self.prefix + common_text(next(iter(some))))

@@ -25,7 +25,7 @@ from lazymesh.kvstore.model import Connected
 from lazymesh.kvstore.requests import Reads
 from lazymesh.kvstore.supervisor import Options
 from lazymesh.kvstore.transport import Transport
-from lazymesh.roles.keywatches import KeyWatches
+from lazymesh.roles.keywatches import KeyWatches, neighbours_of
 from lazymesh.roles.logs import OncePer
 from lazymesh.tasks import together
 
@@ -219,8 +219,9 @@ class ClusterLink:
 
     def watch(self, command: events.Watch) -> None:
         """Watch the keys of some addresses."""
+        neighbours = neighbours_of(command.addresses)
         for space in command.spaces:
-            self._followed[space].follow(command.addresses, command.after)
+            self._followed[space].follow(neighbours, command.after)
 
     def unwatch(self, address: Address) -> None:
         """Stop watching every key of the address."""

@@ -107,10 +107,10 @@ def test_packets_are_let_go_before_anything_that_they_do_not_wait_for() -> None:
     driver = fixture.driver
     driver.release = lambda address, cause: order.append((address, cause))
     driver.released = lambda: order.append("released")
-    driver.installed = lambda address: order.append(("installed", address))
+    driver.installed = lambda addresses: order.append(("installed", addresses))
     driver.feed(events.Tick())
     assert order == [
-        (IP, Cause.INSTALLED), (other, Cause.NEGATIVE), "released", commands[0], other, ("installed", IP),
+        (IP, Cause.INSTALLED), (other, Cause.NEGATIVE), "released", commands[0], other, ("installed", [IP]),
     ]  # fmt: skip
 
 

@@ -12,7 +12,7 @@ from lazymesh.core.keys import address_text, common_text
 from lazymesh.core.model import parse_address
 from lazymesh.errors import KvstoreError
 from lazymesh.kvstore.model import Change, WatchLoss
-from lazymesh.roles.keywatches import KeyWatches
+from lazymesh.roles.keywatches import KeyWatches, neighbours_of
 
 if TYPE_CHECKING:
     from lazymesh.core.model import Address
@@ -86,7 +86,7 @@ class World(RuleBasedStateMachine):
         after = max(0, len(self.server.history) - behind)
         fresh = sorted(addresses - self.followed.keys())
         self.followed |= dict.fromkeys(fresh, after)
-        self.watches.follow(fresh, after)
+        self.watches.follow(neighbours_of(fresh), after)
 
     @rule(address=st.sampled_from(ADDRESSES))
     def unfollow(self, address: Address) -> None:

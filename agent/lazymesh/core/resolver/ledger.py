@@ -72,6 +72,11 @@ class Ledger:
         """Take the entry out of doubt."""
         self._doubted.pop(tracked.address, None)
 
+    @property
+    def in_doubt(self) -> bool:
+        """Whether any entry is in doubt."""
+        return bool(self._doubted)
+
     def doubts(self, tracked: Tracked) -> bool:
         """Return whether the entry is in doubt."""
         return tracked.address in self._doubted

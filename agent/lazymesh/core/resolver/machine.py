@@ -14,6 +14,7 @@ InstallsEnded, which may be of several.
 
 from __future__ import annotations
 
+from itertools import repeat
 from typing import TYPE_CHECKING, Any
 
 from lazymesh.core import events as ev
@@ -127,7 +128,9 @@ class Resolver:
         table = self._judge.table
         owners = table.owners(address)
         cluster = table.cluster(owners[0]) if len(owners) == 1 else None
-        link = self._lifecycle.link(cluster.name) if cluster is not None else None
+        link = None
+        if cluster is not None:
+            link = self._links.get(cluster.name) or self._lifecycle.link(cluster.name)
         tracked = self._moves.begin(address, owners, link, missed_at)
         if cluster is None or link is None:
             self._moves.refuse(tracked, _unowned(owners), "", now)
@@ -157,22 +160,21 @@ class Resolver:
             return
         link.in_flight = max(0, link.in_flight - 1)
         link.breaker.succeeded()
-        spaces, values, as_of = answer.spaces, answer.values, answer.as_of
+        spaces, as_of = answer.spaces, answer.as_of
         landed: list[Tracked] = []
-        at = iter(values)
-        for address in answer.addresses:
-            states = [ev.KeyState(address, space, next(at), as_of) for space in spaces]
+        values = zip(*[iter(answer.values)] * len(spaces), strict=True)
+        for address, of_address in zip(answer.addresses, values, strict=True):
             tracked = self._land(link, address)
             if tracked is None:
                 continue
             landed.append(tracked)
+            states = list(map(ev.KeyState, repeat(address), spaces, of_address, repeat(as_of)))
             if tracked.known:
                 for state in states:
                     tracked.learn(state)
             else:
                 tracked.known = states
-        for tracked in landed:
-            self._take_answer(tracked, link, now)
+        self._take_answers(landed, link, now)
         self._watch(link, landed, spaces, as_of)
 
     def _land(self, link: Link, address: Address) -> Tracked | None:
@@ -189,15 +191,20 @@ class Resolver:
             self._moves.read(tracked, tracked.wants)
         return None
 
-    def _take_answer(self, tracked: Tracked, link: Link, now: float) -> None:
-        tracked.spaces = tracked.wants
-        self._moves.settle(tracked, now)
-        if tracked.fetch is not Fetch.IDLE:
-            return  # the next group is being asked, and may know more
-        if link.unproven:
-            link.unproven.discard(tracked.address)
-        if tracked.entry is not None and link.state is LinkState.READY:
-            self._ledger.trust(tracked)
+    def _take_answers(self, landed: list[Tracked], link: Link, now: float) -> None:
+        cluster = self._judge.table.cluster(link.name)
+        believed = link.state is LinkState.READY and self._ledger.in_doubt
+        for tracked in landed:
+            tracked.spaces = tracked.wants
+            # No link: another address of this very answer has pushed it out of the budget.
+            if cluster is not None and tracked.link is link:
+                self._moves.settle_in(tracked, cluster, now)
+            if tracked.fetch is not Fetch.IDLE:
+                continue  # the next group is being asked, and may know more
+            if link.unproven:
+                link.unproven.discard(tracked.address)
+            if believed and tracked.entry is not None:
+                self._ledger.trust(tracked)
 
     def _watch(self, link: Link, landed: list[Tracked], spaces: tuple[Space, ...], as_of: int) -> None:
         # After the installs, which packets wait for: the command names the revision, so no change is lost.

@@ -109,8 +109,11 @@ class Moves:
     def settle(self, tracked: Tracked, now: float) -> None:
         """Bring the map in line with what the address's keys say."""
         cluster = self._cluster(tracked)
-        if cluster is None or not tracked.spaces:
-            return
+        if cluster is not None and tracked.spaces:
+            self.settle_in(tracked, cluster, now)
+
+    def settle_in(self, tracked: Tracked, cluster: ClusterInfo, now: float) -> None:
+        """Do the same, by its cluster; some group has answered."""
         tracked.withdrawn = False
         value = tracked.newest()
         if value is None:

@@ -68,7 +68,8 @@ class Tracked(Struct, eq=False):
     """The read group that answered last: it alone is judged. Later groups are nearer to the record's owner,
     and a cache that lags behind must not overrule the owner's own word."""
     known: list[KeyState] = field(default_factory=list)
-    """The newest state of each key seen; at most three, so a list is faster than a dict."""
+    """The newest state of each key seen, those of one group in its order; at most three, so a list is faster than a
+    dict."""
     watched: tuple[Space, ...] = ()
     entry: Entry | None = None
     """What the map holds of ours once every command sent so far is carried out."""
@@ -119,11 +120,10 @@ class Tracked(Struct, eq=False):
         Two keys read at one revision tie, while a publisher moves the record; the first space of the group
         wins, and the removal of the other key settles it.
         """
-        best, at = None, -1
-        for space in self.spaces:
-            for state in self.known:
-                if state.space is space and state.value is not None and state.as_of > at:
-                    best, at = state.value, state.as_of
+        best, at, spaces = None, -1, self.spaces
+        for state in self.known:
+            if state.as_of > at and state.value is not None and state.space in spaces:
+                best, at = state.value, state.as_of
         return best
 
     def forget_states(self) -> None:
