@@ -1,6 +1,7 @@
 """What happens to the resolver (events) and what it asks for (commands): plain frozen values, no behaviour.
 
-msgspec's, because several of them are made for every miss: a frozen dataclass takes five times as long.
+msgspec's, because several of them are made for every miss: a frozen dataclass takes five times as long. Those refer to
+nothing that could refer back to them, so the collector need not know of them.
 
 The shell turns the outside world into events, calls ``Resolver.step(event, now)`` and carries out the commands in the
 order in which they come back. Times are seconds of the shell's monotonic clock.
@@ -30,7 +31,7 @@ class Misses(Struct, frozen=True):
     """When each packet missed (the kernel's timestamp); latencies count from here."""
 
 
-class KeyState(Struct, frozen=True):
+class KeyState(Struct, frozen=True, gc=False):
     """One etcd key as seen at one moment: by a read, or by a watch."""
 
     address: Address
@@ -213,7 +214,7 @@ class Unwatch(Struct, frozen=True):
     address: Address
 
 
-class Install(Struct, frozen=True):
+class Install(Struct, frozen=True, gc=False):
     """Put the entry into the map, unless somebody else's entry stands there; answered by InstallsEnded.
 
     Also replaces an entry of ours by a newer one.
@@ -232,7 +233,7 @@ class Evict(Struct, frozen=True):
     """``deleted``, ``budget``, ``expired``, ``crowded``, ``cluster-gone``, or a Reason's value: the metric's label."""
 
 
-class Report(Struct, frozen=True):
+class Report(Struct, frozen=True, gc=False):
     """Tell people and metrics how a miss, or a change of an installed address, ended."""
 
     address: Address

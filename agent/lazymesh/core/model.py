@@ -43,7 +43,7 @@ class EntryFlag(enum.IntFlag):
     REMOTE_CLUSTER = 8
 
 
-class Entry(Struct, frozen=True):
+class Entry(Struct, frozen=True, gc=False):
     """What the ipcache map says of one prefix.
 
     identity: the security identity number.

@@ -404,7 +404,7 @@ def unpack_owned(raw: bytes) -> OwnedEntry:
     return OwnedEntry(unpack_entry(entry), unpack_entry(previous), cluster_id)
 
 
-class Signal(Struct, frozen=True):
+class Signal(Struct, frozen=True, gc=False):
     """One SIGNAL_IPCACHE_MISS as user space sees it."""
 
     address: Address

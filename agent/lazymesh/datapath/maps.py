@@ -253,7 +253,7 @@ class IpcacheMap:
         return DatapathError(f"cannot write to the ipcache map at {self._path}: {error.strerror}")
 
 
-class Standing(Struct, frozen=True):
+class Standing(Struct, frozen=True, gc=False):
     """What an ipcache says of an address."""
 
     entry: Entry
