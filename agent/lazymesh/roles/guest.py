@@ -12,27 +12,23 @@ import asyncio
 import contextlib
 import math
 import time
-from collections import Counter
-from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 import structlog
 
-from lazymesh.core import events
-from lazymesh.core.identities import is_peer
-from lazymesh.core.ipcaches import ROOM_EVERY_S, Arrangement, Room
-from lazymesh.core.model import Reason, with_tunnel_flags
+from lazymesh.core.ipcaches import ROOM_EVERY_S, Arrangement
 from lazymesh.datapath.cilium import TAG, pinned_ipcaches, pins_directory
 from lazymesh.datapath.maps import IpcacheMap
 from lazymesh.errors import DatapathError
 from lazymesh.roles.ipcaches import describe_map
+from lazymesh.roles.lending import SLICE, Lender
 from lazymesh.tasks import together
 
 if TYPE_CHECKING:
-    from collections.abc import Awaitable, Callable, Container, Iterator, Sequence
+    from collections.abc import Awaitable, Callable, Container, Iterator, Mapping, Sequence
     from pathlib import Path
 
-    from lazymesh.core.model import Address, Entry
+    from lazymesh.core.model import Address
     from lazymesh.core.resolver import Resolver
     from lazymesh.datapath.cilium import NodeView
     from lazymesh.datapath.installer import Installer
@@ -54,76 +50,8 @@ PIN_AWAY_S = 10.0
 SWEEP_EVERY_S = 30.0
 """Between looks for entries of ours that Cilium has taken over."""
 ADDRESSES_EVERY_S = 10.0
-SLICE = 200
-"""Entries handled between two looks at what else there is to do."""
 FIRST_S = 0.1
 """A new map is filled for so long before programs look into it; the rest comes while they do."""
-
-
-@dataclass(slots=True)
-class _Writer:
-    """Who has a say in what stands in Cilium's map."""
-
-    installer: Installer
-    driver: Driver
-    resolver: Resolver
-    mesh: Mesh
-    room: Room = field(default_factory=Room)
-    count: asyncio.Event = field(default_factory=asyncio.Event)
-    """The map's entries are to be counted now: the kernel has found no room for one of ours, or the map is new."""
-
-    def begin(self) -> None:
-        """Take note that the map is a new one."""
-        self.room.begin()
-        self.installer.crowded = False
-        self.count.set()
-
-    def lend(self, address: Address, old: Sequence[IpcacheMap]) -> str | None:
-        """Put an address into the new map, as ours or as the old maps know it; return what became of it, or None."""
-        if self.installer.owns(address):
-            reason = self.installer.carry_over(address)
-            if reason is not None:
-                self.driver.feed(events.Lost((address,)))
-            return _fate("carried", reason)
-        if self.resolver.describe(address) is not None:
-            return None  # it is being resolved, or there is no such pod
-        known = self._known(address, old)
-        if known is None:
-            return None
-        entry, cluster, cluster_id = known
-        reason = self.installer.install(address, entry, cluster_id)
-        if reason is None:
-            self.driver.feed(events.Adopted(address, entry, cluster))
-        return _fate("warmed", reason)
-
-    def _known(self, address: Address, old: Sequence[IpcacheMap]) -> tuple[Entry, str, int] | None:
-        """Return what the old maps say of a peer, and whose it is; None for what no cluster of the mesh would say."""
-        owners = self.mesh.table.owners(address)
-        info = self.mesh.table.cluster(owners[0]) if len(owners) == 1 else None
-        if info is None:
-            return None
-        for ipcache in old:
-            entry = ipcache.lookup(address)
-            if entry is None or not is_peer(entry.identity):
-                continue
-            if entry.identity in info.identities and entry.identity in self.mesh.identities:
-                return with_tunnel_flags(entry), info.name, info.cluster_id
-        return None
-
-    def give_up_if_lost(self, address: Address) -> None:
-        """Let go of an entry that is not ours any more."""
-        if self.installer.is_lost(address):
-            self.installer.forget(address)
-            self.driver.feed(events.Lost((address,)))
-
-    def make_room(self, used: int, size: int) -> None:
-        """Stop putting entries in where room is scarce, and take out what is too much."""
-        before, surplus = self.room.crowded, self.room.step(used, size)
-        if self.room.crowded != before:
-            log.log(20 if before else 30, "room in the ipcache", crowded=not before, entries=used, size=size)
-        self.installer.crowded = self.room.crowded
-        if surplus:
-            self.driver.feed(events.Shrink(surplus))
 
 
 class GuestIpcaches:
@@ -134,8 +62,6 @@ class GuestIpcaches:
 
     def __init__(self, bpffs: Path, datapath: Datapath, node: NodeView) -> None:
         self.recreated_total = 0
-        self.lent: Counter[str] = Counter()
-        """What became of entries at re-creations."""
         self._here: set[Address] = set()
         self._bpffs = bpffs
         self._datapath = datapath
@@ -155,12 +81,17 @@ class GuestIpcaches:
         """Only one map is left: what is ours in it can be told from what is not."""
         self._problem: str | None = None
         """Why Cilium's map cannot be used: meanwhile the last good arrangement stays in force."""
-        self._writer: _Writer | None = None
+        self._lender: Lender | None = None
 
     @property
     def here(self) -> Container[Address]:
         """The node's own addresses: no tunnel leads to them."""
         return self._here
+
+    @property
+    def lent(self) -> Mapping[str, int]:
+        """What became of entries at re-creations."""
+        return self._lender.lent if self._lender is not None else {}
 
     @property
     def maps(self) -> Sequence[IpcacheMap]:
@@ -186,18 +117,18 @@ class GuestIpcaches:
 
     def connect(self, installer: Installer, driver: Driver, resolver: Resolver, mesh: Mesh) -> None:
         """Let entries be written."""
-        self._writer = _Writer(installer, driver, resolver, mesh)
-        installer.on_full = self._writer.count.set
+        self._lender = Lender(installer, driver, resolver, mesh)
+        installer.on_full = self._lender.count.set
 
     async def run(self) -> None:
         """Follow Cilium until cancelled."""
         parts = [
             _repeat(self._look_on, LOOK_EVERY_S),
             _repeat(self._learn_addresses, ADDRESSES_EVERY_S),
-            self._watch_room(self._writer),
+            self._watch_room(self._lender),
         ]
-        if self._writer is not None:
-            parts.append(self._sweep(self._writer))
+        if self._lender is not None:
+            parts.append(self._sweep(self._lender))
         await together(*parts)
 
     def problems(self) -> Iterator[str]:
@@ -217,7 +148,7 @@ class GuestIpcaches:
                 f"nothing reads the pinned ipcache (map {self._arrangement.orphan}), Cilium's programs are on map"
                 f" {self._arrangement.maps[0]}, which is served instead: restart the Cilium agent"
             )
-        if self._writer is not None and self._writer.installer.crowded:
+        if self._lender is not None and self._lender.installer.crowded:
             yield (
                 f"the ipcache map is nearly full ({self._used} of {self._maps[0].max_entries} entries): what is left"
                 " is for Cilium, new addresses are refused; publish fewer endpoints, or more of them pull-only"
@@ -302,18 +233,20 @@ class GuestIpcaches:
             self._noticed_s = time.time() - _pinned_at(self._bpffs)
         if before != maps:
             log.info("ipcaches", maps=[one.map_id for one in maps], layouts=[one.view.words for one in maps])
-        if self._writer is not None:
-            self._writer.installer.use(maps)
+        if self._lender is not None:
+            self._lender.installer.use(maps)
             if moved:
-                self._writer.begin()
-        lending = self._lend(self._writer) if self._writer is not None and moved else iter(())
+                self._lender.begin()
+        lending: Iterator[None] = iter(())
+        if self._lender is not None and moved:
+            lending = self._lender.lend_all(self._datapath.recent.newest_first(), maps[1:])
         # Cilium's programs go on reading the old map for seconds, so ours may for a moment.
         await _take_turns(lending, FIRST_S)
         self._datapath.views.show(maps)
         self._shown = True
         await _take_turns(lending)
-        if self._writer is not None and self._gone:
-            await _take_turns(_withdraw(self._writer.installer, self._gone))
+        if self._lender is not None and self._gone:
+            await _take_turns(self._lender.withdraw_all(self._gone))
         for one in self._gone:
             one.close()
         self._gone = []
@@ -343,31 +276,19 @@ class GuestIpcaches:
 
     # --- what is in them ----------------------------------------------------------------------------------------------
 
-    def _lend(self, writer: _Writer) -> Iterator[None]:
-        """Fill a new map, in steps: with whom this node has talked to, the latest first, then with all of ours."""
-        wanted = dict.fromkeys([*self._datapath.recent.newest_first(), *writer.installer.owned_addresses()])
-        for count, address in enumerate(wanted, 1):
-            fate = writer.lend(address, self._maps[1:])
-            if fate is not None:
-                self.lent[fate] += 1
-            if count % SLICE == 0:
-                yield
-        # By the order of lending those that are used most would be the first to go again.
-        writer.driver.feed(events.Used(tuple(reversed(wanted))))
-
-    async def _sweep(self, writer: _Writer) -> None:
+    async def _sweep(self, lender: Lender) -> None:
         """Look for entries of ours that are not ours any more, and let go of them."""
         while True:
             await _wait(self._settled, SWEEP_EVERY_S)
-            for count, address in enumerate(writer.installer.owned_addresses(), 1):
+            for count, address in enumerate(lender.installer.owned_addresses(), 1):
                 # In a map that is being filled most of ours do not stand yet.
                 if not self._arrangement.settled:
                     break
-                writer.give_up_if_lost(address)
+                lender.give_up_if_lost(address)
                 if count % SLICE == 0:
                     await asyncio.sleep(0)
 
-    async def _watch_room(self, writer: _Writer | None) -> None:
+    async def _watch_room(self, lender: Lender | None) -> None:
         """Count the entries, often enough that Cilium finds room for its own."""
         while True:
             ipcache = self._maps[0]
@@ -375,13 +296,13 @@ class GuestIpcaches:
                 used = await asyncio.to_thread(_count, ipcache.map_id)
                 if ipcache is self._maps[0]:  # else it says nothing of the one that is
                     self._used = used
-                    if writer is not None:
-                        writer.make_room(used, ipcache.max_entries)
-            if writer is None:
+                    if lender is not None:
+                        lender.make_room(used, ipcache.max_entries)
+            if lender is None:
                 await asyncio.sleep(ROOM_EVERY_S)
                 continue
             await asyncio.sleep(1)  # one count a second is enough for anybody
-            await _wait(writer.count, writer.room.pause(ipcache.max_entries))
+            await _wait(lender.count, lender.room.pause(ipcache.max_entries))
 
     async def _learn_addresses(self) -> None:
         try:
@@ -393,15 +314,6 @@ class GuestIpcaches:
         self._here.update(found)
 
 
-def _withdraw(installer: Installer, gone: Sequence[IpcacheMap]) -> Iterator[None]:
-    """Take all of ours out of maps that do not count any more, in steps: not every one of them dies at once."""
-    for count, address in enumerate(installer.owned_addresses(), 1):
-        for ipcache in gone:
-            installer.withdraw(ipcache, address)
-        if count % SLICE == 0:
-            yield
-
-
 def _pinned_at(bpffs: Path) -> float:
     """Return when the youngest pin was made."""
     found = []
@@ -409,12 +321,6 @@ def _pinned_at(bpffs: Path) -> float:
         with contextlib.suppress(FileNotFoundError):
             found.append(path.stat().st_ctime)
     return max(found, default=time.time())
-
-
-def _fate(well: str, reason: Reason | None) -> str:
-    if reason is None:
-        return well
-    return "taken" if reason in (Reason.TAKEN, Reason.NOT_OURS) else "refused"
 
 
 def _count(map_id: int) -> int:

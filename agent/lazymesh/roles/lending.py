@@ -1,0 +1,128 @@
+"""What stands of ours in Cilium's maps: lent to a new one, given up when it is Cilium's, taken back from old ones.
+
+Which maps count is guest.py's business; how one entry is written, so that Cilium's own are never touched, the
+installer's.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections import Counter
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
+
+import structlog
+
+from lazymesh.core import events
+from lazymesh.core.identities import is_peer
+from lazymesh.core.ipcaches import Room
+from lazymesh.core.model import Reason, with_tunnel_flags
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator, Sequence
+
+    from lazymesh.core.model import Address, Entry
+    from lazymesh.core.resolver import Resolver
+    from lazymesh.datapath.installer import Installer
+    from lazymesh.datapath.maps import IpcacheMap
+    from lazymesh.roles.driver import Driver
+    from lazymesh.roles.mesh import Mesh
+
+log = structlog.get_logger()
+
+SLICE = 200
+"""Entries handled between two looks at what else there is to do."""
+
+
+@dataclass(slots=True)
+class Lender:
+    """Who has a say in what stands in Cilium's map."""
+
+    installer: Installer
+    driver: Driver
+    resolver: Resolver
+    mesh: Mesh
+    room: Room = field(default_factory=Room)
+    count: asyncio.Event = field(default_factory=asyncio.Event)
+    """The map's entries are to be counted now: the kernel has found no room for one of ours, or the map is new."""
+    lent: Counter[str] = field(default_factory=Counter)
+    """What became of entries that were to be put into new maps."""
+
+    def begin(self) -> None:
+        """Take note that the map is a new one."""
+        self.room.begin()
+        self.installer.crowded = False
+        self.count.set()
+
+    def lend_all(self, recent: Sequence[Address], old: Sequence[IpcacheMap]) -> Iterator[None]:
+        """Fill a new map, in steps: with whom this node has talked to, the latest first, then with all of ours."""
+        wanted = dict.fromkeys([*recent, *self.installer.owned_addresses()])
+        for count, address in enumerate(wanted, 1):
+            fate = self._lend(address, old)
+            if fate is not None:
+                self.lent[fate] += 1
+            if count % SLICE == 0:
+                yield
+        # By the order of lending those that are used most would be the first to go again.
+        self.driver.feed(events.Used(tuple(reversed(wanted))))
+
+    def withdraw_all(self, gone: Sequence[IpcacheMap]) -> Iterator[None]:
+        """Take all of ours out of maps that do not count any more, in steps: not every one of them dies at once."""
+        for count, address in enumerate(self.installer.owned_addresses(), 1):
+            for ipcache in gone:
+                self.installer.withdraw(ipcache, address)
+            if count % SLICE == 0:
+                yield
+
+    def give_up_if_lost(self, address: Address) -> None:
+        """Let go of an entry that is not ours any more."""
+        if self.installer.is_lost(address):
+            self.installer.forget(address)
+            self.driver.feed(events.Lost((address,)))
+
+    def make_room(self, used: int, size: int) -> None:
+        """Stop putting entries in where room is scarce, and take out what is too much."""
+        before, surplus = self.room.crowded, self.room.step(used, size)
+        if self.room.crowded != before:
+            log.log(20 if before else 30, "room in the ipcache", crowded=not before, entries=used, size=size)
+        self.installer.crowded = self.room.crowded
+        if surplus:
+            self.driver.feed(events.Shrink(surplus))
+
+    def _lend(self, address: Address, old: Sequence[IpcacheMap]) -> str | None:
+        """Put an address into the new map, as ours or as the old maps know it; return what became of it, or None."""
+        if self.installer.owns(address):
+            reason = self.installer.carry_over(address)
+            if reason is not None:
+                self.driver.feed(events.Lost((address,)))
+            return _fate("carried", reason)
+        if self.resolver.describe(address) is not None:
+            return None  # it is being resolved, or there is no such pod
+        known = self._known(address, old)
+        if known is None:
+            return None
+        entry, cluster, cluster_id = known
+        reason = self.installer.install(address, entry, cluster_id)
+        if reason is None:
+            self.driver.feed(events.Adopted(address, entry, cluster))
+        return _fate("warmed", reason)
+
+    def _known(self, address: Address, old: Sequence[IpcacheMap]) -> tuple[Entry, str, int] | None:
+        """Return what the old maps say of a peer, and whose it is; None for what no cluster of the mesh would say."""
+        owners = self.mesh.table.owners(address)
+        info = self.mesh.table.cluster(owners[0]) if len(owners) == 1 else None
+        if info is None:
+            return None
+        for ipcache in old:
+            entry = ipcache.lookup(address)
+            if entry is None or not is_peer(entry.identity):
+                continue
+            if entry.identity in info.identities and entry.identity in self.mesh.identities:
+                return with_tunnel_flags(entry), info.name, info.cluster_id
+        return None
+
+
+def _fate(well: str, reason: Reason | None) -> str:
+    if reason is None:
+        return well
+    return "taken" if reason in (Reason.TAKEN, Reason.NOT_OURS) else "refused"
