@@ -14,10 +14,11 @@ from lazymesh.kvstore import requests, rpc
 from lazymesh.kvstore.channel import Code, RpcError, UnaryCall
 from lazymesh.kvstore.client import EtcdClient
 from lazymesh.kvstore.config import parse_config
+from lazymesh.kvstore.connection import make_channel
 from lazymesh.kvstore.model import Values
 from lazymesh.kvstore.requests import WHOLE_MOST, Reads
 from lazymesh.kvstore.supervisor import Options
-from lazymesh.kvstore.transport import KINDS, Transport, make_channel, read_tls_files
+from lazymesh.kvstore.transport import KINDS, Transport, read_tls_files
 from tests.support.etcd import Authority, EtcdServer, EtcdSettings, cilium_roles, eventually
 
 if TYPE_CHECKING:

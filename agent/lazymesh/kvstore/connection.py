@@ -21,12 +21,13 @@ from lazymesh.kvstore import requests, rpc
 from lazymesh.kvstore.certificate import certificate_facts, handshake_failure
 from lazymesh.kvstore.channel import Code, RpcError, UnaryCall
 from lazymesh.kvstore.failures import Peer, is_stale_auth
-from lazymesh.kvstore.transport import Transport, make_channel, read_tls_files
+from lazymesh.kvstore.native import NativeChannel
+from lazymesh.kvstore.transport import TlsFiles, Transport, read_tls_files
 
 if TYPE_CHECKING:
     from collections.abc import AsyncGenerator, Callable
 
-    from lazymesh.kvstore.channel import Metadata
+    from lazymesh.kvstore.channel import Channel, Metadata
     from lazymesh.kvstore.config import Endpoint, EtcdConfig
 
 Request = TypeVar("Request")
@@ -289,6 +290,17 @@ def _who(config: EtcdConfig, cert: bytes | None) -> str:
     if facts is None:
         return "no user"
     return f"user {facts.common_name!r} (the certificate's common name{', expired' if expired else ''})"
+
+
+def make_channel(
+    endpoint: Endpoint, config: EtcdConfig, tls: TlsFiles | None, transport: Transport
+) -> Channel:
+    """Return a channel, still to be opened; ``tls`` None: in the clear."""
+    if transport.kind == "native":
+        return NativeChannel(endpoint, config, transport.max_message_bytes)
+    from lazymesh.kvstore.grpcio import GrpcioChannel  # noqa: PLC0415 (20 MB that few need)
+
+    return GrpcioChannel(endpoint, tls, transport)
 
 
 async def dial(endpoint: Endpoint, config: EtcdConfig, transport: Transport) -> Connection:

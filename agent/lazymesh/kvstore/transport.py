@@ -1,4 +1,4 @@
-"""How a channel to one endpoint is made: over which transport, with which TLS files, how patient.
+"""How a connection behaves on the wire: over which transport, with which TLS files, how patient.
 
 The TLS files are read once for each connection, so that a rotated certificate is in use from the next one on.
 """
@@ -10,11 +10,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from lazymesh.errors import KvstoreError
-from lazymesh.kvstore.native import NativeChannel
 
 if TYPE_CHECKING:
-    from lazymesh.kvstore.channel import Channel
-    from lazymesh.kvstore.config import Endpoint, EtcdConfig
+    from lazymesh.kvstore.config import EtcdConfig
 
 KINDS = ("native", "grpcio")
 
@@ -51,17 +49,6 @@ def read_tls_files(config: EtcdConfig) -> TlsFiles:
     return TlsFiles(
         *(_read(path, config.source) for path in (config.ca_file, config.cert_file, config.key_file))
     )
-
-
-def make_channel(
-    endpoint: Endpoint, config: EtcdConfig, tls: TlsFiles | None, transport: Transport
-) -> Channel:
-    """Return a channel, still to be opened; ``tls`` None: in the clear."""
-    if transport.kind == "native":
-        return NativeChannel(endpoint, config, transport.max_message_bytes)
-    from lazymesh.kvstore.grpcio import GrpcioChannel  # noqa: PLC0415 (20 MB that few need)
-
-    return GrpcioChannel(endpoint, tls, transport)
 
 
 def _read(path: str | None, source: str) -> bytes | None:

@@ -10,7 +10,8 @@ import pytest
 
 from lazymesh.errors import KvstoreError
 from lazymesh.kvstore.config import Endpoint, EtcdConfig, parse_config
-from lazymesh.kvstore.transport import Transport, make_channel, read_tls_files
+from lazymesh.kvstore.connection import make_channel
+from lazymesh.kvstore.transport import Transport, read_tls_files
 
 if TYPE_CHECKING:
     from pathlib import Path
