@@ -46,16 +46,16 @@ from lazymesh.roles.driver import Driver, Shadow
 from lazymesh.roles.enforcement import Enforcement
 from lazymesh.roles.guest import GuestIpcaches
 from lazymesh.roles.holding import Holding, HoldSettings
+from lazymesh.roles.inlets import Inbox, Valve
 from lazymesh.roles.ipcaches import OwnIpcache
 from lazymesh.roles.mesh import Mesh
-from lazymesh.roles.status import Parts, Status, export, export_audit
+from lazymesh.roles.status import Parts, Status, export
 from lazymesh.settings import CILIUM_INTERFACES
 from lazymesh.tasks import together
 
 if TYPE_CHECKING:
     from lazymesh.core.model import Address, Entry
     from lazymesh.core.policy import Policy
-    from lazymesh.datapath.maps import ConfigMap
     from lazymesh.datapath.program import Datapath
     from lazymesh.roles.auditing import Allows
     from lazymesh.roles.ipcaches import NodeIpcaches
@@ -116,54 +116,6 @@ def _read_policy(settings: AgentSettings) -> tuple[Policy | None, str]:
     except (OSError, UnicodeDecodeError) as exc:
         raise SettingsError(f"cannot read the policy {settings.policy}: {exc}") from exc
     return parse_policy(text, str(settings.policy)), text
-
-
-class Valve:
-    """How much is signalled, and how much of it handed over: told to the kernel and to the reader of its signals."""
-
-    def __init__(self, config: ConfigMap) -> None:
-        self.reader: SignalReader | None = None
-        self._config = config
-
-    def pause(self, on: bool) -> None:
-        """Have signals wait, or go on."""
-        if self.reader is not None:
-            self.reader.pause(on)
-
-    def mute(self, on: bool) -> None:
-        """Have nothing signalled, or go on."""
-        self._config.mute(on)
-        log.warning("the kernel is told to signal nothing" if on else "the kernel may signal again")
-
-    def admit(self, share: float) -> None:
-        """Let this share of the usual rates in."""
-        self._config.admit(share)
-
-
-class Inbox:
-    """Takes what the mesh tells; keeps it while there is no driver yet."""
-
-    def __init__(self) -> None:
-        self._driver: Driver | None = None
-        self._waiting: list[events.Event] = []
-
-    def feed(self, event: events.Event) -> None:
-        """Pass an event on, now or later."""
-        if self._driver is not None:
-            self._driver.feed(event)
-        elif isinstance(event, _TO_BE_KEPT):
-            self._waiting.append(event)
-
-    def connect(self, driver: Driver, mesh: Mesh) -> None:
-        """Tell a driver that knows nothing yet; the identities are the mesh's own, which it sees."""
-        self._driver = driver
-        driver.feed(events.TableChanged(mesh.table))
-        waiting, self._waiting = self._waiting, []
-        for event in waiting:
-            driver.feed(event)
-
-
-_TO_BE_KEPT = (events.ClusterReady, events.ClusterSilent, events.ClusterGone, events.StoreReset)
 
 
 class Agent:
@@ -258,99 +210,112 @@ class Agent:
         inbox: Inbox,
         engine: PolicyEngine | None,
     ) -> None:
-        settings = self._settings
         self._configure(datapath)
         async with contextlib.AsyncExitStack() as stack:
             ipcaches = await self._open_ipcaches(datapath, stack)
-            limits = Limits(
-                owned=ipcaches.maps[0].max_entries // SHARE_OF_MAP, stale_after=self._settings.stale_limit_s
-            )
-            installer = Installer(
-                ipcaches.maps, datapath.journal, kernel_honours_noexist(), shared=ipcaches.shared
-            )
-            stack.callback(lambda: ipcaches.leave(installer) if self._leaves_nothing else None)
-            judge = Judge(mesh.table, mesh.identities, settings.mesh.region, ipcaches.here)
-            resolver = Resolver(limits, judge, random.random)
-            shadow = Shadow(ipcaches) if settings.shadow else None
-            valve = Valve(datapath.config)
-            driver = Driver(resolver, shadow or installer, mesh.links, self._metrics, valve)
-            driver.fail = self._fail
-            if shadow is not None and ipcaches.shared and installer.has_leftovers():
-                raise DatapathError(
-                    "entries of an earlier run without --shadow stand in Cilium's ipcache, and nobody would keep them"
-                    " true: run `lazymesh uninstall` first"
-                )
-            if shadow is None:
-                self._adopted = list(installer.adopt())
-                ipcaches.connect(installer, driver, resolver, mesh)
-            inbox.connect(driver, mesh)
-            follower = InterfaceFollower(datapath, self._selection, settings.datapath.attach)
-            holding = Holding(datapath, HoldControl(datapath.pins.directory), self._hold_settings())
-            if settings.datapath.on_miss == "hold" and shadow is None:
-                holding.want()
-            auditor = Auditor(datapath.windows, self._allows(engine), resolver)
-            attached = asyncio.Event()
-            reader = valve.reader = SignalReader(datapath.signals, driver.on_signals, valve.mute)
-            control = ControlServer(
-                settings.socket,
-                {
-                    "status": lambda _request: status.describe(),
-                    "stale": lambda _request: {
-                        "addresses": [format_address(each) for each in resolver.stale_addresses()]
-                    },
-                    "audit": lambda request: {"windows": auditor.describe(float(request["since"]))},
-                    "on-miss": lambda request: self._switch_on_miss(datapath, holding, request["action"]),
-                },
-                lambda on: setattr(driver, "publish", control.publish if on else None),
-            )
-            status = Status(
-                Parts(
-                    settings,
-                    datapath,
-                    ipcaches,
-                    mesh,
-                    resolver,
-                    driver,
-                    shadow,
-                    follower,
-                    holding,
-                    HoldCounterMap(datapath.pins.directory),
-                    reader,
-                    control,
-                    limits,
-                    attached,
-                    self._started,
-                )
-            )
-            export(self._metrics, status)
-            ipcaches.export(self._metrics)
-            self._metrics.collect_counter(
-                "lazymesh_unexpected_errors", "Errors that nobody expected; each is in the log", (),
-                lambda: [((), self._unexpected)],
-            )  # fmt: skip
+            parts = self._assemble(datapath, ipcaches, mesh, inbox, stack)
+            driver, holding = parts.driver, parts.holding
+            auditor = Auditor(datapath.windows, self._allows(engine), parts.resolver)
             driver.release, driver.released = holding.answer, holding.flush
             driver.installed = auditor.installed
-            export_audit(self._metrics, auditor.log)
-            stack.callback(reader.close)
-            await control.start()
-            stack.push_async_callback(control.close)
-            if settings.metrics_address is not None:
-                server = HttpServer(settings.metrics_address, self._metrics, status.not_ready)
-                await server.start()
-                stack.push_async_callback(server.close)
-            reader.start()
-            stack.callback(lambda: setattr(self, "_attached", attached.is_set()))
+            await self._show(parts, auditor, stack)
+            parts.reader.start()
+            stack.callback(lambda: setattr(self, "_attached", parts.attached.is_set()))
             self._touched = True
             await together(
                 asyncio.wait_for(following, None),
                 ipcaches.run(),
-                follower.run(attached),
+                parts.follower.run(parts.attached),
                 self._tick(driver),
                 self._note_use(datapath, driver),
-                self._hand_out(mesh, driver, limits),
+                self._hand_out(mesh, driver, parts.limits),
                 holding.run(),
                 auditor.run(),
             )
+
+    def _assemble(
+        self,
+        datapath: Datapath,
+        ipcaches: NodeIpcaches,
+        mesh: Mesh,
+        inbox: Inbox,
+        stack: contextlib.AsyncExitStack,
+    ) -> Parts:
+        """Make what resolves misses and holds packets, with what an earlier life has left; nothing of it runs yet."""
+        settings = self._settings
+        limits = Limits(
+            owned=ipcaches.maps[0].max_entries // SHARE_OF_MAP, stale_after=settings.stale_limit_s
+        )
+        installer = Installer(
+            ipcaches.maps, datapath.journal, kernel_honours_noexist(), shared=ipcaches.shared
+        )
+        stack.callback(lambda: ipcaches.leave(installer) if self._leaves_nothing else None)
+        judge = Judge(mesh.table, mesh.identities, settings.mesh.region, ipcaches.here)
+        resolver = Resolver(limits, judge, random.random)
+        shadow = Shadow(ipcaches) if settings.shadow else None
+        valve = Valve(datapath.config)
+        driver = Driver(resolver, shadow or installer, mesh.links, self._metrics, valve)
+        driver.fail = self._fail
+        if shadow is not None and ipcaches.shared and installer.has_leftovers():
+            raise DatapathError(
+                "entries of an earlier run without --shadow stand in Cilium's ipcache, and nobody would keep them"
+                " true: run `lazymesh uninstall` first"
+            )
+        if shadow is None:
+            self._adopted = list(installer.adopt())
+            ipcaches.connect(installer, driver, resolver, mesh)
+        inbox.connect(driver, mesh)
+        holding = Holding(datapath, HoldControl(datapath.pins.directory), self._hold_settings())
+        if settings.datapath.on_miss == "hold" and shadow is None:
+            holding.want()
+        valve.reader = SignalReader(datapath.signals, driver.on_signals, valve.mute)
+        stack.callback(valve.reader.close)
+        return Parts(
+            settings,
+            datapath,
+            ipcaches,
+            mesh,
+            resolver,
+            driver,
+            shadow,
+            InterfaceFollower(datapath, self._selection, settings.datapath.attach),
+            holding,
+            HoldCounterMap(datapath.pins.directory),
+            valve.reader,
+            limits,
+            asyncio.Event(),
+            self._started,
+        )
+
+    async def _show(self, parts: Parts, auditor: Auditor, stack: contextlib.AsyncExitStack) -> None:
+        """Let people and Prometheus look at the parts, by the control socket and by HTTP."""
+        settings, status = self._settings, Status(parts)
+        control = ControlServer(
+            settings.socket,
+            {
+                "status": lambda _request: status.describe(),
+                "stale": lambda _request: {
+                    "addresses": [format_address(each) for each in parts.resolver.stale_addresses()]
+                },
+                "audit": lambda request: {"windows": auditor.describe(float(request["since"]))},
+                "on-miss": lambda request: self._switch_on_miss(
+                    parts.datapath, parts.holding, request["action"]
+                ),
+            },
+            lambda on: setattr(parts.driver, "publish", control.publish if on else None),
+        )
+        export(self._metrics, status, control, auditor.log)
+        parts.ipcaches.export(self._metrics)
+        self._metrics.collect_counter(
+            "lazymesh_unexpected_errors", "Errors that nobody expected; each is in the log", (),
+            lambda: [((), self._unexpected)],
+        )  # fmt: skip
+        await control.start()
+        stack.push_async_callback(control.close)
+        if settings.metrics_address is not None:
+            server = HttpServer(settings.metrics_address, self._metrics, status.not_ready)
+            await server.start()
+            stack.push_async_callback(server.close)
 
     def _allows(self, engine: PolicyEngine | None) -> Allows | None:
         """Return whom the audit asks: our policy if there is one; Cilium's, beside it, cannot be asked."""

@@ -46,7 +46,6 @@ class Parts:
     holding: Holding
     hold_counters: HoldCounterMap
     reader: SignalReader
-    control: ControlServer
     limits: Limits
     attached: asyncio.Event
     """Set once the programs are on the interfaces that were there at start."""
@@ -199,7 +198,7 @@ def problem_of(link: ClusterLink) -> str | None:
     return (info.last_error if gone else None) or link.problem
 
 
-def export(metrics: Metrics, status: Status) -> None:
+def export(metrics: Metrics, status: Status, control: ControlServer, log: AuditLog) -> None:
     """Register everything that is read at scrape time."""
     metrics.collect_counter(
         "lazymesh_held_packets",
@@ -298,7 +297,7 @@ def export(metrics: Metrics, status: Status) -> None:
     )  # fmt: skip
     metrics.collect_counter(
         "lazymesh_stream_lines_dropped", "Lines not sent to a `lazymesh misses` that reads too slowly", (),
-        lambda: [((), status.parts.control.dropped)],
+        lambda: [((), control.dropped)],
     )  # fmt: skip
     metrics.collect_gauge(
         "lazymesh_cluster_ready", "1 while the cluster's nodes and identities are listed and followed", ("cluster",),
@@ -316,10 +315,6 @@ def export(metrics: Metrics, status: Status) -> None:
         "lazymesh_records_refused", "Node, identity and cluster-config records refused", ("cluster", "kind"),
         lambda: list(_refused(status)),
     )  # fmt: skip
-
-
-def export_audit(metrics: Metrics, log: AuditLog) -> None:
-    """Register the sums of the open window."""
     for name, text, read in (
         ("lazymesh_open_windows", "Open windows closed so far", lambda: log.windows_total),
         ("lazymesh_open_window_packets", "Packets that went through as world", lambda: log.packets_total),
