@@ -19,14 +19,15 @@ from lazymesh.core.model import Address, Entry, Reason
 from lazymesh.datapath import abi
 from lazymesh.datapath.installer import Installer
 from lazymesh.datapath.libbpf import BPF_F_NO_PREALLOC, MAP_TYPE_HASH, MAP_TYPE_LPM_TRIE, Map, MapLayout
-from lazymesh.datapath.maps import IpcacheMap, Journal, kernel_honours_noexist
+from lazymesh.datapath.maps import kernel_honours_noexist
 from lazymesh.errors import DatapathError
 from tests.datapath.conftest import key_of
 from tests.support import packets
+from tests.support.mortal import Crash, Fuse, MortalIpcache, MortalJournal
 from tests.support.packets import NODE_B, POD_B1, POD_B2
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Iterator
+    from collections.abc import Iterator
 
 ENDPOINT = NODE_B.address(4)
 OURS = [Entry(131_073 + number, ENDPOINT, 0, 2) for number in range(3)]
@@ -40,73 +41,6 @@ KERNELS = [
 ]
 
 
-class Crash(BaseException):
-    """The process dies here."""
-
-
-class Fuse:
-    """Counts writes, and dies before the one it was told."""
-
-    def __init__(self) -> None:
-        self.left: int | None = None
-
-    def write(self) -> None:
-        """Let one more write pass, or not."""
-        if self.left is not None:
-            self.left -= 1
-            if self.left < 0:
-                raise Crash
-
-
-class FragileIpcache(IpcacheMap):
-    """An ipcache whose writes may never happen; without ``honours`` also one of an old kernel."""
-
-    def __init__(self, bpf_map: Map, fuse: Fuse, honours: bool) -> None:
-        super().__init__(bpf_map, Path("/the/ipcache"))
-        self._fuse, self._honours = fuse, honours
-
-    def insert(self, address: Address, entry: Entry) -> bool:
-        """Add an entry; an old kernel overwrites."""
-        self._fuse.write()
-        if self._honours:
-            return super().insert(address, entry)
-        super().replace(address, entry)
-        return True
-
-    def replace(self, address: Address, entry: Entry) -> None:
-        """Overwrite an entry."""
-        self._fuse.write()
-        super().replace(address, entry)
-
-    def delete(self, address: Address) -> bool:
-        """Remove an entry."""
-        self._fuse.write()
-        return super().delete(address)
-
-
-class FragileJournal(Journal):
-    """A journal whose writes may never happen."""
-
-    def __init__(self, bpf_map: Map, fuse: Fuse) -> None:
-        super().__init__(bpf_map)
-        self._fuse = fuse
-
-    def write(self, address: Address, owned: abi.OwnedEntry) -> None:
-        """Add a line."""
-        self._fuse.write()
-        super().write(address, owned)
-
-    def write_many(self, entries: Iterable[tuple[Address, Entry, int]]) -> None:
-        """Add lines, all or none of them."""
-        self._fuse.write()
-        super().write_many(entries)
-
-    def remove(self, address: Address) -> None:
-        """Strike a line out."""
-        self._fuse.write()
-        super().remove(address)
-
-
 class World:
     """Pinned maps, one life of ours after the other, and somebody else who writes as well."""
 
@@ -118,8 +52,8 @@ class World:
             MapLayout(MAP_TYPE_HASH, 24, 56, journal_size, 0),
         )
         self.raw, self.raw_journal = (Map.create("lm_test", layout) for layout in layouts)
-        self.ipcache = FragileIpcache(self.raw, self.fuse, honours)
-        self.journal = FragileJournal(self.raw_journal, self.fuse)
+        self.ipcache = MortalIpcache(self.raw, Path("/the/ipcache"), self.fuse, honours=honours)
+        self.journal = MortalJournal(self.raw_journal, self.fuse)
         self.installer = Installer([self.ipcache], self.journal, honours)
 
     def close(self) -> None:

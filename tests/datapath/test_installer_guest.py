@@ -6,6 +6,7 @@ one does; what it wrote last is the truth that no step of ours may change.
 
 from __future__ import annotations
 
+import contextlib
 import ipaddress
 import struct
 from pathlib import Path
@@ -19,8 +20,9 @@ from lazymesh.core.model import Entry, Reason, parse_address
 from lazymesh.datapath.cilium import TAG
 from lazymesh.datapath.installer import Installer
 from lazymesh.datapath.libbpf import MAP_TYPE_HASH, Map, MapLayout
-from lazymesh.datapath.maps import IpcacheMap, Journal
+from lazymesh.datapath.maps import Journal
 from tests.support.cilium_ipcache import V1, V2, Layout, Record, Writer, pack_value, unpack_key
+from tests.support.mortal import Crash, Fuse, MortalIpcache, MortalJournal
 
 NODE, HOST = ("192.168.100.1",), "192.168.100.2"
 PEERS = ("10.2.0.5", "10.2.0.6", "fd00:10:2::5")
@@ -37,10 +39,10 @@ Table = dict[str, bytes]
 class CiliumMap:
     """One map of Cilium's: what it wrote there, and what stands."""
 
-    def __init__(self, layout: Layout, flags: int) -> None:
+    def __init__(self, layout: Layout, flags: int, fuse: Fuse | None = None) -> None:
         self.raw = layout.create(64, flags)
         self.theirs: Table = {}
-        self.ours = IpcacheMap(self.raw, Path("/the/ipcache"), TAG)
+        self.ours = MortalIpcache(self.raw, Path("/the/ipcache"), fuse or Fuse(), TAG)
 
     def read(self) -> Table:
         """Return everything that stands, by prefix."""
@@ -56,12 +58,14 @@ class Interleavings(RuleBasedStateMachine):
 
     layout, flags = V2, 129
     peers, identities = st.sampled_from(PEERS), st.sampled_from(IDENTITIES)
+    batches = st.dictionaries(peers, identities, min_size=1)
 
     @initialize()
     def begin(self) -> None:
         """Both agents start; Cilium's knows routes only."""
         self.world: dict[str, Record] = {cidr: Record(2, HOST) for cidr in CIDRS}
         self.maps: list[CiliumMap] = []
+        self.fuse = Fuse()
         self.raw_journal = Map.create("lm_test", MapLayout(MAP_TYPE_HASH, 24, 56, 64, 0))
         self.believed: dict[str, Entry] = {}
         """What our resolver goes on watching."""
@@ -73,7 +77,7 @@ class Interleavings(RuleBasedStateMachine):
 
     def cilium_restarts(self) -> None:
         """Make a new map; what the world says waits to be listed."""
-        self.maps.insert(0, CiliumMap(self.layout, self.flags))
+        self.maps.insert(0, CiliumMap(self.layout, self.flags, self.fuse))
         self.writer = Writer(self.layout, NODE, [])
         self.writer.use(self.maps[0].raw)
         self.queue: list[tuple[str, Record | None]] = sorted(self.world.items())
@@ -130,13 +134,36 @@ class Interleavings(RuleBasedStateMachine):
     def install(self, prefix: str, identity: int) -> None:
         """A miss, or a watch, brought a record."""
         entry = Entry(identity, parse_address(HOST), 0, 2)
-        reason = self.installer.install(parse_address(prefix), entry, CLUSTER)
+        self.heed(prefix, entry, self.installer.install(parse_address(prefix), entry, CLUSTER))
+
+    @rule(identity_of=batches)
+    def install_many(self, identity_of: dict[str, int]) -> None:
+        """Records of several came together: each ends as it would have by itself."""
+        installs = [
+            (parse_address(prefix), Entry(identity, parse_address(HOST), 0, 2), CLUSTER)
+            for prefix, identity in identity_of.items()
+        ]
+        reasons = self.installer.install_many(installs)
+        for prefix, (_, entry, _), reason in zip(identity_of, installs, reasons, strict=True):
+            self.heed(prefix, entry, reason)
+
+    def heed(self, prefix: str, entry: Entry, reason: Reason | None) -> None:
+        """Believe what an installation came to, as the resolver does."""
         if reason is None:
             self.believed[prefix] = entry
         else:
             assert reason in (Reason.TAKEN, Reason.NOT_OURS)
             assert prefix in self.maps[0].theirs, "refused without a reason"
             self.believed.pop(prefix, None)
+
+    @rule(identity_of=batches, write=st.integers(0, 4))
+    def die_installing_many(self, identity_of: dict[str, int], write: int) -> None:
+        """Our agent is killed in the middle of it, and starts again."""
+        self.fuse.left = write
+        with contextlib.suppress(Crash):
+            self.install_many(identity_of)
+        self.fuse.left = None
+        self.we_start()
 
     @rule(prefix=peers)
     def evict(self, prefix: str) -> None:
@@ -158,7 +185,7 @@ class Interleavings(RuleBasedStateMachine):
     @rule()
     def we_start(self) -> None:
         """Our agent is killed, and starts again with what is pinned."""
-        journal = Journal(self.raw_journal)
+        journal = MortalJournal(self.raw_journal, self.fuse)
         self.installer = Installer(
             [one.ours for one in self.maps], journal, honours_noexist=True, shared=True
         )
