@@ -62,8 +62,10 @@ def test_batch_borders_lose_nothing(opened: Map, count: int) -> None:
     wanted = elements(opened.layout.kind, count)
     opened.update_many(list(wanted.items()))
     assert dict(opened.items()) == wanted
+    assert opened.is_empty() is (count == 0)
     opened.delete_many([*wanted, *list(wanted)[:3]])
     assert list(opened.items()) == []
+    assert opened.is_empty()
 
 
 def test_probes_agree_with_the_kernel_s_version() -> None:

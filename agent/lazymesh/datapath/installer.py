@@ -76,7 +76,9 @@ class Installer:
                     line.entry if self._main.as_read_back(line.entry) == standing.entry else standing.entry
                 )
                 self._owned[address] = (entry, line.cluster_id)
-                for ipcache in self._maps[1:]:  # these are written first: a crash may have left something newer there
+                for ipcache in self._maps[
+                    1:
+                ]:  # these are written first: a crash may have left something newer there
                     if _is_tagged(ipcache, address):
                         self._put_beside(ipcache, address, entry)
                 yield address, entry, line.cluster_id
