@@ -81,13 +81,10 @@ class SignalReader:
             self._loop.call_soon(self._drain)
 
     def _hand_over(self) -> None:
-        batch = []
-        for _ in range(min(AT_ONCE, len(self._waiting))):
-            signal = abi.unpack_signal(self._waiting.popleft())
-            if signal is None:
-                self.invalid += 1
-            else:
-                batch.append(signal)
+        waiting = self._waiting
+        records = [waiting.popleft() for _ in range(min(AT_ONCE, len(waiting)))]
+        batch = [signal for each in records if (signal := abi.unpack_signal(each)) is not None]
+        self.invalid += len(records) - len(batch)
         if batch:
             self._on_signals(batch)
 
