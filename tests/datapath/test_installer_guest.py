@@ -312,6 +312,22 @@ def test_entry_that_is_old_in_a_map_that_counts_again_is_brought_up_to_date() ->
     assert orphan.tagged() == read.tagged() != {}
 
 
+def test_old_map_says_what_the_first_one_does_after_a_crash_between_the_two() -> None:
+    """With the bits that its own layout has: the first one is of a Cilium that was rolled back."""
+    node, fuse = Node(), Fuse()
+    fresh, old = CiliumMap(V1, 1, fuse), CiliumMap(V2, 129)
+    node.use(fresh, old)
+    node.installer.install(PEER, FIRST, CLUSTER)
+    before = old.read()
+    fuse.left = 0
+    with pytest.raises(Crash):
+        node.installer.install(PEER, SECOND, CLUSTER)
+    fuse.left = None
+    assert old.read() != before
+    assert node.start() == [PEER]
+    assert old.read() == before
+
+
 def test_map_that_does_not_count_any_more_keeps_nothing_of_ours() -> None:
     """And everything of Cilium's."""
     node = Node()

@@ -76,11 +76,7 @@ class Installer:
                     line.entry if self._main.as_read_back(line.entry) == standing.entry else standing.entry
                 )
                 self._owned[address] = (entry, line.cluster_id)
-                for ipcache in self._maps[
-                    1:
-                ]:  # these are written first: a crash may have left something newer there
-                    if _is_tagged(ipcache, address):
-                        self._put_beside(ipcache, address, entry)
+                self._bring_back(address, with_tunnel_flags(entry))
                 yield address, entry, line.cluster_id
             elif (
                 any(_is_tagged(ipcache, address) for ipcache in self._maps[1:])
@@ -239,6 +235,13 @@ class Installer:
             return not self._is_foreign(standing, entry) and ipcache.insert(address, entry)
         except DatapathError:  # it costs what it did before
             return False
+
+    def _bring_back(self, address: Address, entry: Entry) -> None:
+        """Have the old maps say of an entry of ours what the first one does; a crash may have left something newer."""
+        for ipcache in self._maps[1:]:
+            standing = ipcache.stands(address)
+            if standing is not None and standing.tagged and standing.entry != ipcache.as_read_back(entry):
+                self._put_beside(ipcache, address, entry)
 
     def _take_back(self, address: Address) -> None:
         """Take our entry out of the old maps."""

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     Allows = Callable[[Direction, int], bool]
 
 LOOK_EVERY_S = 5.0
-MANY = 32
+MANY = 64
 """From so many addresses on, to look once whether any window is open costs less than to look for the window of each."""
 IDLE_S = 60.0
 """A window through which nothing has passed for so long is closed, answered or not."""

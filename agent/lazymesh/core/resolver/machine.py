@@ -288,8 +288,8 @@ class Resolver:
         self._judge.table = event.table
         for tracked in list(self._moves.tracked.values()):
             owners = event.table.owners(tracked.address)
-            if owners == tracked.owners:
-                continue
+            if owners == tracked.owners or self._moves.tracked.get(tracked.address) is not tracked:
+                continue  # or another address of this very table has pushed it out of what is remembered
             if tracked.link is not None and owners == (tracked.link.name,):
                 tracked.owners = owners  # adopted before its cluster's nodes were listed
             elif tracked.waiting:

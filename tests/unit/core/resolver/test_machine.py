@@ -593,6 +593,23 @@ def test_a_miss_under_way_follows_its_address_to_the_new_owner() -> None:
     ).end()
 
 
+def test_an_address_forgotten_for_another_of_the_same_table_is_left_in_peace() -> None:
+    """What is remembered of absent addresses is full, and the table makes one more of them."""
+    twice = [(name, cidr) for cidr in ("10.2.0.0/16", "192.0.2.0/24") for name in ("b", "c")]
+    story = (
+        play(limits=Limits(negatives=1))
+        >> miss(B1)
+        << read(B1)
+        >> miss(STRANGER)
+        << report(STRANGER, "absent", Reason.NO_CLUSTER, missed_at=0.0, cluster=None)
+    )
+    (
+        story.later(1.0)
+        >> TableChanged(mesh(networks=twice))
+        << report(B1, "absent", Reason.AMBIGUOUS, missed_at=0.0, cluster=None)
+    ).end()
+
+
 # --- 12: adoption -------------------------------------------------------------------------------------------------
 
 
