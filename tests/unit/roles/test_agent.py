@@ -3,13 +3,10 @@
 from __future__ import annotations
 
 import os
-from types import SimpleNamespace
-from typing import TYPE_CHECKING, cast
+from typing import TYPE_CHECKING
 
 import pytest
 
-from lazymesh.core import events
-from lazymesh.core.clusters import MeshState
 from lazymesh.errors import DatapathError, SettingsError
 from lazymesh.roles import agent as module
 from lazymesh.settings import AgentSettings, DatapathSettings, MeshSettings
@@ -17,9 +14,6 @@ from tests.support.lab import POLICY
 
 if TYPE_CHECKING:
     from pathlib import Path
-
-    from lazymesh.roles.driver import Driver
-    from lazymesh.roles.mesh import Mesh
 
 
 def settings(tmp_path: Path, *, policy: Path | None = None, interface: str = "lxc+") -> AgentSettings:
@@ -71,27 +65,3 @@ async def test_plain_directory_is_no_bpffs(monkeypatch: pytest.MonkeyPatch, tmp_
     with pytest.raises(DatapathError, match="mount -t bpf"):
         await module.Agent(settings(tmp_path), None, 0).run()
     assert list(tmp_path.iterdir()) == []  # noqa: ASYNC240 - an empty directory blocks nobody
-
-
-def test_what_the_mesh_tells_before_there_is_a_driver_is_told_to_it() -> None:
-    """The table that is in force by then first; clusters in their order; identities it sees for itself."""
-    told: list[events.Event] = []
-    inbox = module.Inbox()
-    table = MeshState().table()
-    for event in (
-        events.TableChanged(MeshState(1).table()),
-        events.IdentityKnown(131_073),
-        events.ClusterReady("b"),
-        events.ClusterSilent("b"),
-    ):
-        inbox.feed(event)
-    inbox.connect(
-        cast("Driver", SimpleNamespace(feed=told.append)), cast("Mesh", SimpleNamespace(table=table))
-    )
-    inbox.feed(events.IdentityKnown(131_074))
-    assert told == [
-        events.TableChanged(table),
-        events.ClusterReady("b"),
-        events.ClusterSilent("b"),
-        events.IdentityKnown(131_074),
-    ]

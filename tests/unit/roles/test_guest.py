@@ -11,7 +11,6 @@ from typing import TYPE_CHECKING, Any, cast
 
 import pytest
 
-from lazymesh.core.events import Used
 from lazymesh.datapath.maps import View
 from lazymesh.errors import DatapathError
 from lazymesh.roles import guest as module
@@ -140,20 +139,3 @@ async def test_pin_that_stays_away_is_told(node: Node, monkeypatch: pytest.Monke
         assert "has not been pinned in /sys/fs/bpf/tc/globals for 60 s" in next(guest.problems())
         node.pins = {Path("/tc/globals/cilium_ipcache_v2"): 5}
         await until(lambda: not list(guest.problems()))
-
-
-async def test_peers_talked_to_last_are_the_last_to_go_again(node: Node) -> None:
-    """They are lent first, so by the order of lending they would be the first."""
-    fed: list[Any] = []
-    peers = [bytes([10, 2, 0, number]) for number in range(3)]
-    installer = SimpleNamespace(
-        owns=lambda _: True, carry_over=lambda _: None, use=lambda _: None, owned_addresses=list
-    )
-    async with following(node) as guest:
-        guest._datapath.recent = cast("Any", SimpleNamespace(newest_first=lambda: peers))
-        others = cast("Any", SimpleNamespace(feed=fed.append))
-        guest.connect(cast("Any", installer), others, others, others)
-        node.pins = {Path("/tc/globals/cilium_ipcache_v2"): 9}
-        await until(lambda: fed)
-    assert fed == [Used((peers[2], peers[1], peers[0]))]
-    assert guest.lent == {"carried": 3}

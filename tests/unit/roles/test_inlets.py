@@ -1,0 +1,55 @@
+"""What comes in: kept until somebody can take it, and throttled where the kernel and its reader are told."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+from typing import TYPE_CHECKING, cast
+
+from lazymesh.core import events
+from lazymesh.core.clusters import MeshState
+from lazymesh.roles.inlets import Inbox, Valve
+
+if TYPE_CHECKING:
+    from lazymesh.datapath.maps import ConfigMap
+    from lazymesh.datapath.signals import SignalReader
+    from lazymesh.roles.driver import Driver
+    from lazymesh.roles.mesh import Mesh
+
+
+def test_what_the_mesh_tells_before_there_is_a_driver_is_told_to_it() -> None:
+    """The table that is in force by then first; clusters in their order; identities it sees for itself."""
+    told: list[events.Event] = []
+    inbox = Inbox()
+    table = MeshState().table()
+    for event in (
+        events.TableChanged(MeshState(1).table()),
+        events.IdentityKnown(131_073),
+        events.ClusterReady("b"),
+        events.ClusterSilent("b"),
+    ):
+        inbox.feed(event)
+    inbox.connect(
+        cast("Driver", SimpleNamespace(feed=told.append)), cast("Mesh", SimpleNamespace(table=table))
+    )
+    inbox.feed(events.IdentityKnown(131_074))
+    assert told == [
+        events.TableChanged(table),
+        events.ClusterReady("b"),
+        events.ClusterSilent("b"),
+        events.IdentityKnown(131_074),
+    ]
+
+
+def test_what_is_let_in_is_told_to_the_kernel_and_what_waits_to_its_reader() -> None:
+    """There may be no reader yet: then nothing is handed over anyway."""
+    told: list[tuple[str, object]] = []
+    config = SimpleNamespace(
+        mute=lambda on: told.append(("mute", on)), admit=lambda share: told.append(("admit", share))
+    )
+    valve = Valve(cast("ConfigMap", config))
+    valve.pause(True)
+    valve.mute(True)
+    valve.admit(0.5)
+    valve.reader = cast("SignalReader", SimpleNamespace(pause=lambda on: told.append(("pause", on))))
+    valve.pause(False)
+    assert told == [("mute", True), ("admit", 0.5), ("pause", False)]

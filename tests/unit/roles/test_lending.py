@@ -1,0 +1,155 @@
+"""What becomes of entries when Cilium makes a new map; how they are written, on real maps: in the datapath tier."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+from typing import TYPE_CHECKING, Any, cast
+
+import pytest
+
+from lazymesh.core.events import Adopted, Lost, Shrink, Used
+from lazymesh.core.model import Entry, Reason
+from lazymesh.roles.lending import Lender
+from tests.support.playbook import B1, B2, B3, CLAIMED_TWICE, STRANGER, WEB, WEB_OF_C, entry, mesh
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from lazymesh.core.model import Address
+
+
+class Installs:
+    """Stands in for the installer: owns some, and refuses what the test says."""
+
+    def __init__(self, *owned: Address) -> None:
+        self.owned = list(owned)
+        self.put: dict[Address, tuple[Entry, int]] = {}
+        self.reason: Reason | None = None
+        self.crowded = False
+        self.lost: set[Address] = set()
+
+    def owns(self, address: Address) -> bool:
+        """Some are ours already."""
+        return address in self.owned
+
+    def owned_addresses(self) -> list[Address]:
+        """All that are ours."""
+        return list(self.owned)
+
+    def carry_over(self, _address: Address) -> Reason | None:
+        """Into the new map."""
+        return self.reason
+
+    def install(self, address: Address, entry: Entry, cluster_id: int) -> Reason | None:
+        """Put one in."""
+        self.put[address] = entry, cluster_id
+        return self.reason
+
+    def is_lost(self, address: Address) -> bool:
+        """Somebody has written over it."""
+        return address in self.lost
+
+    def forget(self, address: Address) -> None:
+        """It is not ours any more."""
+        self.owned.remove(address)
+
+
+class Node:
+    """A lender, with what it tells the resolver."""
+
+    def __init__(self, *owned: Address, tracked: Sequence[Address] = ()) -> None:
+        self.installs = Installs(*owned)
+        self.told: list[Any] = []
+        others = SimpleNamespace(
+            feed=self.told.append,
+            describe=lambda address: address if address in tracked else None,
+            table=mesh(),
+            identities={WEB, WEB_OF_C},
+        )
+        self.lender = Lender(cast("Any", self.installs), *[cast("Any", others)] * 3)
+
+    def lend(self, recent: Sequence[Address], old: dict[Address, Entry] | None = None) -> None:
+        """Fill a new map; what the old one says of whom."""
+        for _ in self.lender.lend_all(recent, [cast("Any", SimpleNamespace(lookup=(old or {}).get))]):
+            pass
+
+
+def test_peers_talked_to_last_are_the_last_to_go_again() -> None:
+    """They are lent first, so by the order of lending they would be the first."""
+    node = Node(B1, B2, B3)
+    node.lend([B3, B1])
+    assert node.told == [Used((B2, B1, B3))]
+    assert node.lender.lent == {"carried": 3}
+
+
+def test_peer_is_lent_as_the_old_map_knew_it() -> None:
+    """With the bits that its layout may not have had; the resolver confirms it with its cluster."""
+    node = Node()
+    node.lend([B1], {B1: Entry(WEB, entry().tunnel_endpoint)})
+    assert node.installs.put == {B1: (entry(), 2)}
+    assert node.told == [Adopted(B1, entry(), "b"), Used((B1,))]
+    assert node.lender.lent == {"warmed": 1}
+
+
+@pytest.mark.parametrize(
+    ("address", "old"),
+    [
+        pytest.param(B1, None, id="nobody knew it"),
+        pytest.param(B1, Entry(2), id="it was world"),
+        pytest.param(B1, entry(WEB_OF_C), id="its identity is another cluster's"),
+        pytest.param(B1, entry(WEB + 99), id="its identity is not known any more"),
+        pytest.param(CLAIMED_TWICE, entry(), id="two clusters claim it"),
+        pytest.param(STRANGER, entry(), id="no cluster does"),
+        pytest.param(B2, entry(), id="it is being resolved"),
+    ],
+)
+def test_what_no_cluster_of_the_mesh_would_say_is_not_lent(address: Address, old: Entry | None) -> None:
+    """It is a miss like any other."""
+    node = Node(tracked=[B2])
+    node.lend([address], {} if old is None else {address: old})
+    assert (node.installs.put, dict(node.lender.lent)) == ({}, {})
+    assert node.told == [Used((address,))]
+
+
+@pytest.mark.parametrize(
+    ("reason", "fate"), [(Reason.TAKEN, "taken"), (Reason.NOT_OURS, "taken"), (Reason.MAP_FULL, "refused")]
+)
+def test_what_the_new_map_does_not_take_is_counted(reason: Reason, fate: str) -> None:
+    """Ours is lost then, and a peer that was to be lent was never ours."""
+    node = Node(B1)
+    node.installs.reason = reason
+    node.lend([B1, B2], {B2: entry()})
+    assert node.lender.lent == {fate: 2}
+    assert node.told == [Lost((B1,)), Used((B2, B1))]
+
+
+def test_entry_that_cilium_has_written_over_is_let_go() -> None:
+    """Silently: it has its own now."""
+    node = Node(B1, B2)
+    node.installs.lost = {B1}
+    for address in (B1, B2):
+        node.lender.give_up_if_lost(address)
+    assert node.told == [Lost((B1,))]
+    assert node.installs.owned == [B2]
+
+
+def test_map_without_room_gets_nothing_new_and_sheds_what_is_too_much() -> None:
+    """Until there is room again."""
+    node = Node()
+    node.lender.make_room(50, 100)
+    assert not node.installs.crowded
+    node.lender.make_room(97, 100)
+    assert node.installs.crowded
+    (shrink,) = node.told
+    assert isinstance(shrink, Shrink)
+    node.lender.make_room(50, 100)
+    assert not node.installs.crowded
+
+
+def test_new_map_is_counted_at_once() -> None:
+    """And is not crowded before it holds what the last one did."""
+    node = Node()
+    node.lender.make_room(97, 100)
+    node.lender.begin()
+    assert node.lender.count.is_set()
+    assert not node.installs.crowded
