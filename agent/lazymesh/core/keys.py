@@ -79,8 +79,7 @@ def ip_keys(spaces: tuple[Space, ...], addresses: Sequence[Address], cluster: st
     prefixes, keys = _prefixes(spaces, cluster), []
     for address in addresses:
         text = address_text(address).encode()
-        for prefix in prefixes:  # a comprehension is a call each
-            keys.append(prefix + text)  # noqa: PERF401
+        keys += [prefix + text for prefix in prefixes]
     return keys
 
 

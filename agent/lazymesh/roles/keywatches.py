@@ -35,7 +35,7 @@ class Watches(Protocol):
 
 
 Neighbours = tuple[bytes, set["Address"]]
-"""Addresses of one group, and what they have in common."""
+"""What the addresses of one group have in common, and such addresses."""
 
 
 def neighbours_of(addresses: Iterable[Address]) -> list[Neighbours]:

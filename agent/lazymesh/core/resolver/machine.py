@@ -128,9 +128,7 @@ class Resolver:
         table = self._judge.table
         owners = table.owners(address)
         cluster = table.cluster(owners[0]) if len(owners) == 1 else None
-        link = None
-        if cluster is not None:
-            link = self._links.get(cluster.name) or self._lifecycle.link(cluster.name)
+        link = self._lifecycle.link(cluster.name) if cluster is not None else None
         tracked = self._moves.begin(address, owners, link, missed_at)
         if cluster is None or link is None:
             self._moves.refuse(tracked, _unowned(owners), "", now)
