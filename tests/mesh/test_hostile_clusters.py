@@ -147,8 +147,7 @@ def test_a_flood_of_identities_delays_nobody_else(
     while cluster(lab, "c").get("state") != "ready":
         took += first_packets(lab, 1)
     print(f"ms of first packets, median and worst: {_both(quiet)} quiet, {_both(sorted(took))} in the flood")
-    # The median is a millisecond, and a loop that was blocked by the listing was so for eight seconds.
-    assert max(took) < 3_000, "whoever is not served for so long has been forgotten"
+    assert max(took) < 1_000, "whoever is not served for so long has been forgotten"
     assert refusals(agent, "identity") == sum(number >= others for number in numbers)
     log = agent.log[mark:]
     assert 0 < log.count("record refused") <= 1_024

@@ -11,6 +11,7 @@ import ctypes
 import ipaddress
 import struct
 from ctypes import c_int64, c_uint8, c_uint16, c_uint32, c_uint64
+from functools import lru_cache
 from typing import TYPE_CHECKING
 
 from msgspec import Struct
@@ -392,6 +393,7 @@ def pack_owned(owned: OwnedEntry) -> bytes:
     return _OWNED.pack(pack_entry(owned.entry), pack_entry(owned.previous), owned.cluster_id, 0, 0)
 
 
+@lru_cache(maxsize=64)  # pods of one node come together, and with equal entries
 def pack_owned_new(entry: Entry, cluster_id: int) -> bytes:
     """Return the journal's value of an entry that replaces none."""
     packed = pack_entry(entry)

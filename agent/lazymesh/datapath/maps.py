@@ -210,20 +210,11 @@ class IpcacheMap:
 
     def insert_at(self, key: bytes, entry: Entry) -> bool:
         """Do the same, by the key of an address."""
-        try:
-            self._map.update(key, self._pack(entry), BPF_NOEXIST)
-        except OSError as exc:
-            if exc.errno == errno.EEXIST:
-                return False
-            raise self._not_written(exc) from exc
-        return True
+        return self._update(key, entry, BPF_NOEXIST)
 
     def replace(self, address: Address, entry: Entry) -> None:
         """Write the /32 or /128, whatever stands there."""
-        try:
-            self._map.update(abi.pack_address_key(address), self._pack(entry), BPF_ANY)
-        except OSError as exc:
-            raise self._not_written(exc) from exc
+        self._update(abi.pack_address_key(address), entry, BPF_ANY)
         self.on_change()
 
     def delete(self, address: Address) -> bool:
@@ -247,10 +238,16 @@ class IpcacheMap:
             self._packed, self._packed_last = pack(entry, self._tag), entry
         return self._packed
 
-    def _not_written(self, error: OSError) -> DatapathError:
-        if error.errno in _FULL:
-            return MapFullError(f"the ipcache map is full ({self.max_entries} entries)")
-        return DatapathError(f"cannot write to the ipcache map at {self._path}: {error.strerror}")
+    def _update(self, key: bytes, entry: Entry, flags: int) -> bool:
+        try:
+            self._map.update(key, self._pack(entry), flags)
+        except OSError as exc:
+            if exc.errno == errno.EEXIST:
+                return False
+            if exc.errno in _FULL:
+                raise MapFullError(f"the ipcache map is full ({self.max_entries} entries)") from exc
+            raise DatapathError(f"cannot write to the ipcache map at {self._path}: {exc.strerror}") from exc
+        return True
 
 
 class Standing(Struct, frozen=True, gc=False):
@@ -362,12 +359,7 @@ class Journal:
 
     def write_many(self, entries: Iterable[tuple[bytes, Entry, int]]) -> None:
         """Add or replace the lines of new entries: key of the address, entry, cluster id; MapFullError when full."""
-        lines: list[tuple[bytes, bytes]] = []
-        last, owner, packed = None, 0, b""
-        for key, entry, cluster_id in entries:
-            if entry is not last or cluster_id != owner:  # as in IpcacheMap._pack
-                last, owner, packed = entry, cluster_id, abi.pack_owned_new(entry, cluster_id)
-            lines.append((key, packed))
+        lines = [(key, abi.pack_owned_new(entry, cluster_id)) for key, entry, cluster_id in entries]
         try:
             self._map.update_many(lines)
         except OSError as exc:
