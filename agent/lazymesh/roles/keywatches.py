@@ -88,9 +88,10 @@ class KeyWatches:
         """Have nothing more of the address told."""
         group = group_of(address)
         one = self._ranges.get(group)
-        if one is None:
+        if one is None or address not in one.addresses:
             return
-        one.addresses.discard(address)
+        one.addresses.remove(address)
+        one.since = max(one.since, one.told + 1)
         if not one.addresses:
             del self._ranges[group]
             self._watches.remove(one.watch_id)
@@ -122,6 +123,8 @@ class _Range:
         self.watch_id = 0
         self.since = 0
         """Of an address that is not followed yet, everything from this revision on is still to come."""
+        self.told = 0
+        """The last change that was told of a followed address: it is not still to come, should that be let go."""
         self._owner = owner
 
     def on_live(self, watch_id: int, revision: int) -> None:
@@ -131,6 +134,7 @@ class _Range:
         for change in changes:
             address = _address_in(change.key[len(self._owner.prefix) :])
             if address in self.addresses:
+                self.told = change.mod_revision
                 self._owner.on_change(address, change)
             elif change.mod_revision >= self.since:
                 self.since = change.mod_revision + 1

@@ -138,4 +138,17 @@ def key_of(address: Address) -> bytes:
     return b"p/" + address_text(address).encode()
 
 
+def test_change_that_was_told_before_its_address_was_let_go_is_told_again() -> None:
+    """It is followed again by a read that is older than the change, as of a member that is behind."""
+    world = World()
+    gone, stays = ADDRESSES[:2]
+    world.write(gone)
+    world.follow({gone, stays}, behind=1)
+    world.tell(which=0, most=1)
+    world.unfollow(gone)
+    world.follow({gone}, behind=1)
+    world.one_watch_for_each_range()
+    world.teardown()
+
+
 TestKeyWatches = World.TestCase
