@@ -7,6 +7,8 @@ before a write; what follows is another life that has nothing but the pinned map
 from __future__ import annotations
 
 import contextlib
+import struct
+from ipaddress import IPv4Address
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -72,6 +74,10 @@ class World:
     def exact(self) -> dict[str, Entry]:
         """Return what stands in the map, by prefix."""
         return {str(network): standing.entry for network, _, standing in self.ipcache.items()}
+
+    def ours(self) -> dict[str, Entry]:
+        """Return what carries our tag, by prefix."""
+        return {str(network): each.entry for network, _, each in self.ipcache.items() if each.tagged}
 
     def lines(self) -> dict[Address, abi.OwnedEntry]:
         """Return the journal."""
@@ -289,6 +295,25 @@ class TestAdopt:
         assert world.lines() == {}
         recreated.close()
 
+    @pytest.mark.parametrize("stands", [0, 1], ids=["what it was writing", "what it was replacing"])
+    def test_what_an_older_version_wrote_is_tagged(self, world: World, stands: int) -> None:
+        """It had no tag for a map of its own, and knew its entries by the journal; from now on they are like ours."""
+        world.raw_journal.update(
+            abi.pack_address_key(B1),
+            b"".join(map(abi.pack_entry, OURS[:2])) + struct.pack("=HHI", CLUSTER, 0, 0),
+        )
+        world.they_write(POD_B1.prefix(4), OURS[stands])
+        assert world.restart() == {B1: OURS[stands]}
+        assert world.ours() == {POD_B1.prefix(4): OURS[stands]}
+        assert world.lines() == {B1: abi.OwnedEntry(OURS[stands], CLUSTER)}
+
+    def test_ours_without_a_line_goes(self, world: World) -> None:
+        """Whose record it would follow, nobody knows."""
+        world.installer.install(B1, OURS[0], CLUSTER)
+        world.raw_journal.delete(abi.pack_address_key(B1))
+        assert world.restart() == {}
+        assert world.exact() == BACKGROUND
+
 
 BEFORE = {
     "nothing stands there": (),
@@ -341,10 +366,7 @@ PEERS = [POD_B1, POD_B2, packets.POD_A2]
 
 
 class Lives(RuleBasedStateMachine):
-    """Any order of installs, evictions, foreign writes and crashes, against a model of who wrote what.
-
-    Our values and theirs are different, so the map itself tells whose an entry is.
-    """
+    """Any order of installs, evictions, foreign writes and crashes, against a model of who wrote what."""
 
     peers = st.sampled_from(PEERS)
     ours = st.sampled_from(OURS)
@@ -362,9 +384,9 @@ class Lives(RuleBasedStateMachine):
         self.world.they_write(prefix, entry)
         self.theirs[prefix] = entry
 
-    @rule(peer=peers, entry=st.sampled_from(THEIRS))
+    @rule(peer=peers, entry=st.sampled_from([*THEIRS, *OURS]))
     def they_write(self, peer: packets.Host, entry: Entry) -> None:
-        """Somebody else learns of a pod."""
+        """Somebody else learns of a pod, and may write what we would."""
         self.they_write_a_prefix(peer.prefix(4), entry)
 
     @rule(peer=peers)
@@ -400,8 +422,8 @@ class Lives(RuleBasedStateMachine):
     @rule(peer=peers)
     def evict(self, peer: packets.Host) -> None:
         """We evict."""
-        stood = self.world.exact().get(peer.prefix(4))
-        assert self.world.installer.evict(peer.address(4)) is (stood in OURS)
+        stood = peer.prefix(4) in self.world.ours()
+        assert self.world.installer.evict(peer.address(4)) is stood
 
     @rule(peer=peers, entry=st.one_of(st.none(), ours), write=st.integers(0, 3))
     def die(self, peer: packets.Host, entry: Entry | None, write: int) -> None:
@@ -420,8 +442,9 @@ class Lives(RuleBasedStateMachine):
     def restart(self) -> None:
         """We live again, and own exactly what stands of ours."""
         adopted = self.world.restart()
-        standing = self.world.exact()
-        assert adopted == {p.address(4): e for p in PEERS if (e := standing.get(p.prefix(4))) in OURS}
+        assert {
+            str(IPv4Address(address)) + "/32": entry for address, entry in adopted.items()
+        } == self.world.ours()
         assert set(self.world.lines()) == set(adopted)
         assert self.world.installer.owned == len(adopted)
 
@@ -430,10 +453,10 @@ class Lives(RuleBasedStateMachine):
         """Nothing of theirs is touched, nothing of ours stands without a line in the journal."""
         if not hasattr(self, "world"):
             return
-        standing = self.world.exact()
-        assert {prefix: entry for prefix, entry in standing.items() if entry not in OURS} == self.theirs
+        standing, ours = self.world.exact(), self.world.ours()
+        assert {prefix: entry for prefix, entry in standing.items() if prefix not in ours} == self.theirs
         lines = self.world.lines()
-        assert all(peer.address(4) in lines for peer in PEERS if standing.get(peer.prefix(4)) in OURS)
+        assert all(peer.address(4) in lines for peer in PEERS if peer.prefix(4) in ours)
 
     def teardown(self) -> None:
         """Let the maps go."""

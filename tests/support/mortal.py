@@ -36,8 +36,8 @@ class Fuse:
 class MortalIpcache(IpcacheMap):
     """An ipcache whose writes may never happen; without ``honours`` also one of an old kernel."""
 
-    def __init__(self, bpf_map: Map, path: Path, fuse: Fuse, tag: int = 0, *, honours: bool = True) -> None:
-        super().__init__(bpf_map, path, tag)
+    def __init__(self, bpf_map: Map, path: Path, fuse: Fuse, *, honours: bool = True) -> None:
+        super().__init__(bpf_map, path)
         self._fuse, self._honours = fuse, honours
 
     def insert_at(self, key: bytes, entry: Entry) -> bool:
@@ -67,11 +67,6 @@ class MortalJournal(Journal):
     def __init__(self, bpf_map: Map, fuse: Fuse) -> None:
         super().__init__(bpf_map)
         self._fuse = fuse
-
-    def write(self, address: Address, owned: abi.OwnedEntry) -> None:
-        """Add a line."""
-        self._fuse.write()
-        super().write(address, owned)
 
     def write_many(self, entries: Iterable[tuple[bytes, Entry, int]]) -> None:
         """Add lines, all or none of them."""
