@@ -80,14 +80,17 @@ class Durations(Collector):
         """By outcome; one for each bucket, and the last for what is beyond."""
         self._sums: dict[str, float] = {}
 
-    def observe(self, outcome: str, seconds: float) -> None:
-        """Take one duration."""
+    def observe(self, outcome: str, durations: Iterable[float]) -> None:
+        """Take durations, seconds; what is negative took no time."""
         counts = self._counts.get(outcome)
         if counts is None:
             counts = self._counts[outcome] = [0] * (len(RESOLUTION_BUCKETS) + 1)
             self._sums[outcome] = 0.0
-        counts[bisect_left(RESOLUTION_BUCKETS, seconds)] += 1
-        self._sums[outcome] += seconds
+        total = 0.0
+        for seconds in durations:
+            counts[bisect_left(RESOLUTION_BUCKETS, seconds)] += 1
+            total += max(seconds, 0.0)
+        self._sums[outcome] += total
 
     def describe(self) -> Iterable[Metric]:
         """Give the name."""

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from lazymesh.datapath import abi
 from lazymesh.datapath.maps import IpcacheMap, Journal
 
 if TYPE_CHECKING:
@@ -40,13 +39,19 @@ class MortalIpcache(IpcacheMap):
         super().__init__(bpf_map, path)
         self._fuse, self._honours = fuse, honours
 
-    def insert_at(self, key: bytes, entry: Entry) -> bool:
+    def insert_many(self, items: Iterable[tuple[bytes, Entry]]) -> list[bool]:
+        """Add entries one by one."""
+        added: list[bool] = []
+        for item in items:
+            self._fuse.write()
+            added += super().insert_many([item])
+        return added
+
+    def insert(self, address: Address, entry: Entry) -> bool:
         """Add an entry; an old kernel overwrites."""
         self._fuse.write()
         if self._honours:
-            return super().insert_at(key, entry)
-        address = abi.address_of_key(key)
-        assert address is not None
+            return super().insert(address, entry)
         super().replace(address, entry)
         return True
 

@@ -11,6 +11,8 @@ import json
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
+from msgspec import structs
+
 from lazymesh.core.clusters import ClusterInfo, MeshState
 from lazymesh.core.events import (
     Answered,
@@ -143,9 +145,9 @@ def failed(*addresses: Address, kind: str = "unavailable", cluster: str = "b") -
     return ReadFailed(cluster, addresses, kind)
 
 
-def stands(address: Address) -> InstallsEnded:
-    """The entry stands in the map."""
-    return InstallsEnded((address,), (None,))
+def stands(*addresses: Address) -> InstallsEnded:
+    """The entries stand in the map."""
+    return InstallsEnded(addresses, (None,) * len(addresses))
 
 
 def refused(address: Address, error: Reason) -> InstallsEnded:
@@ -163,7 +165,7 @@ def read(*addresses: Address, cluster: str = "b", spaces: tuple[Space, ...] = DI
 
 def install(address: Address, of: Entry | None = None, cluster_id: int = 2) -> Install:
     """Put the entry into the map."""
-    return Install(address, of or entry(), cluster_id)
+    return Install(cluster_id, [address], [of or entry()])
 
 
 def watch(address: Address, after: int, *spaces: Space, cluster: str = "b") -> Watch:
@@ -192,7 +194,24 @@ def report(
     cached: bool = False,
 ) -> Report:
     """Tell how it ended."""
-    return Report(address, cluster, outcome, reason, detail, missed_at, cached)
+    return Report([address], cluster, outcome, reason, detail, [missed_at], cached)
+
+
+def one_by_one(commands: Iterable[Command]) -> list[Command]:
+    """Return the same commands, with one address in each that may have several."""
+    single: list[Command] = []
+    for command in commands:
+        match command:
+            case Install(cluster_id, addresses, entries):
+                single += [Install(cluster_id, [a], [e]) for a, e in zip(addresses, entries, strict=True)]
+            case Report(addresses=addresses, missed_at=times):
+                single += [
+                    structs.replace(command, addresses=[address], missed_at=[at])
+                    for address, at in zip(addresses, times, strict=True)
+                ]
+            case _:
+                single.append(command)
+    return single
 
 
 class Play:
@@ -216,7 +235,7 @@ class Play:
     def __rshift__(self, event: Event) -> Play:
         """Tell the resolver an event, once every command so far was expected."""
         assert self._said == [], "commands that the script does not know"
-        self._said = self.resolver.step(event, self.now)
+        self._said = one_by_one(self.resolver.step(event, self.now))
         return self
 
     def __lshift__(self, expected: Command | list[Command]) -> Play:
@@ -228,7 +247,7 @@ class Play:
 
     def tell(self, event: Event) -> list[Command]:
         """Tell an event off the script and return what the resolver says to it."""
-        return self.resolver.step(event, self.now)
+        return one_by_one(self.resolver.step(event, self.now))
 
     def later(self, seconds: float) -> Play:
         """Let time pass, and let the resolver know."""

@@ -107,7 +107,7 @@ def test_durations_are_a_histogram_by_outcome() -> None:
     """A bucket holds what is no longer than its bound, and all that is in the ones before."""
     metrics = Metrics()
     for seconds in (0.0002, 0.003, 60.0):
-        metrics.duration.observe("installed", seconds)
+        metrics.duration.observe("installed", [seconds])
     name = "cilium_ipcache_miss_resolution_duration_seconds"
 
     def sample(kind: str, **labels: str) -> float | None:

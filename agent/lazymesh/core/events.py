@@ -215,14 +215,16 @@ class Unwatch(Struct, frozen=True):
 
 
 class Install(Struct, frozen=True, gc=False):
-    """Put the entry into the map, unless somebody else's entry stands there; answered by InstallsEnded.
+    """Put entries into the map where nobody else's stand; answered by InstallsEnded.
 
-    Also replaces an entry of ours by a newer one.
+    Also replaces entries of ours by newer ones.
     """
 
-    address: Address
-    entry: Entry
     cluster_id: int
+    addresses: list[Address]
+    """Each of them once."""
+    entries: list[Entry]
+    """Of each."""
 
 
 class Evict(Struct, frozen=True):
@@ -234,17 +236,17 @@ class Evict(Struct, frozen=True):
 
 
 class Report(Struct, frozen=True, gc=False):
-    """Tell people and metrics how a miss, or a change of an installed address, ended."""
+    """Tell people and metrics how misses, or changes of installed addresses, ended, all in the same way."""
 
-    address: Address
+    addresses: list[Address]
     cluster: str | None
     outcome: str
     """``installed``, ``updated``, ``absent``, ``failed``, ``shed``, ``evicted``, ``taken-over``."""
     reason: Reason | None
     detail: str
     """A few words for the log, empty when the reason says it all."""
-    missed_at: float | None
-    """When the packet missed; None when no packet waits for this (a watch event, an adoption)."""
+    missed_at: list[float | None]
+    """Of each, when the packet missed; None when no packet waits for this (a watch event, an adoption)."""
     cached: bool = False
     """True when no read was needed: the answer came from the negative cache, or the entry stood already."""
 

@@ -10,6 +10,7 @@ get the same entries, and go when their last program does.
 
 from __future__ import annotations
 
+from itertools import compress
 from typing import TYPE_CHECKING
 
 from lazymesh.core.identities import WORLD_IDENTITIES, is_peer
@@ -23,6 +24,8 @@ if TYPE_CHECKING:
     from lazymesh.core.model import Address, Entry
     from lazymesh.datapath.abi import OwnedEntry
     from lazymesh.datapath.maps import IpcacheMap, Journal, Standing
+
+    _New = tuple[Address, Entry, int]
 
 
 class Installer:
@@ -135,36 +138,27 @@ class Installer:
     def install_many(self, installs: Sequence[tuple[Address, Entry, int]]) -> list[Reason | None]:
         """Do as ``install`` for several addresses, each of them once; returns why not, or None, for each.
 
-        What is new goes into the journal together: of a storm that is a third of the system calls.
+        What is new goes into the journal together, and then into the map; what that does not settle, one by one.
         """
-        fresh: dict[Address, bytes] = {}
-        lines: list[tuple[bytes, Entry, int]] = []
+        stand: set[Address] = set()
         if self._honours_noexist and len(self._maps) == 1 and not self.crowded:
-            for address, entry, cluster_id in installs:
-                if address not in self._owned:
-                    key = fresh[address] = abi.pack_address_key(address)
-                    lines.append((key, entry, cluster_id))
-        try:
-            self._journal.write_many(lines)
-        except DatapathError:
-            fresh = {}  # one by one it will show for whom there is room
-        return [
-            None
-            if (packed := fresh.get(each[0])) is not None and self._insert_journalled(packed, *each)
-            else self.install(*each)
-            for each in installs
-        ]
+            owned = self._owned
+            fresh = [each for each in installs if each[0] not in owned]
+            keys = [abi.pack_address_key(address) for address, _, _ in fresh]
+            for address, entry, cluster_id in self._insert_new(keys, fresh):
+                owned[address] = (entry, cluster_id)
+                stand.add(address)
+            self._beside -= stand
+        return [None if each[0] in stand else self.install(*each) for each in installs]
 
-    def _insert_journalled(self, key: bytes, address: Address, entry: Entry, cluster_id: int) -> bool:
-        """Insert what the journal has; tell whether that was all there is to do."""
+    def _insert_new(self, keys: list[bytes], installs: list[_New]) -> Iterator[_New]:
+        """Write the journal and then the map; return what stands there now."""
+        entries = [entry for _, entry, _ in installs]
         try:
-            if not self._main.insert_at(key, entry):
-                return False
+            self._journal.write_many(zip(keys, entries, [number for _, _, number in installs], strict=True))
         except DatapathError:
-            return False
-        self._beside.discard(address)
-        self._owned[address] = (entry, cluster_id)
-        return True
+            return iter(())  # one by one it will show for whom there is room
+        return compress(installs, self._main.insert_many(zip(keys, entries, strict=True)))
 
     def evict(self, address: Address) -> bool:
         """Remove our entry if it still is what we wrote; True when it was."""

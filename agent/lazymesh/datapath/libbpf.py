@@ -23,7 +23,7 @@ from typing import TYPE_CHECKING
 from lazymesh.errors import DatapathError
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator
+    from collections.abc import Callable, Iterable, Iterator
     from pathlib import Path
 
 BPF_ANY = 0
@@ -376,6 +376,11 @@ class Map:
         """Write one element; OSError EEXIST, ENOENT, ENOSPC or E2BIG as bpf(2) has it."""
         if result := self._update(self.fd, key, value, flags):
             _checked(result)
+
+    def insert_many(self, items: Iterable[tuple[bytes, bytes]]) -> list[bool]:
+        """Add elements, each by a call of its own; return which were added, and not there already nor refused."""
+        insert, fd = self._update, self.fd
+        return [insert(fd, key, value, BPF_NOEXIST) == 0 for key, value in items]
 
     def delete(self, key: bytes) -> bool:
         """Remove one element; False when there was none."""

@@ -201,11 +201,12 @@ class IpcacheMap:
 
     def insert(self, address: Address, entry: Entry) -> bool:
         """Add the /32 or /128 unless that exact prefix exists; True when it was added."""
-        return self.insert_at(abi.pack_address_key(address), entry)
+        return self._update(abi.pack_address_key(address), entry, BPF_NOEXIST)
 
-    def insert_at(self, key: bytes, entry: Entry) -> bool:
-        """Do the same, by the key of an address."""
-        return self._update(key, entry, BPF_NOEXIST)
+    def insert_many(self, items: Iterable[tuple[bytes, Entry]]) -> list[bool]:
+        """Do the same for several, by the keys of their addresses; False, too, for one that the kernel refuses."""
+        pack = self._pack
+        return self._map.insert_many([(key, pack(entry)) for key, entry in items])
 
     def replace(self, address: Address, entry: Entry) -> None:
         """Write the /32 or /128, whatever stands there."""

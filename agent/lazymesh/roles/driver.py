@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import time
 from collections import deque
+from itertools import repeat
 from typing import TYPE_CHECKING, Any, Protocol
 
 import structlog
@@ -116,7 +117,7 @@ class Driver:
         self._events: deque[events.Event] = deque()
         self._busy = False
         self._reports: list[tuple[events.Report, float]] = []
-        """With the time at which each came about: that of an entry, when it stood."""
+        """With the time at which each came about: that of entries, when they stood."""
         self._stood = 0.0
         """When the last installs were carried out."""
         self._later: deque[events.Watch | events.Unwatch] = deque()
@@ -129,8 +130,8 @@ class Driver:
         self.publish: Callable[[dict[str, Any]], None] | None = None
         """Takes one object per outcome while somebody streams misses; None while nobody does."""
 
-        self.release: Callable[[Address, Cause], None] | None = None
-        """Lets packets go that are held for an address: it is answered."""
+        self.release: Callable[[Sequence[Address], Cause], None] | None = None
+        """Lets packets go that are held for addresses: they are answered."""
 
         self.released: Callable[[], None] = lambda: None
         """Told when all answers of the moment are given."""
@@ -184,23 +185,17 @@ class Driver:
         if self.release is not None and reports:
             for report, _ in reports:
                 if report.outcome != "evicted":
-                    self.release(
-                        report.address, Cause.INSTALLED if report.outcome in _GOOD else Cause.NEGATIVE
-                    )
+                    cause = Cause.INSTALLED if report.outcome in _GOOD else Cause.NEGATIVE
+                    self.release(report.addresses, cause)
             self.released()
         while self._later:
             self._change_watch(self._later.popleft())
         if self.installed is not None:
-            good = [each.address for each, _ in reports if each.outcome in _GOOD and not each.cached]
-            if good:
-                self.installed(good)
-        ends: dict[tuple[str, bool], int] = {}
+            for report, _ in reports:
+                if report.outcome in _GOOD and not report.cached:
+                    self.installed(report.addresses)
         for report, at in reports:
-            end = report.outcome, report.cached
-            ends[end] = ends.get(end, 0) + 1
             self._report(report, at)
-        for (outcome, cached), count in ends.items():
-            self._metrics.outcomes.labels(outcome, "yes" if cached else "no").inc(count)
 
     def _change_watch(self, command: events.Watch | events.Unwatch) -> None:
         link = self._links.get(command.cluster)
@@ -213,10 +208,10 @@ class Driver:
 
     def _carry_out(self, commands: list[events.Command], now: float) -> None:
         """Carry out the commands of one step, in their order; installs with nothing to do in between go together."""
-        installs: list[events.Install] = []
+        installs: list[tuple[Address, Entry, int]] = []
         for command in commands:
             if isinstance(command, events.Install):
-                installs.append(command)
+                installs += zip(command.addresses, command.entries, repeat(command.cluster_id))
             elif isinstance(command, events.Report):
                 self._reports.append((command, now))
             elif isinstance(command, events.Read):
@@ -233,13 +228,13 @@ class Driver:
                 self._valve.pause(command.on)
         self._install(installs)
 
-    def _install(self, installs: list[events.Install]) -> None:
+    def _install(self, installs: list[tuple[Address, Entry, int]]) -> None:
         """Put entries in, and have the resolver told how it went before anything else."""
         if not installs:
             return
-        errors = self._installer.install_many([(one.address, one.entry, one.cluster_id) for one in installs])
+        errors = self._installer.install_many(installs)
         self._stood = time.monotonic()
-        addresses = tuple([one.address for one in installs])
+        addresses = tuple([address for address, _, _ in installs])
         self._events.appendleft(events.InstallsEnded(addresses, tuple(errors)))
         installs.clear()
 
@@ -257,36 +252,43 @@ class Driver:
         else:
             link.read(command)
 
-    def _may_say(self, report: events.Report, now: float) -> bool:
-        said = self._said.setdefault(report.cluster, OncePer(QUIET_S))
-        return said((report.address, report.reason), now)
-
     def _report(self, report: events.Report, at: float) -> None:
-        latency = None if report.missed_at is None else max(0.0, at - report.missed_at)
-        reason = None if report.reason is None else report.reason.value
-        if reason is not None and report.outcome != "evicted":
-            self._metrics.errors.labels(reason).inc()
-        if latency is not None and not report.cached:
-            self._metrics.duration.observe(report.outcome, latency)
+        metrics, count = self._metrics, len(report.addresses)
+        metrics.outcomes.labels(report.outcome, "yes" if report.cached else "no").inc(count)
+        if report.reason is not None and report.outcome != "evicted":
+            metrics.errors.labels(report.reason.value).inc(count)
+        waited = [at - missed_at for missed_at in report.missed_at if missed_at is not None]
+        if waited and not report.cached:
+            metrics.duration.observe(report.outcome, waited)
         if self.publish is not None:
-            known = self._resolver.describe(report.address)
-            self.publish(
+            self._publish(report, at, self.publish)
+        if report.reason in _REFUSALS:
+            self._warn(report, at)
+
+    def _publish(self, report: events.Report, at: float, publish: Callable[[dict[str, Any]], None]) -> None:
+        for address, missed_at in zip(report.addresses, report.missed_at, strict=True):
+            known = self._resolver.describe(address)
+            publish(
                 {
-                    "address": format_address(report.address),
+                    "address": format_address(address),
                     "cluster": report.cluster,
                     "outcome": report.outcome,
-                    "reason": reason,
+                    "reason": None if report.reason is None else report.reason.value,
                     "identity": known.entry.identity if known and known.entry else None,
-                    "latency_ms": None if latency is None else round(latency * 1000, 3),
+                    "latency_ms": None if missed_at is None else round(max(0.0, at - missed_at) * 1000, 3),
                     "cached": report.cached,
                     "detail": report.detail or None,
                 }
             )
-        if report.reason in _REFUSALS and self._may_say(report, at):
-            log.warning(
-                "address refused",
-                address=format_address(report.address),
-                cluster=report.cluster,
-                reason=reason,
-                detail=report.detail,
-            )
+
+    def _warn(self, report: events.Report, at: float) -> None:
+        said = self._said.setdefault(report.cluster, OncePer(QUIET_S))
+        for address in report.addresses:
+            if said((address, report.reason), at):
+                log.warning(
+                    "address refused",
+                    address=format_address(address),
+                    cluster=report.cluster,
+                    reason=report.reason.value if report.reason else None,
+                    detail=report.detail,
+                )

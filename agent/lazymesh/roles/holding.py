@@ -24,6 +24,8 @@ from lazymesh.datapath.interfaces import prepare_tap
 from lazymesh.errors import DatapathError
 
 if TYPE_CHECKING:
+    from collections.abc import Iterable
+
     from lazymesh.core.model import Address
     from lazymesh.datapath.holdmaps import HoldControl, HoldLimits
     from lazymesh.datapath.program import Datapath
@@ -108,15 +110,16 @@ class Holding:
         finally:
             beat.cancel()
 
-    def answer(self, address: Address, cause: Cause) -> None:
-        """Let the packets go that wait for this address."""
+    def answer(self, addresses: Iterable[Address], cause: Cause) -> None:
+        """Let the packets go that wait for these addresses."""
         if self._socket is None:
             return
         now_ns = time.monotonic_ns()
         # A storm of misses may keep the loop from the next beat; this is as good a sign.
         self._control.beat(now_ns)
-        family = b"\x01" if len(address) == 4 else b"\x02"
-        self._answers.append(_ANSWER.pack(_CAUSE[cause], family + address.ljust(16, b"\0"), now_ns / 1e9))
+        for address in addresses:
+            family = b"\x01" if len(address) == 4 else b"\x02"
+            self._answers.append(_ANSWER.pack(_CAUSE[cause], family + address.ljust(16, b"\0"), now_ns / 1e9))
 
     def flush(self) -> None:
         """Send the answers of one step of the agent: one datagram for all of them."""

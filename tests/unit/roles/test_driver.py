@@ -84,7 +84,7 @@ def test_signals_of_one_moment_are_one_event() -> None:
 
 def test_result_of_an_install_comes_before_everything_else() -> None:
     """The resolver hears of it before the next event, were that waiting already."""
-    fixture = Fixture({events.Tick: [events.Install(IP, ENTRY, 2)]})
+    fixture = Fixture({events.Tick: [events.Install(2, [IP], [ENTRY])]})
     fixture.driver._events.append(events.Tick())
     fixture.driver.feed(events.ClusterReady("b"))
     kinds = [type(event) for event in fixture.resolver.told]
@@ -97,15 +97,15 @@ def test_packets_are_let_go_before_anything_that_they_do_not_wait_for() -> None:
     commands: list[events.Command] = [
         WATCH,
         events.Unwatch("b", other),
-        events.Report(IP, "b", "installed", None, "", None),
-        events.Report(other, "b", "absent", Reason.NOT_FOUND, "", None),
-        events.Report(other, "b", "evicted", None, "", None),
+        events.Report([IP], "b", "installed", None, "", [None]),
+        events.Report([other], "b", "absent", Reason.NOT_FOUND, "", [None]),
+        events.Report([other], "b", "evicted", None, "", [None]),
     ]
     order: list[object] = []
     link = SimpleNamespace(watch=order.append, unwatch=order.append)
     fixture = Fixture({events.Tick: commands}, {"b": link})
     driver = fixture.driver
-    driver.release = lambda address, cause: order.append((address, cause))
+    driver.release = lambda addresses, cause: order.append((*addresses, cause))
     driver.released = lambda: order.append("released")
     driver.installed = lambda addresses: order.append(("installed", addresses))
     driver.feed(events.Tick())
@@ -145,9 +145,9 @@ def test_outcomes_are_counted_and_told() -> None:
     """Latency counts from the packet's miss; an answer from the cache has no duration."""
     missed = time.monotonic() - 0.25
     reports: list[events.Command] = [
-        events.Report(IP, "b", "installed", None, "", missed),
-        events.Report(IP, "b", "absent", Reason.FORGED, "identity 2 is reserved", missed, cached=True),
-        events.Report(IP, "b", "evicted", Reason.NOT_FOUND, "", None),
+        events.Report([IP], "b", "installed", None, "", [missed]),
+        events.Report([IP], "b", "absent", Reason.FORGED, "identity 2 is reserved", [missed], cached=True),
+        events.Report([IP], "b", "evicted", Reason.NOT_FOUND, "", [None]),
     ]
     fixture = Fixture({events.Tick: reports})
     told: list[dict[str, Any]] = []
@@ -193,10 +193,10 @@ def test_installs_with_nothing_in_between_go_together() -> None:
     """One answer for all of them; an eviction keeps its place."""
     others = [parse_address(f"10.2.1.{number}") for number in range(4)]
     commands: list[events.Command] = [
-        events.Install(others[0], ENTRY, 2),
-        events.Install(others[1], ENTRY, 2),
+        events.Install(2, [others[0]], [ENTRY]),
+        events.Install(3, [others[1]], [ENTRY]),
         events.Evict(IP, "budget"),
-        events.Install(others[2], ENTRY, 2),
+        events.Install(2, [others[2]], [ENTRY]),
     ]
     fixture = Fixture({events.Tick: commands})
     order: list[object] = []
@@ -228,9 +228,10 @@ def test_watches_of_a_store_that_is_no_more_are_forgotten() -> None:
 def test_one_cluster_with_many_bad_records_silences_itself_alone() -> None:
     """Each address is told of once, a bounded number for each cluster."""
     bad: list[events.Command] = [
-        events.Report(number.to_bytes(4), "c", "absent", Reason.FORGED, "", None) for number in range(3_000)
+        events.Report([number.to_bytes(4)], "c", "absent", Reason.FORGED, "", [None])
+        for number in range(3_000)
     ]
-    good = events.Report(IP, "b", "absent", Reason.MALFORMED, "", None)
+    good = events.Report([IP], "b", "absent", Reason.MALFORMED, "", [None])
     fixture = Fixture({events.Tick: [*bad, *bad, good, good]})
     with capture_logs() as logs:
         fixture.driver.feed(events.Tick())

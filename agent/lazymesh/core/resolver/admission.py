@@ -17,6 +17,8 @@ from collections import deque
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
     from lazymesh.core.resolver.limits import Limits
 
 WINDOW_S = 1.0
@@ -42,12 +44,14 @@ class Admission:
         self._settling = False
         self._late = 0
 
-    def took(self, cluster: str, seconds: float) -> None:
-        """Take note that a miss was answered from the cluster's store."""
+    def took(self, cluster: str, seconds: Sequence[float]) -> None:
+        """Take note how long misses took that were answered from the cluster's store."""
+        if not seconds:
+            return
         known = self._clusters.get(cluster)
         if known is None:
             known = self._clusters[cluster] = _Cluster()
-        known.times.append(seconds)
+        known.times += seconds
 
     def forget(self, cluster: str) -> None:
         """The cluster is gone."""

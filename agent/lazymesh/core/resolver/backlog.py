@@ -14,6 +14,8 @@ from lazymesh.core.resolver.link import Lane, Link, LinkState
 from lazymesh.core.resolver.tracked import Fetch
 
 if TYPE_CHECKING:
+    from collections.abc import Iterable
+
     from lazymesh.core.model import Space
     from lazymesh.core.resolver.limits import Limits
     from lazymesh.core.resolver.tracked import Tracked
@@ -42,28 +44,30 @@ class Backlog:
             return sum(waiting)
         return sum(waiting) - max(0, max(waiting) - int(self._limits.queue * self._limits.one_cluster))
 
-    def put(self, tracked: Tracked, link: Link, spaces: tuple[Space, ...], *, urgent: bool) -> None:
-        """Queue a read of the address, or join the one in flight; urgent: a packet waits for it."""
-        address = tracked.address
-        tracked.wants = spaces
-        in_flight = link.reading.get(address)
-        if in_flight is not None:
-            tracked.fetch = Fetch.READING
-            tracked.wants = in_flight or spaces
-            return
-        tracked.fetch = Fetch.QUEUED
-        lane = link.lanes.get(spaces)
+    def put(self, some: Iterable[Tracked], link: Link, spaces: tuple[Space, ...], *, urgent: bool) -> None:
+        """Queue reads of addresses, or join those in flight; urgent: packets wait for them."""
+        reading, lane = link.reading, link.lanes.get(spaces)
         if lane is None:
             lane = link.lanes[spaces] = Lane()
-        (self.busy if link.state is LinkState.READY else self._parked)[link.name] = link
-        if urgent:
-            lane.misses.add(tracked)
-            link.missed += 1
-            self.missed += 1
-        elif address in link.unproven:
-            lane.proofs.add(tracked)
-        else:
-            lane.checks.add(tracked)
+        before = lane.misses.count
+        for tracked in some:
+            in_flight = reading.get(tracked.address)
+            if in_flight is not None:
+                tracked.fetch = Fetch.READING
+                tracked.wants = in_flight or spaces
+                continue
+            tracked.fetch = Fetch.QUEUED
+            tracked.wants = spaces
+            if urgent:
+                lane.misses.add(tracked)
+            elif tracked.address in link.unproven:
+                lane.proofs.add(tracked)
+            else:
+                lane.checks.add(tracked)
+        if lane:
+            (self.busy if link.state is LinkState.READY else self._parked)[link.name] = link
+        link.missed += lane.misses.count - before
+        self.missed += lane.misses.count - before
 
     def remove(self, tracked: Tracked, link: Link) -> None:
         """Take a queued address out."""

@@ -15,7 +15,7 @@ from lazymesh.core.model import Reason
 from lazymesh.core.records import REGIONAL, IpRecord, RecordError, decode_pair
 
 if TYPE_CHECKING:
-    from collections.abc import Container
+    from collections.abc import Container, Iterable, Iterator
 
     from lazymesh.core.clusters import ClusterInfo, ClusterTable
     from lazymesh.core.model import Address
@@ -43,12 +43,30 @@ class Judge:
     here: Container[Address] = ()
     """This node's own addresses; the shell's, too."""
 
-    def verdict(self, value: bytes, address: Address, cluster: ClusterInfo) -> IpRecord | Refusal:
-        """Return the record if it may be installed, else why not."""
-        try:
-            record = decode_pair(value, address)
-        except RecordError as error:
-            return Refusal(error.reason, error.detail)
+    def verdicts(
+        self, values: Iterable[tuple[Address, bytes | None]], cluster: ClusterInfo
+    ) -> Iterator[IpRecord | Refusal | None]:
+        """Yield for each address of a cluster the record if it may be installed, else why not; None: there is none.
+
+        Pods of one node come together, and their records are equal but for the address: those are judged once.
+        """
+        record: IpRecord | None = None
+        verdict: IpRecord | Refusal | None = None
+        for address, value in values:
+            if value is None:
+                yield None
+                continue
+            before = record
+            try:
+                record = decode_pair(value, address)
+            except RecordError as error:
+                yield Refusal(error.reason, error.detail)
+                continue
+            if record is not before:
+                verdict = self._verdict(record, cluster)
+            yield verdict
+
+    def _verdict(self, record: IpRecord, cluster: ClusterInfo) -> IpRecord | Refusal:
         forged = check_identity(record.identity, cluster.identities)
         if forged is not None:
             return Refusal(Reason.FORGED, forged, record.identity)

@@ -24,6 +24,8 @@ class Ledger:
     def __init__(self, limits: Limits) -> None:
         self._limits = limits
         self._owned: OrderedDict[Address, Tracked] = OrderedDict()
+        self.room = limits.owned
+        """For how many more entries there is room; for others to read only."""
         self._doubted: OrderedDict[Address, tuple[float, Tracked]] = OrderedDict()
         self._named: dict[int, dict[Address, Tracked]] = {}
         self.unanswered: set[Address] = set()
@@ -39,13 +41,16 @@ class Ledger:
 
     def own(self, tracked: Tracked, entry: Entry) -> None:
         """Enter the entry, as the most recently used one."""
-        if tracked.entry is not None:
+        if tracked.entry is None:
+            self.room -= 1
+        else:
             self._owned.move_to_end(tracked.address)
         tracked.entry = entry
         self._owned[tracked.address] = tracked
 
     def disown(self, tracked: Tracked) -> None:
         """Strike the entry out."""
+        self.room += 1
         tracked.entry = None
         del self._owned[tracked.address]
         self._doubted.pop(tracked.address, None)
@@ -56,9 +61,7 @@ class Ledger:
 
     def surplus(self) -> Tracked | None:
         """Return the entry that must go before another one may come, or None while there is room."""
-        if len(self._owned) < self._limits.owned:
-            return None
-        return next(iter(self._owned.values()))
+        return self.oldest() if self.room <= 0 else None
 
     def oldest(self) -> Tracked | None:
         """Return the least recently used entry."""

@@ -31,7 +31,7 @@ from lazymesh.core.resolver.tracked import Fetch, Phase, Tracked
 from lazymesh.core.resolver.views import AddressView, ClusterView, view_of_address, view_of_cluster
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Iterable
 
     from lazymesh.core.model import Address, Space
     from lazymesh.core.resolver.judge import Judge
@@ -103,12 +103,15 @@ class Resolver:
 
     def _misses(self, event: ev.Misses, now: float) -> None:
         known = self._moves.tracked
+        fresh: dict[Address, float | None] = {}
         for address, at in zip(event.addresses, event.at, strict=True):
             tracked = known.get(address)
-            if tracked is None:
-                self._resolve(address, at, now)
-            else:
+            if tracked is not None:
                 self._missed_again(tracked, at, now)
+            elif address not in fresh:
+                fresh[address] = at
+        if fresh:
+            self._resolve(fresh, now)
 
     def _missed_again(self, tracked: Tracked, at: float, now: float) -> None:
         if tracked.phase is Phase.RESOLVING:
@@ -118,24 +121,37 @@ class Resolver:
             self._missed_though_installed(tracked, at, now)
         elif tracked.expires <= now:
             self._moves.forget(tracked)
-            self._resolve(tracked.address, at, now)
+            self._resolve({tracked.address: at}, now)
         else:
             tracked.missed_at = at
             self._negatives.renew(tracked, now)
             self._moves.report(tracked, "absent", tracked.reason, cached=True)
 
-    def _resolve(self, address: Address, missed_at: float | None, now: float) -> None:
+    def _resolve(self, missed: dict[Address, float | None], now: float) -> None:
+        """Resolve addresses that are not tracked, by when each missed."""
         table = self._judge.table
-        owners = table.owners(address)
-        cluster = table.cluster(owners[0]) if len(owners) == 1 else None
+        by_owners: dict[tuple[str, ...], dict[Address, float | None]] = {}
+        for address, at in missed.items():
+            owners = table.owners(address)
+            if owners not in by_owners:
+                by_owners[owners] = {}
+            by_owners[owners][address] = at
+        for owners, some in by_owners.items():
+            self._resolve_with(owners, some, now)
+
+    def _resolve_with(self, owners: tuple[str, ...], missed: dict[Address, float | None], now: float) -> None:
+        cluster = self._judge.table.cluster(owners[0]) if len(owners) == 1 else None
         link = self._lifecycle.link(cluster.name) if cluster is not None else None
-        tracked = self._moves.begin(address, owners, link, missed_at)
+        begun = self._moves.begin(missed, owners, link)
         if cluster is None or link is None:
-            self._moves.refuse(tracked, _unowned(owners), "", now)
+            refusal = _unowned(owners)
         elif link.state is LinkState.SILENT or not link.breaker.admits(now):
-            self._moves.refuse(tracked, Reason.CLUSTER_DOWN, "", now)
+            refusal = Reason.CLUSTER_DOWN
         else:
-            self._backlog.put(tracked, link, cluster.spaces[0], urgent=True)
+            self._backlog.put(begun, link, cluster.spaces[0], urgent=True)
+            return
+        for tracked in begun:
+            self._moves.refuse(tracked, refusal, "", now)
 
     def _missed_though_installed(self, tracked: Tracked, at: float, now: float) -> None:
         self._ledger.touch(tracked)
@@ -161,12 +177,11 @@ class Resolver:
         spaces, as_of = answer.spaces, answer.as_of
         landed: list[Tracked] = []
         values = zip(*[iter(answer.values)] * len(spaces), strict=True)
-        for address, of_address in zip(answer.addresses, values, strict=True):
-            tracked = self._land(link, address)
+        for tracked, of_address in zip(self._land(link, answer.addresses), values, strict=True):
             if tracked is None:
                 continue
             landed.append(tracked)
-            states = list(map(ev.KeyState, repeat(address), spaces, of_address, repeat(as_of)))
+            states = list(map(ev.KeyState, repeat(tracked.address), spaces, of_address, repeat(as_of)))
             if tracked.known:
                 for state in states:
                     tracked.learn(state)
@@ -175,32 +190,37 @@ class Resolver:
         self._take_answers(landed, link, now)
         self._watch(link, landed, spaces, as_of)
 
-    def _land(self, link: Link, address: Address) -> Tracked | None:
-        """Close the read of one address; return what is tracked of it if the outcome is of use."""
-        spaces = link.reading.pop(address, None)
-        tracked = self._moves.tracked.get(address)
-        if tracked is None or tracked.link is not link or spaces is None:
-            return None
-        if spaces:
-            tracked.fetch = Fetch.IDLE
-            tracked.wants = spaces
-            return tracked
-        if tracked.fetch is Fetch.READING:
-            self._moves.read(tracked, tracked.wants)
-        return None
+    def _land(self, link: Link, addresses: Iterable[Address]) -> list[Tracked | None]:
+        """Close the read of some addresses; return of each what is tracked if the outcome is of use, else None."""
+        known, reading = self._moves.tracked, link.reading
+        landed: list[Tracked | None] = []
+        for address in addresses:
+            spaces, tracked = reading.pop(address, None), known.get(address)
+            if tracked is None or tracked.link is not link or spaces is None:
+                tracked = None
+            elif spaces:
+                tracked.fetch = Fetch.IDLE
+                tracked.wants = spaces
+            else:
+                if tracked.fetch is Fetch.READING:
+                    self._moves.read(tracked, tracked.wants)
+                tracked = None
+            landed.append(tracked)
+        return landed
 
     def _take_answers(self, landed: list[Tracked], link: Link, now: float) -> None:
         cluster = self._judge.table.cluster(link.name)
-        believed = link.state is LinkState.READY and self._ledger.in_doubt
         for tracked in landed:
             tracked.spaces = tracked.wants
-            # No link: another address of this very answer has pushed it out of the budget.
-            if cluster is not None and tracked.link is link:
-                self._moves.settle_in(tracked, cluster, now)
+        if cluster is not None:
+            self._moves.settle_all(landed, link, cluster, now)
+        believed = link.state is LinkState.READY and self._ledger.in_doubt
+        if not link.unproven and not believed:
+            return
+        for tracked in landed:
             if tracked.fetch is not Fetch.IDLE:
                 continue  # the next group is being asked, and may know more
-            if link.unproven:
-                link.unproven.discard(tracked.address)
+            link.unproven.discard(tracked.address)
             if believed and tracked.entry is not None:
                 self._ledger.trust(tracked)
 
@@ -216,8 +236,7 @@ class Resolver:
             self._moves.out.append(ev.Watch(link.name, spaces, tuple(addresses), as_of))
 
     def _installs_ended(self, event: ev.InstallsEnded, now: float) -> None:
-        for address, error in zip(event.addresses, event.errors, strict=True):
-            self._moves.install_ended(address, error, now)
+        self._moves.installs_ended(event.addresses, event.errors, now)
 
     def _read_failed(self, failure: ev.ReadFailed, now: float) -> None:
         link = self._links.get(failure.cluster)
@@ -232,11 +251,10 @@ class Resolver:
             link.breaker.succeeded()  # the store is well; it is our certificate that is not
         else:
             link.breaker.failed(now)
-        for address in failure.addresses:
-            tracked = self._land(link, address)
+        for tracked in self._land(link, failure.addresses):
             if tracked is None:
                 continue
-            link.unproven.discard(address)
+            link.unproven.discard(tracked.address)
             if tracked.withdrawn:
                 self._moves.refuse(tracked, Reason.NOT_FOUND, "", now)
             elif tracked.waiting:
@@ -251,8 +269,7 @@ class Resolver:
         """Read each address alone for a while: what was too much in its /24 need not be what was asked for."""
         link.whole_after = now + self._limits.apart_for
         link.breaker.succeeded()
-        for address in failure.addresses:
-            tracked = self._land(link, address)
+        for tracked in self._land(link, failure.addresses):
             if tracked is not None:
                 self._moves.read(tracked, tracked.wants)
 
@@ -293,7 +310,7 @@ class Resolver:
             elif tracked.waiting:
                 missed_at = tracked.missed_at
                 self._moves.forget(tracked)
-                self._resolve(tracked.address, missed_at, now)
+                self._resolve({tracked.address: missed_at}, now)
             else:
                 self._moves.drop(tracked, _unowned(owners).value, _unowned(owners))
 
@@ -329,7 +346,7 @@ class Resolver:
 
     def _adopt(self, event: ev.Adopted, owners: tuple[str, ...], link: Link, now: float) -> None:
         self._moves.make_room()
-        tracked = self._moves.begin(event.address, owners, link)
+        (tracked,) = self._moves.begin({event.address: None}, owners, link)
         tracked.move(Phase.INSTALLED)
         self._ledger.own(tracked, event.entry)
         self._ledger.name(tracked, event.entry.identity)
@@ -341,7 +358,7 @@ class Resolver:
 
     def _disclaim(self, event: ev.Adopted, why: str) -> None:
         self._moves.out.append(ev.Evict(event.address, why))
-        self._moves.out.append(ev.Report(event.address, event.cluster, "evicted", None, why, None))
+        self._moves.out.append(ev.Report([event.address], event.cluster, "evicted", None, why, [None]))
 
     def _lost(self, event: ev.Lost, _now: float) -> None:
         for address in event.addresses:

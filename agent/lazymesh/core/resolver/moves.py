@@ -7,6 +7,8 @@ commands that tell the shell.
 
 from __future__ import annotations
 
+from itertools import groupby
+from operator import attrgetter
 from typing import TYPE_CHECKING
 
 from lazymesh.core.events import Command, Evict, Install, Report, Unwatch
@@ -17,8 +19,11 @@ from lazymesh.core.resolver.link import VOID, LinkState
 from lazymesh.core.resolver.tracked import Fetch, Phase, Tracked
 
 if TYPE_CHECKING:
+    from collections.abc import Mapping, Sequence
+
     from lazymesh.core.clusters import ClusterInfo
     from lazymesh.core.model import Address, Entry, Space
+    from lazymesh.core.records import IpRecord
     from lazymesh.core.resolver.admission import Admission
     from lazymesh.core.resolver.backlog import Backlog
     from lazymesh.core.resolver.ledger import Ledger
@@ -54,13 +59,14 @@ class Moves:
         self._negatives = negatives
 
     def begin(
-        self, address: Address, owners: tuple[str, ...], link: Link | None, missed_at: float | None = None
-    ) -> Tracked:
-        """Track one more address."""
-        tracked = self.tracked[address] = Tracked(address, owners, link, missed_at)
+        self, missed: Mapping[Address, float | None], owners: tuple[str, ...], link: Link | None
+    ) -> list[Tracked]:
+        """Track more addresses, by when each missed."""
+        begun = [Tracked(address, owners, link, at) for address, at in missed.items()]
+        self.tracked.update(zip(missed, begun, strict=True))
         if link is not None:
-            link.members[address] = tracked
-        return tracked
+            link.members.update(zip(missed, begun, strict=True))
+        return begun
 
     def forget(self, tracked: Tracked) -> None:
         """Stop tracking an address that has no entry of ours."""
@@ -94,7 +100,7 @@ class Moves:
     def read(self, tracked: Tracked, spaces: tuple[Space, ...]) -> None:
         """Queue a read of the address."""
         if tracked.link is not None:
-            self._backlog.put(tracked, tracked.link, spaces, urgent=tracked.waiting)
+            self._backlog.put((tracked,), tracked.link, spaces, urgent=tracked.waiting)
 
     def give_up(self, tracked: Tracked, reason: Reason, now: float) -> None:
         """End the read that a miss waits for.
@@ -108,26 +114,32 @@ class Moves:
 
     def settle(self, tracked: Tracked, now: float) -> None:
         """Bring the map in line with what the address's keys say."""
-        cluster = self._cluster(tracked)
-        if cluster is not None and tracked.spaces:
-            self.settle_in(tracked, cluster, now)
+        link, cluster = tracked.link, self._cluster(tracked)
+        if link is not None and cluster is not None and tracked.spaces:
+            self.settle_all((tracked,), link, cluster, now)
 
-    def settle_in(self, tracked: Tracked, cluster: ClusterInfo, now: float) -> None:
-        """Do the same, by its cluster; some group has answered."""
-        tracked.withdrawn = False
-        value = tracked.newest()
-        if value is None:
-            self._settle_without_record(tracked, cluster, now)
-            return
-        verdict = self._judge.verdict(value, tracked.address, cluster)
-        if isinstance(verdict, Refusal):
-            self._ledger.name(tracked, verdict.identity)
-            self.refuse(tracked, verdict.reason, verdict.detail, now)
-        elif tracked.address in self._ledger.unanswered:
-            tracked.again = True
-        elif tracked.entry != (entry := entry_of(verdict, self._judge.here)):
-            self._ledger.name(tracked, verdict.identity)
-            self._install(tracked, entry, cluster, now)
+    def settle_all(self, some: Sequence[Tracked], link: Link, cluster: ClusterInfo, now: float) -> None:
+        """Do the same for addresses of one cluster, of which some group has answered."""
+        unanswered = self._ledger.unanswered
+        judged: IpRecord | None = None
+        values = [(tracked.address, tracked.newest()) for tracked in some]
+        for tracked, verdict in zip(some, self._judge.verdicts(values, cluster), strict=True):
+            if tracked.link is not link:
+                continue  # another one of these has pushed it out of the budget
+            tracked.withdrawn = False
+            if verdict is None:
+                self._settle_without_record(tracked, cluster, now)
+            elif isinstance(verdict, Refusal):
+                self._ledger.name(tracked, verdict.identity)
+                self.refuse(tracked, verdict.reason, verdict.detail, now)
+            elif tracked.address in unanswered:
+                tracked.again = True
+            else:
+                if verdict is not judged:
+                    judged, entry = verdict, entry_of(verdict, self._judge.here)
+                if tracked.entry != entry:
+                    self._ledger.name(tracked, verdict.identity)
+                    self._install(tracked, entry, cluster, now)
 
     def _settle_without_record(self, tracked: Tracked, cluster: ClusterInfo, now: float) -> None:
         following = _group_after(cluster.spaces, tracked.spaces)
@@ -147,45 +159,63 @@ class Moves:
         if tracked.phase is Phase.ABSENT:
             self._negatives.remove(tracked)
             tracked.move(Phase.RESOLVING)
-        if tracked.entry is None:
+        if tracked.entry is None and self._ledger.room <= 0:
             self.make_room()
         self._ledger.own(tracked, entry)
         if tracked.link is not None and tracked.link.state is not LinkState.READY:
             self._ledger.doubt(tracked, now)
         tracked.installed_at = now
         self._ledger.unanswered.add(tracked.address)
-        self.out.append(Install(tracked.address, entry, cluster.cluster_id))
+        last = self.out[-1] if self.out else None
+        if isinstance(last, Install) and last.cluster_id == cluster.cluster_id:
+            last.addresses.append(tracked.address)
+            last.entries.append(entry)
+        else:
+            self.out.append(Install(cluster.cluster_id, [tracked.address], [entry]))
 
     def make_room(self) -> None:
         """Evict what must go before one more entry may come."""
         while (victim := self._ledger.surplus()) is not None:
             self.drop(victim, "budget", None)
 
-    def install_ended(self, address: Address, error: Reason | None, now: float) -> None:
-        """Take the outcome of an Install, and then whatever came while it was unanswered."""
-        self._ledger.unanswered.discard(address)
-        tracked = self.tracked.get(address)
-        if tracked is None:
-            return
-        # Without an entry it was evicted behind the Install's back: the outcome has no meaning any more.
-        if tracked.entry is not None:
-            if error is None:
-                self._installed(tracked)
-            elif error is Reason.TAKEN:
-                self.report(tracked, "installed", None, "by the map's owner")
-                self.give_away(tracked)
-                return
-            else:
-                self.refuse(tracked, error, "", now)
-        if tracked.again:
-            tracked.again = False
-            self.settle(tracked, now)
+    def installs_ended(
+        self, addresses: Sequence[Address], errors: Sequence[Reason | None], now: float
+    ) -> None:
+        """Take the outcomes of Installs, and then whatever came while they were unanswered."""
+        arrived: list[Tracked] = []
+        for address, error in zip(addresses, errors, strict=True):
+            self._ledger.unanswered.discard(address)
+            tracked = self.tracked.get(address)
+            if tracked is None:
+                continue
+            # Without an entry it was evicted behind the Install's back: the outcome has no meaning any more.
+            if tracked.entry is not None:
+                if error is None and tracked.phase is Phase.RESOLVING:
+                    tracked.move(Phase.INSTALLED)
+                    arrived.append(tracked)
+                elif error is None:
+                    self._installed_again(tracked)
+                elif error is Reason.TAKEN:
+                    self.report(tracked, "installed", None, "by the map's owner")
+                    self.give_away(tracked)
+                    continue
+                else:
+                    self.refuse(tracked, error, "", now)
+            if tracked.again:
+                # It is told that it arrived before it is told what has become of it since.
+                arrived = self._report_arrived(arrived)
+                tracked.again = False
+                self.settle(tracked, now)
+        self._report_arrived(arrived)
 
-    def _installed(self, tracked: Tracked) -> None:
-        if tracked.phase is Phase.RESOLVING:
-            tracked.move(Phase.INSTALLED)
-            self.report(tracked, "installed", None)
-        elif tracked.missed_at is None:
+    def _report_arrived(self, arrived: list[Tracked]) -> list[Tracked]:
+        """Tell it of addresses that have their first entry; return what is left to be told."""
+        for _, some in groupby(arrived, attrgetter("link")):
+            self._report(list(some), "installed", None)
+        return []
+
+    def _installed_again(self, tracked: Tracked) -> None:
+        if tracked.missed_at is None:
             self.report(tracked, "updated", None)
         else:
             self.report(tracked, "installed", None, "the entry had vanished")
@@ -217,12 +247,29 @@ class Moves:
         self, tracked: Tracked, outcome: str, reason: Reason | None, detail: str = "", *, cached: bool = False
     ) -> None:
         """Tell how it ended; the miss that waited for it, if any, is answered by this."""
-        link = tracked.link
+        self._report((tracked,), outcome, reason, detail, cached=cached)
+
+    def _report(
+        self,
+        some: Sequence[Tracked],
+        outcome: str,
+        reason: Reason | None,
+        detail: str = "",
+        *,
+        cached: bool = False,
+    ) -> None:
+        """Tell the same of one or more addresses of one cluster."""
+        link = some[0].link
+        missed_at = [tracked.missed_at for tracked in some]
+        if link is not None and not cached and reason not in _UNANSWERED:
+            now, ready_at = self.now, link.ready_at
+            self.admission.took(link.name, [now - max(at, ready_at) for at in missed_at if at is not None])
         cluster = link.name if link is not None else None
-        if link is not None and tracked.missed_at is not None and not cached and reason not in _UNANSWERED:
-            self.admission.took(link.name, self.now - max(tracked.missed_at, link.ready_at))
-        self.out.append(Report(tracked.address, cluster, outcome, reason, detail, tracked.missed_at, cached))
-        tracked.missed_at = None
+        self.out.append(
+            Report([each.address for each in some], cluster, outcome, reason, detail, missed_at, cached)
+        )
+        for tracked in some:
+            tracked.missed_at = None
 
     def _evict(self, tracked: Tracked, why: str) -> None:
         # A first Install that is answered by an error left nothing of ours in the map.

@@ -25,7 +25,7 @@ class Seconds:
         """Each of these clusters answers so many misses that they count, and takes so long; return the share."""
         for cluster, seconds in times.items():
             for _ in range(SAMPLES):
-                self.admission.took(cluster, seconds)
+                self.admission.took(cluster, [seconds])
         self.now += 1.0
         self.admission.look(self.now)
         return self.admission.share
@@ -82,7 +82,7 @@ def test_a_few_answers_say_nothing() -> None:
     time = Seconds()
     time.second(b=FAST)
     for _ in range(3):
-        time.admission.took("b", SLOW)
+        time.admission.took("b", [SLOW])
         assert time.second() == 1.0
 
 

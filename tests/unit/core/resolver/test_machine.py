@@ -466,7 +466,7 @@ def test_deletes_and_creates_delivered_in_any_order_converge(order: list[KeyStat
     def carry_out(commands: list[Command]) -> None:
         for command in commands:
             if isinstance(command, Install):
-                world[command.address] = command.entry
+                world.update(zip(command.addresses, command.entries, strict=True))
                 held.append(command)
             elif isinstance(command, Evict):
                 world.pop(command.address, None)
@@ -474,7 +474,7 @@ def test_deletes_and_creates_delivered_in_any_order_converge(order: list[KeyStat
     def answer_installs() -> None:
         while held:
             done = held.pop(0)
-            carry_out(story.tell(stands(done.address)))
+            carry_out(story.tell(stands(*done.addresses)))
 
     for state in order:
         carry_out(story.tell(put(B1, state.as_of, state.value) if state.value else deleted(B1, state.as_of)))

@@ -31,6 +31,7 @@ from lazymesh.core.events import (
     InstallsEnded,
     KeyState,
     Lost,
+    Misses,
     Read,
     ReadFailed,
     Report,
@@ -61,7 +62,7 @@ from tests.support.playbook import (
     WEB_OF_C,
     info,
     mesh,
-    miss,
+    one_by_one,
     record,
 )
 from tests.support.storemodel import Cluster, Key, Store
@@ -134,7 +135,7 @@ class World(RuleBasedStateMachine):
 
     def feed(self, event: Event) -> None:
         """Tell the resolver and carry out what it says."""
-        for command in self.resolver.step(event, self.now):
+        for command in one_by_one(self.resolver.step(event, self.now)):
             self.carry_out(command)
 
     def carry_out(self, command: Command) -> None:
@@ -157,7 +158,7 @@ class World(RuleBasedStateMachine):
             case Evict(address=address):
                 self.map.pop(address, None)
                 self.last.pop(address, None)
-            case Report(address=address, missed_at=missed_at) if missed_at is not None:
+            case Report(addresses=[address], missed_at=[missed_at]) if missed_at is not None:
                 assert self.unanswered.pop(address, None) is not None, "nobody asked"
 
     def send(self, cluster: Cluster, read: Read) -> None:
@@ -175,7 +176,7 @@ class World(RuleBasedStateMachine):
 
     def install(self, command: Install) -> None:
         """Write to the map, unless it refuses, and keep the result for later."""
-        address, entry = command.address, command.entry
+        (address,), (entry,) = command.addresses, command.entries
         assert address not in dict(self.results), "one Install at a time"
         assert entry.identity in self.identities, "an identity nobody knows"
         # The same again is no news: it puts back what somebody took away.
@@ -199,9 +200,8 @@ class World(RuleBasedStateMachine):
         """Return what the map should hold for a record."""
         if value is None:
             return None
-        verdict = Judge(self.table(), self.identities, None).verdict(
-            value, address, INFOS[ADDRESSES[address]]
-        )
+        judge = Judge(self.table(), self.identities, None)
+        (verdict,) = judge.verdicts([(address, value)], INFOS[ADDRESSES[address]])
         return entry_of(verdict) if isinstance(verdict, IpRecord) else None
 
     def expected(self, address: Address) -> Entry | None:
@@ -221,9 +221,15 @@ class World(RuleBasedStateMachine):
     @rule(address=addresses)
     def packet_misses(self, address: Address) -> None:
         """A pod sends, and the map has no entry, or had none when the kernel looked."""
-        self.asked.add(address)
-        self.unanswered[address] = self.unanswered.get(address, 0) + 1
-        self.feed(miss(address, self.now))
+        self.packets_miss([address])
+
+    @rule(some=st.lists(addresses, min_size=2, unique=True))
+    def packets_miss(self, some: list[Address]) -> None:
+        """Several do at one moment."""
+        self.asked.update(some)
+        for address in some:
+            self.unanswered[address] = self.unanswered.get(address, 0) + 1
+        self.feed(Misses(tuple(some), (self.now,) * len(some)))
 
     @rule(address=addresses, which=st.sampled_from([0, 0, 1, 1, 2, 3, 4]), space=st.sampled_from(DIRECT))
     def pod_is_published(self, address: Address, which: int, space: Space) -> None:
@@ -286,9 +292,16 @@ class World(RuleBasedStateMachine):
         self.feed(Changed(cluster.name, state))
 
     def answer_install(self) -> None:
-        """Results come in the order of the commands."""
-        address, error = self.results.pop(0)
-        self.feed(InstallsEnded((address,), (error,)))
+        """A result comes, in the order of the commands."""
+        self.answer_installs(1)
+
+    @rule(count=st.integers(2, 8))
+    def answer_installs(self, count: int) -> None:
+        """Results of several come together."""
+        ended, self.results = self.results[:count], self.results[count:]
+        if ended:
+            addresses, errors = zip(*ended, strict=True)
+            self.feed(InstallsEnded(addresses, errors))
 
     @rule(name=clusters, which=st.integers(0, 99))
     def watch_event_arrives_again(self, name: str, which: int) -> None:

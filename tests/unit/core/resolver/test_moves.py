@@ -2,7 +2,17 @@
 
 import pytest
 
-from lazymesh.core.events import ClusterGone, ClusterReady, Lost, Shrink, Used
+from lazymesh.core.events import (
+    ClusterGone,
+    ClusterReady,
+    IdentityGone,
+    Install,
+    Lost,
+    Misses,
+    Report,
+    Shrink,
+    Used,
+)
 from lazymesh.core.model import Reason
 from lazymesh.core.resolver.limits import Limits
 from tests.support.playbook import (
@@ -11,6 +21,7 @@ from tests.support.playbook import (
     B3,
     DATABASE,
     MAIL,
+    WEB,
     Play,
     answered,
     deleted,
@@ -237,3 +248,38 @@ def test_a_batch_larger_than_the_budget_leaves_its_last_ones() -> None:
         << report(B2, "installed", missed_at=0.0)
     ).end()
     assert story.resolver.owned == 1
+
+
+def test_room_is_made_of_an_entry_whose_result_comes_with_it() -> None:
+    """It stands in the map, though nobody has said so yet: it is taken out of there, too."""
+    story = sent(limits=Limits(owned=1)) >> put(B1, 11, record(B1, MAIL)) >> IdentityGone(WEB)
+    story = story << evict(B1, "unknown-identity")
+    story = story << report(B1, "absent", Reason.UNKNOWN_IDENTITY, missed_at=0.0)
+    story = story >> miss(B2) << read(B2) >> answered(12, {B2: record(B2)}) << install(B2) << watch(B2, 12)
+    (
+        story
+        >> stands(B1, B2)
+        << evict(B2, "budget")
+        << report(B2, "evicted", detail="budget", missed_at=0.0)
+        << unwatch(B2)
+        << install(B1, entry(MAIL))
+    ).end()
+
+
+def test_what_ends_alike_is_said_at_once() -> None:
+    """One command for all entries of an answer, and one for all their ends: a storm is made of these."""
+    some = (B1, B2, B3)
+    resolver = Play().resolver
+    resolver.step(ClusterReady("b"), 0.0)
+    resolver.step(Misses(some, (0.0, 1.0, 2.0)), 3.0)
+    installs, _ = resolver.step(answered(10, {each: record(each) for each in some}), 4.0)
+    assert installs == Install(2, list(some), [entry()] * 3)
+    (ended,) = resolver.step(stands(*some), 5.0)
+    assert ended == Report(list(some), "b", "installed", None, "", [0.0, 1.0, 2.0])
+
+
+def test_the_first_of_two_misses_of_one_moment_counts() -> None:
+    """Two processors may have seen the address at once: one read, one answer, and the longer wait."""
+    story = Play() >> ClusterReady("b") >> Misses((B1, B1), (1.0, 2.0)) << read(B1)
+    story = story >> answered(10, {B1: record(B1)}) << install(B1) << watch(B1, 10)
+    (story >> stands(B1) << report(B1, "installed", missed_at=1.0)).end()
