@@ -165,7 +165,7 @@ def read(*addresses: Address, cluster: str = "b", spaces: tuple[Space, ...] = DI
 
 def install(address: Address, of: Entry | None = None, cluster_id: int = 2) -> Install:
     """Put the entry into the map."""
-    return Install(cluster_id, [address], [of or entry()])
+    return Install([address], of or entry(), cluster_id)
 
 
 def watch(address: Address, after: int, *spaces: Space, cluster: str = "b") -> Watch:
@@ -202,8 +202,8 @@ def one_by_one(commands: Iterable[Command]) -> list[Command]:
     single: list[Command] = []
     for command in commands:
         match command:
-            case Install(cluster_id, addresses, entries):
-                single += [Install(cluster_id, [a], [e]) for a, e in zip(addresses, entries, strict=True)]
+            case Install(addresses=addresses):
+                single += [structs.replace(command, addresses=[address]) for address in addresses]
             case Report(addresses=addresses, missed_at=times):
                 single += [
                     structs.replace(command, addresses=[address], missed_at=[at])

@@ -215,16 +215,14 @@ class Unwatch(Struct, frozen=True):
 
 
 class Install(Struct, frozen=True, gc=False):
-    """Put entries into the map where nobody else's stand; answered by InstallsEnded.
+    """Put the entry into the map for each address where nobody else's stands; answered by InstallsEnded.
 
     Also replaces entries of ours by newer ones.
     """
 
-    cluster_id: int
     addresses: list[Address]
-    """Each of them once."""
-    entries: list[Entry]
-    """Of each."""
+    entry: Entry
+    cluster_id: int
 
 
 class Evict(Struct, frozen=True):

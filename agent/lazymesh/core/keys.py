@@ -33,7 +33,7 @@ def address_text(address: Address) -> str:
     """Return what ``model.format_address`` returns, ten times faster for IPv4: this is on the miss path."""
     if len(address) == 4:
         a, b, c, d = address
-        return _DOTTED[a] + _DOTTED[b] + _DOTTED[c] + _NUMBERS[d]
+        return f"{_DOTTED[a]}{_DOTTED[b]}{_DOTTED[c]}{_NUMBERS[d]}"
     return str(IPv6Address(address))
 
 

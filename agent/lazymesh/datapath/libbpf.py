@@ -570,24 +570,20 @@ class PerfBuffer:
 
     def _read(self, ring: _Ring, head: int, limit: int) -> int:
         """Read up to a position, or up to a number of records; return how many."""
-        data, size, at = ring.data, ring.size, ring.position
         on_sample, read = self._on_sample, 0
-        while at != head and read < limit:
-            start = at % size
-            kind, _, length, raw_length = (
-                _RECORD.unpack_from(data, start) if start + 12 <= size else ring.head_at(start)
-            )
-            end = start + length
-            if kind == _RECORD_SAMPLE:
-                if end <= size:
-                    on_sample(bytes(data[start + 12 : start + 12 + raw_length]))
-                else:
-                    on_sample(ring.wrapped(start, length)[12 : 12 + raw_length])
-                read += 1
-            elif kind == _RECORD_LOST:
-                self.lost += int.from_bytes(ring.wrapped(start, length)[16:24], sys.byteorder)
-            at += length
-        ring.position = at
+        while ring.position != head and read < limit:
+            data, at = ring.ahead(head), 0
+            while at + _RECORD.size <= len(data) and read < limit:
+                kind, _, length, raw_length = _RECORD.unpack_from(data, at)
+                if at + length > len(data):
+                    break  # the next look begins with it
+                if kind == _RECORD_SAMPLE:
+                    on_sample(data[at + 12 : at + 12 + raw_length])
+                    read += 1
+                elif kind == _RECORD_LOST:
+                    self.lost += int.from_bytes(data[at + 16 : at + 24], sys.byteorder)
+                at += length
+            ring.position += at
         return read
 
 
@@ -607,16 +603,15 @@ class _Ring:
         data = (ctypes.c_char * size).from_address(base + resource.getpagesize())
         self.data = memoryview(data).cast("B")
 
-    def wrapped(self, start: int, length: int) -> bytes:
-        """Return a record that may go on at the ring's beginning."""
+    def ahead(self, head: int) -> bytes:
+        """Return what is to be read up to a position, in one piece, were it in two; at most LOOK bytes."""
+        start, length = self.position % self.size, min(head - self.position, LOOK)
         piece = bytes(self.data[start : start + length])
-        return piece + bytes(self.data[: length - len(piece)])
-
-    def head_at(self, start: int) -> tuple[int, ...]:
-        """Return a record's head that goes on at the ring's beginning."""
-        return _RECORD.unpack(self.wrapped(start, _RECORD.size))
+        return piece if len(piece) == length else piece + bytes(self.data[: length - len(piece)])
 
 
+LOOK = 1 << 16
+"""Bytes of a ring that are looked at together: any record fits, as the length of one has 16 bits."""
 _RECORD = struct.Struct("=IHHI")
 """perf_event_header, and the length of a sample's bytes."""
 _RECORD_LOST, _RECORD_SAMPLE = 2, 9

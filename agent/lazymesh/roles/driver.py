@@ -211,7 +211,7 @@ class Driver:
         installs: list[tuple[Address, Entry, int]] = []
         for command in commands:
             if isinstance(command, events.Install):
-                installs += zip(command.addresses, command.entries, repeat(command.cluster_id))
+                installs += zip(command.addresses, repeat(command.entry), repeat(command.cluster_id))
             elif isinstance(command, events.Report):
                 self._reports.append((command, now))
             elif isinstance(command, events.Read):

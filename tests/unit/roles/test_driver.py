@@ -84,7 +84,7 @@ def test_signals_of_one_moment_are_one_event() -> None:
 
 def test_result_of_an_install_comes_before_everything_else() -> None:
     """The resolver hears of it before the next event, were that waiting already."""
-    fixture = Fixture({events.Tick: [events.Install(2, [IP], [ENTRY])]})
+    fixture = Fixture({events.Tick: [events.Install([IP], ENTRY, 2)]})
     fixture.driver._events.append(events.Tick())
     fixture.driver.feed(events.ClusterReady("b"))
     kinds = [type(event) for event in fixture.resolver.told]
@@ -193,10 +193,10 @@ def test_installs_with_nothing_in_between_go_together() -> None:
     """One answer for all of them; an eviction keeps its place."""
     others = [parse_address(f"10.2.1.{number}") for number in range(4)]
     commands: list[events.Command] = [
-        events.Install(2, [others[0]], [ENTRY]),
-        events.Install(3, [others[1]], [ENTRY]),
+        events.Install([others[0]], ENTRY, 2),
+        events.Install([others[1]], ENTRY, 3),
         events.Evict(IP, "budget"),
-        events.Install(2, [others[2]], [ENTRY]),
+        events.Install([others[2]], ENTRY, 2),
     ]
     fixture = Fixture({events.Tick: commands})
     order: list[object] = []

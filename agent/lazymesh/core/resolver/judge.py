@@ -50,21 +50,20 @@ class Judge:
 
         Pods of one node come together, and their records are equal but for the address: those are judged once.
         """
-        record: IpRecord | None = None
-        verdict: IpRecord | Refusal | None = None
+        judged: dict[int, tuple[IpRecord, IpRecord | Refusal]] = {}
         for address, value in values:
             if value is None:
                 yield None
                 continue
-            before = record
             try:
                 record = decode_pair(value, address)
             except RecordError as error:
                 yield Refusal(error.reason, error.detail)
                 continue
-            if record is not before:
-                verdict = self._verdict(record, cluster)
-            yield verdict
+            known = judged.get(id(record))
+            if known is None:
+                known = judged[id(record)] = record, self._verdict(record, cluster)
+            yield known[1]
 
     def _verdict(self, record: IpRecord, cluster: ClusterInfo) -> IpRecord | Refusal:
         forged = check_identity(record.identity, cluster.identities)

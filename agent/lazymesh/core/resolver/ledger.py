@@ -11,7 +11,7 @@ from collections import Counter, OrderedDict
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Iterable, Iterator
 
     from lazymesh.core.model import Address, Entry
     from lazymesh.core.resolver.limits import Limits
@@ -39,14 +39,22 @@ class Ledger:
     def __iter__(self) -> Iterator[Tracked]:
         return iter(self._owned.values())
 
-    def own(self, tracked: Tracked, entry: Entry) -> None:
-        """Enter the entry, as the most recently used one."""
-        if tracked.entry is None:
-            self.room -= 1
-        else:
-            self._owned.move_to_end(tracked.address)
-        tracked.entry = entry
-        self._owned[tracked.address] = tracked
+    def own(self, some: Iterable[Tracked], entry: Entry) -> None:
+        """Enter the entry of these addresses, as the most recently used ones, and the identity that they depend on."""
+        identity, owned = entry.identity, self._owned
+        named = self._named.setdefault(identity, {})
+        for tracked in some:
+            address = tracked.address
+            if tracked.entry is None:
+                self.room -= 1
+            else:
+                owned.move_to_end(address)
+            tracked.entry = entry
+            owned[address] = tracked
+            if tracked.identity != identity:
+                self.name(tracked, 0)
+                tracked.identity = identity
+                named[address] = tracked
 
     def disown(self, tracked: Tracked) -> None:
         """Strike the entry out."""
@@ -67,9 +75,10 @@ class Ledger:
         """Return the least recently used entry."""
         return next(iter(self._owned.values()), None)
 
-    def doubt(self, tracked: Tracked, now: float) -> None:
-        """Put the entry in doubt; if it is already, the clock goes on."""
-        self._doubted.setdefault(tracked.address, (now, tracked))
+    def doubt(self, some: Iterable[Tracked], now: float) -> None:
+        """Put the entries in doubt; of those that are already, the clock goes on."""
+        for tracked in some:
+            self._doubted.setdefault(tracked.address, (now, tracked))
 
     def trust(self, tracked: Tracked) -> None:
         """Take the entry out of doubt."""

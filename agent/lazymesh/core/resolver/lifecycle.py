@@ -101,9 +101,7 @@ class Lifecycle:
                 self._moves.refuse(tracked, Reason.NOT_FOUND, "", now)
 
     def _doubt_all(self, link: Link, now: float) -> None:
-        for tracked in link.members.values():
-            if tracked.entry is not None:
-                self._ledger.doubt(tracked, now)
+        self._ledger.doubt([each for each in link.members.values() if each.entry is not None], now)
 
     def _read_again(self, link: Link) -> None:
         cluster = self._judge.table.cluster(link.name)

@@ -14,7 +14,7 @@ InstallsEnded, which may be of several.
 
 from __future__ import annotations
 
-from itertools import repeat
+from itertools import chain, cycle, repeat
 from typing import TYPE_CHECKING, Any
 
 from lazymesh.core import events as ev
@@ -176,17 +176,18 @@ class Resolver:
         link.breaker.succeeded()
         spaces, as_of = answer.spaces, answer.as_of
         landed: list[Tracked] = []
-        values = zip(*[iter(answer.values)] * len(spaces), strict=True)
-        for tracked, of_address in zip(self._land(link, answer.addresses), values, strict=True):
+        of_each = chain.from_iterable(zip(*repeat(answer.addresses, len(spaces)), strict=True))
+        states = map(ev.KeyState, of_each, cycle(spaces), answer.values, repeat(as_of))
+        by_address = zip(*repeat(states, len(spaces)), strict=True)
+        for tracked, known in zip(self._land(link, answer.addresses), by_address, strict=True):
             if tracked is None:
                 continue
             landed.append(tracked)
-            states = list(map(ev.KeyState, repeat(tracked.address), spaces, of_address, repeat(as_of)))
             if tracked.known:
-                for state in states:
+                for state in known:
                     tracked.learn(state)
             else:
-                tracked.known = states
+                tracked.known = list(known)
         self._take_answers(landed, link, now)
         self._watch(link, landed, spaces, as_of)
 
@@ -348,9 +349,8 @@ class Resolver:
         self._moves.make_room()
         (tracked,) = self._moves.begin({event.address: None}, owners, link)
         tracked.move(Phase.INSTALLED)
-        self._ledger.own(tracked, event.entry)
-        self._ledger.name(tracked, event.entry.identity)
-        self._ledger.doubt(tracked, now)
+        self._ledger.own([tracked], event.entry)
+        self._ledger.doubt([tracked], now)
         link.unproven.add(event.address)
         cluster = self._judge.table.cluster(link.name)
         if link.state is LinkState.READY and cluster is not None:

@@ -121,7 +121,8 @@ class Moves:
     def settle_all(self, some: Sequence[Tracked], link: Link, cluster: ClusterInfo, now: float) -> None:
         """Do the same for addresses of one cluster, of which some group has answered."""
         unanswered = self._ledger.unanswered
-        judged: IpRecord | None = None
+        wanted: dict[int, tuple[IpRecord, Entry, list[Tracked]]] = {}
+        """By the record's id: who is to get its entry."""
         values = [(tracked.address, tracked.newest()) for tracked in some]
         for tracked, verdict in zip(some, self._judge.verdicts(values, cluster), strict=True):
             if tracked.link is not link:
@@ -135,11 +136,13 @@ class Moves:
             elif tracked.address in unanswered:
                 tracked.again = True
             else:
-                if verdict is not judged:
-                    judged, entry = verdict, entry_of(verdict, self._judge.here)
-                if tracked.entry != entry:
-                    self._ledger.name(tracked, verdict.identity)
-                    self._install(tracked, entry, cluster, now)
+                known = wanted.get(id(verdict))
+                if known is None:
+                    known = wanted[id(verdict)] = (verdict, entry_of(verdict, self._judge.here), [])
+                if tracked.entry != known[1]:
+                    known[2].append(tracked)
+        for _, entry, wanting in wanted.values():
+            self._install(wanting, entry, cluster, now)
 
     def _settle_without_record(self, tracked: Tracked, cluster: ClusterInfo, now: float) -> None:
         following = _group_after(cluster.spaces, tracked.spaces)
@@ -153,25 +156,31 @@ class Moves:
         """Send an Install; room in the budget is made first."""
         cluster = self._cluster(tracked)
         if cluster is not None:
-            self._install(tracked, entry, cluster, now)
+            self._install([tracked], entry, cluster, now)
 
-    def _install(self, tracked: Tracked, entry: Entry, cluster: ClusterInfo, now: float) -> None:
-        if tracked.phase is Phase.ABSENT:
-            self._negatives.remove(tracked)
-            tracked.move(Phase.RESOLVING)
-        if tracked.entry is None and self._ledger.room <= 0:
+    def _install(self, some: list[Tracked], entry: Entry, cluster: ClusterInfo, now: float) -> None:
+        """Do the same for addresses of one cluster; those that have no link were given up since they were chosen."""
+        ledger = self._ledger
+        if len(some) > max(1, ledger.room):
+            for tracked in some:
+                self._install([tracked], entry, cluster, now)
+            return
+        some = [tracked for tracked in some if tracked.link is not None]
+        if not some:
+            return
+        if ledger.room <= 0 and some[0].entry is None:
             self.make_room()
-        self._ledger.own(tracked, entry)
-        if tracked.link is not None and tracked.link.state is not LinkState.READY:
-            self._ledger.doubt(tracked, now)
-        tracked.installed_at = now
-        self._ledger.unanswered.add(tracked.address)
-        last = self.out[-1] if self.out else None
-        if isinstance(last, Install) and last.cluster_id == cluster.cluster_id:
-            last.addresses.append(tracked.address)
-            last.entries.append(entry)
-        else:
-            self.out.append(Install(cluster.cluster_id, [tracked.address], [entry]))
+        for tracked in some:
+            if tracked.phase is Phase.ABSENT:
+                self._negatives.remove(tracked)
+                tracked.move(Phase.RESOLVING)
+            tracked.installed_at = now
+        ledger.own(some, entry)
+        if some[0].link is not None and some[0].link.state is not LinkState.READY:
+            ledger.doubt(some, now)
+        addresses = [tracked.address for tracked in some]
+        ledger.unanswered.update(addresses)
+        self.out.append(Install(addresses, entry, cluster.cluster_id))
 
     def make_room(self) -> None:
         """Evict what must go before one more entry may come."""

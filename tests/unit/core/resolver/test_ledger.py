@@ -12,7 +12,7 @@ def owned(ledger: Ledger, *addresses: bytes) -> list[Tracked]:
     """Return addresses whose entries are ours, least recently used first."""
     entries = [Tracked(address, ("b",)) for address in addresses]
     for tracked in entries:
-        ledger.own(tracked, entry())
+        ledger.own([tracked], entry())
     return entries
 
 
@@ -23,7 +23,7 @@ def test_the_least_recently_used_entry_is_surplus() -> None:
     assert ledger.surplus() is first
     ledger.touch(first)
     assert ledger.surplus() is second
-    ledger.own(second, entry(DATABASE))
+    ledger.own([second], entry(DATABASE))
     assert ledger.surplus() is first
     ledger.disown(first)
     assert ledger.surplus() is None
@@ -35,10 +35,10 @@ def test_doubt_counts_from_its_beginning() -> None:
     ledger = Ledger(LIMITS)
     first, second, third = owned(ledger, B1, B2, B3)
     for tracked in (first, second, third):
-        ledger.doubt(tracked, 0.0)
-    ledger.doubt(first, 500.0)
+        ledger.doubt([tracked], 0.0)
+    ledger.doubt([first], 500.0)
     ledger.trust(second)
-    ledger.doubt(second, 500.0)
+    ledger.doubt([second], 500.0)
     stale = []
     for tracked in ledger.stale(600.0):
         ledger.disown(tracked)

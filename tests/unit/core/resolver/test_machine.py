@@ -466,7 +466,7 @@ def test_deletes_and_creates_delivered_in_any_order_converge(order: list[KeyStat
     def carry_out(commands: list[Command]) -> None:
         for command in commands:
             if isinstance(command, Install):
-                world.update(zip(command.addresses, command.entries, strict=True))
+                world.update(dict.fromkeys(command.addresses, command.entry))
                 held.append(command)
             elif isinstance(command, Evict):
                 world.pop(command.address, None)

@@ -176,7 +176,7 @@ class World(RuleBasedStateMachine):
 
     def install(self, command: Install) -> None:
         """Write to the map, unless it refuses, and keep the result for later."""
-        (address,), (entry,) = command.addresses, command.entries
+        (address,), entry = command.addresses, command.entry
         assert address not in dict(self.results), "one Install at a time"
         assert entry.identity in self.identities, "an identity nobody knows"
         # The same again is no news: it puts back what somebody took away.

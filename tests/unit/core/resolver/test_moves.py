@@ -273,7 +273,7 @@ def test_what_ends_alike_is_said_at_once() -> None:
     resolver.step(ClusterReady("b"), 0.0)
     resolver.step(Misses(some, (0.0, 1.0, 2.0)), 3.0)
     installs, _ = resolver.step(answered(10, {each: record(each) for each in some}), 4.0)
-    assert installs == Install(2, list(some), [entry()] * 3)
+    assert installs == Install(list(some), entry(), 2)
     (ended,) = resolver.step(stands(*some), 5.0)
     assert ended == Report(list(some), "b", "installed", None, "", [0.0, 1.0, 2.0])
 
