@@ -44,7 +44,7 @@ class Storm:
 
     addresses: int
     seconds: float
-    """From the first packet to the last entry."""
+    """From the first packet to the last entry, by the look of a sample; what it lacked would have begun a new round."""
     cpu_us_each: float
     """Until then."""
     rounds: int
@@ -68,7 +68,7 @@ def storm(who: Resolving, pod: Pod, ipcache: Map, first: int, count: int) -> Sto
     ips = [records.pod_ip(number) for number in range(first, first + count)]
     keys = {ip: pack_key(ip) for ip in ips}
     sock = pod.namespace.call(socket.socket, socket.AF_INET, socket.SOCK_DGRAM)
-    left, rounds, sent_s = ips, 0, 0.0
+    left, rounds, sent_s, stood = ips, 0, 0.0, 0.0
     before, began = cpu_s(who.pid), time.monotonic()
     with sock:
         while left and time.monotonic() < began + PATIENCE_S:
@@ -76,21 +76,22 @@ def storm(who: Resolving, pod: Pod, ipcache: Map, first: int, count: int) -> Sto
                 sock.sendto(b"", (ip, 9))
             rounds += 1
             sent_s = sent_s or time.monotonic() - began
-            left = _missing(ipcache, keys, left)
-    seconds, cpu = time.monotonic() - began, cpu_s(who.pid) - before
+            _wait(ipcache, keys, left)
+            stood = time.monotonic()
+            left = [ip for ip in left if ipcache.lookup(keys[ip]) is None]
+    seconds, cpu = stood - began, cpu_s(who.pid) - before
     wrong = sum(1 for key in keys.values() if ipcache.lookup(key) not in {None, *records.VALUES})
     return Storm(count, seconds, cpu * 1e6 / count, rounds, sent_s, wrong, len(left))
 
 
-def _missing(ipcache: Map, keys: dict[str, bytes], ips: list[str]) -> list[str]:
-    """Wait while entries come, by the look of a sample; return the addresses that have none."""
-    sample, moved = ips[:: max(1, len(ips) // SAMPLE)], time.monotonic()
+def _wait(ipcache: Map, keys: dict[str, bytes], ips: list[str]) -> None:
+    """Wait while entries come, by the look of a sample: some from all over, and those that were sent last."""
+    sample, moved = [*ips[:: max(1, len(ips) // SAMPLE)], *ips[-SAMPLE:]], time.monotonic()
     while sample and time.monotonic() < moved + QUIET_S:
         time.sleep(LOOK_S)
         left = [ip for ip in sample if ipcache.lookup(keys[ip]) is None]
         if len(left) < len(sample):
             sample, moved = left, time.monotonic()
-    return [ip for ip in ips if ipcache.lookup(keys[ip]) is None]
 
 
 def run(say: Callable[[str], None]) -> Part:
