@@ -12,6 +12,7 @@ if TYPE_CHECKING:
 
     from lazymesh.core.model import Address, Entry
     from lazymesh.datapath.libbpf import Map
+    from lazymesh.datapath.maps import Line
 
 
 class Crash(BaseException):
@@ -39,12 +40,12 @@ class MortalIpcache(IpcacheMap):
         super().__init__(bpf_map, path)
         self._fuse, self._honours = fuse, honours
 
-    def insert_many(self, items: Iterable[tuple[bytes, Entry]]) -> list[bool]:
+    def insert_many(self, lines: Iterable[Line]) -> list[bool]:
         """Add entries one by one."""
         added: list[bool] = []
-        for item in items:
+        for line in lines:
             self._fuse.write()
-            added += super().insert_many([item])
+            added += super().insert_many([line])
         return added
 
     def insert(self, address: Address, entry: Entry) -> bool:
@@ -73,10 +74,10 @@ class MortalJournal(Journal):
         super().__init__(bpf_map)
         self._fuse = fuse
 
-    def write_many(self, entries: Iterable[tuple[bytes, Entry, int]]) -> None:
+    def write_many(self, lines: Iterable[Line]) -> None:
         """Add lines, all or none of them."""
         self._fuse.write()
-        super().write_many(entries)
+        super().write_many(lines)
 
     def remove(self, address: Address) -> None:
         """Strike a line out."""

@@ -10,7 +10,6 @@ get the same entries, and go when their last program does.
 
 from __future__ import annotations
 
-from itertools import compress
 from typing import TYPE_CHECKING
 
 from lazymesh.core.identities import WORLD_IDENTITIES, is_peer
@@ -24,8 +23,6 @@ if TYPE_CHECKING:
     from lazymesh.core.model import Address, Entry
     from lazymesh.datapath.abi import OwnedEntry
     from lazymesh.datapath.maps import IpcacheMap, Journal, Standing
-
-    _New = tuple[Address, Entry, int]
 
 
 class Installer:
@@ -140,25 +137,21 @@ class Installer:
 
         What is new goes into the journal together, and then into the map; what that does not settle, one by one.
         """
-        stand: set[Address] = set()
-        if self._honours_noexist and len(self._maps) == 1 and not self.crowded:
-            owned = self._owned
-            fresh = [each for each in installs if each[0] not in owned]
-            keys = [abi.pack_address_key(address) for address, _, _ in fresh]
-            for address, entry, cluster_id in self._insert_new(keys, fresh):
-                owned[address] = (entry, cluster_id)
-                stand.add(address)
-            self._beside -= stand
-        return [None if each[0] in stand else self.install(*each) for each in installs]
-
-    def _insert_new(self, keys: list[bytes], installs: list[_New]) -> Iterator[_New]:
-        """Write the journal and then the map; return what stands there now."""
-        entries = [entry for _, entry, _ in installs]
+        if not self._honours_noexist or len(self._maps) > 1 or self.crowded:
+            return [self.install(*each) for each in installs]
+        fresh = [each for each in installs if each[0] not in self._owned]
+        lines = [(abi.pack_address_key(address), entry, number) for address, entry, number in fresh]
         try:
-            self._journal.write_many(zip(keys, entries, [number for _, _, number in installs], strict=True))
-        except DatapathError:
-            return iter(())  # one by one it will show for whom there is room
-        return compress(installs, self._main.insert_many(zip(keys, entries, strict=True)))
+            self._journal.write_many(lines)
+        except DatapathError:  # one by one it will show for whom there is room
+            return [self.install(*each) for each in installs]
+        stand: set[Address] = set()
+        for (address, entry, number), inserted in zip(fresh, self._main.insert_many(lines), strict=True):
+            if inserted:
+                self._owned[address] = (entry, number)
+                stand.add(address)
+        self._beside -= stand
+        return [None if each[0] in stand else self.install(*each) for each in installs]
 
     def evict(self, address: Address) -> bool:
         """Remove our entry if it still is what we wrote; True when it was."""

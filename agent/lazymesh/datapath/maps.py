@@ -203,10 +203,10 @@ class IpcacheMap:
         """Add the /32 or /128 unless that exact prefix exists; True when it was added."""
         return self._update(abi.pack_address_key(address), entry, BPF_NOEXIST)
 
-    def insert_many(self, items: Iterable[tuple[bytes, Entry]]) -> list[bool]:
-        """Do the same for several, by the keys of their addresses; False, too, for one that the kernel refuses."""
+    def insert_many(self, lines: Iterable[Line]) -> list[bool]:
+        """Do the same for several that the journal has; False, too, for one that the kernel refuses."""
         pack = self._pack
-        return self._map.insert_many([(key, pack(entry)) for key, entry in items])
+        return self._map.insert_many([(key, pack(entry)) for key, entry, _ in lines])
 
     def replace(self, address: Address, entry: Entry) -> None:
         """Write the /32 or /128, whatever stands there."""
@@ -241,6 +241,10 @@ class IpcacheMap:
                 raise MapFullError(f"the ipcache map is full ({self.max_entries} entries)") from exc
             raise DatapathError(f"cannot write to the ipcache map at {self._path}: {exc.strerror}") from exc
         return True
+
+
+Line = tuple[bytes, Entry, int]
+"""What the journal says of an entry: key of the address, entry, cluster id."""
 
 
 class Standing(Struct, frozen=True, gc=False):
@@ -344,11 +348,10 @@ class Journal:
         """Add or replace a line; MapFullError when there is no room."""
         self.write_many([(abi.pack_address_key(address), entry, cluster_id)])
 
-    def write_many(self, entries: Iterable[tuple[bytes, Entry, int]]) -> None:
-        """Add or replace lines: key of the address, entry, cluster id; MapFullError when there is no room."""
-        lines = [(key, abi.pack_owned(entry, cluster_id)) for key, entry, cluster_id in entries]
+    def write_many(self, lines: Iterable[Line]) -> None:
+        """Add or replace lines; MapFullError when there is no room."""
         try:
-            self._map.update_many(lines)
+            self._map.update_many([(key, abi.pack_owned(entry, number)) for key, entry, number in lines])
         except OSError as exc:
             if exc.errno in _FULL:
                 raise MapFullError("the ownership journal is full") from exc

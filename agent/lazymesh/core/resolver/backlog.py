@@ -69,6 +69,23 @@ class Backlog:
         link.missed += lane.misses.count - before
         self.missed += lane.misses.count - before
 
+    def at_once(self, some: list[Tracked], link: Link, spaces: tuple[Space, ...], now: float) -> Read | None:
+        """Return the read of a few addresses that need not be queued for it; None: they have to be.
+
+        That is what a lone miss mostly is: nothing else waits for its cluster, and fewer reads are under way than may.
+        """
+        if (
+            link.name in self.busy
+            or link.state is not LinkState.READY
+            or link.in_flight >= self._limits.transactions_in_flight
+            or len(some) >= self._limits.whole_at
+            or len(some) * len(spaces) > self._limits.keys_per_transaction
+            or self._proves(link, now)
+            or not link.reading.keys().isdisjoint([tracked.address for tracked in some])
+        ):
+            return None
+        return self._send(some, link, spaces)
+
     def remove(self, tracked: Tracked, link: Link) -> None:
         """Take a queued address out."""
         address = tracked.address
@@ -131,17 +148,23 @@ class Backlog:
             return False
         if len(link.lanes) > 1:  # to the end of the row: the other lane is asked first next time
             link.lanes[spaces] = link.lanes.pop(spaces)
-        for tracked in taken:
-            tracked.fetch = Fetch.READING
-            link.reading[tracked.address] = spaces
         misses = before - lane.misses.count
         self.missed -= misses
         link.missed -= misses
+        reads.append(self._send(taken, link, spaces, tuple(map(len, batch.whole))))
+        return self._stays_busy(link)
+
+    @staticmethod
+    def _send(
+        some: list[Tracked], link: Link, spaces: tuple[Space, ...], whole: tuple[int, ...] = ()
+    ) -> Read:
+        for tracked in some:
+            tracked.fetch = Fetch.READING
+            tracked.wants = spaces
+            link.reading[tracked.address] = spaces
         link.in_flight += 1
         link.breaker.sent()
-        addresses = tuple([tracked.address for tracked in taken])
-        reads.append(Read(link.name, spaces, addresses, tuple(map(len, batch.whole))))
-        return self._stays_busy(link)
+        return Read(link.name, spaces, tuple([tracked.address for tracked in some]), whole)
 
     def _stays_busy(self, link: Link) -> bool:
         """Tell whether something still waits for the cluster; if not, it is busy no more."""

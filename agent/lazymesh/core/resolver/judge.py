@@ -15,7 +15,7 @@ from lazymesh.core.model import Reason
 from lazymesh.core.records import REGIONAL, IpRecord, RecordError, decode_pair
 
 if TYPE_CHECKING:
-    from collections.abc import Container, Iterable, Iterator
+    from collections.abc import Container
 
     from lazymesh.core.clusters import ClusterInfo, ClusterTable
     from lazymesh.core.model import Address
@@ -31,6 +31,10 @@ class Refusal:
     """The identity that it names; 0 when it could not be read."""
 
 
+Judged = dict[int, tuple[IpRecord, "IpRecord | Refusal"]]
+"""Records by their object's id, which is nobody else's as long as the object is here, with the verdicts on them."""
+
+
 @dataclass(slots=True)
 class Judge:
     """What records are held against; the owner exchanges ``table`` when another one is in force."""
@@ -43,27 +47,24 @@ class Judge:
     here: Container[Address] = ()
     """This node's own addresses; the shell's, too."""
 
-    def verdicts(
-        self, values: Iterable[tuple[Address, bytes | None]], cluster: ClusterInfo
-    ) -> Iterator[IpRecord | Refusal | None]:
-        """Yield for each address of a cluster the record if it may be installed, else why not; None: there is none.
+    def verdict(
+        self, value: bytes, address: Address, cluster: ClusterInfo, judged: Judged | None = None
+    ) -> IpRecord | Refusal:
+        """Return the record if it may be installed, else why not.
 
-        Pods of one node come together, and their records are equal but for the address: those are judged once.
+        judged: of those who judge many at one moment. Pods of one node come together, and their records are equal but
+        for the address: they are judged once.
         """
-        judged: dict[int, tuple[IpRecord, IpRecord | Refusal]] = {}
-        for address, value in values:
-            if value is None:
-                yield None
-                continue
-            try:
-                record = decode_pair(value, address)
-            except RecordError as error:
-                yield Refusal(error.reason, error.detail)
-                continue
-            known = judged.get(id(record))
-            if known is None:
-                known = judged[id(record)] = record, self._verdict(record, cluster)
-            yield known[1]
+        try:
+            record = decode_pair(value, address)
+        except RecordError as error:
+            return Refusal(error.reason, error.detail)
+        if judged is None:
+            return self._verdict(record, cluster)
+        known = judged.get(id(record))
+        if known is None:
+            known = judged[id(record)] = record, self._verdict(record, cluster)
+        return known[1]
 
     def _verdict(self, record: IpRecord, cluster: ClusterInfo) -> IpRecord | Refusal:
         forged = check_identity(record.identity, cluster.identities)

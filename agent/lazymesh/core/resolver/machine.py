@@ -130,6 +130,10 @@ class Resolver:
     def _resolve(self, missed: dict[Address, float | None], now: float) -> None:
         """Resolve addresses that are not tracked, by when each missed."""
         table = self._judge.table
+        if len(missed) == 1:
+            (address,) = missed
+            self._resolve_with(table.owners(address), missed, now)
+            return
         by_owners: dict[tuple[str, ...], dict[Address, float | None]] = {}
         for address, at in missed.items():
             owners = table.owners(address)
@@ -148,7 +152,11 @@ class Resolver:
         elif link.state is LinkState.SILENT or not link.breaker.admits(now):
             refusal = Reason.CLUSTER_DOWN
         else:
-            self._backlog.put(begun, link, cluster.spaces[0], urgent=True)
+            read = self._backlog.at_once(begun, link, cluster.spaces[0], now)
+            if read is None:
+                self._backlog.put(begun, link, cluster.spaces[0], urgent=True)
+            else:
+                self._moves.out.append(read)
             return
         for tracked in begun:
             self._moves.refuse(tracked, refusal, "", now)

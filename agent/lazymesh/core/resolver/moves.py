@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from lazymesh.core.records import IpRecord
     from lazymesh.core.resolver.admission import Admission
     from lazymesh.core.resolver.backlog import Backlog
+    from lazymesh.core.resolver.judge import Judged
     from lazymesh.core.resolver.ledger import Ledger
     from lazymesh.core.resolver.link import Link
     from lazymesh.core.resolver.negatives import Negatives
@@ -123,14 +124,17 @@ class Moves:
         unanswered = self._ledger.unanswered
         wanted: dict[int, tuple[IpRecord, Entry, list[Tracked]]] = {}
         """By the record's id: who is to get its entry."""
-        values = [(tracked.address, tracked.newest()) for tracked in some]
-        for tracked, verdict in zip(some, self._judge.verdicts(values, cluster), strict=True):
+        judged: Judged = {}
+        for tracked in some:
             if tracked.link is not link:
                 continue  # another one of these has pushed it out of the budget
             tracked.withdrawn = False
-            if verdict is None:
+            value = tracked.newest()
+            if value is None:
                 self._settle_without_record(tracked, cluster, now)
-            elif isinstance(verdict, Refusal):
+                continue
+            verdict = self._judge.verdict(value, tracked.address, cluster, judged)
+            if isinstance(verdict, Refusal):
                 self._ledger.name(tracked, verdict.identity)
                 self.refuse(tracked, verdict.reason, verdict.detail, now)
             elif tracked.address in unanswered:
