@@ -269,7 +269,9 @@ def test_packed_entry_and_journal_line_are_the_mirror_s(
     assert abi.unpack_owned(of_old) == abi.OwnedEntry(entry, cluster_id, (entry, previous))
     mirrors[0].pad = abi.TAG
     ours = bytes(abi.Owned(mirrors[0], mirrors[0], cluster_id=cluster_id))
-    assert abi.pack_owned(entry, cluster_id) == ours
+    assert abi.pack_owned(entry, cluster_id) == abi.pack_owned(entry, cluster_id, entry) == ours
+    mirrors[1].pad = abi.TAG
+    assert abi.pack_owned(entry, cluster_id, previous) == bytes(abi.Owned(*mirrors, cluster_id=cluster_id))
     assert abi.unpack_owned(ours) == abi.OwnedEntry(entry, cluster_id)
 
 

@@ -295,17 +295,38 @@ class TestAdopt:
         assert world.lines() == {}
         recreated.close()
 
+    @pytest.mark.parametrize("write", range(3), ids=lambda n: f"before write {n + 1}")
     @pytest.mark.parametrize("stands", [0, 1], ids=["what it was writing", "what it was replacing"])
-    def test_what_an_older_version_wrote_is_tagged(self, world: World, stands: int) -> None:
-        """It had no tag for a map of its own, and knew its entries by the journal; from now on they are like ours."""
-        world.raw_journal.update(
-            abi.pack_address_key(B1),
-            b"".join(map(abi.pack_entry, OURS[:2])) + struct.pack("=HHI", CLUSTER, 0, 0),
-        )
+    def test_what_an_older_version_wrote_is_tagged(self, world: World, stands: int, write: int) -> None:
+        """It had no tag for a map of its own, and knew its entries by the journal; a crash on the way loses none."""
+        old_installed(world, *OURS[:2])
         world.they_write(POD_B1.prefix(4), OURS[stands])
+        world.fuse.left = write
+        with contextlib.suppress(Crash):
+            list(world.installer.adopt())
         assert world.restart() == {B1: OURS[stands]}
         assert world.ours() == {POD_B1.prefix(4): OURS[stands]}
         assert world.lines() == {B1: abi.OwnedEntry(OURS[stands], CLUSTER)}
+
+    def test_what_cannot_be_tagged_goes(self, world: World, monkeypatch: pytest.MonkeyPatch) -> None:
+        """Nobody would know it for ours after the next start; who misses it has it resolved."""
+        old_installed(world, OURS[0], OURS[0])
+        world.they_write(POD_B1.prefix(4), OURS[0])
+        with monkeypatch.context() as broken:
+            broken.setattr(world.ipcache, "replace", _refuse)
+            assert list(world.installer.adopt()) == []
+        assert (world.exact(), world.lines(), world.installer.owned) == (BACKGROUND, {}, 0)
+
+    def test_older_version_finds_what_we_were_replacing(self, world: World) -> None:
+        """It is rolled back to after a crash between journal and map, and goes by what the line names."""
+        world.installer.install(B1, OURS[0], CLUSTER)
+        world.fuse.left = 1
+        with contextlib.suppress(Crash):
+            world.installer.install(B1, OURS[1], CLUSTER)
+        raw = world.raw_journal.lookup(abi.pack_address_key(B1))
+        assert raw is not None
+        assert [abi.unpack_entry(raw[:24]), abi.unpack_entry(raw[24:48])] == [OURS[1], OURS[0]]
+        assert world.exact()[POD_B1.prefix(4)] == OURS[0]
 
     def test_ours_without_a_line_goes(self, world: World) -> None:
         """Whose record it would follow, nobody knows."""
@@ -313,6 +334,12 @@ class TestAdopt:
         world.raw_journal.delete(abi.pack_address_key(B1))
         assert world.restart() == {}
         assert world.exact() == BACKGROUND
+
+
+def old_installed(world: World, entry: Entry, previous: Entry) -> None:
+    """Have a line of a version without tags in the journal."""
+    line = abi.pack_entry(entry) + abi.pack_entry(previous) + struct.pack("=HHI", CLUSTER, 0, 0)
+    world.raw_journal.update(abi.pack_address_key(B1), line)
 
 
 BEFORE = {

@@ -74,10 +74,10 @@ class MortalJournal(Journal):
         super().__init__(bpf_map)
         self._fuse = fuse
 
-    def write_many(self, lines: Iterable[Line]) -> None:
+    def _write(self, lines: list[tuple[bytes, bytes]]) -> None:
         """Add lines, all or none of them."""
         self._fuse.write()
-        super().write_many(lines)
+        super()._write(lines)
 
     def remove(self, address: Address) -> None:
         """Strike a line out."""

@@ -394,10 +394,10 @@ class OwnedEntry(Struct, frozen=True):
 
 
 @lru_cache(maxsize=64)  # pods of one node come together, and with equal entries
-def pack_owned(entry: Entry, cluster_id: int) -> bytes:
-    """Return the journal's value."""
+def pack_owned(entry: Entry, cluster_id: int, previous: Entry | None = None) -> bytes:
+    """Return the journal's value. previous: what stands there of ours, for a version that knows no tag."""
     packed = pack_entry(entry, TAG)
-    return _OWNED.pack(packed, packed, cluster_id, 0, 0)
+    return _OWNED.pack(packed, pack_entry(previous, TAG) if previous else packed, cluster_id, 0, 0)
 
 
 def unpack_owned(raw: bytes) -> OwnedEntry:

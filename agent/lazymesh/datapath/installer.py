@@ -75,9 +75,8 @@ class Installer:
                 entry = (
                     line.entry if self._main.as_read_back(line.entry) == standing.entry else standing.entry
                 )
-                if not standing.tagged:
-                    self._journal.write(address, entry, line.cluster_id)
-                    self._main.replace(address, entry)
+                if line.untagged and not self._tag(address, standing, entry, line.cluster_id):
+                    continue
                 self._owned[address] = (entry, line.cluster_id)
                 self._bring_back(address, with_tunnel_flags(entry))
                 yield address, entry, line.cluster_id
@@ -92,6 +91,19 @@ class Installer:
             for address in list(ipcache.tagged()):
                 if address not in self._owned and address not in self._beside:
                     self.withdraw(ipcache, address)
+
+    def _tag(self, address: Address, standing: Standing, entry: Entry, cluster_id: int) -> bool:
+        """Have what a version without tags has left carry one; if the kernel refuses it goes, and may be missed."""
+        try:
+            # First the map: a line without a tag stands for an entry with one as well.
+            if not standing.tagged:
+                self._main.replace(address, entry)
+            self._journal.write(address, entry, cluster_id)
+        except DatapathError:
+            self._main.delete(address)
+            self._journal.remove(address)
+            return False
+        return True
 
     def has_leftovers(self) -> bool:
         """Tell whether an earlier life has left an entry of ours in the maps, with or without a journal."""
@@ -184,7 +196,7 @@ class Installer:
         standing = self._main.stands(address)
         try:
             if standing is not None and standing.tagged:
-                self._journal.write(address, entry, cluster_id)
+                self._journal.write(address, entry, cluster_id, standing.entry)
                 self._main.replace(address, entry)
             elif self._is_foreign(standing) or not self._insert(address, entry, cluster_id):
                 self._forget(address)

@@ -344,14 +344,17 @@ class Journal:
             if address is not None:
                 yield address, abi.unpack_owned(value)
 
-    def write(self, address: Address, entry: Entry, cluster_id: int) -> None:
-        """Add or replace a line; MapFullError when there is no room."""
-        self.write_many([(abi.pack_address_key(address), entry, cluster_id)])
+    def write(self, address: Address, entry: Entry, cluster_id: int, previous: Entry | None = None) -> None:
+        """Add or replace a line (as abi.pack_owned); MapFullError when there is no room."""
+        self._write([(abi.pack_address_key(address), abi.pack_owned(entry, cluster_id, previous))])
 
     def write_many(self, lines: Iterable[Line]) -> None:
-        """Add or replace lines; MapFullError when there is no room."""
+        """Add or replace lines of new entries; MapFullError when there is no room."""
+        self._write([(key, abi.pack_owned(entry, number)) for key, entry, number in lines])
+
+    def _write(self, lines: list[tuple[bytes, bytes]]) -> None:
         try:
-            self._map.update_many([(key, abi.pack_owned(entry, number)) for key, entry, number in lines])
+            self._map.update_many(lines)
         except OSError as exc:
             if exc.errno in _FULL:
                 raise MapFullError("the ownership journal is full") from exc

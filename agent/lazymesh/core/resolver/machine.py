@@ -106,7 +106,10 @@ class Resolver:
         fresh: dict[Address, float | None] = {}
         for address, at in zip(event.addresses, event.at, strict=True):
             tracked = known.get(address)
-            if tracked is not None:
+            if tracked is not None and tracked.phase is Phase.ABSENT and tracked.expires <= now:
+                self._moves.forget(tracked)
+                fresh[address] = at
+            elif tracked is not None:
                 self._missed_again(tracked, at, now)
             elif address not in fresh:
                 fresh[address] = at
@@ -119,16 +122,13 @@ class Resolver:
                 tracked.missed_at = at
         elif tracked.phase is Phase.INSTALLED:
             self._missed_though_installed(tracked, at, now)
-        elif tracked.expires <= now:
-            self._moves.forget(tracked)
-            self._resolve({tracked.address: at}, now)
         else:
             tracked.missed_at = at
             self._negatives.renew(tracked, now)
             self._moves.report(tracked, "absent", tracked.reason, cached=True)
 
     def _resolve(self, missed: dict[Address, float | None], now: float) -> None:
-        """Resolve addresses that are not tracked, by when each missed."""
+        """Resolve all addresses of one step that are not tracked, by when each missed: so they are read together."""
         table = self._judge.table
         if len(missed) == 1:
             (address,) = missed
@@ -310,6 +310,7 @@ class Resolver:
 
     def _table_changed(self, event: ev.TableChanged, now: float) -> None:
         self._judge.table = event.table
+        missed: dict[Address, float | None] = {}
         for tracked in list(self._moves.tracked.values()):
             owners = event.table.owners(tracked.address)
             if owners == tracked.owners or self._moves.tracked.get(tracked.address) is not tracked:
@@ -317,11 +318,12 @@ class Resolver:
             if tracked.link is not None and owners == (tracked.link.name,):
                 tracked.owners = owners  # adopted before its cluster's nodes were listed
             elif tracked.waiting:
-                missed_at = tracked.missed_at
+                missed[tracked.address] = tracked.missed_at
                 self._moves.forget(tracked)
-                self._resolve({tracked.address: missed_at}, now)
             else:
                 self._moves.drop(tracked, _unowned(owners).value, _unowned(owners))
+        if missed:
+            self._resolve(missed, now)
 
     def _identity_known(self, event: ev.IdentityKnown, now: float) -> None:
         self._know(event.identity, now)

@@ -144,6 +144,9 @@ class Moves:
                 if known is None:
                     known = wanted[id(verdict)] = (verdict, entry_of(verdict, self._judge.here), [])
                 if tracked.entry != known[1]:
+                    if tracked.phase is Phase.ABSENT:
+                        self._negatives.remove(tracked)
+                        tracked.move(Phase.RESOLVING)
                     known[2].append(tracked)
         for _, entry, wanting in wanted.values():
             self._install(wanting, entry, cluster, now)
@@ -175,9 +178,6 @@ class Moves:
         if ledger.room <= 0 and some[0].entry is None:
             self.make_room()
         for tracked in some:
-            if tracked.phase is Phase.ABSENT:
-                self._negatives.remove(tracked)
-                tracked.move(Phase.RESOLVING)
             tracked.installed_at = now
         ledger.own(some, entry)
         if some[0].link is not None and some[0].link.state is not LinkState.READY:
@@ -216,16 +216,16 @@ class Moves:
                     self.refuse(tracked, error, "", now)
             if tracked.again:
                 # It is told that it arrived before it is told what has become of it since.
-                arrived = self._report_arrived(arrived)
+                self._report_arrived(arrived)
                 tracked.again = False
                 self.settle(tracked, now)
         self._report_arrived(arrived)
 
-    def _report_arrived(self, arrived: list[Tracked]) -> list[Tracked]:
-        """Tell it of addresses that have their first entry; return what is left to be told."""
+    def _report_arrived(self, arrived: list[Tracked]) -> None:
+        """Tell of addresses that have their first entry, and forget that it is to be told."""
         for _, some in groupby(arrived, attrgetter("link")):
             self._report(list(some), "installed", None)
-        return []
+        arrived.clear()
 
     def _installed_again(self, tracked: Tracked) -> None:
         if tracked.missed_at is None:

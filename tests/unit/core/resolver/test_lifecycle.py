@@ -240,6 +240,25 @@ def test_negative_answers_are_read_again_after_a_reset() -> None:
     ).end()
 
 
+def test_an_address_that_a_reset_pushes_out_of_what_is_remembered_is_unwatched_once() -> None:
+    """Of a record that was deleted it is not waited any more whether it has moved, and only one absence fits in."""
+    (
+        installed(limits=Limits(negatives=1))
+        >> miss(B2)
+        << read(B2)
+        >> answered(10, {B2: None})
+        << report(B2, "absent", Reason.NOT_FOUND, missed_at=0.0)
+        << watch(B2, 10)
+        >> deleted(B1, 11)
+        << read(B1)
+        >> StoreReset("b")
+        << evict(B1, "deleted")
+        << report(B1, "evicted", Reason.NOT_FOUND)
+        << unwatch(B2)
+        << unwatch(B1)
+    ).end()
+
+
 def test_a_read_in_flight_is_joined_by_the_reading_after_silence() -> None:
     """Single flight holds for re-reads, too."""
     (

@@ -27,7 +27,7 @@ from lazymesh.core.events import (
     TableChanged,
     Watch,
 )
-from lazymesh.core.model import Reason, Space
+from lazymesh.core.model import Reason, Space, parse_address
 from lazymesh.core.resolver.limits import Limits
 from tests.support.playbook import (
     ALL_IDENTITIES,
@@ -805,3 +805,28 @@ def test_all_events_have_a_handler() -> None:
     for event in itertools.chain(strangers, [put(B1, 1), IdentityKnown(5), IdentityGone(5)]):
         story >> event
     story.end()
+
+
+# --- one step, one read ---------------------------------------------------------------------------------------------
+
+
+def test_all_that_is_missed_again_at_one_moment_is_one_read() -> None:
+    """Also when the store has just come back, and only one read may go to find out."""
+    some = tuple(parse_address(f"10.2.1.{number}") for number in range(20))
+    story = play(limits=Limits(breaker_failures=1, backoff_first=1.0))
+    story = story >> Misses(some, (0.0,) * 20) << read(*some)
+    story = (
+        story
+        >> failed(*some)
+        << [report(each, "failed", Reason.READ_FAILED, detail="unavailable", missed_at=0.0) for each in some]
+    )
+    story.now = 1.5  # no tick has come by yet
+    fresh = parse_address("10.2.2.1")
+    (story >> Misses((*some, fresh), (1.5,) * 21) << read(*some, fresh)).end()
+
+
+def test_addresses_that_change_hands_while_they_wait_are_one_read() -> None:
+    """Of their new owner."""
+    story = Play() >> ClusterReady("c") >> Misses((B1, B2), (0.0, 1.0))
+    theirs = mesh(networks=[("c", "10.2.0.0/16")])
+    (story >> TableChanged(theirs) << read(B1, B2, cluster="c")).end()
