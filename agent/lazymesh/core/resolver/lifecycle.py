@@ -70,10 +70,10 @@ class Lifecycle:
         link = self.link(event.cluster)
         link.void_reads()
         for tracked in list(link.members.values()):
-            if tracked.link is not link:
-                continue  # another one of these has pushed it out of what is remembered
             if tracked.withdrawn:
                 self._moves.refuse(tracked, Reason.NOT_FOUND, "", now)
+            if tracked.link is not link:
+                continue  # no room to remember it: it is forgotten, and unwatched
             if tracked.watched:
                 self._moves.out.append(Unwatch(link.name, tracked.address))
             tracked.forget_states()

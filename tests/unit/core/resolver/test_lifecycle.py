@@ -259,6 +259,27 @@ def test_an_address_that_a_reset_pushes_out_of_what_is_remembered_is_unwatched_o
     ).end()
 
 
+def test_an_address_that_a_reset_refuses_and_forgets_at_once_is_unwatched_once() -> None:
+    """It would be the first to expire, so where nothing more is remembered it is the one to go."""
+    negative_ttl = {**Limits().negative_ttl, Reason.NOT_FOUND: 1.0}
+    (
+        installed(limits=Limits(negatives=1, negative_ttl=negative_ttl))
+        >> miss(B2)
+        << read(B2)
+        >> answered(10, {B2: record(B2, 9)})
+        << report(B2, "absent", Reason.FORGED, detail="identity 9 is reserved", missed_at=0.0)
+        << watch(B2, 10)
+        >> deleted(B1, 11)
+        << read(B1)
+        >> StoreReset("b")
+        << evict(B1, "deleted")
+        << report(B1, "evicted", Reason.NOT_FOUND)
+        << unwatch(B1)
+        << unwatch(B2)
+        << read(B2)
+    ).end()
+
+
 def test_a_read_in_flight_is_joined_by_the_reading_after_silence() -> None:
     """Single flight holds for re-reads, too."""
     (

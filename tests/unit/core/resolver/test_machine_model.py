@@ -108,8 +108,12 @@ class World(RuleBasedStateMachine):
         self.unanswered: dict[Address, int] = {}
         self.asked: set[Address] = set()
 
-    @initialize(budget=st.sampled_from([2, 100]), adopted=st.dictionaries(addresses, st.booleans()))
-    def begin(self, budget: int, adopted: dict[Address, bool]) -> None:
+    @initialize(
+        budget=st.sampled_from([2, 100]),
+        negatives=st.sampled_from([1, 3]),
+        adopted=st.dictionaries(addresses, st.booleans()),
+    )
+    def begin(self, budget: int, negatives: int, adopted: dict[Address, bool]) -> None:
         """Start the agent over what an earlier life left in the map."""
         self.budget = budget
         limits = Limits(
@@ -118,7 +122,7 @@ class World(RuleBasedStateMachine):
             keys_per_transaction=KEYS,
             whole_at=2,
             queue=3,
-            negatives=3,
+            negatives=negatives,
             revalidation_spread=2.0,
         )
         self.resolver = Resolver(limits, Judge(self.table(), self.identities))
