@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 import contextlib
-import re
 import subprocess
 import sys
 import time
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 from bench.bed import Bed
@@ -15,6 +13,7 @@ from bench.report import Part, Row
 from bench.stage import running
 from bench.store import Store
 from tests.support.lab import Lab
+from tests.support.node import memory_mib
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -22,13 +21,16 @@ if TYPE_CHECKING:
 SIZES = {"1k": 1_000, "100k": 100_000, "500k": 500_000}
 MOST_MIB, MOST_GROWTH = 100, 1.05
 SETTLE_S = 3
-_IMPORT = "import lazymesh.roles.agent, sys; print(open('/proc/self/status').read()); sys.stdout.flush()"
+_IMPORT = "import lazymesh.roles.agent, sys; print(flush=True); sys.stdin.read()"
 
 
 def run(say: Callable[[str], None]) -> Part:
     """Measure."""
-    alone = subprocess.run([sys.executable, "-c", _IMPORT], capture_output=True, text=True, check=True).stdout
-    figures = {"import_mib": _mib(alone)}
+    pipe = subprocess.PIPE
+    with subprocess.Popen([sys.executable, "-c", _IMPORT], stdin=pipe, stdout=pipe) as alone:
+        assert alone.stdout
+        alone.stdout.readline()
+        figures = {"import_mib": round(memory_mib(alone.pid), 1)}
     with Lab(pods=1) as lab, contextlib.ExitStack() as stack:
         bed = Bed(lab, "plain", lab.etcd.url)
         store = stack.enter_context(Store(lab.node_a, bed.file))
@@ -40,17 +42,8 @@ def run(say: Callable[[str], None]) -> Part:
             there = size
             with running(lab, clustermesh_config=str(bed.config)) as agent:
                 time.sleep(SETTLE_S)  # beside its start nothing happens here
-                figures[f"rss_{name}_mib"] = _mib(
-                    Path(f"/proc/{agent.pid}/status").read_text(encoding="ascii")
-                )
+                figures[f"rss_{name}_mib"] = round(memory_mib(agent.pid), 1)
     return Part(figures, rows(figures))
-
-
-def _mib(status: str) -> float:
-    found = re.search(r"^VmRSS:\s+(\d+) kB", status, re.MULTILINE)
-    if found is None:
-        raise RuntimeError("the kernel does not tell VmRSS")
-    return round(int(found[1]) / 1024, 1)
 
 
 def rows(figures: dict[str, float]) -> list[Row]:

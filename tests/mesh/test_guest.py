@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import json
-import subprocess
 import time
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -23,9 +21,11 @@ from tests.support.lab import (
     remote_address,
 )
 from tests.support.node import (
+    OURS,
     Misses,
     beside_cilium,
     connect,
+    dump,
     launched,
     metric,
     options,
@@ -41,9 +41,6 @@ if TYPE_CHECKING:
     from tests.support.namespaces import Namespace
 
 pytestmark = pytest.mark.needs("clang")
-
-_TAG = "0x6c", "0x6d"
-"""``lm``, in the padding of what lazymesh writes."""
 
 
 @pytest.fixture(scope="module")
@@ -79,21 +76,14 @@ class Pair:
         return metric(self.agent, "lazymesh_entries_owned")
 
 
-def dump(cilium: Cilium) -> dict[str, list[str]]:
-    """Return the bytes of Cilium's map as bpftool reads them: value by key."""
-    argv = ["bpftool", "--json", "map", "dump", "pinned", str(cilium.pin)]
-    rows = json.loads(subprocess.run(argv, check=True, capture_output=True, text=True).stdout)
-    return {" ".join(row["key"]): row["value"] for row in rows}
+def without_tag(value: bytes) -> bytes:
+    """Return a value as Cilium would have written it."""
+    return value[:-4] + bytes(2) + value[-2:]
 
 
-def without_tag(value: list[str]) -> list[str]:
-    """Return a value's bytes as Cilium would have written them."""
-    return [*value[:-4], "0x00", "0x00", *value[-2:]]
-
-
-def is_tagged(value: list[str]) -> bool:
+def is_tagged(value: bytes) -> bool:
     """Tell whether lazymesh wrote it."""
-    return tuple(value[-4:-2]) == _TAG
+    return value[-4:-2] == OURS
 
 
 @pytest.mark.parametrize("layout", ["v1", "v2"])
@@ -113,11 +103,11 @@ def test_entries_are_byte_for_byte_what_cilium_writes(lab: Lab, layout: str) -> 
                 lambda peer=peer: bool(connect(lab.pods[0].namespace, peer, 0.3) or peer in cilium.entries()),
                 what=peer,
             )
-        ours = {key: value for key, value in dump(cilium).items() if is_tagged(value)}
+        ours = {key: value for key, value in dump(cilium.pin).items() if is_tagged(value)}
         assert len(ours) == len(records)
         for peer, fields in records.items():
             cilium.upsert(peer, host_ip=fields["HostIP"], key=fields.get("Key", 0))
-        theirs = dump(cilium)
+        theirs = dump(cilium.pin)
         assert {key: without_tag(value) for key, value in ours.items()} == {key: theirs[key] for key in ours}
 
 
@@ -130,13 +120,13 @@ def test_what_cilium_knows_is_left_to_it(pair: Pair) -> None:
     pair.lab.withdraw(peer)
     time.sleep(0.3)
     assert cilium.entries()[peer].identity == OTHER_IDENTITY, "the record is gone, but the entry is Cilium's"
-    before, owned = dump(cilium), pair.owned
+    before, owned = dump(cilium.pin), pair.owned
     known = remote_address(21)
     cilium.upsert(known)
     assert connect(pair.pod, known) is not None
     assert pair.owned == owned
     cilium.delete(known)
-    assert dump(cilium) == before
+    assert dump(cilium.pin) == before
 
 
 def test_entries_without_an_identity_or_of_the_world_are_nobodys_business(pair: Pair) -> None:
@@ -145,13 +135,13 @@ def test_entries_without_an_identity_or_of_the_world_are_nobodys_business(pair: 
     for peer, identity in ((zero, 0), (world, 2)):
         pair.cilium.upsert(peer, identity=identity)
         pair.lab.publish(peer, identity=identity)
-    before, owned = dump(pair.cilium), pair.owned
+    before, owned = dump(pair.cilium.pin), pair.owned
     with Misses(pair.lab.socket) as misses:
         assert connect(pair.pod, zero, 0.1) is None
         refused = misses.provoke(pair.pod, world)
         assert (refused["outcome"], refused["reason"]) == ("absent", "forged")
     assert pair.owned == owned
-    assert dump(pair.cilium) == before
+    assert dump(pair.cilium.pin) == before
 
 
 def test_nothing_is_written_before_the_identity_is_known(pair: Pair) -> None:
@@ -204,7 +194,7 @@ def test_shadow_decides_everything_and_writes_nothing(agent: Cilium, lab: Lab) -
     """The map is the same before and after, byte for byte; what would have changed is told and counted."""
     pod, peer, gone = lab.pods[0].namespace, remote_address(60), remote_address(61)
     lab.publish(peer)
-    before = dump(agent)
+    before = dump(agent.pin)
     with beside_cilium(lab, "--shadow") as ours, Misses(lab.socket) as misses:
         would = misses.provoke(pod, peer)
         assert (would["outcome"], would["identity"]) == ("installed", SERVER_IDENTITY)
@@ -215,8 +205,8 @@ def test_shadow_decides_everything_and_writes_nothing(agent: Cilium, lab: Lab) -
         assert shown["entries"]["shadowChanges"] >= 1
         assert metric(ours, "lazymesh_ipcache_entries") == len(agent.entries())
         assert metric(ours, "lazymesh_shadow_changes_total") >= 1
-        assert dump(agent) == before
-    assert dump(agent) == before
+        assert dump(agent.pin) == before
+    assert dump(agent.pin) == before
 
 
 def test_entries_of_a_killed_agent_serve_until_the_next_one_has_confirmed_them(

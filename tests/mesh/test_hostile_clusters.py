@@ -24,6 +24,7 @@ from tests.support.node import (
     connect,
     have_wait,
     identity_of,
+    memory_mib,
     metric,
     missed_until,
     send_udp,
@@ -102,17 +103,13 @@ class Memory:
     """The agent's memory, from now on."""
 
     def __init__(self, agent: AgentProcess) -> None:
-        self._process = Path(f"/proc/{agent.pid}")
-        (self._process / "clear_refs").write_text("5")  # the most that it had is what it has
-        self._before = self._mib("VmRSS")
+        self._pid = agent.pid
+        Path(f"/proc/{agent.pid}/clear_refs").write_text("5")  # the most that it had is what it has
+        self._before = memory_mib(agent.pid)
 
     def assert_bounded(self) -> None:
         """At no time more than what it may have in addition."""
-        assert self._mib("VmHWM") < self._before + ROOM_MIB
-
-    def _mib(self, what: str) -> int:
-        lines = (self._process / "status").read_text(encoding="ascii").splitlines()
-        return int(next(line for line in lines if line.startswith(what)).split()[1]) >> 10
+        assert memory_mib(self._pid, "VmHWM") < self._before + ROOM_MIB
 
 
 def first_packets(lab: Lab, seconds: float) -> list[float]:

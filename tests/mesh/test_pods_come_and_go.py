@@ -12,7 +12,7 @@ import pytest
 
 from tests.support.etcd import wait_until
 from tests.support.lab import Lab
-from tests.support.node import filters, metric, programs, status
+from tests.support.node import filters, memory_mib, metric, programs, status
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -46,11 +46,10 @@ def attached_within(node: Namespace, name: str, timeout_s: float) -> float:
 def resources(agent: AgentProcess) -> dict[str, int]:
     """Count what a process can leak."""
     proc = Path(f"/proc/{agent.pid}")
-    words = dict(line.split(":", 1) for line in (proc / "status").read_text().splitlines())
     return {
         "descriptors": len(list((proc / "fd").iterdir())),
-        "threads": int(words["Threads"]),
-        "kilobytes": int(words["VmRSS"].split()[0]),
+        "threads": len(list((proc / "task").iterdir())),
+        "kilobytes": round(memory_mib(agent.pid) * 1024),
     }
 
 

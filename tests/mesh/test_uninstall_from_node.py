@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
-import subprocess
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import pytest
 
@@ -13,7 +12,7 @@ from lazymesh.datapath import libbpf
 from lazymesh.datapath.libbpf import MAP_TYPE_LPM_TRIE, Map, MapLayout
 from tests.support.etcd import wait_until
 from tests.support.lab import Lab, remote_address
-from tests.support.node import connect, filters, launched, options, pins
+from tests.support.node import connect, dump, filters, launched, options, pins
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -30,19 +29,12 @@ def lab() -> Iterator[Lab]:
         yield built
 
 
-def dump(cilium: Cilium) -> list[Any]:
-    """Return the bytes of Cilium's map as bpftool reads them, in the order of the keys."""
-    argv = ["bpftool", "--json", "map", "dump", "pinned", str(cilium.pin)]
-    rows = json.loads(subprocess.run(argv, check=True, capture_output=True, text=True).stdout)
-    return sorted([row["key"], row["value"]] for row in rows)
-
-
 def test_uninstall_leaves_no_trace(cilium: Cilium, lab: Lab) -> None:
     """Of an agent that was killed: programs, pins and exactly our entries go; it may be run twice."""
     peers = [remote_address(number) for number in range(5)]
     lab.publish_many(peers)
     cilium.upsert("10.2.7.7")
-    before, pinned, attached = dump(cilium), pins(lab), filters(lab.node_a)
+    before, pinned, attached = dump(cilium.pin), pins(lab), filters(lab.node_a)
     with launched(lab, *options(lab, datapath="cilium", policy=None)) as agent:
         agent.wait_ready()
         for peer in peers:
@@ -51,10 +43,10 @@ def test_uninstall_leaves_no_trace(cilium: Cilium, lab: Lab) -> None:
         assert (busy.returncode, busy.stdout) == (3, "")
         assert "stop it first" in busy.stderr
         agent.kill()
-    assert len(dump(cilium)) == len(before) + len(peers)
+    assert len(dump(cilium.pin)) == len(before) + len(peers)
     removed = json.loads(lab.cli("uninstall", "-o", "json").stdout)
     assert removed == {"entries": len(peers), "interfaces": ["eth0", "lxc0", "lxc1"], "pins": True}
-    assert dump(cilium) == before
+    assert dump(cilium.pin) == before
     assert pins(lab) == pinned
     assert filters(lab.node_a) == attached
     again = json.loads(lab.cli("uninstall", "-o", "json").stdout)
@@ -84,13 +76,13 @@ def test_standalone_agent_takes_out_what_its_life_beside_cilium_has_left(agent: 
     """Nobody would look after these entries any more."""
     peer = remote_address(20)
     lab.publish(peer)
-    before = dump(agent)
+    before = dump(agent.pin)
     with launched(lab, *options(lab, datapath="cilium", policy=None)) as beside:
         beside.wait_ready()
         assert connect(lab.pods[0].namespace, peer) is not None
         beside.kill()
-    assert dump(agent) != before
+    assert dump(agent.pin) != before
     with launched(lab, *options(lab, policy=None), "--cleanup") as alone:
         alone.wait_ready()
-        assert dump(agent) == before
+        assert dump(agent.pin) == before
         assert connect(lab.pods[0].namespace, peer, 0.2) is None, "Cilium decides by its own map"

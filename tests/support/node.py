@@ -82,14 +82,24 @@ def beside_cilium(lab: Lab, *argv: str, **changes: str | None) -> Iterator[Agent
         yield agent
 
 
-def raw_entries(lab: Lab, name: str = "lm_ipcache") -> dict[bytes, bytes]:
+def dump(pin: Path) -> dict[bytes, bytes]:
     """Return a map's keys and values as bpftool reads them from its pin."""
-    pin = lab.bpffs / "lazymesh" / name
-    text = subprocess.run(
-        ["bpftool", "--json", "map", "dump", "pinned", pin], check=True, capture_output=True, text=True
-    ).stdout
-    rows = json.loads(text or "[]")
+    argv = ["bpftool", "--json", "map", "dump", "pinned", pin]
+    rows = json.loads(subprocess.run(argv, check=True, capture_output=True, text=True).stdout or "[]")
     return {_bytes(row["key"]): _bytes(row["value"]) for row in rows if "value" in row}
+
+
+def raw_entries(lab: Lab, name: str = "lm_ipcache") -> dict[bytes, bytes]:
+    """Return the same of a map of ours."""
+    return dump(lab.bpffs / "lazymesh" / name)
+
+
+def memory_mib(pid: int, what: str = "VmRSS") -> float:
+    """Return what /proc/PID/status says of a process' memory, in MiB."""
+    found = re.search(rf"^{what}:\s+(\d+) kB", Path(f"/proc/{pid}/status").read_text("ascii"), re.MULTILINE)
+    if found is None:
+        raise RuntimeError(f"the kernel does not tell {what} of process {pid}")
+    return int(found[1]) / 1024
 
 
 def entries(lab: Lab) -> dict[str, MapEntry]:

@@ -15,7 +15,6 @@ import shutil
 import signal
 import time
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 from lazymesh.datapath.libbpf import Map
@@ -25,7 +24,7 @@ from tests.support.clockjump import ClockJump
 from tests.support.etcd import Authority, EtcdCluster, EtcdSettings, Role, cilium_roles, free_port
 from tests.support.lab import ETCD_PORT, OTHER_IDENTITY, SERVER_IDENTITY, AgentProcess, Lab, remote_address
 from tests.support.neighbour import Neighbour
-from tests.support.node import child_of, metric, options, pack_key, pack_value
+from tests.support.node import child_of, memory_mib, metric, options, pack_key, pack_value
 from tests.support.proxy import Proxy
 from tests.support.pulse import Pulse, Sender
 from tests.support.witness import Witness
@@ -252,9 +251,9 @@ class Soak:
         ]
 
     def _memory(self) -> dict[str, float]:
-        sizes = {"agent": resident(self.agent.pid)}
+        sizes = {"agent": memory_mib(self.agent.pid)}
         holder = child_of(self.agent.pid)
-        return sizes | ({"holder": resident(holder)} if holder else {})
+        return sizes | ({"holder": memory_mib(holder)} if holder else {})
 
     def _stop_agent(self) -> None:
         self.agent.stop()
@@ -582,9 +581,3 @@ def wait_for(check: Callable[[], object], what: str) -> None:
         if time.monotonic() > until:
             raise RuntimeError(f"{what}: not after {SETTLE_S:g} s")
         time.sleep(0.02)
-
-
-def resident(pid: int) -> float:
-    """Return how many MiB of memory a process has."""
-    lines = Path(f"/proc/{pid}/status").read_text(encoding="ascii").splitlines()
-    return next(int(line.split()[1]) for line in lines if line.startswith("VmRSS:")) / 1024
