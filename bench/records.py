@@ -7,16 +7,12 @@ import ipaddress
 import json
 from typing import TYPE_CHECKING
 
-from tests.support.node import OURS, pack_value
-
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
 POD_CIDR = "10.64.0.0/10"
 """The pods of cluster ``b`` that are there for the benchmarks; the lab's own are in 10.2.0.0/16."""
 IDENTITY, HOST = 131_073, "192.168.100.2"
-VALUES = frozenset(pack_value(IDENTITY, HOST, tag=tag) for tag in (OURS, bytes(2)))
-"""What the map may say of a pod: ours is tagged, the Go program's is not."""
 PUSHED, PULL_ONLY = "cilium/state/ip/v1/default/", "cilium/state/ip/v1/ondemand/"
 _FIRST = int(ipaddress.ip_address("10.64.0.5"))
 

@@ -142,8 +142,7 @@ struct lm_flow {
 
 /*
  * Value of lm_owned, the ownership journal, whose key is an ipcache_key. Written before the ipcache when an entry is
- * installed or replaced and after it when one is evicted. A line whose entry has no tag is of an agent that wrote none
- * into a map of its own: there `previous` may stand as well. Ours name what they replace for such an agent alone.
+ * installed or replaced and after it when one is evicted; `previous` covers a crash between the two writes.
  */
 struct lm_owned {
 	struct ipcache_entry entry;

@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
 from lazymesh.core.model import Entry, Reason, parse_address
-from lazymesh.datapath import abi
+from lazymesh.datapath.cilium import TAG
 from lazymesh.datapath.installer import Installer
 from lazymesh.datapath.libbpf import MAP_TYPE_HASH, Map, MapLayout
 from lazymesh.datapath.maps import Journal
@@ -31,7 +31,7 @@ IDENTITIES = (131_073, 131_074)
 KINDS: dict[str, tuple[Layout, int]] = {"v1": (V1, 1), "v2": (V2, 1), "v2-readonly": (V2, 129)}
 MOST = 3
 CLUSTER = 2
-_TAG_BYTES = struct.pack("=H", abi.TAG)
+_TAG_BYTES = struct.pack("=H", TAG)
 
 Table = dict[str, bytes]
 
@@ -42,7 +42,7 @@ class CiliumMap:
     def __init__(self, layout: Layout, flags: int, fuse: Fuse | None = None) -> None:
         self.raw = layout.create(64, flags)
         self.theirs: Table = {}
-        self.ours = MortalIpcache(self.raw, Path("/the/ipcache"), fuse or Fuse())
+        self.ours = MortalIpcache(self.raw, Path("/the/ipcache"), fuse or Fuse(), TAG)
 
     def read(self) -> Table:
         """Return everything that stands, by prefix."""

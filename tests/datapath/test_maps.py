@@ -143,10 +143,10 @@ class TestIpcache:
         entry = Entry(131_073, bytes.fromhex("ac120002"), 0, EntryFlag.HAS_TUNNEL_EP)
         six = Entry(131_073, bytes(16), 3, EntryFlag.HAS_TUNNEL_EP | EntryFlag.IPV6_TUNNEL_EP)
         ipcache.replace(B1, entry)
-        assert raw.lookup(abi.pack_address_key(B1)) == bytes.fromhex("01000200 ac120002 6c6d 00 00")
+        assert raw.lookup(abi.pack_address_key(B1)) == bytes.fromhex("01000200 ac120002 0000 00 00")
         assert ipcache.lookup(B1) == ipcache.as_read_back(entry) == Entry(131_073, entry.tunnel_endpoint)
         ipcache.replace(B1, six)
-        assert raw.lookup(abi.pack_address_key(B1)) == bytes.fromhex("01000200 00000000 6c6d 03 00")
+        assert raw.lookup(abi.pack_address_key(B1)) == bytes.fromhex("01000200 00000000 0000 03 00")
 
     @pytest.mark.parametrize(("value", "flags"), [(12, 1), (24, 1), (24, 129)])
     def test_tag_tells_ours_from_everybody_else_s(
@@ -154,15 +154,15 @@ class TestIpcache:
     ) -> None:
         """In the padding of either layout: an equal entry of somebody else's has none; nothing else differs."""
         raw = make_map(MAP_TYPE_LPM_TRIE, 24, value, flags=flags)
-        ipcache, pack = IpcacheMap(raw, HERE), abi.pack_entry_v1 if value == 12 else abi.pack_entry
-        assert ipcache.stands(B1) is None
-        assert ipcache.insert(B1, ENTRY)
-        read_back, packed = ipcache.as_read_back(ENTRY), raw.lookup(abi.pack_address_key(B1))
-        assert ipcache.stands(B1) == Standing(read_back, tagged=True)
-        assert packed == pack(ENTRY)[:-4] + b"lm" + pack(ENTRY)[-2:]
-        raw.update(abi.pack_address_key(B1), pack(ENTRY))
-        assert ipcache.stands(B1) == Standing(read_back, tagged=False)
-        assert ipcache.lookup(B1) == read_back
+        ours, theirs = IpcacheMap(raw, HERE, tag=0x6D6C), IpcacheMap(raw, HERE)
+        assert ours.stands(B1) is None
+        assert ours.insert(B1, ENTRY)
+        read_back = ours.as_read_back(ENTRY)
+        assert ours.stands(B1) == Standing(read_back, tagged=True)
+        assert theirs.lookup(B1) == ours.lookup(B1) == read_back
+        theirs.replace(B1, ENTRY)
+        assert ours.stands(B1) == Standing(read_back, tagged=False)
+        assert theirs.stands(B1) == Standing(read_back, tagged=False)
 
     @pytest.mark.parametrize(
         ("kind", "key", "value", "flags"),
@@ -213,25 +213,27 @@ class TestJournal:
     def test_line_comes_back_as_it_was_written(self, bench: Bench) -> None:
         """Written, replaced, struck out; twice does no harm."""
         journal = bench.datapath.journal
+        first, second = abi.OwnedEntry(ENTRY, ENTRY, 2), abi.OwnedEntry(OTHER, ENTRY, 3)
         for address in (B1, POD_B1.address(6)):
-            journal.write(address, ENTRY, 2)
-            journal.write(address, OTHER, 3)
-        second = abi.OwnedEntry(OTHER, 3)
+            journal.write(address, first)
+            journal.write(address, second)
         assert dict(journal.items()) == {B1: second, POD_B1.address(6): second}
+        assert journal.read(B1) == second
+        assert journal.read(B2) is None
         for _ in range(2):
             journal.remove(B1)
         assert dict(journal.items()) == {POD_B1.address(6): second}
 
     def test_more_lines_than_a_batch_come_back(self, bench: Bench) -> None:
         """A restarted agent adopts them all."""
+        line = abi.OwnedEntry(ENTRY, ENTRY, 2)
         for number in range(5_000):
-            bench.datapath.journal.write(pod_of_b(number).address(4), ENTRY, 2)
-        line = abi.OwnedEntry(ENTRY, 2)
+            bench.datapath.journal.write(pod_of_b(number).address(4), line)
         assert dict(bench.datapath.journal.items()) == {pod_of_b(n).address(4): line for n in range(5_000)}
 
     def test_foreign_keys_are_passed_over(self, bench: Bench) -> None:
         """A prefix, or a key of another cluster id, is no line of ours."""
-        value = abi.pack_owned(ENTRY, 2)
+        value = abi.pack_owned(abi.OwnedEntry(ENTRY, ENTRY, 2))
         bench.maps["lm_owned"].update(key_of("10.2.0.0/24"), value)
         bench.maps["lm_owned"].update(bytes(abi.IpcacheKey(prefixlen=64, cluster_id=1, family=1)), value)
         assert list(bench.datapath.journal.items()) == []
@@ -239,10 +241,11 @@ class TestJournal:
     def test_full_journal_says_so(self, make_map: Callable[..., Map]) -> None:
         """Before anything is written to the ipcache."""
         journal = Journal(make_map(MAP_TYPE_HASH, 24, 56, size=1, flags=0))
-        journal.write(B1, ENTRY, 2)
-        journal.write(B1, ENTRY, 2)
+        line = abi.OwnedEntry(ENTRY, ENTRY, 2)
+        journal.write(B1, line)
+        journal.write(B1, line)
         with pytest.raises(MapFullError, match="the ownership journal is full"):
-            journal.write(B2, ENTRY, 2)
+            journal.write(B2, line)
 
     def test_refused_writes_are_one_line(self, make_map: Callable[..., Map]) -> None:
         """A descriptor that is gone stands for every other failure."""
@@ -250,7 +253,7 @@ class TestJournal:
         journal = Journal(raw)
         raw.close()
         with pytest.raises(DatapathError, match="cannot write to the ownership journal: Bad file"):
-            journal.write(B1, ENTRY, 2)
+            journal.write(B1, abi.OwnedEntry(ENTRY, ENTRY, 2))
         with pytest.raises(DatapathError, match="cannot delete from the ownership journal: Bad file"):
             journal.remove(B1)
 

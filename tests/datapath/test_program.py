@@ -63,10 +63,11 @@ def test_second_load_uses_what_is_pinned(own_bpffs: Path) -> None:
     pins = Pins.under(own_bpffs)
     first = load(pins, SIZE)
     address, entry = POD_B1.address(4), Entry(131_073)
+    line = abi.OwnedEntry(entry, entry, 2)
     ipcache = open_own_ipcache(pins, SIZE)
     first.views.show([ipcache])
     ipcache.insert(address, entry)
-    first.journal.write(address, entry, 2)
+    first.journal.write(address, line)
     first.policy.apply([(Direction.EGRESS, 131_073)], [])
     first.config.write(DatapathConfig(rearm_s=3))
     assert run_packet(first.program(Direction.EGRESS)[1], Flow().udp(), repeat=5).verdict == TC_ACT_UNSPEC
@@ -79,7 +80,7 @@ def test_second_load_uses_what_is_pinned(own_bpffs: Path) -> None:
     again = open_own_ipcache(pins, SIZE)
     second.views.show([again])
     assert again.lookup(address) == entry
-    assert dict(second.journal.items()) == {address: abi.OwnedEntry(entry, 2)}
+    assert dict(second.journal.items()) == {address: line}
     assert second.policy.items() == {(Direction.EGRESS, 131_073)}
     assert second.config.read().rearm_ns == 3_000_000_000
     assert second.counters.read(Direction.EGRESS).hit == 5

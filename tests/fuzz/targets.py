@@ -338,9 +338,7 @@ def journal(data: bytes) -> None:
     raw = data[:104].ljust(104, b"\0")
     key, owned = raw[:24], raw[24:80]
     line = abi.unpack_owned(owned)
-    assert abi.unpack_owned(abi.pack_owned(line.entry, line.cluster_id)) == abi.OwnedEntry(
-        line.entry, line.cluster_id
-    )
+    assert abi.unpack_owned(abi.pack_owned(line)) == line
     with contextlib.suppress(ValueError):
         network, cluster_id = abi.unpack_key(key)
         again = abi.pack_network_key(network)

@@ -21,7 +21,6 @@ from tests.support.lab import (
     remote_address,
 )
 from tests.support.node import (
-    OURS,
     Misses,
     beside_cilium,
     connect,
@@ -41,6 +40,9 @@ if TYPE_CHECKING:
     from tests.support.namespaces import Namespace
 
 pytestmark = pytest.mark.needs("clang")
+
+_TAG = b"lm"
+"""In the padding of what lazymesh writes into Cilium's maps."""
 
 
 @pytest.fixture(scope="module")
@@ -83,7 +85,7 @@ def without_tag(value: bytes) -> bytes:
 
 def is_tagged(value: bytes) -> bool:
     """Tell whether lazymesh wrote it."""
-    return value[-4:-2] == OURS
+    return value[-4:-2] == _TAG
 
 
 @pytest.mark.parametrize("layout", ["v1", "v2"])

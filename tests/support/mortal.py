@@ -11,6 +11,7 @@ if TYPE_CHECKING:
     from pathlib import Path
 
     from lazymesh.core.model import Address, Entry
+    from lazymesh.datapath import abi
     from lazymesh.datapath.libbpf import Map
     from lazymesh.datapath.maps import Line
 
@@ -36,8 +37,8 @@ class Fuse:
 class MortalIpcache(IpcacheMap):
     """An ipcache whose writes may never happen; without ``honours`` also one of an old kernel."""
 
-    def __init__(self, bpf_map: Map, path: Path, fuse: Fuse, *, honours: bool = True) -> None:
-        super().__init__(bpf_map, path)
+    def __init__(self, bpf_map: Map, path: Path, fuse: Fuse, tag: int = 0, *, honours: bool = True) -> None:
+        super().__init__(bpf_map, path, tag)
         self._fuse, self._honours = fuse, honours
 
     def insert_many(self, lines: Iterable[Line]) -> list[bool]:
@@ -74,10 +75,15 @@ class MortalJournal(Journal):
         super().__init__(bpf_map)
         self._fuse = fuse
 
-    def _write(self, lines: list[tuple[bytes, bytes]]) -> None:
+    def write(self, address: Address, owned: abi.OwnedEntry) -> None:
+        """Add a line."""
+        self._fuse.write()
+        super().write(address, owned)
+
+    def write_many(self, lines: Iterable[Line]) -> None:
         """Add lines, all or none of them."""
         self._fuse.write()
-        super()._write(lines)
+        super().write_many(lines)
 
     def remove(self, address: Address) -> None:
         """Strike a line out."""

@@ -149,12 +149,9 @@ def pack_key(ip: str, bits: int | None = None) -> bytes:
     return struct.pack("=IHBB16s", length, 0, 0, family, address.packed)
 
 
-OURS = b"lm"
-
-
-def pack_value(identity: int, endpoint: str = "192.168.100.2", flags: int = 2, tag: bytes = b"\0\0") -> bytes:
-    """Return the value of an entry with an IPv4 endpoint; what lazymesh writes has OURS for a tag."""
-    return struct.pack("=I16s2sBB", identity, socket.inet_aton(endpoint), tag, 0, flags)
+def pack_value(identity: int, endpoint: str = "192.168.100.2", flags: int = 2) -> bytes:
+    """Return the value of an entry with an IPv4 endpoint."""
+    return struct.pack("=I16sHBB", identity, socket.inet_aton(endpoint), 0, 0, flags)
 
 
 def metric(agent: AgentProcess, name: str, **labels: str) -> float:

@@ -317,10 +317,6 @@ _MISS = struct.Struct("=IBBHI16sIQ")
 _DIRECTIONS = tuple(Direction)
 
 
-TAG = 0x6D6C
-"""``lm`` in memory: what our entries carry in their padding."""
-
-
 def pack_address_key(address: Address) -> bytes:
     """Return the key of one address at full length, cluster id 0."""
     if len(address) == 4:
@@ -367,10 +363,10 @@ def pack_entry_v1(entry: Entry, tag: int = 0) -> bytes:
     )
 
 
-def is_tagged(raw: bytes) -> bool:
-    """Tell whether a v1 or v2 value has our tag in its padding."""
+def tag_of_entry(raw: bytes) -> int:
+    """Return what stands in the padding of a v1 or v2 value."""
     layout = _ENTRY_V1 if len(raw) == _ENTRY_V1.size else _ENTRY
-    return bool(layout.unpack(raw)[2] == TAG)
+    return int(layout.unpack(raw)[2])
 
 
 def unpack_entry(raw: bytes) -> Entry:
@@ -385,26 +381,29 @@ def unpack_entry(raw: bytes) -> Entry:
 
 
 class OwnedEntry(Struct, frozen=True):
-    """One line of the journal: what we wrote, or were about to write."""
+    """One line of the journal: what we wrote, and what stood there of ours before."""
 
     entry: Entry
+    previous: Entry
     cluster_id: int
-    untagged: tuple[Entry, ...] = ()
-    """What is ours without the tag, in a map that nobody shares: of a version that had none there."""
+
+
+def pack_owned(owned: OwnedEntry) -> bytes:
+    """Return the journal's value."""
+    return _OWNED.pack(pack_entry(owned.entry), pack_entry(owned.previous), owned.cluster_id, 0, 0)
 
 
 @lru_cache(maxsize=64)  # pods of one node come together, and with equal entries
-def pack_owned(entry: Entry, cluster_id: int, previous: Entry | None = None) -> bytes:
-    """Return the journal's value. previous: what stands there of ours, for a version that knows no tag."""
-    packed = pack_entry(entry, TAG)
-    return _OWNED.pack(packed, pack_entry(previous, TAG) if previous else packed, cluster_id, 0, 0)
+def pack_owned_new(entry: Entry, cluster_id: int) -> bytes:
+    """Return the journal's value of an entry that replaces none."""
+    packed = pack_entry(entry)
+    return _OWNED.pack(packed, packed, cluster_id, 0, 0)
 
 
 def unpack_owned(raw: bytes) -> OwnedEntry:
     """Return the line in a journal's value."""
-    packed, previous, cluster_id, _, _ = _OWNED.unpack(raw)
-    entry = unpack_entry(packed)
-    return OwnedEntry(entry, cluster_id, () if is_tagged(packed) else (entry, unpack_entry(previous)))
+    entry, previous, cluster_id, _, _ = _OWNED.unpack(raw)
+    return OwnedEntry(unpack_entry(entry), unpack_entry(previous), cluster_id)
 
 
 class Signal(Struct, frozen=True, gc=False):

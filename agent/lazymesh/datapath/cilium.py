@@ -32,6 +32,8 @@ if TYPE_CHECKING:
 
 PINS = ("cilium_ipcache_v2", "cilium_ipcache")
 """Since 1.18, and before."""
+TAG = 0x6D6C
+"""``lm`` in memory: what our entries in Cilium's map carry in their padding (maps.IpcacheMap)."""
 _PREFIX = "cil_"
 """What Cilium itself knows its programs by."""
 _CALLS_MOST = 1_024
@@ -172,7 +174,7 @@ def take_out_ours(bpffs: Path, read: Iterable[int] = ()) -> int:
         with contextlib.suppress(FileNotFoundError), contextlib.closing(Map.by_id(map_id)) as opened:
             if view_of(opened.layout) is None:
                 continue
-            ipcache = IpcacheMap(opened, pins_directory(bpffs))
+            ipcache = IpcacheMap(opened, pins_directory(bpffs), TAG)
             for address in list(ipcache.tagged()):
                 standing = ipcache.stands(address)
                 if standing is not None and standing.tagged:

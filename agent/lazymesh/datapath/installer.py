@@ -3,9 +3,9 @@
 Order of writes: journal, then ipcache when an entry is installed or replaced; ipcache, then journal when it is evicted.
 A journal line therefore always covers what the map may hold of ours, and ``adopt`` sorts it out after a crash.
 
-An entry is ours while it carries our tag: Cilium's agent, or whoever else writes, may write the very same value at any
-moment. While Cilium restarts there are several maps: the first is the new one, which the journal is about; older ones
-get the same entries, and go when their last program does.
+In a map of our own an entry is ours while it is what the journal says. In Cilium's, whose agent may write the very same
+value at any moment, it is ours while it carries our tag. While Cilium restarts there are several maps: the first is the
+new one, which the journal is about; older ones get the same entries, and go when their last program does.
 """
 
 from __future__ import annotations
@@ -15,20 +15,20 @@ from typing import TYPE_CHECKING
 from lazymesh.core.identities import WORLD_IDENTITIES, is_peer
 from lazymesh.core.model import Reason, with_tunnel_flags
 from lazymesh.datapath import abi
+from lazymesh.datapath.abi import OwnedEntry
 from lazymesh.errors import DatapathError, MapFullError
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence
 
     from lazymesh.core.model import Address, Entry
-    from lazymesh.datapath.abi import OwnedEntry
     from lazymesh.datapath.maps import IpcacheMap, Journal, Standing
 
 
 class Installer:
     """Installs and evicts our entries.
 
-    shared: the maps are Cilium's, and who finds one of its peers there has found an answer.
+    shared: the maps are Cilium's too, and our entries in them are tagged.
     honours_noexist: what ``kernel_honours_noexist`` found. Without it an insert is guarded by a lookup, which cannot
     see an exact entry behind an equal answer of a shorter prefix, so everything that is not world is taken for one.
     """
@@ -66,8 +66,8 @@ class Installer:
         """Take over the journal of an earlier life; yield address, entry and cluster id of what still stands.
 
         What stands in an old map only is carried over: Cilium may have started again while we did not run. A line whose
-        entry is gone, or was replaced by somebody else's, is struck out. What no line stands for is taken out of the
-        maps: it would be kept true by nobody.
+        entry is gone, or was replaced by somebody else's, is struck out. Cilium's maps are cleared of what no line
+        stands for: it would be kept true by nobody.
         """
         for address, line in list(self._journal.items()):
             standing = self._main.stands(address)
@@ -75,8 +75,6 @@ class Installer:
                 entry = (
                     line.entry if self._main.as_read_back(line.entry) == standing.entry else standing.entry
                 )
-                if line.untagged and not self._tag(address, standing, entry, line.cluster_id):
-                    continue
                 self._owned[address] = (entry, line.cluster_id)
                 self._bring_back(address, with_tunnel_flags(entry))
                 yield address, entry, line.cluster_id
@@ -87,26 +85,13 @@ class Installer:
                 yield address, with_tunnel_flags(line.entry), line.cluster_id
             else:
                 self._journal.remove(address)
-        for ipcache in self._maps:
+        for ipcache in self._maps if self._shared else ():
             for address in list(ipcache.tagged()):
                 if address not in self._owned and address not in self._beside:
                     self.withdraw(ipcache, address)
 
-    def _tag(self, address: Address, standing: Standing, entry: Entry, cluster_id: int) -> bool:
-        """Have what a version without tags has left carry one; if the kernel refuses it goes, and may be missed."""
-        try:
-            # First the map: a line without a tag stands for an entry with one as well.
-            if not standing.tagged:
-                self._main.replace(address, entry)
-            self._journal.write(address, entry, cluster_id)
-        except DatapathError:
-            self._main.delete(address)
-            self._journal.remove(address)
-            return False
-        return True
-
     def has_leftovers(self) -> bool:
-        """Tell whether an earlier life has left an entry of ours in the maps, with or without a journal."""
+        """Tell whether an earlier life has left an entry of ours in Cilium's maps, with or without a journal."""
         return any(True for ipcache in self._maps for _ in ipcache.tagged())
 
     def use(self, maps: Sequence[IpcacheMap]) -> None:
@@ -124,7 +109,7 @@ class Installer:
 
     @staticmethod
     def withdraw(ipcache: IpcacheMap, address: Address) -> None:
-        """Take our entry out of a map where nobody would keep it true."""
+        """Take our entry out of a map of Cilium's that does not count any more: nobody would keep it true."""
         if _is_tagged(ipcache, address):
             ipcache.delete(address)
 
@@ -148,6 +133,7 @@ class Installer:
         """Do as ``install`` for several addresses, each of them once; returns why not, or None, for each.
 
         What is new goes into the journal together, and then into the map; what that does not settle, one by one.
+        Nothing is looked up before: an address has missed before it gets an entry, so the programs have looked.
         """
         if not self._honours_noexist or len(self._maps) > 1 or self.crowded:
             return [self.install(*each) for each in installs]
@@ -169,7 +155,7 @@ class Installer:
         """Remove our entry if it still is what we wrote; True when it was."""
         self._take_back(address)
         self._beside.discard(address)
-        ours = _is_tagged(self._main, address)
+        ours = self._is_ours(address, self._main.stands(address))
         if ours:
             self._main.delete(address)
         self._forget(address)
@@ -179,7 +165,7 @@ class Installer:
         """Tell whether an entry of ours is not there any more: removed, or written over by the map's owner."""
         if address in self._beside:
             return len(self._maps) == 1
-        return address in self._owned and not _is_tagged(self._main, address)
+        return address in self._owned and not self._is_ours(address, self._main.stands(address))
 
     def forget(self, address: Address) -> None:
         """Give up an entry that is lost."""
@@ -189,16 +175,17 @@ class Installer:
     def _insert(self, address: Address, entry: Entry, cluster_id: int) -> bool:
         if self.crowded:
             raise MapFullError("the ipcache map is nearly full, and what is left of it is Cilium's")
-        self._journal.write(address, entry, cluster_id)
+        self._journal.write(address, OwnedEntry(entry, entry, cluster_id))
         return self._main.insert(address, entry)
 
     def _put(self, address: Address, entry: Entry, cluster_id: int) -> Reason | None:
         standing = self._main.stands(address)
         try:
-            if standing is not None and standing.tagged:
-                self._journal.write(address, entry, cluster_id, standing.entry)
+            if self._is_ours(address, standing):
+                previous = standing.entry if standing else entry
+                self._journal.write(address, OwnedEntry(entry, previous, cluster_id))
                 self._main.replace(address, entry)
-            elif self._is_foreign(standing) or not self._insert(address, entry, cluster_id):
+            elif self._is_foreign(standing, entry) or not self._insert(address, entry, cluster_id):
                 self._forget(address)
                 return self._whose(address)
         except MapFullError:
@@ -220,7 +207,7 @@ class Installer:
             if standing is not None and standing.tagged:
                 ipcache.replace(address, entry)
                 return True
-            return not self._is_foreign(standing) and ipcache.insert(address, entry)
+            return not self._is_foreign(standing, entry) and ipcache.insert(address, entry)
         except DatapathError:  # it costs what it did before
             return False
 
@@ -236,14 +223,26 @@ class Installer:
         for ipcache in self._maps[1:]:
             self.withdraw(ipcache, address)
 
-    def _is_of_line(self, standing: Standing, line: OwnedEntry) -> bool:
-        return standing.tagged or (not self._shared and standing.entry in line.untagged)
+    def _is_ours(self, address: Address, standing: Standing | None) -> bool:
+        if standing is None or self._shared:
+            return standing is not None and standing.tagged
+        mine = self._owned.get(address)
+        return mine is not None and standing.entry == self._main.as_read_back(mine[0])
 
-    def _is_foreign(self, standing: Standing | None) -> bool:
-        """Tell whether the answer that stands belongs to somebody else, as far as a lookup can say."""
-        if standing is None or standing.tagged or self._honours_noexist:
+    def _is_of_line(self, standing: Standing, line: OwnedEntry) -> bool:
+        return standing.tagged if self._shared else standing.entry in (line.entry, line.previous)
+
+    def _is_foreign(self, standing: Standing | None, entry: Entry) -> bool:
+        """Tell whether the answer that stands belongs to somebody else, as far as a lookup can say.
+
+        In our own map one that equals ours must not get a line in the journal, not even for a moment: after a crash in
+        that moment we would take it for ours.
+        """
+        if standing is None or standing.tagged:
             return False
-        return standing.entry.identity not in WORLD_IDENTITIES
+        if not self._shared and standing.entry == entry:
+            return True
+        return not self._honours_noexist and standing.entry.identity not in WORLD_IDENTITIES
 
     def _whose(self, address: Address) -> Reason:
         standing = self._main.stands(address)
@@ -252,7 +251,7 @@ class Installer:
 
     def _settle(self, address: Address) -> None:
         """After a failed write: keep the line of an entry that still stands, strike out any other."""
-        if not _is_tagged(self._main, address):
+        if not self._is_ours(address, self._main.stands(address)):
             self._forget(address)
 
     def _forget(self, address: Address) -> None:

@@ -126,13 +126,14 @@ def make_view(view: View, name: str) -> Map:
 class IpcacheMap:
     """An ipcache map of Cilium's layout, v1 or v2.
 
-    What is written here carries our tag in the value's padding, which every reader passes over. What carries it is
-    ours, and still what we wrote: every other writer, Cilium's agent first of all, leaves zero there.
+    tag: written into the values' padding, which every reader passes over, by those who share the map with Cilium. What
+    carries it is ours, and still what we wrote: Cilium's writer leaves zero there. 0: no tag, the map is our own.
     """
 
-    def __init__(self, bpf_map: Map, path: Path, *, read_only: bool = False) -> None:
+    def __init__(self, bpf_map: Map, path: Path, tag: int = 0, *, read_only: bool = False) -> None:
         self._map = bpf_map
         self._path = path
+        self._tag = tag
         self._packed_last: Entry | None = None
         self._packed = b""
         self.on_change: Callable[[], None] = lambda: None
@@ -152,14 +153,14 @@ class IpcacheMap:
         self.map_id = bpf_map.map_id
 
     @classmethod
-    def pinned(cls, path: Path, *, read_only: bool = False) -> IpcacheMap:
+    def pinned(cls, path: Path, tag: int = 0, *, read_only: bool = False) -> IpcacheMap:
         """Open the pinned map and check its layout; read_only: of whatever flags."""
-        return cls(open_map(path), path, read_only=read_only)
+        return cls(open_map(path), path, tag, read_only=read_only)
 
     @classmethod
-    def by_id(cls, map_id: int) -> IpcacheMap:
+    def by_id(cls, map_id: int, tag: int = 0) -> IpcacheMap:
         """Open a map that has no pin, or may have lost it; FileNotFoundError when it is gone."""
-        return cls(Map.by_id(map_id), Path(f"map {map_id}"))
+        return cls(Map.by_id(map_id), Path(f"map {map_id}"), tag)
 
     @property
     def fd(self) -> int:
@@ -178,7 +179,7 @@ class IpcacheMap:
     def stands(self, address: Address) -> Standing | None:
         """Return the same answer, and whether it is tagged."""
         raw = self._map.lookup(abi.pack_address_key(address))
-        return None if raw is None else _standing(raw)
+        return None if raw is None else self._standing(raw)
 
     def as_read_back(self, entry: Entry) -> Entry:
         """Return what a lookup would say of an entry: v1 has no bits for tunnels, and only IPv4 endpoints."""
@@ -187,12 +188,12 @@ class IpcacheMap:
     def items(self) -> Iterator[tuple[Network, int, Standing]]:
         """Yield prefix, cluster id and what stands there, for everything in the map."""
         for key, value in self._map.items():
-            yield *abi.unpack_key(key), _standing(value)
+            yield *abi.unpack_key(key), self._standing(value)
 
     def tagged(self) -> Iterator[Address]:
         """Yield the addresses whose entries carry our tag: a look at everything in the map."""
         for key, value in self._map.items():
-            if abi.is_tagged(value) and (address := abi.address_of_key(key)) is not None:
+            if abi.tag_of_entry(value) == self._tag and (address := abi.address_of_key(key)) is not None:
                 yield address
 
     def count(self) -> int:
@@ -224,11 +225,14 @@ class IpcacheMap:
         self.on_change()
         return deleted
 
+    def _standing(self, raw: bytes) -> Standing:
+        return Standing(abi.unpack_entry(raw), self._tag != 0 and abi.tag_of_entry(raw) == self._tag)
+
     def _pack(self, entry: Entry) -> bytes:
         # Pods of one node come together, and with one and the same entry.
         if entry is not self._packed_last:
             pack = abi.pack_entry_v1 if self.view is View.V1 else abi.pack_entry
-            self._packed, self._packed_last = pack(entry, abi.TAG), entry
+            self._packed, self._packed_last = pack(entry, self._tag), entry
         return self._packed
 
     def _update(self, key: bytes, entry: Entry, flags: int) -> bool:
@@ -244,7 +248,7 @@ class IpcacheMap:
 
 
 Line = tuple[bytes, Entry, int]
-"""What the journal says of an entry: key of the address, entry, cluster id."""
+"""What the journal is to say of a new entry: key of the address, entry, cluster id."""
 
 
 class Standing(Struct, frozen=True, gc=False):
@@ -253,10 +257,6 @@ class Standing(Struct, frozen=True, gc=False):
     entry: Entry
     tagged: bool
     """It carries our tag, so it is exactly this address' own, and ours."""
-
-
-def _standing(raw: bytes) -> Standing:
-    return Standing(abi.unpack_entry(raw), abi.is_tagged(raw))
 
 
 class Views:
@@ -344,17 +344,24 @@ class Journal:
             if address is not None:
                 yield address, abi.unpack_owned(value)
 
-    def write(self, address: Address, entry: Entry, cluster_id: int, previous: Entry | None = None) -> None:
-        """Add or replace a line (as abi.pack_owned); MapFullError when there is no room."""
-        self._write([(abi.pack_address_key(address), abi.pack_owned(entry, cluster_id, previous))])
+    def read(self, address: Address) -> abi.OwnedEntry | None:
+        """Return the line of one address."""
+        raw = self._map.lookup(abi.pack_address_key(address))
+        return None if raw is None else abi.unpack_owned(raw)
+
+    def write(self, address: Address, owned: abi.OwnedEntry) -> None:
+        """Add or replace a line; MapFullError when there is no room."""
+        try:
+            self._map.update(abi.pack_address_key(address), abi.pack_owned(owned))
+        except OSError as exc:
+            if exc.errno in _FULL:
+                raise MapFullError("the ownership journal is full") from exc
+            raise DatapathError(f"cannot write to the ownership journal: {exc.strerror}") from exc
 
     def write_many(self, lines: Iterable[Line]) -> None:
-        """Add or replace lines of new entries; MapFullError when there is no room."""
-        self._write([(key, abi.pack_owned(entry, number)) for key, entry, number in lines])
-
-    def _write(self, lines: list[tuple[bytes, bytes]]) -> None:
+        """Add or replace the lines of new entries; MapFullError when there is no room."""
         try:
-            self._map.update_many(lines)
+            self._map.update_many([(key, abi.pack_owned_new(entry, number)) for key, entry, number in lines])
         except OSError as exc:
             if exc.errno in _FULL:
                 raise MapFullError("the ownership journal is full") from exc

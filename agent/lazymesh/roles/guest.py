@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 import structlog
 
 from lazymesh.core.ipcaches import ROOM_EVERY_S, Arrangement
-from lazymesh.datapath.cilium import pinned_ipcaches, pins_directory
+from lazymesh.datapath.cilium import TAG, pinned_ipcaches, pins_directory
 from lazymesh.datapath.maps import IpcacheMap
 from lazymesh.errors import DatapathError
 from lazymesh.roles.ipcaches import describe_map
@@ -261,7 +261,7 @@ class GuestIpcaches:
             for map_id in map_ids:
                 # A map may go with its last program while we look.
                 with contextlib.suppress(FileNotFoundError):
-                    maps.append(opened.get(map_id) or IpcacheMap.by_id(map_id))
+                    maps.append(opened.get(map_id) or IpcacheMap.by_id(map_id, TAG))
         except DatapathError:
             for one in maps:
                 if one.map_id not in opened:

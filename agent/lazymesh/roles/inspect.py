@@ -7,8 +7,8 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from lazymesh.core.model import format_address, parse_address
-from lazymesh.datapath.cilium import pinned_ipcaches
-from lazymesh.datapath.maps import IpcacheMap
+from lazymesh.datapath.cilium import TAG, pinned_ipcaches
+from lazymesh.datapath.maps import IpcacheMap, Journal, open_map
 from lazymesh.datapath.pins import IPCACHE, Pins
 from lazymesh.errors import SettingsError
 
@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from pathlib import Path
 
     from lazymesh.core.model import Address
+    from lazymesh.datapath.abi import OwnedEntry
     from lazymesh.datapath.maps import Standing
 
 
@@ -37,11 +38,17 @@ class Row:
 
 
 class IpcacheView:
-    """A look at the map that lazymesh serves, or would: its own, or the running Cilium agent's."""
+    """A look at the map that lazymesh serves, or would: its own, or the running Cilium agent's.
 
-    def __init__(self, ipcache: IpcacheMap, stale: Collection[str] = ()) -> None:
-        """Stale: addresses of which an agent says so."""
+    In our own map an entry is ours while it is what the journal says, in Cilium's while it carries our tag.
+    """
+
+    def __init__(
+        self, ipcache: IpcacheMap, journal: Journal | None = None, stale: Collection[str] = ()
+    ) -> None:
+        """Journal: of our own map; None: the map is Cilium's. Stale: addresses of which an agent says so."""
         self._ipcache = ipcache
+        self._journal = journal
         self._stale = {parse_address(text) for text in stale}
 
     @classmethod
@@ -51,15 +58,16 @@ class IpcacheView:
         if not os.access(pins.path(IPCACHE), os.F_OK) and (pinned := pinned_ipcaches(bpffs)):
             # Each start of an agent makes a new map, and ids count up: the youngest is the running agent's.
             path = max(pinned, key=pinned.__getitem__)
-            return cls(IpcacheMap.pinned(path, read_only=True), stale)
-        return cls(IpcacheMap.pinned(pins.path(IPCACHE)), stale)
+            return cls(IpcacheMap.pinned(path, TAG, read_only=True), None, stale)
+        return cls(IpcacheMap.pinned(pins.path(IPCACHE)), Journal(open_map(pins.path("lm_owned"))), stale)
 
     def rows(self) -> Iterator[Row]:
         """Yield every entry in the map's order."""
+        lines = {} if self._journal is None else dict(self._journal.items())
         for network, cluster_id, standing in self._ipcache.items():
             address = network.network_address.packed if network.num_addresses == 1 else None
             prefix = f"{network}@{cluster_id}" if cluster_id else str(network)
-            yield self._row(prefix, standing, address)
+            yield self._row(prefix, standing, lines.get(address) if address else None, address)
 
     def get(self, text: str) -> Row | None:
         """Return the longest-prefix answer for an address; SettingsError if the text is none."""
@@ -68,10 +76,14 @@ class IpcacheView:
         except ValueError as exc:
             raise SettingsError(f"{text!r} is no IP address") from exc
         standing = self._ipcache.stands(address)
-        return None if standing is None else self._row(format_address(address), standing, address)
+        if standing is None:
+            return None
+        line = self._journal.read(address) if self._journal else None
+        return self._row(format_address(address), standing, line, address)
 
-    def _row(self, prefix: str, standing: Standing, address: Address | None) -> Row:
-        entry, ours = standing.entry, standing.tagged
+    def _row(self, prefix: str, standing: Standing, line: OwnedEntry | None, address: Address | None) -> Row:
+        entry = standing.entry
+        ours = standing.tagged or (line is not None and entry in (line.entry, line.previous))
         endpoint = format_address(entry.tunnel_endpoint) if entry.tunnel_endpoint else "0.0.0.0"  # noqa: S104
         owner = "lazymesh" if ours else "other"
         stale = ours and address in self._stale

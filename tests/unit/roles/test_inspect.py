@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, cast
 import pytest
 
 from lazymesh.core.model import Address, Entry, Network, parse_address
+from lazymesh.datapath.abi import OwnedEntry
 from lazymesh.datapath.maps import Standing
 from lazymesh.errors import SettingsError
 from lazymesh.roles.inspect import IpcacheView
@@ -15,9 +16,10 @@ from lazymesh.roles.inspect import IpcacheView
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
-    from lazymesh.datapath.maps import IpcacheMap
+    from lazymesh.datapath.maps import IpcacheMap, Journal
 
 OURS, THEIRS = Entry(131_073, parse_address("172.18.0.2"), 0, 2), Entry(2)
+IP, OTHER = parse_address("10.2.0.5"), parse_address("fd00::5")
 
 
 class FakeMap:
@@ -42,31 +44,52 @@ class FakeMap:
         return None if entry is None else Standing(entry, tagged=False)
 
 
-def view(entries: dict[str, Entry], cluster_id: int = 0) -> IpcacheView:
+class FakeJournal(dict[Address, OwnedEntry]):
+    """Lines by address."""
+
+    def read(self, address: Address) -> OwnedEntry | None:
+        """Return a line."""
+        return self.get(address)
+
+
+def view(entries: dict[str, Entry], lines: dict[Address, OwnedEntry], cluster_id: int = 0) -> IpcacheView:
     """Return a view of fakes."""
-    return IpcacheView(cast("IpcacheMap", FakeMap(entries, cluster_id)))
+    fake = cast("IpcacheMap", FakeMap(entries, cluster_id))
+    return IpcacheView(fake, cast("Journal", FakeJournal(lines)))
 
 
-def test_entry_is_ours_while_it_is_tagged() -> None:
-    """There is no journal that is asked: the value says it, in whosever map."""
-    rows = view({"10.2.0.5/32": Entry(131_073, encrypt_key=9), "10.2.0.6/32": OURS}).rows()
-    assert [(row.prefix, row.owner) for row in rows] == [
-        ("10.2.0.5/32", "lazymesh"),
-        ("10.2.0.6/32", "other"),
-    ]
+def test_entry_is_ours_while_it_is_what_the_journal_says() -> None:
+    """The line before a replacement counts too; a stranger's entry under our line is the stranger's."""
+    lines = {IP: OwnedEntry(OURS, THEIRS, 2)}
+    for entry, owner in ((OURS, "lazymesh"), (THEIRS, "lazymesh"), (Entry(77), "other")):
+        (row,) = view({"10.2.0.5/32": entry}, lines).rows()
+        assert (row.prefix, row.owner) == ("10.2.0.5/32", owner)
+
+
+def test_entry_in_the_map_of_cilium_is_ours_while_it_is_tagged() -> None:
+    """There is no journal that could be asked: the value says it."""
+    entries = {"10.2.0.5/32": Entry(131_073, encrypt_key=9), "10.2.0.6/32": OURS}
+    rows = IpcacheView(cast("IpcacheMap", FakeMap(entries))).rows()
+    assert [row.owner for row in rows] == ["lazymesh", "other"]
+
+
+def test_prefixes_are_never_ours() -> None:
+    """Not even one that starts with an address of ours."""
+    (row,) = view({"10.2.0.0/24": OURS}, {parse_address("10.2.0.0"): OwnedEntry(OURS, OURS, 2)}).rows()
+    assert row.owner == "other"
 
 
 def test_cluster_id_of_a_key_is_shown() -> None:
     """As Cilium does, behind an @."""
-    (row,) = view({"10.2.0.0/24": OURS}, 7).rows()
+    (row,) = view({"10.2.0.0/24": OURS}, {}, 7).rows()
     assert row.prefix == "10.2.0.0/24@7"
 
 
 def test_get_asks_as_the_datapath_does() -> None:
     """Text that is no address is wrong usage."""
-    row = view({"fd00::5/128": THEIRS}).get("fd00:0::5")
+    row = view({"fd00::5/128": THEIRS}, {}).get("fd00:0::5")
     assert row is not None
     assert (row.prefix, row.tunnel_endpoint) == ("fd00::5", "0.0.0.0")
-    assert view({}).get("10.2.0.5") is None
+    assert view({}, {}).get("10.2.0.5") is None
     with pytest.raises(SettingsError):
-        view({}).get("host")
+        view({}, {}).get("host")
