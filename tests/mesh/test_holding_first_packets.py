@@ -256,7 +256,7 @@ def audit(lab: Lab) -> list[dict[str, object]]:
 
 
 def test_status_shows_that_packets_are_held(lab: Lab, agent: AgentProcess) -> None:
-    """In the object and on the screen. (What is wrong, for the exit code, may be what another test has done.)"""
+    """In the object and on the screen; what is wrong, for the exit code, may be what another test has done."""
     assert status(lab)["datapath"]["holding"] == "on"
     assert "Holding:    on\n" in lab.cli("status", check=False).stdout
 

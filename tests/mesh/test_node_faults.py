@@ -23,6 +23,7 @@ from tests.support.node import (
     entries,
     filters,
     identity_of,
+    is_alive,
     launched,
     metric,
     missed_until,
@@ -174,7 +175,7 @@ def test_killed_agent_takes_its_loader_along(lab: Lab) -> None:
         os.kill(loader, signal.SIGSTOP)  # so that it cannot end by itself
         try:
             agent.kill()
-            wait_until(lambda: not _is_alive(loader), 5, "the loader's end")
+            wait_until(lambda: not is_alive(loader), 5, "the loader's end")
         finally:
             with contextlib.suppress(ProcessLookupError):
                 os.kill(loader, signal.SIGKILL)
@@ -188,13 +189,6 @@ def _loader(parent: int) -> int | None:
             if int(stat[1]) == parent and "libbcc" in (path / "maps").read_text(encoding="ascii"):
                 return int(path.name)
     return None
-
-
-def _is_alive(pid: int) -> bool:
-    try:
-        return "State:\tZ" not in Path(f"/proc/{pid}/status").read_text(encoding="ascii")
-    except OSError:
-        return False
 
 
 def test_torn_off_programs_come_back_and_known_peers_notice_nothing(lab: Lab) -> None:

@@ -13,8 +13,9 @@ from typing import TYPE_CHECKING
 import pytest
 
 from tests.support.docs import blocks, marks, shell
+from tests.support.etcd import wait_until
 from tests.support.lab import Lab, remote_address
-from tests.support.node import connect, pins
+from tests.support.node import connect, is_alive, pins
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -60,6 +61,7 @@ def test_blocks_of_a_node_run(lab: Lab) -> None:
         pid for pid in lab.node_a.pids() if b"\0agent\0" in Path(f"/proc/{pid}/cmdline").read_bytes()
     )
     subprocess.run(["kill", "-KILL", str(agent)], check=True)
+    wait_until(lambda: not is_alive(agent), what="the agent's end")  # it holds its pins until then
     for _, text in without:
         shell(text, lab.node_a.command(), env)
     assert pins(lab) == []

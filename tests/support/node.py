@@ -94,6 +94,14 @@ def raw_entries(lab: Lab, name: str = "lm_ipcache") -> dict[bytes, bytes]:
     return dump(lab.bpffs / "lazymesh" / name)
 
 
+def is_alive(pid: int) -> bool:
+    """Tell whether a process has not ended, files closed and all, whether or not anybody has asked how."""
+    try:
+        return "State:\tZ" not in Path(f"/proc/{pid}/status").read_text(encoding="ascii")
+    except OSError:
+        return False
+
+
 def memory_mib(pid: int, what: str = "VmRSS") -> float:
     """Return what /proc/PID/status says of a process' memory, in MiB."""
     found = re.search(rf"^{what}:\s+(\d+) kB", Path(f"/proc/{pid}/status").read_text("ascii"), re.MULTILINE)
