@@ -194,8 +194,13 @@ class Driver:
             for report, _ in reports:
                 if report.outcome in _GOOD and not report.cached:
                     self.installed(report.addresses)
+        ends: dict[tuple[str, bool], int] = {}
         for report, at in reports:
+            end = report.outcome, report.cached
+            ends[end] = ends.get(end, 0) + len(report.addresses)
             self._report(report, at)
+        for (outcome, cached), count in ends.items():
+            self._metrics.outcomes.labels(outcome, "yes" if cached else "no").inc(count)
 
     def _change_watch(self, command: events.Watch | events.Unwatch) -> None:
         link = self._links.get(command.cluster)
@@ -253,13 +258,11 @@ class Driver:
             link.read(command)
 
     def _report(self, report: events.Report, at: float) -> None:
-        metrics, count = self._metrics, len(report.addresses)
-        metrics.outcomes.labels(report.outcome, "yes" if report.cached else "no").inc(count)
         if report.reason is not None and report.outcome != "evicted":
-            metrics.errors.labels(report.reason.value).inc(count)
+            self._metrics.errors.labels(report.reason.value).inc(len(report.addresses))
         waited = [at - missed_at for missed_at in report.missed_at if missed_at is not None]
         if waited and not report.cached:
-            metrics.duration.observe(report.outcome, waited)
+            self._metrics.duration.observe(report.outcome, waited)
         if self.publish is not None:
             self._publish(report, at, self.publish)
         if report.reason in _REFUSALS:
