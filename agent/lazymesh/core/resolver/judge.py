@@ -48,19 +48,17 @@ class Judge:
     """This node's own addresses; the shell's, too."""
 
     def verdict(
-        self, value: bytes, address: Address, cluster: ClusterInfo, judged: Judged | None = None
+        self, value: bytes, address: Address, cluster: ClusterInfo, judged: Judged
     ) -> IpRecord | Refusal:
         """Return the record if it may be installed, else why not.
 
-        judged: of those who judge many at one moment. Pods of one node come together, and their records are equal but
-        for the address: they are judged once.
+        judged: what was judged at this very moment, of this cluster. Pods of one node come together, and their records
+        are equal but for the address: they are judged once.
         """
         try:
             record = decode_pair(value, address)
         except RecordError as error:
             return Refusal(error.reason, error.detail)
-        if judged is None:
-            return self._verdict(record, cluster)
         known = judged.get(id(record))
         if known is None:
             known = judged[id(record)] = record, self._verdict(record, cluster)
