@@ -100,6 +100,8 @@ def client_context(config: EtcdConfig) -> ssl.SSLContext:
     context = ssl.create_default_context(cafile=config.ca_file)
     # Go's servers, and Cilium's certificates, are not that strict.
     context.verify_flags &= ~ssl.VERIFY_X509_STRICT
+    # What is sent must never have to wait for what is received; nothing that speaks HTTP/2 may renegotiate (RFC 9113).
+    context.options |= ssl.OP_NO_RENEGOTIATION
     context.set_alpn_protocols(["h2"])
     if config.cert_file:
         # The password keeps OpenSSL from asking at the terminal for the one of an encrypted key.

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, NamedTuple
 
 from lazymesh.kvstore.certificate import client_context
 from lazymesh.kvstore.channel import Code, RpcError
+from lazymesh.kvstore.tls import TlsStream
 from lazymesh.kvstore.wire import Exchange, ProtocolError, Wire, request_head
 
 if TYPE_CHECKING:
@@ -49,6 +50,9 @@ class NativeChannel(asyncio.BufferedProtocol):
         self._wire = Wire(max_message_bytes)
         self._transport: asyncio.Transport | None = None
         self._loop = asyncio.get_running_loop()
+        self._tls: TlsStream | None = None
+        self._sealed = memoryview(b"")
+        """Where bytes arrive that TLS has to open first."""
         self._buffer = memoryview(bytearray(BUFFER))
         self._filled = 0
         self._settled: asyncio.Future[None] = self._loop.create_future()
@@ -74,13 +78,11 @@ class NativeChannel(asyncio.BufferedProtocol):
         """Connect, shake hands, and wait for the server's first frame."""
         try:
             async with asyncio.timeout(timeout_s):
-                tls = client_context(self._config) if self._config.tls else None
+                if self._config.tls:
+                    self._tls = TlsStream(client_context(self._config), self._endpoint.host)
+                    self._sealed = memoryview(bytearray(BUFFER))
                 await self._loop.create_connection(
-                    lambda: self,
-                    self._endpoint.dial_host,
-                    self._endpoint.port,
-                    ssl=tls,
-                    server_hostname=self._endpoint.host if tls else None,
+                    lambda: self, self._endpoint.dial_host, self._endpoint.port
                 )
                 await self._settled
         except TimeoutError as exc:
@@ -151,15 +153,24 @@ class NativeChannel(asyncio.BufferedProtocol):
         self._transport = transport
         if self._wire.closing:
             transport.abort()
-        else:
+        elif self._tls is None:
             self._flush()
+        else:
+            self._shake_hands(self._tls)
 
     def get_buffer(self, _sizehint: int) -> memoryview:
         """Have the next bytes put behind what is there."""
-        return self._buffer[self._filled :]
+        return self._sealed if self._tls is not None else self._buffer[self._filled :]
 
     def buffer_updated(self, nbytes: int) -> None:
         """Take what came."""
+        if self._tls is None:
+            self._take(nbytes)
+        else:
+            self._open(self._tls, nbytes)
+
+    def _take(self, nbytes: int) -> None:
+        """Take what is new in the buffer."""
         filled = self._filled + nbytes
         try:
             used = self._wire.feed(self._buffer[:filled])
@@ -185,12 +196,43 @@ class NativeChannel(asyncio.BufferedProtocol):
 
     def connection_lost(self, exc: Exception | None) -> None:
         """Fail what is under way."""
+        if self._tls is not None and not self._tls.established and not self._settled.done():
+            self._settled.set_exception(exc or ConnectionResetError())
+            self._settled.exception()  # seen, as in ``_end``
         lost = (
             "the connection was lost"
             if self._wire.ready
             else "the server hangs up: http where it wants https?"
         )
         self._end(f"{lost} ({_words(exc)})" if exc else lost)
+
+    # --- TLS ----------------------------------------------------------------------------------------------------
+
+    def _open(self, tls: TlsStream, nbytes: int) -> None:
+        """Take what came sealed."""
+        tls.feed(self._sealed[:nbytes])
+        if not tls.established:
+            self._shake_hands(tls)
+        while (
+            tls.established
+            and self._transport is not None
+            and (length := tls.open_into(self._buffer[self._filled :]))
+        ):
+            self._take(length)
+        self._settle_tls(tls)
+
+    def _shake_hands(self, tls: TlsStream) -> None:
+        tls.shake_hands()
+        self._settle_tls(tls)
+        if tls.established:
+            self._flush()
+
+    def _settle_tls(self, tls: TlsStream) -> None:
+        """Send what TLS itself has to say, and be done if it is."""
+        if self._transport is not None and (words := tls.to_send()):
+            self._transport.write(words)
+        if tls.ended:
+            self.connection_lost(tls.error)
 
     # --- inside -------------------------------------------------------------------------------------------------
 
@@ -258,10 +300,17 @@ class NativeChannel(asyncio.BufferedProtocol):
         if wire.pongs:
             wire.out += wire.pongs
             wire.pongs.clear()
-        if wire.out and self._transport is not None:
-            out = wire.out[0] if len(wire.out) == 1 else b"".join(wire.out)
-            wire.out.clear()
-            self._transport.write(out)
+        if not wire.out or self._transport is None:
+            return
+        tls = self._tls
+        if tls is not None and not tls.established:
+            return
+        out = wire.out[0] if len(wire.out) == 1 else b"".join(wire.out)
+        wire.out.clear()
+        if tls is not None:
+            tls.seal(out)
+            out = tls.to_send()
+        self._transport.write(out)
 
     def _end(self, reason: str) -> None:
         """Be done: everything under way fails for this reason, unless there was one before."""
@@ -273,9 +322,10 @@ class NativeChannel(asyncio.BufferedProtocol):
         if self._sweeper is not None:
             self._sweeper.cancel()
             self._sweeper = None
-        if self._transport is not None:
+        transport, self._transport = self._transport, None
+        if transport is not None:
             with contextlib.suppress(RuntimeError):
-                self._transport.abort()
+                transport.abort()
         lost, self.on_lost = self.on_lost, None
         if lost is not None:
             lost(self._wire.closing or reason)

@@ -1,8 +1,12 @@
-"""The native channel against a server that follows a script: rude servers are hard to come by."""
+"""The native channel against a server that follows a script: rude servers are hard to come by.
+
+Each test is run in the clear and over TLS: nobody above the socket may tell the difference.
+"""
 
 from __future__ import annotations
 
 import asyncio
+import ssl
 import struct
 from contextlib import asynccontextmanager
 from typing import TYPE_CHECKING
@@ -11,15 +15,53 @@ import pytest
 
 from lazymesh.kvstore import wire
 from lazymesh.kvstore.channel import Code, RpcError, UnaryCall
-from lazymesh.kvstore.config import parse_config
+from lazymesh.kvstore.config import EtcdConfig, parse_config
 from lazymesh.kvstore.native import NativeChannel
-from tests.support.etcd import eventually
+from tests.support.etcd import Authority, eventually
 from tests.unit.kvstore.test_wire import HELLO, OK_HEAD, answer, frame, message
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator
+    from pathlib import Path
 
 CALL = UnaryCall("/service/method", b"question", (), 5.0)
+
+
+class Sealing:
+    """How the connections of a test are sealed, and the authority for it; None: not at all."""
+
+    authority: Authority | None = None
+
+    def server(self) -> ssl.SSLContext | None:
+        """Return what a server seals with."""
+        if self.authority is None:
+            return None
+        context = ssl.create_default_context(ssl.Purpose.CLIENT_AUTH)
+        pair = self.authority.issue("server")
+        context.load_cert_chain(pair.cert, pair.key)
+        return context
+
+    def config(self, port: int) -> EtcdConfig:
+        """Return how a client gets there."""
+        text = f"endpoints: ['{'https' if self.authority else 'http'}://127.0.0.1:{port}']"
+        if self.authority:
+            text += f"\ntrusted-ca-file: {self.authority.cert}"
+        return parse_config(text, "test")
+
+
+SEALING = Sealing()
+
+
+@pytest.fixture(scope="module")
+def authority(tmp_path_factory: pytest.TempPathFactory) -> Authority:
+    """Return one for all tests of the module."""
+    return Authority(tmp_path_factory.mktemp("authority"))
+
+
+@pytest.fixture(autouse=True, params=["clear", "tls"])
+def _sealed(request: pytest.FixtureRequest, authority: Authority, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Run each test both ways."""
+    monkeypatch.setattr(SEALING, "authority", authority if request.param == "tls" else None)
 
 
 class Server:
@@ -63,9 +105,8 @@ async def met(hello: bytes = HELLO) -> AsyncIterator[tuple[NativeChannel, Server
         writer.write(hello)
         servers.put_nowait(Server(reader, writer))
 
-    listener = await asyncio.start_server(serve, "127.0.0.1", 0)
-    port = listener.sockets[0].getsockname()[1]
-    config = parse_config(f"endpoints: ['http://127.0.0.1:{port}']", "test")
+    listener = await asyncio.start_server(serve, "127.0.0.1", 0, ssl=SEALING.server())
+    config = SEALING.config(listener.sockets[0].getsockname()[1])
     channel = NativeChannel(config.endpoints[0], config, 1 << 20)
     try:
         await channel.open(2)
@@ -175,7 +216,7 @@ async def test_another_protocol_is_told_at_the_door(hello: bytes) -> None:
 
 async def test_nobody_there_and_nobody_speaking() -> None:
     """Two ways not to connect."""
-    config = parse_config("endpoints: ['http://127.0.0.1:1']", "test")
+    config = SEALING.config(1)
     channel = NativeChannel(config.endpoints[0], config, 1)
     with pytest.raises(RpcError, match="failed to connect: Connection refused") as caught:
         await channel.open(2)
@@ -188,8 +229,7 @@ async def silent() -> None:
     """Dial a server that accepts and says nothing."""
     writers: list[asyncio.StreamWriter] = []
     listener = await asyncio.start_server(lambda _r, w: writers.append(w), "127.0.0.1", 0)
-    port = listener.sockets[0].getsockname()[1]
-    config = parse_config(f"endpoints: ['http://127.0.0.1:{port}']", "test")
+    config = SEALING.config(listener.sockets[0].getsockname()[1])
     channel = NativeChannel(config.endpoints[0], config, 1)
     try:
         await channel.open(0.1)
@@ -243,3 +283,32 @@ async def test_pings_are_answered_soon_even_if_nothing_is_sent() -> None:
     async with met() as (_, server):
         server.say(frame(wire.PING, 0, 0, b"12345678"))
         assert await server.until(wire.PING) == (wire.PING, wire.ACK, 0, b"12345678")
+
+
+async def refused(server_side: ssl.SSLContext | None) -> str:
+    """Dial a server that hangs up after our first words, or seals as it says; return why there is no connection."""
+
+    async def serve(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        await reader.read(1 << 16)
+        writer.close()
+
+    listener = await asyncio.start_server(serve, "127.0.0.1", 0, ssl=server_side)
+    config = SEALING.config(listener.sockets[0].getsockname()[1])
+    channel = NativeChannel(config.endpoints[0], config, 1)
+    try:
+        with pytest.raises(RpcError) as caught:
+            await channel.open(2)
+    finally:
+        await channel.close()
+        listener.close()
+    assert caught.value.code is Code.UNAVAILABLE
+    return caught.value.details
+
+
+async def test_why_a_handshake_fails_is_said(authority: Authority, tmp_path: Path) -> None:
+    """A server that breaks it off, and one that nobody trusts. What etcd refuses, etcd shows."""
+    SEALING.authority = authority
+    assert await refused(None) == "failed to connect: the server breaks off the TLS handshake"
+    stranger = Sealing()
+    stranger.authority = Authority(tmp_path / "stranger")
+    assert await refused(stranger.server()) == "failed to connect: certificate verify failed"
