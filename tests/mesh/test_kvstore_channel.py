@@ -16,7 +16,7 @@ from lazymesh.kvstore.client import EtcdClient
 from lazymesh.kvstore.config import parse_config
 from lazymesh.kvstore.connection import make_channel
 from lazymesh.kvstore.model import Values
-from lazymesh.kvstore.requests import WHOLE_MOST, Reads
+from lazymesh.kvstore.requests import WHOLE_MOST, Reads, Whole
 from lazymesh.kvstore.supervisor import Options
 from lazymesh.kvstore.transport import KINDS, Transport, read_tls_files
 from tests.support.etcd import Authority, EtcdServer, EtcdSettings, cilium_roles, eventually
@@ -222,9 +222,8 @@ async def test_prefixes_are_read_whole_in_the_same_transaction(
         if there:
             await client.wait_connected()
         told: list[Values | KvstoreError] = []
-        reads = Reads(
-            [b"whole/10.2.10.7", b"whole/10.2.10.8"], [b"whole/10.2.1."], [keys[101], keys[99], keys[0]]
-        )
+        apart = [b"whole/10.2.10.7", b"whole/10.2.10.8"]
+        reads = Reads(apart, [Whole([b"whole/10.2.1."], [b"101", b"99", b"0"])])
         client.read_soon(reads, 5, told.append)
         await eventually(lambda: told)
         (answer,) = told
@@ -244,7 +243,7 @@ async def test_prefix_with_too_much_below_it_is_refused(etcd: EtcdServer, kind: 
             await client.write_many([pair])
         for prefix in (b"many/", b"large/"):
             told: list[Values | KvstoreError] = []
-            client.read_soon(Reads([], [prefix], [prefix + b"1"]), 5, told.append)
+            client.read_soon(Reads([], [Whole([prefix], [b"1"])]), 5, told.append)
             await eventually(lambda told=told: told)
             assert isinstance(told[0], KvstoreError)
             assert told[0].kind == "exhausted"

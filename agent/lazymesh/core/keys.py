@@ -27,6 +27,7 @@ _PULL_ONLY = b"cilium/state/ip/v1/ondemand/"
 _MAX_IDENTITY_DIGITS = 10
 _NUMBERS = [str(number) for number in range(256)]
 _DOTTED = [f"{number}." for number in range(256)]
+_LAST = [b"%d" % number for number in range(256)]
 
 
 def address_text(address: Address) -> str:
@@ -55,6 +56,11 @@ def common_text(address: Address) -> bytes:
         # The last eight bits are two digits, unless those before them are zero.
         text = text[: max(text.rindex(":") + 1, len(text) - 2)]
     return text.encode()
+
+
+def own_texts(addresses: Sequence[Address]) -> list[bytes]:
+    """Return what follows the ``common_text`` in the text of each, of IPv4 only."""
+    return [_LAST[address[3]] for address in addresses]
 
 
 def ip_key(space: Space, address: Address, cluster: str) -> bytes:

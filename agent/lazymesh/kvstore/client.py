@@ -235,7 +235,7 @@ def _read_call(reads: requests.Reads, timeout_s: float) -> rpc.Call[Any, Any]:
     def what() -> str:
         return f"read {_names([*(prefix + b'*' for prefix in reads.prefixes), *reads.keys])}"
 
-    if len(reads.keys) == 1 and not reads.prefixes:
+    if len(reads.keys) == 1 and not reads.whole:
         return rpc.Call(rpc.RANGE, requests.read_one(reads.keys[0]), timeout_s, what)
     return rpc.Call(rpc.READ_MANY, reads, timeout_s, what)
 

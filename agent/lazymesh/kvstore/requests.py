@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from itertools import chain
 from typing import TYPE_CHECKING, NamedTuple
 
 from lazymesh.errors import KvstoreError
@@ -38,27 +39,39 @@ WHOLE_MOST = 256
 """Keys that a prefix which is read whole may have: as many as a /24 has addresses."""
 
 
+class Whole(NamedTuple):
+    """Keys that begin alike, and are read as ranges."""
+
+    prefixes: Sequence[bytes]
+    """All below each of these is read."""
+    names: Sequence[bytes]
+    """And of that, what has these names behind the prefix is wanted."""
+
+
 class Reads(NamedTuple):
     """What one transaction reads."""
 
     keys: Sequence[bytes]
     """Each of these alone."""
-    prefixes: Sequence[bytes] = ()
-    """All keys below these."""
-    within: Sequence[bytes] = ()
-    """What is wanted of those below the prefixes. Their values come first, in this order, then those of ``keys``."""
+    whole: Sequence[Whole] = ()
+    """Their values come first, name by name in the order of the prefixes, then those of ``keys``."""
+
+    @property
+    def prefixes(self) -> list[bytes]:
+        """All that ranges are read of, in the order in which they are asked for."""
+        return [prefix for one in self.whole for prefix in one.prefixes]
 
 
 def encode_reads(reads: Reads) -> bytes:
     """Return the bytes of a transaction, made without objects for its keys: they take ten times as long."""
-    keys, prefixes, _ = reads
+    keys = reads.keys
     if max(map(len, keys), default=0) > _SHORT:
         single = read_batch(keys).SerializeToString()
     else:
         single = b"".join([_READ_OF[len(key)] + key + _SERIALIZABLE for key in keys])
-    if not prefixes:
+    if not reads.whole:
         return single
-    ranges = [read_page(prefix, None, 0, WHOLE_MOST) for prefix in prefixes]
+    ranges = [read_page(prefix, None, 0, WHOLE_MOST) for prefix in reads.prefixes]
     return (
         pb.TxnRequest(success=[pb.RequestOp(request_range=one) for one in ranges]).SerializeToString()
         + single
@@ -109,35 +122,36 @@ def read_result(response: pb.RangeResponse | pb.TxnResponse, asked: int) -> Read
 
 
 def values_of(response: pb.RangeResponse | pb.TxnResponse, reads: Reads) -> Values:
-    """Return the values of all keys within prefixes, and then of the others, without what packets do not wait for.
+    """Return the values of what is wanted of ranges, and then of the keys, without what packets do not wait for.
 
     KvstoreError: protocol, if it is no answer to so many reads; exhausted, if more is below a prefix than is read.
     """
     if isinstance(response, pb.RangeResponse):
         return Values(response.header.revision, (response.kvs[0].value if response.kvs else None,))
-    keys, prefixes, within = reads
     answers: Sequence[pb.ResponseOp] = response.responses
-    if len(answers) != len(prefixes) + len(keys):
-        raise _odd(f"{len(answers)} answers to {len(prefixes) + len(keys)} reads")
+    asked = len(reads.keys) + sum([len(one.prefixes) for one in reads.whole])
+    if len(answers) != asked:
+        raise _odd(f"{len(answers)} answers to {asked} reads")
     values: list[bytes | None] = []
-    if prefixes:
-        found = _wanted(set(within), prefixes, [op.response_range for op in answers[: len(prefixes)]])
-        values = [found.get(key) for key in within]
-        answers = answers[len(prefixes) :]
-    values += [kvs[0].value if (kvs := op.response_range.kvs) else None for op in answers]
+    at = 0
+    for prefixes, names in reads.whole:
+        wanted = set(names)
+        below = [
+            _below(prefix, wanted, answers[index].response_range) for index, prefix in enumerate(prefixes, at)
+        ]
+        values += chain.from_iterable(zip(*[map(found.get, names) for found in below], strict=True))
+        at += len(prefixes)
+    values += [kvs[0].value if (kvs := op.response_range.kvs) else None for op in answers[at:]]
     return Values(response.header.revision, tuple(values))
 
 
-def _wanted(
-    keys: Container[bytes], prefixes: Sequence[bytes], answers: Sequence[pb.RangeResponse]
-) -> dict[bytes, bytes]:
-    found: dict[bytes, bytes] = {}
-    for prefix, answer in zip(prefixes, answers, strict=True):
-        if answer.more or len(answer.kvs) > WHOLE_MOST:  # who answers need not keep to what was asked
-            below = prefix.decode(errors="replace")
-            raise KvstoreError(f"there are more than {WHOLE_MOST} keys below {below}*", "exhausted")
-        found.update([(key, kv.value) for kv in answer.kvs if (key := kv.key) in keys])
-    return found
+def _below(prefix: bytes, wanted: Container[bytes], answer: pb.RangeResponse) -> dict[bytes, bytes]:
+    """Return the values that are wanted of those below a prefix, by name."""
+    if answer.more or len(answer.kvs) > WHOLE_MOST:  # who answers need not keep to what was asked
+        below = prefix.decode(errors="replace")
+        raise KvstoreError(f"there are more than {WHOLE_MOST} keys below {below}*", "exhausted")
+    cut = len(prefix)
+    return {name: kv.value for kv in answer.kvs if (name := kv.key[cut:]) in wanted}
 
 
 def next_page(answer: pb.RangeResponse, after: bytes | None) -> bytes | None:

@@ -22,7 +22,7 @@ from lazymesh.errors import KvstoreError
 from lazymesh.kvstore.client import EtcdClient
 from lazymesh.kvstore.follower import PrefixFollower
 from lazymesh.kvstore.model import Connected
-from lazymesh.kvstore.requests import Reads
+from lazymesh.kvstore.requests import Reads, Whole
 from lazymesh.kvstore.supervisor import Options
 from lazymesh.kvstore.transport import Transport
 from lazymesh.roles.keywatches import KeyWatches, neighbours_of
@@ -180,21 +180,14 @@ class ClusterLink:
 
     def read(self, command: events.Read) -> None:
         """Read the keys of some addresses; the answer comes as an event, in any case: the resolver counts on it."""
-        single = keys.ip_keys(command.spaces, command.addresses, self.name)
-        reads = Reads(single)
-        if command.whole:
-            within = sum(command.whole) * len(command.spaces)
-            reads = Reads(single[within:], self._prefixes(command), single[:within])
-        self._client_of(command.spaces[0]).read_soon(reads, READ_TIMEOUT_S, partial(self._on_read, command))
-
-    def _prefixes(self, command: events.Read) -> list[bytes]:
-        """Return what the keys of each /24 that is read whole begin with, in each space."""
-        prefixes, at = [], 0
+        apart, whole = command.addresses, []
         for count in command.whole:
-            text = keys.common_text(command.addresses[at])
-            prefixes += [keys.ip_prefix(space, self.name) + text for space in command.spaces]
-            at += count
-        return prefixes
+            some, apart = apart[:count], apart[count:]
+            text = keys.common_text(some[0])
+            prefixes = [keys.ip_prefix(space, self.name) + text for space in command.spaces]
+            whole.append(Whole(prefixes, keys.own_texts(some)))
+        reads = Reads(keys.ip_keys(command.spaces, apart, self.name), whole)
+        self._client_of(command.spaces[0]).read_soon(reads, READ_TIMEOUT_S, partial(self._on_read, command))
 
     def _on_read(self, command: events.Read, outcome: Values | KvstoreError) -> None:
         if isinstance(outcome, KvstoreError):

@@ -186,3 +186,10 @@ def test_every_address_of_a_group_has_its_text(address: Address, last: int) -> N
     assert keys.address_text(address).encode().startswith(keys.common_text(address))
     if keys.group_of(other) == keys.group_of(address):
         assert keys.common_text(other) == keys.common_text(address)
+
+
+@given(st.lists(st.binary(min_size=4, max_size=4)))
+def test_text_of_an_address_is_its_groups_and_its_own(addresses: list[Address]) -> None:
+    """So that keys below a prefix can be told apart by what is left of them."""
+    for address, own in zip(addresses, keys.own_texts(addresses), strict=True):
+        assert keys.common_text(address) + own == keys.address_text(address).encode()

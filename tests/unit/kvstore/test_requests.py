@@ -10,7 +10,7 @@ from lazymesh.errors import KvstoreError
 from lazymesh.kvstore import etcd_pb2 as pb
 from lazymesh.kvstore import requests
 from lazymesh.kvstore.model import KeyValue
-from lazymesh.kvstore.requests import Reads
+from lazymesh.kvstore.requests import Reads, Whole
 
 
 @pytest.mark.parametrize(
@@ -70,23 +70,28 @@ def test_reads_are_encoded_as_the_library_would(keys: list[bytes]) -> None:
 
 def test_prefixes_are_read_before_keys_and_answered_key_by_key() -> None:
     """Only what is wanted of a prefix is told, in the order in which it is wanted."""
-    reads = Reads([b"x/1"], [b"p/1.", b"q/1."], [b"p/1.2", b"q/1.2", b"p/1.9", b"q/1.9"])
+    reads = Reads([b"x/1"], [Whole([b"p/1.", b"q/1."], [b"2", b"9"]), Whole([b"p/2."], [b"5"])])
     request = pb.TxnRequest.FromString(requests.encode_reads(reads))
-    p, q, single = [op.request_range for op in request.success]
+    p, q, other, single = [op.request_range for op in request.success]
     assert [(p.key, p.range_end), (q.key, q.range_end)] == [(b"p/1.", b"p/1/"), (b"q/1.", b"q/1/")]
+    assert other.key == b"p/2."
     assert p.serializable
     assert q.limit == requests.WHOLE_MOST
     assert (single.key, single.range_end) == (b"x/1", b"")
     found = [pb.KeyValue(key=b"p/1.1", value=b"other"), pb.KeyValue(key=b"p/1.9", value=b"wanted")]
+    also = [pb.KeyValue(key=b"p/2.5", value=b"also"), pb.KeyValue(key=b"p/2.9", value=b"other")]
     answer = of_ranges(
-        pb.RangeResponse(kvs=found), pb.RangeResponse(), pb.RangeResponse(kvs=[pb.KeyValue(value=b"x")])
+        pb.RangeResponse(kvs=found),
+        pb.RangeResponse(),
+        pb.RangeResponse(kvs=also),
+        pb.RangeResponse(kvs=[pb.KeyValue(value=b"x")]),
     )
-    assert requests.values_of(answer, reads).values == (None, None, b"wanted", None, b"x")
+    assert requests.values_of(answer, reads).values == (None, None, b"wanted", None, b"also", b"x")
 
 
 def test_prefix_with_too_much_below_it_is_no_answer() -> None:
     """What is beyond the limit would look as if it did not exist."""
-    reads = Reads([], [b"p/1."], [b"p/1.2"])
+    reads = Reads([], [Whole([b"p/1."], [b"2"])])
     crowd = [pb.KeyValue(key=b"p/1.2")] * (requests.WHOLE_MOST + 1)
     for answer in (pb.RangeResponse(more=True), pb.RangeResponse(kvs=crowd)):
         with pytest.raises(KvstoreError, match=r"more than 256 keys below p/1\.\*") as refused:

@@ -51,7 +51,8 @@ class FakeClient:
     def read_soon(self, reads: Reads, timeout: float, on_done: Any) -> None:
         """Read, and answer a moment later."""
         self.asked = reads
-        values = Values(7, tuple(map(self.data.get, [*reads.within, *reads.keys])))
+        within = [prefix + name for one in reads.whole for name in one.names for prefix in one.prefixes]
+        values = Values(7, tuple(map(self.data.get, [*within, *reads.keys])))
         asyncio.get_running_loop().call_soon(on_done, self.error or values)
 
     async def read_many(self, keys: Sequence[bytes], _timeout: float = 0) -> ReadResult:
