@@ -291,8 +291,8 @@ def test_unpacked_signal_is_the_mirror_s(
         addr=tuple(address),
         ktime_ns=ktime,
     )
-    expected = abi.Signal(address, direction, cluster_id, ifindex, ktime)
-    assert abi.unpack_signal(bytes(mirror) + bytes(4)) == expected
+    expected = abi.Signals([address], [ktime], int(direction))
+    assert abi.unpack_signals([bytes(mirror) + bytes(4)]) == expected
 
 
 @pytest.mark.parametrize("direction", list(Direction))

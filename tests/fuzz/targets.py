@@ -45,6 +45,7 @@ from lazymesh.kvstore.resume import Changed, Ledger
 from lazymesh.kvstore.wire import Exchange, ProtocolError, Wire, request_head
 from lazymesh.roles.control import ControlServer, read_request
 from lazymesh.roles.holder import frame_of
+from tests.support.misses import signal_of
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable
@@ -324,13 +325,13 @@ def etcd_watch(data: bytes) -> None:
 
 def signals(data: bytes) -> None:
     """Check a perf record: a miss of one address, or nothing."""
-    signal = abi.unpack_signal(data)
+    signal = signal_of(data)
     if signal is not None:
         assert len(signal.address) in (4, 16)
         family = abi.FAMILY_IPV4 if len(signal.address) == 4 else abi.FAMILY_IPV6
         head = struct.pack("=IBBHI", 3, family, signal.direction, signal.cluster_id, signal.ifindex)
         raw = head + signal.address.ljust(16, b"\0") + bytes(4) + struct.pack("=Q", signal.ktime_ns)
-        assert abi.unpack_signal(raw) == signal
+        assert signal_of(raw) == signal
 
 
 def journal(data: bytes) -> None:

@@ -12,10 +12,10 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 from lazymesh.core.model import Direction
-from lazymesh.datapath import abi
 from lazymesh.datapath.libbpf import PerfBuffer
 from lazymesh.datapath.maps import OnMiss
 from tests.support import frames
+from tests.support.misses import signal_of
 from tests.support.prog_run import TC_ACT_SHOT, TC_ACT_UNSPEC, QuickRun, Tap
 
 if TYPE_CHECKING:
@@ -23,6 +23,7 @@ if TYPE_CHECKING:
 
     from tests.datapath.conftest import Bench
     from tests.support.frames import Expected, Frame
+    from tests.support.misses import Signal
 
 BATCH = 64
 _PAGES = 16
@@ -65,7 +66,7 @@ class Barrage:
         unlimited = {"rearm_s": 0, "interface_rate": 0, "uplink_rate": 0, "global_rate": 0}
         bench.configure(**unlimited, **SETTINGS[mode])
         self._runs = {each: QuickRun(bench.datapath.program(each)[1], _ROOM) for each in Direction}
-        self._signals: list[abi.Signal | None] = []
+        self._signals: list[Signal | None] = []
         self._seen: Counter[tuple[Direction, str]] = Counter()
 
     def send(self, seed: int, numbers: Sequence[int]) -> None:
@@ -115,7 +116,7 @@ class Barrage:
 
     @contextlib.contextmanager
     def _reading(self) -> Iterator[None]:
-        take = lambda raw: self._signals.append(abi.unpack_signal(raw))  # noqa: E731
+        take = lambda records: self._signals.extend(map(signal_of, records))  # noqa: E731
         self._ring = PerfBuffer(self._bench.datapath.signals, _PAGES, take)
         try:
             self._seen = self._counts()

@@ -19,7 +19,7 @@ from msgspec import Struct
 from lazymesh.core.model import Address, Direction, Entry, EntryFlag, Network
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Iterable, Mapping
 
 SIGNAL_IPCACHE_MISS = 3
 FAMILY_IPV4, FAMILY_IPV6 = 1, 2
@@ -313,8 +313,8 @@ _ENTRY = struct.Struct("=I16sHBB")
 _ENTRY_V1 = struct.Struct("=I4sHBB")
 _OWNED = struct.Struct("=24s24sHHI")
 _DEDUP_KEY = struct.Struct("=16sI")
-_MISS = struct.Struct("=IBBHI16sIQ")
-_DIRECTIONS = tuple(Direction)
+_MISS = struct.Struct("=IBB6x16s4xQ")
+_FAMILIES = frozenset({FAMILY_IPV4, FAMILY_IPV6})
 
 
 def pack_address_key(address: Address) -> bytes:
@@ -406,25 +406,28 @@ def unpack_owned(raw: bytes) -> OwnedEntry:
     return OwnedEntry(unpack_entry(entry), unpack_entry(previous), cluster_id)
 
 
-class Signal(Struct, frozen=True, gc=False):
-    """One SIGNAL_IPCACHE_MISS as user space sees it."""
+class Signals(Struct, frozen=True):
+    """Some SIGNAL_IPCACHE_MISS, as far as user space needs to know; each has the same place in all lists."""
 
-    address: Address
-    direction: Direction
-    cluster_id: int
-    ifindex: int
-    ktime_ns: int
+    addresses: list[Address]
+    ktimes_ns: list[int]
+    inward: int
+    """How many of them are of packets that came in."""
 
 
-def unpack_signal(raw: bytes) -> Signal | None:
-    """Return the miss in a perf record, which may be padded at its end; None for what is none."""
-    if len(raw) < _MISS.size:
-        return None
-    number, family, direction, cluster_id, ifindex, addr, _, ktime_ns = _MISS.unpack_from(raw)
-    if number != SIGNAL_IPCACHE_MISS or family not in (FAMILY_IPV4, FAMILY_IPV6) or direction > 1:
-        return None
-    address = addr[:4] if family == FAMILY_IPV4 else addr
-    return Signal(address, _DIRECTIONS[direction], cluster_id, ifindex, ktime_ns)
+def unpack_signals(records: Iterable[bytes]) -> Signals:
+    """Return the misses in perf records, which may be padded at their ends; what is none is left out."""
+    addresses, ktimes_ns, inward = [], [], 0
+    for raw in records:
+        if len(raw) < _MISS.size:
+            continue
+        number, family, direction, addr, ktime_ns = _MISS.unpack_from(raw)
+        if number != SIGNAL_IPCACHE_MISS or family not in _FAMILIES or direction > 1:
+            continue
+        addresses.append(addr[:4] if family == FAMILY_IPV4 else addr)
+        ktimes_ns.append(ktime_ns)
+        inward += direction
+    return Signals(addresses, ktimes_ns, inward)
 
 
 def pack_dedup_key(address: Address) -> bytes:

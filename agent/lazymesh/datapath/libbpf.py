@@ -18,6 +18,7 @@ import socket
 import struct
 import sys
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import TYPE_CHECKING
 
 from lazymesh.errors import DatapathError
@@ -518,9 +519,9 @@ class PerfBuffer:
     all the rest of a signal's way through user space.
     """
 
-    def __init__(self, events: Map, pages: int, on_sample: Callable[[bytes], None]) -> None:
+    def __init__(self, events: Map, pages: int, on_samples: Callable[[list[bytes]], None]) -> None:
         self._lib = library()
-        self._on_sample = on_sample
+        self._on_samples = on_samples
         self.lost = 0
         """Records that the kernel could not put into a ring, by its own count."""
         # libbpf wants them; they are never called.
@@ -533,7 +534,7 @@ class PerfBuffer:
         self._rings = [self._ring(index) for index in range(self._lib.perf_buffer__buffer_cnt(self._buffer))]
 
     def consume(self, limit: int = 1 << 30) -> bool:
-        """Hand waiting records to on_sample, CPU by CPU: in order of time only within one.
+        """Hand waiting records to on_samples, CPU by CPU: in order of time only within one.
 
         At most ``limit`` in all; True if more may wait. perf_buffer__poll would miss what a full edge left behind.
         """
@@ -570,21 +571,44 @@ class PerfBuffer:
 
     def _read(self, ring: _Ring, head: int, limit: int) -> int:
         """Read up to a position, or up to a number of records; return how many."""
-        on_sample, read = self._on_sample, 0
+        read = 0
         while ring.position != head and read < limit:
             data, at = ring.ahead(head), 0
-            while at + _RECORD.size <= len(data) and read < limit:
+            samples: list[bytes] = []
+            while at + _RECORD.size <= len(data) and read + len(samples) < limit:
                 kind, _, length, raw_length = _RECORD.unpack_from(data, at)
                 if at + length > len(data):
                     break  # the next look begins with it
                 if kind == _RECORD_SAMPLE:
-                    on_sample(data[at + 12 : at + 12 + raw_length])
-                    read += 1
-                elif kind == _RECORD_LOST:
+                    alike = _alike(data, at, length, limit - read - len(samples))
+                    samples += [data[start + 12 : start + 12 + raw_length] for start in alike]
+                    at = alike.stop
+                    continue
+                if kind == _RECORD_LOST:
                     self.lost += int.from_bytes(data[at + 16 : at + 24], sys.byteorder)
                 at += length
             ring.position += at
+            read += len(samples)
+            self._on_samples(samples)
         return read
+
+
+def _alike(data: bytes, at: int, length: int, limit: int) -> range:
+    """Return where records begin that have the head of the first one: a program's samples are of one size."""
+    count = min((len(data) - at) // length, limit)
+    heads = _heads(length).iter_unpack(data[at : at + count * length])
+    first = next(heads)
+    for index, head in enumerate(heads, 1):
+        if head != first:
+            count = index
+            break
+    return range(at, at + count * length, length)
+
+
+@lru_cache(maxsize=8)
+def _heads(length: int) -> struct.Struct:
+    """Return a layout that tells the heads of records of one length."""
+    return struct.Struct(f"{_RECORD.format}{length - _RECORD.size}x")
 
 
 class _Ring:

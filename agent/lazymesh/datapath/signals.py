@@ -35,7 +35,7 @@ class SignalReader:
     def __init__(
         self,
         events: Map,
-        on_signals: Callable[[list[abi.Signal]], None],
+        on_signals: Callable[[abi.Signals], None],
         on_crowded: Callable[[bool], None] = lambda _: None,
     ) -> None:
         self.invalid = 0
@@ -44,7 +44,7 @@ class SignalReader:
         self._on_signals = on_signals
         self._on_crowded = on_crowded
         self._waiting: deque[bytes] = deque()
-        self._buffer = PerfBuffer(events, RING_PAGES, self._waiting.append)
+        self._buffer = PerfBuffer(events, RING_PAGES, self._waiting.extend)
         self._loop: asyncio.AbstractEventLoop | None = None
         self._paused = False
 
@@ -83,10 +83,10 @@ class SignalReader:
     def _hand_over(self) -> None:
         waiting = self._waiting
         records = [waiting.popleft() for _ in range(min(AT_ONCE, len(waiting)))]
-        batch = [signal for each in records if (signal := abi.unpack_signal(each)) is not None]
-        self.invalid += len(records) - len(batch)
-        if batch:
-            self._on_signals(batch)
+        signals = abi.unpack_signals(records)
+        self.invalid += len(records) - len(signals.addresses)
+        if signals.addresses:
+            self._on_signals(signals)
 
     def _tell_whether_crowded(self) -> None:
         waiting = len(self._waiting)

@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 
     from lazymesh.core.model import Address, Entry
     from lazymesh.core.resolver import Resolver
-    from lazymesh.datapath.abi import Signal
+    from lazymesh.datapath.abi import Signals
     from lazymesh.datapath.maps import IpcacheMap
     from lazymesh.metrics import Metrics
     from lazymesh.roles.link import ClusterLink
@@ -139,15 +139,11 @@ class Driver:
         self.installed: Callable[[Sequence[Address]], None] | None = None
         """Told of addresses that have their entry now."""
 
-    def on_signals(self, signals: list[Signal]) -> None:
+    def on_signals(self, signals: Signals) -> None:
         """Take the misses of one wake-up."""
-        addresses, at, inward = [], [], 0
-        for one in signals:
-            addresses.append(one.address)
-            at.append(one.ktime_ns / 1e9)
-            inward += one.direction
-        self.feed(events.Misses(tuple(addresses), tuple(at)))
-        for direction, count in ((Direction.EGRESS, len(signals) - inward), (Direction.INGRESS, inward)):
+        addresses, inward = signals.addresses, signals.inward
+        self.feed(events.Misses(tuple(addresses), tuple([at / 1e9 for at in signals.ktimes_ns])))
+        for direction, count in ((Direction.EGRESS, len(addresses) - inward), (Direction.INGRESS, inward)):
             if count:
                 self._directions[direction].inc(count)
 

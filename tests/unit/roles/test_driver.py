@@ -11,8 +11,8 @@ from structlog.testing import capture_logs
 
 from lazymesh.core import events
 from lazymesh.core.hold import Cause
-from lazymesh.core.model import Direction, Entry, Reason, Space, parse_address
-from lazymesh.datapath.abi import Signal
+from lazymesh.core.model import Entry, Reason, Space, parse_address
+from lazymesh.datapath.abi import Signals
 from lazymesh.metrics import Metrics
 from lazymesh.roles.driver import Driver, Shadow
 
@@ -74,8 +74,7 @@ class Fixture:
 def test_signals_of_one_moment_are_one_event() -> None:
     """So that the reads of many addresses share a transaction."""
     fixture = Fixture({})
-    signals = [Signal(address=IP, direction=d, cluster_id=2, ifindex=3, ktime_ns=10**9) for d in Direction]
-    fixture.driver.on_signals(signals)
+    fixture.driver.on_signals(Signals([IP, IP], [10**9, 10**9], inward=1))
     (told,) = fixture.resolver.told
     assert told == events.Misses((IP, IP), (1.0, 1.0))
     assert fixture.sample("cilium_ipcache_miss_signal_total", direction="egress") == 1
