@@ -30,7 +30,7 @@ LM_VIEW(lm_view_v2ro);
 LM_PINNED("lpm_trie", struct ipcache_key, struct lm_mesh_cidr, lm_mesh_cidrs, 131072, BPF_F_NO_PREALLOC);
 
 /* The agent's alone: which entries of the ipcache it wrote. No program touches it. */
-LM_PINNED("hash", struct ipcache_key, struct lm_owned, lm_owned, LM_IPCACHE_SIZE, BPF_F_NO_PREALLOC);
+LM_PINNED("hash", struct ipcache_key, struct lm_owned, lm_owned, LM_JOURNAL_SIZE, 0);
 
 LM_PINNED("array", u32, struct lm_config, lm_config, 1, 0);
 LM_PINNED("percpu_array", u32, struct lm_counters, lm_counters, 2, 0);

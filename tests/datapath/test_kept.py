@@ -25,6 +25,7 @@ from lazymesh.datapath.pins import (
     VIEWS,
     Pins,
     expected_layouts,
+    journal_size,
 )
 from lazymesh.datapath.program import load, open_own_ipcache
 from lazymesh.errors import DatapathError
@@ -134,7 +135,7 @@ def test_other_size_of_the_ipcache_needs_no_compiler(
     """No program knows it."""
     load(pins, 2 * SIZE, first[0]).close()
     opened = Map.pinned(pins.path("lm_owned"))
-    assert opened.layout.max_entries == 2 * SIZE
+    assert opened.layout.max_entries == journal_size(2 * SIZE)
     opened.close()
 
 

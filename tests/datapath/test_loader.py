@@ -13,7 +13,9 @@ from lazymesh.datapath.pins import (
     HOLD_FILTER,
     HOLD_PROGRAMS,
     IPCACHE,
+    JOURNAL_SPARE,
     PROGRAMS,
+    SHARE_OF_MAP,
     SIGNALS,
     VIEWS,
     Pins,
@@ -111,7 +113,7 @@ def test_map_that_the_kernel_refuses_is_named(place: Pins) -> None:
     """A journal without elements stands for every map that cannot be made."""
     place.remove()
     place.prepare(100)
-    said = complaint(answer(place, size=0))
+    said = complaint(answer(place, size=-SHARE_OF_MAP * JOURNAL_SPARE))
     assert said.startswith("BCC could not load the datapath: ")
     assert "Invalid argument" in said
 

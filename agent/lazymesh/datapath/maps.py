@@ -336,6 +336,7 @@ class Journal:
 
     def __init__(self, bpf_map: Map) -> None:
         self._map = bpf_map
+        self.size = bpf_map.layout.max_entries
 
     def items(self) -> Iterator[tuple[Address, abi.OwnedEntry]]:
         """Yield every line; keys that are no host addresses are none of ours and are passed over."""

@@ -6,7 +6,7 @@ import contextlib
 import fcntl
 import os
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 import structlog
@@ -25,16 +25,28 @@ HOLD_PROGRAMS = ("lm_hold_out", "lm_hold_back")
 HOLD_FILTER = "lm_hold_whole"
 SIGNALS = "lm_signals"
 IPCACHE = "lm_ipcache"
+JOURNAL = "lm_owned"
 LINKS = "links"
-LASTING = (IPCACHE, "lm_owned")
+LASTING = (IPCACHE, JOURNAL)
 """Entries and their journal outlive versions, so a change of theirs has to be read here; all else is learned again."""
 VIEWS = ("lm_view_v1", "lm_view_v2", "lm_view_v2ro")
 """By enum lm_view, from 1 on. Like the signals they belong to one load of the programs."""
 
 
+SHARE_OF_MAP = 20
+"""Our budget is one entry in so many of the map's."""
+JOURNAL_SPARE = 1_024
+"""Lines that the journal has room for beyond that: they are written before it is known who gets an entry."""
+
+
 def own_ipcache(size: int) -> MapLayout:
     """Return the layout of the ipcache that we make where there is no Cilium: its v2."""
     return MapLayout(libbpf.MAP_TYPE_LPM_TRIE, 24, 24, size, libbpf.BPF_F_NO_PREALLOC)
+
+
+def journal_size(ipcache_size: int) -> int:
+    """Return how many lines the journal has. All are there from the start: to write one then takes half the time."""
+    return ipcache_size // SHARE_OF_MAP + JOURNAL_SPARE
 
 
 def expected_layouts(ipcache_size: int) -> dict[str, MapLayout]:
@@ -43,7 +55,7 @@ def expected_layouts(ipcache_size: int) -> dict[str, MapLayout]:
     return {
         IPCACHE: own_ipcache(ipcache_size),
         "lm_mesh_cidrs": MapLayout(libbpf.MAP_TYPE_LPM_TRIE, 24, 4, 131_072, lazy),
-        "lm_owned": MapLayout(libbpf.MAP_TYPE_HASH, 24, 56, ipcache_size, lazy),
+        JOURNAL: MapLayout(libbpf.MAP_TYPE_HASH, 24, 56, journal_size(ipcache_size), 0),
         "lm_config": MapLayout(libbpf.MAP_TYPE_ARRAY, 4, 104, 1, 0),
         "lm_counters": MapLayout(libbpf.MAP_TYPE_PERCPU_ARRAY, 4, 120, 2, 0),
         "lm_dedup": MapLayout(libbpf.MAP_TYPE_LRU_HASH, 20, 8, 65_536, 0),
@@ -110,7 +122,7 @@ class Pins:
                 raise DatapathError(f"{path} is no BPF map: remove it") from exc
             layout = found.layout
             found.close()
-            if layout == expected:
+            if layout == expected or (name == JOURNAL and _serves(layout, expected)):
                 continue
             if name not in LASTING:
                 # Programs that are attached go on with the old one until ours replace them.
@@ -150,6 +162,12 @@ class Pins:
                 f"another lazymesh agent{who} holds {self.directory}: stop it first, or use another --bpffs"
             ) from exc
         return fd
+
+
+def _serves(journal: MapLayout, wanted: MapLayout) -> bool:
+    """Tell whether a journal of another version does as well: one that has the same lines, and no fewer of them."""
+    alike = replace(journal, max_entries=wanted.max_entries, flags=wanted.flags) == wanted
+    return alike and journal.max_entries >= wanted.max_entries
 
 
 def _flock_holder(fd: int) -> int | None:

@@ -34,7 +34,7 @@ from lazymesh.datapath.hooks import detach_everywhere
 from lazymesh.datapath.installer import Installer
 from lazymesh.datapath.interfaces import InterfaceFollower, InterfaceSelection
 from lazymesh.datapath.maps import DatapathConfig, OnMiss, kernel_honours_noexist
-from lazymesh.datapath.pins import IPCACHE, Pins, check_bpffs
+from lazymesh.datapath.pins import IPCACHE, JOURNAL_SPARE, SHARE_OF_MAP, Pins, check_bpffs
 from lazymesh.datapath.program import MeshMaps, load
 from lazymesh.datapath.signals import SignalReader
 from lazymesh.errors import DatapathError, LazymeshError, SettingsError
@@ -66,8 +66,6 @@ log = structlog.get_logger()
 TICK_S = 0.1
 EPOCH_S = 10.0
 """How long the programs remember that they have noted a peer."""
-SHARE_OF_MAP = 20
-"""Our budget is one entry in so many of the map's."""
 M_MMAP_THRESHOLD, OWN_PAGES_FROM = -3, 128 << 10
 """glibc's mallopt(3): blocks from this size on get pages of their own, and these go back when they are freed."""
 
@@ -243,9 +241,9 @@ class Agent:
     ) -> Parts:
         """Make what resolves misses and holds packets, with what an earlier life has left; nothing of it runs yet."""
         settings = self._settings
-        limits = Limits(
-            owned=ipcaches.maps[0].max_entries // SHARE_OF_MAP, stale_after=settings.stale_limit_s
-        )
+        # The journal is as large as a map of the usual size needs; Cilium's may be larger.
+        owned = min(ipcaches.maps[0].max_entries // SHARE_OF_MAP, datapath.journal.size - JOURNAL_SPARE)
+        limits = Limits(owned=owned, stale_after=settings.stale_limit_s)
         installer = Installer(
             ipcaches.maps, datapath.journal, kernel_honours_noexist(), shared=ipcaches.shared
         )

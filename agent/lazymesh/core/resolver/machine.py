@@ -195,7 +195,7 @@ class Resolver:
                 for state in known:
                     tracked.learn(state)
             else:
-                tracked.known = list(known)
+                tracked.known = known
         self._take_answers(landed, link, now)
         self._watch(link, landed, spaces, as_of)
 

@@ -11,7 +11,7 @@ import enum
 import math
 from typing import TYPE_CHECKING
 
-from msgspec import Struct, field
+from msgspec import Struct
 
 from lazymesh.core.model import Reason
 
@@ -67,9 +67,8 @@ class Tracked(Struct, eq=False):
     spaces: tuple[Space, ...] = ()
     """The read group that answered last: it alone is judged. Later groups are nearer to the record's owner,
     and a cache that lags behind must not overrule the owner's own word."""
-    known: list[KeyState] = field(default_factory=list)
-    """The newest state of each key seen, those of one group in its order; at most three, so a list is faster than a
-    dict."""
+    known: tuple[KeyState, ...] = ()
+    """The newest state of each key seen, those of one group in its order; at most three."""
     watched: tuple[Space, ...] = ()
     entry: Entry | None = None
     """What the map holds of ours once every command sent so far is carried out."""
@@ -109,9 +108,9 @@ class Tracked(Struct, eq=False):
             if known.space is state.space:
                 if state.as_of <= known.as_of:
                     return False
-                self.known[index] = state
+                self.known = (*self.known[:index], state, *self.known[index + 1 :])
                 return True
-        self.known.append(state)
+        self.known += (state,)
         return True
 
     def newest(self) -> bytes | None:
@@ -128,7 +127,7 @@ class Tracked(Struct, eq=False):
 
     def forget_states(self) -> None:
         """Drop what the keys said: its revisions are those of a store that no longer is."""
-        self.known.clear()
+        self.known = ()
         self.watched = ()
         self.spaces = ()
         self.again = self.withdrawn = False

@@ -49,7 +49,7 @@ def test_of_two_keys_the_newer_record_counts() -> None:
 def test_of_two_keys_read_at_one_revision_the_first_of_the_group_counts() -> None:
     """A publisher moves the record; the removal of the other key settles it."""
     tracked = Tracked(B1, ("b",), spaces=DIRECT)
-    tracked.known = [KeyState(B1, space, space.value.encode(), 10) for space in DIRECT]
+    tracked.known = tuple(KeyState(B1, space, space.value.encode(), 10) for space in DIRECT)
     assert tracked.newest() == DIRECT[0].value.encode()
     tracked.learn(KeyState(B1, DIRECT[0], b"again", 11))
     tracked.learn(KeyState(B1, DIRECT[1], b"moved", 11))
