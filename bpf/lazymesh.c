@@ -1,6 +1,7 @@
 /* SPDX-License-Identifier: (GPL-2.0-only OR BSD-2-Clause) */
 /*
- * The kernel half of lazymesh: two TC programs, one for what pods send, one for what the network sends to them.
+ * The kernel half of lazymesh: two TC programs, one for what pods send, one for what the network sends to them. (And
+ * beside them the holder's, in hold.h, and one that writes entries for the agent, in install.h.)
  *
  * Both look the peer up in the ipcache. A hit goes on untouched. A miss (the table in miss_of) is signalled once per
  * address and re-arm interval, within the token buckets, unless muted; then it goes on, or is dropped, as the settings
@@ -16,6 +17,7 @@
 #include "include/answers.h"
 #include "include/hold.h"
 #include "include/policy.h"
+#include "include/install.h"
 
 #define WORLD_ID 2
 #define WORLD_IPV4_ID 9

@@ -22,7 +22,7 @@ from typing import Any
 from lazymesh.datapath import kept, libbpf
 from lazymesh.datapath.capabilities import Circumstances, missing
 from lazymesh.datapath.maps import kernel_honours_noexist
-from lazymesh.datapath.pins import HOLD_FILTER, HOLD_PROGRAMS, PROGRAMS, Pins
+from lazymesh.datapath.pins import HOLD_FILTER, HOLD_PROGRAMS, INSTALL, PROGRAMS, Pins
 from lazymesh.datapath.program import load
 from lazymesh.datapath.source import origin
 from lazymesh.datapath.tap import try_tap
@@ -57,7 +57,7 @@ alone, half are run: each way and each family once."""
 def features() -> dict[str, object]:
     """Try each thing that kernels differ in."""
     began = time.monotonic()
-    found: dict[str, object] = {"loads": True, "programs": [*PROGRAMS, *HOLD_PROGRAMS, HOLD_FILTER]}
+    found: dict[str, object] = {"loads": True, "programs": [*PROGRAMS, *HOLD_PROGRAMS, HOLD_FILTER, INSTALL]}
     pins, file = Pins.under(BPFFS), Path("/tmp/programs.json")
     try:
         load(pins, IPCACHE_SIZE, file).close()

@@ -152,6 +152,18 @@ struct lm_owned {
 	__u32 pad2;
 };
 
+/* One line of what lm_install is run over: what to install, and what became of it. */
+struct lm_install {
+	struct ipcache_key key;
+	struct ipcache_entry entry;
+	__u16 cluster_id;
+	__u16 pad;
+	__s32 error; /* written by the program: 0, or -errno of the first write that failed */
+};
+
+#define LM_INSTALL_HEAD 16 /* bytes before the first line: an Ethernet header, which a test run must have */
+#define LM_INSTALL_MOST 60 /* with this a test run's packet still fits into a page of 4 KiB */
+
 /* --- holding (hold.h) --- */
 
 enum lm_slot_state {
@@ -257,6 +269,7 @@ _Static_assert(sizeof(struct lm_policy_key) == 8, "lm_policy_key has a hole");
 _Static_assert(sizeof(struct lm_flow_key) == 40, "lm_flow_key has a hole");
 _Static_assert(sizeof(struct lm_flow) == 16, "lm_flow has a hole");
 _Static_assert(sizeof(struct lm_owned) == 56, "lm_owned has a hole");
+_Static_assert(sizeof(struct lm_install) == 56, "lm_install has a hole");
 _Static_assert(sizeof(struct lm_slot) == 56, "lm_slot has a hole");
 _Static_assert(sizeof(struct lm_hold_control) == 88, "lm_hold_control has a hole");
 _Static_assert(sizeof(struct lm_outstanding) == 24, "lm_outstanding has a hole");

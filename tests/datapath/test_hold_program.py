@@ -40,7 +40,7 @@ from tests.support.etcd import wait_until
 from tests.support.follower import Follower, Seen
 from tests.support.namespaces import NamespaceSet
 from tests.support.packets import POD_B1, POD_B2, Flow, pod_of_b
-from tests.support.prog_run import _SkBuff, _TestRunOpts
+from tests.support.prog_run import _SkBuff
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -263,8 +263,8 @@ def mark_after(bench: HoldBench, mark: int) -> int:
     """Run a packet of no cluster with a mark through the program; return the mark that it leaves with."""
     frame = Flow(peer=packets.INTERNET).udp()
     before, after = _SkBuff(mark=mark, ifindex=1), _SkBuff()
-    options = _TestRunOpts(
-        sz=ctypes.sizeof(_TestRunOpts),
+    options = libbpf.TestRunOpts(
+        sz=ctypes.sizeof(libbpf.TestRunOpts),
         data_in=frame,
         data_size_in=len(frame),
         ctx_in=ctypes.addressof(before),

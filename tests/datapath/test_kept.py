@@ -20,6 +20,7 @@ from lazymesh.datapath.maps import DatapathConfig
 from lazymesh.datapath.pins import (
     HOLD_FILTER,
     HOLD_PROGRAMS,
+    INSTALL,
     PROGRAMS,
     SIGNALS,
     VIEWS,
@@ -40,7 +41,7 @@ if TYPE_CHECKING:
     from pathlib import Path
 
 SIZE = 1_000
-ALL = (*PROGRAMS, *HOLD_PROGRAMS, HOLD_FILTER)
+ALL = (*PROGRAMS, *HOLD_PROGRAMS, HOLD_FILTER, INSTALL)
 
 
 @pytest.fixture(scope="module")

@@ -12,6 +12,7 @@ import pytest
 from lazymesh.datapath.pins import (
     HOLD_FILTER,
     HOLD_PROGRAMS,
+    INSTALL,
     IPCACHE,
     JOURNAL_SPARE,
     PROGRAMS,
@@ -79,7 +80,7 @@ def test_load_says_ok_and_pins_everything(place: Pins) -> None:
     assert answer(place) == {"ok": True}
     pinned = {path.name for path in place.directory.iterdir()}
     maps = expected_layouts(100).keys() - {IPCACHE}  # which the agent makes, if anybody
-    assert pinned == {*maps, *VIEWS, *PROGRAMS, *HOLD_PROGRAMS, HOLD_FILTER, SIGNALS}
+    assert pinned == {*maps, *VIEWS, *PROGRAMS, *HOLD_PROGRAMS, HOLD_FILTER, INSTALL, SIGNALS}
     place.remove()
     place.prepare(100)
 

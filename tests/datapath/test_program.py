@@ -20,6 +20,7 @@ from lazymesh.datapath.maps import DatapathConfig
 from lazymesh.datapath.pins import (
     HOLD_FILTER,
     HOLD_PROGRAMS,
+    INSTALL,
     PROGRAMS,
     SIGNALS,
     VIEWS,
@@ -235,7 +236,7 @@ def test_missing_pin_is_an_error_that_keeps_no_descriptor(prepared: Pins, missin
         made = Map.create("lm_test", layout)
         libbpf.pin(made.fd, prepared.path(name))
         made.close()
-    for name in (*PROGRAMS, *HOLD_PROGRAMS, HOLD_FILTER):
+    for name in (*PROGRAMS, *HOLD_PROGRAMS, HOLD_FILTER, INSTALL):
         empty = load_empty_program()
         libbpf.pin(empty, prepared.path(name))
         os.close(empty)

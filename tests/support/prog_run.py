@@ -14,7 +14,7 @@ import struct
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Self
 
-from lazymesh.datapath.libbpf import library, load_program
+from lazymesh.datapath.libbpf import TestRunOpts, library, load_program
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -56,28 +56,6 @@ class _SkBuff(ctypes.Structure):
     )
 
 
-class _TestRunOpts(ctypes.Structure):
-    """``struct bpf_test_run_opts`` of libbpf 1."""
-
-    _fields_ = (
-        ("sz", ctypes.c_size_t),
-        ("data_in", ctypes.c_char_p),
-        ("data_out", ctypes.c_void_p),
-        ("data_size_in", ctypes.c_uint32),
-        ("data_size_out", ctypes.c_uint32),
-        ("ctx_in", ctypes.c_void_p),
-        ("ctx_out", ctypes.c_void_p),
-        ("ctx_size_in", ctypes.c_uint32),
-        ("ctx_size_out", ctypes.c_uint32),
-        ("retval", ctypes.c_uint32),
-        ("repeat", ctypes.c_int),
-        ("duration", ctypes.c_uint32),
-        ("flags", ctypes.c_uint32),
-        ("cpu", ctypes.c_uint32),
-        ("batch_size", ctypes.c_uint32),
-    )
-
-
 @dataclass(frozen=True)
 class Run:
     """What the program made of the packet; with repeats, of the last one."""
@@ -95,8 +73,8 @@ def run_packet(
     """Run a program over one frame, ``repeat`` times; OSError when the kernel refuses the frame."""
     context = _SkBuff(ifindex=ifindex, mark=mark, gso_size=gso_size, gso_segs=2 if gso_size else 0)
     room = ctypes.create_string_buffer(len(frame) + 256)
-    options = _TestRunOpts(
-        sz=ctypes.sizeof(_TestRunOpts),
+    options = TestRunOpts(
+        sz=ctypes.sizeof(TestRunOpts),
         data_in=frame,
         data_size_in=len(frame),
         data_out=ctypes.addressof(room),
@@ -120,8 +98,8 @@ class QuickRun:
         self._context = _SkBuff()
         self._room = ctypes.create_string_buffer(longest)
         self._left = memoryview(self._room).cast("B")
-        self._options = _TestRunOpts(
-            sz=ctypes.sizeof(_TestRunOpts),
+        self._options = TestRunOpts(
+            sz=ctypes.sizeof(TestRunOpts),
             data_out=ctypes.addressof(self._room),
             ctx_in=ctypes.addressof(self._context),
             ctx_size_in=ctypes.sizeof(self._context),

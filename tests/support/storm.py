@@ -23,9 +23,8 @@ from typing import TYPE_CHECKING, Self
 from scapy.layers.inet import IP, UDP
 from scapy.layers.l2 import Ether
 
-from lazymesh.datapath.libbpf import Map, MapLayout, library
+from lazymesh.datapath.libbpf import Map, MapLayout, TestRunOpts, library
 from tests.support.bpfobject import BpfObject, compile_bpf
-from tests.support.prog_run import _TestRunOpts
 
 if TYPE_CHECKING:
     from tests.support.lab import Lab, Pod
@@ -101,8 +100,8 @@ class Storm:
 
     def _run(self) -> None:
         began = time.monotonic()
-        options = _TestRunOpts(
-            sz=ctypes.sizeof(_TestRunOpts),
+        options = TestRunOpts(
+            sz=ctypes.sizeof(TestRunOpts),
             data_in=self._frame,
             data_size_in=len(self._frame),
             repeat=_CALL,

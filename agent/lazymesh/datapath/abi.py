@@ -10,7 +10,7 @@ from __future__ import annotations
 import ctypes
 import ipaddress
 import struct
-from ctypes import c_int64, c_uint8, c_uint16, c_uint32, c_uint64
+from ctypes import c_int32, c_int64, c_uint8, c_uint16, c_uint32, c_uint64
 from functools import lru_cache
 from typing import TYPE_CHECKING
 
@@ -188,6 +188,22 @@ class Owned(ctypes.Structure):
     )
 
 
+class Install(ctypes.Structure):
+    """struct lm_install: an entry for the kernel to install, and what became of it."""
+
+    _fields_ = (
+        ("key", IpcacheKey),
+        ("entry", IpcacheEntry),
+        ("cluster_id", c_uint16),
+        ("pad", c_uint16),
+        ("error", c_int32),
+    )
+
+
+INSTALL_HEAD, INSTALL_MOST = 16, 60
+"""LM_INSTALL_HEAD and LM_INSTALL_MOST."""
+
+
 class Slot(ctypes.Structure):
     """struct lm_slot: what is kept of a parked packet."""
 
@@ -296,6 +312,7 @@ STRUCTS: Mapping[str, type[ctypes.Structure]] = {
     "lm_flow_key": FlowKey,
     "lm_flow": Flow,
     "lm_owned": Owned,
+    "lm_install": Install,
     "lm_slot": Slot,
     "lm_hold_control": HoldControl,
     "lm_outstanding": Outstanding,
@@ -312,6 +329,8 @@ _KEY = struct.Struct("=IHBB16s")
 _ENTRY = struct.Struct("=I16sHBB")
 _ENTRY_V1 = struct.Struct("=I4sHBB")
 _OWNED = struct.Struct("=24s24sHHI")
+_INSTALL = struct.Struct("=24sHHi")
+_INSTALLED = struct.Struct("=52xi")
 _DEDUP_KEY = struct.Struct("=16sI")
 _MISS = struct.Struct("=IBB6x16s4xQ")
 _FAMILIES = frozenset({FAMILY_IPV4, FAMILY_IPV6})
@@ -398,6 +417,23 @@ def pack_owned_new(entry: Entry, cluster_id: int) -> bytes:
     """Return the journal's value of an entry that replaces none."""
     packed = pack_entry(entry)
     return _OWNED.pack(packed, packed, cluster_id, 0, 0)
+
+
+def pack_installs(lines: Iterable[tuple[bytes, Entry, int]]) -> bytes:
+    """Return what lm_install is run over: for each line's key, entry and cluster id, behind the head."""
+    return bytes(INSTALL_HEAD) + b"".join(
+        [key + _pack_install(entry, number) for key, entry, number in lines]
+    )
+
+
+@lru_cache(maxsize=64)  # as above
+def _pack_install(entry: Entry, cluster_id: int) -> bytes:
+    return _INSTALL.pack(pack_entry(entry), cluster_id, 0, 0)
+
+
+def unpack_installed(raw: bytes) -> list[int]:
+    """Return what became of each line: 0, or a negative errno."""
+    return [error for (error,) in _INSTALLED.iter_unpack(raw[INSTALL_HEAD:])]
 
 
 def unpack_owned(raw: bytes) -> OwnedEntry:

@@ -22,19 +22,26 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence
 
     from lazymesh.core.model import Address, Entry
-    from lazymesh.datapath.maps import IpcacheMap, Journal, Standing
+    from lazymesh.datapath.maps import IpcacheMap, Journal, Line, Standing, Writer
 
 
 class Installer:
     """Installs and evicts our entries.
 
     shared: the maps are Cilium's too, and our entries in them are tagged.
+    writer: writes into the map together with the journal, for a map of our own.
     honours_noexist: what ``kernel_honours_noexist`` found. Without it an insert is guarded by a lookup, which cannot
     see an exact entry behind an equal answer of a shorter prefix, so everything that is not world is taken for one.
     """
 
     def __init__(
-        self, maps: Sequence[IpcacheMap], journal: Journal, honours_noexist: bool, *, shared: bool = False
+        self,
+        maps: Sequence[IpcacheMap],
+        journal: Journal,
+        honours_noexist: bool,
+        *,
+        shared: bool = False,
+        writer: Writer | None = None,
     ) -> None:
         self.crowded = False
         """The map is nearly full: nothing new is put in, what is left is for Cilium."""
@@ -44,6 +51,7 @@ class Installer:
         self._journal = journal
         self._honours_noexist = honours_noexist
         self._shared = shared
+        self._writer = writer
         self._owned: dict[Address, tuple[Entry, int]] = {}
         """Entry and cluster id of what is ours in the first map."""
         self._beside: set[Address] = set()
@@ -140,16 +148,22 @@ class Installer:
         fresh = [each for each in installs if each[0] not in self._owned]
         lines = [(abi.pack_address_key(address), entry, number) for address, entry, number in fresh]
         try:
-            self._journal.write_many(lines)
+            all_inserted = self._write(lines)
         except DatapathError:  # one by one it will show for whom there is room
             return [self.install(*each) for each in installs]
         stand: set[Address] = set()
-        for (address, entry, number), inserted in zip(fresh, self._main.insert_many(lines), strict=True):
+        for (address, entry, number), inserted in zip(fresh, all_inserted, strict=True):
             if inserted:
                 self._owned[address] = (entry, number)
                 stand.add(address)
         self._beside -= stand
         return [None if each[0] in stand else self.install(*each) for each in installs]
+
+    def _write(self, lines: Sequence[Line]) -> list[bool]:
+        if self._writer is not None:
+            return self._writer.write(lines)
+        self._journal.write_many(lines)
+        return self._main.insert_many(lines)
 
     def evict(self, address: Address) -> bool:
         """Remove our entry if it still is what we wrote; True when it was."""

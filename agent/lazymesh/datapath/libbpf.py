@@ -305,6 +305,43 @@ def load_program(name: str, kind: int, license_words: str, code: bytes) -> int:
     return _checked(library().bpf_prog_load(kind, name.encode(), license_words.encode(), code, count, None))
 
 
+class TestRunOpts(ctypes.Structure):
+    """``struct bpf_test_run_opts`` of libbpf 1."""
+
+    _fields_ = (
+        ("sz", ctypes.c_size_t),
+        ("data_in", ctypes.c_char_p),
+        ("data_out", ctypes.c_void_p),
+        ("data_size_in", ctypes.c_uint32),
+        ("data_size_out", ctypes.c_uint32),
+        ("ctx_in", ctypes.c_void_p),
+        ("ctx_out", ctypes.c_void_p),
+        ("ctx_size_in", ctypes.c_uint32),
+        ("ctx_size_out", ctypes.c_uint32),
+        ("retval", ctypes.c_uint32),
+        ("repeat", ctypes.c_int),
+        ("duration", ctypes.c_uint32),
+        ("flags", ctypes.c_uint32),
+        ("cpu", ctypes.c_uint32),
+        ("batch_size", ctypes.c_uint32),
+    )
+
+
+def run_program(fd: int, data: bytes) -> tuple[int, bytes]:
+    """Run a TC program over a packet of at most some 3,600 bytes; return its verdict, and what it made of them."""
+    room = ctypes.create_string_buffer(len(data))
+    options = TestRunOpts(
+        sz=ctypes.sizeof(TestRunOpts),
+        data_in=data,
+        data_size_in=len(data),
+        data_out=ctypes.addressof(room),
+        data_size_out=len(data),
+        repeat=1,
+    )
+    _checked(library().bpf_prog_test_run_opts(fd, ctypes.byref(options)))
+    return options.retval, room.raw
+
+
 def describe_program(number: int) -> ProgramDescription:
     """Ask the kernel about anybody's program by its number; FileNotFoundError when it is gone."""
     fd = _checked(library().bpf_prog_get_fd_by_id(number))

@@ -28,6 +28,7 @@ from lazymesh.datapath.maps import View, make_view, pin_map
 from lazymesh.datapath.pins import (
     HOLD_FILTER,
     HOLD_PROGRAMS,
+    INSTALL,
     PROGRAMS,
     SIGNALS,
     VIEWS,
@@ -94,7 +95,8 @@ def load(pins: Path, ipcache_size: int) -> tuple[Any, dict[str, Any]]:
         ]
         try:
             bpf = BPF(text=one_text(source / "lazymesh.c"), cflags=flags)
-            programs = {name: bpf.load_func(name, BPF.SCHED_CLS) for name in (*PROGRAMS, *HOLD_PROGRAMS)}
+            names = (*PROGRAMS, *HOLD_PROGRAMS, INSTALL)
+            programs = {name: bpf.load_func(name, BPF.SCHED_CLS) for name in names}
             programs[HOLD_FILTER] = bpf.load_func(HOLD_FILTER, BPF.SOCKET_FILTER)
         except Exception as exc:  # bcc raises nothing narrower
             raise DatapathError(f"BCC could not load the datapath: {exc}") from exc

@@ -28,6 +28,7 @@ from lazymesh.datapath.libbpf import (
     MapLayout,
     pin,
     possible_cpus,
+    run_program,
 )
 from lazymesh.errors import DatapathError, MapFullError
 
@@ -374,6 +375,29 @@ class Journal:
             self._map.delete(abi.pack_address_key(address))
         except OSError as exc:
             raise DatapathError(f"cannot delete from the ownership journal: {exc.strerror}") from exc
+
+
+class Writer:
+    """Writes the journal and an ipcache of our own, by one call of the kernel for many addresses (install.h)."""
+
+    def __init__(self, program: int) -> None:
+        self.program = program
+
+    def write(self, lines: Sequence[Line]) -> list[bool]:
+        """Write line and entry of new addresses; tell of each whether it stands. If not, the journal may have the line.
+
+        Nor does any that the kernel would not let us write in this way: it is to be written alone.
+        """
+        stand: list[bool] = []
+        for at in range(0, len(lines), abi.INSTALL_MOST):
+            part = lines[at : at + abi.INSTALL_MOST]
+            try:
+                verdict, packet = run_program(self.program, abi.pack_installs(part))
+            except OSError:
+                verdict, packet = -1, b""
+            errors = abi.unpack_installed(packet) if verdict == 0 else [-1] * len(part)
+            stand += [error == 0 for error in errors]
+        return stand
 
 
 class MeshCidrs:

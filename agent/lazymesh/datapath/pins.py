@@ -23,6 +23,7 @@ log = structlog.get_logger()
 PROGRAMS = ("lm_from_pod", "lm_from_uplink")
 HOLD_PROGRAMS = ("lm_hold_out", "lm_hold_back")
 HOLD_FILTER = "lm_hold_whole"
+INSTALL = "lm_install"
 SIGNALS = "lm_signals"
 IPCACHE = "lm_ipcache"
 JOURNAL = "lm_owned"
@@ -136,7 +137,7 @@ class Pins:
 
     def missing(self, *, own_ipcache: bool) -> list[str]:
         """Return the names of pinned maps and programs that somebody has removed; own_ipcache: ours is one of them."""
-        names = (*PROGRAMS, *HOLD_PROGRAMS, *expected_layouts(0))
+        names = (*PROGRAMS, *HOLD_PROGRAMS, INSTALL, *expected_layouts(0))
         return [name for name in names if not self.path(name).exists() and (own_ipcache or name != IPCACHE)]
 
     def remove(self) -> None:

@@ -25,11 +25,13 @@ from lazymesh.datapath.maps import (
     View,
     Views,
     WindowMap,
+    Writer,
     open_map,
     open_or_make_map,
 )
 from lazymesh.datapath.pins import (
     HOLD_PROGRAMS,
+    INSTALL,
     IPCACHE,
     PROGRAMS,
     SIGNALS,
@@ -159,13 +161,14 @@ class Datapath:
         outer = {view: self._open(name) for view, name in zip(View, VIEWS, strict=True)}
         self.views = Views(outer, self.config)
         self.signals = self._open(SIGNALS)
-        for name in (*PROGRAMS, *HOLD_PROGRAMS):
+        for name in (*PROGRAMS, *HOLD_PROGRAMS, INSTALL):
             try:
                 self._programs[name] = libbpf.open_pin(self.pins.path(name))
             except OSError as exc:
                 raise DatapathError(
                     f"cannot open the program at {self.pins.path(name)}: {exc.strerror}"
                 ) from exc
+        self.writer = Writer(self._programs[INSTALL])
 
     def program(self, direction: Direction) -> tuple[str, int]:
         """Return name and file descriptor of the program for interfaces of that direction."""

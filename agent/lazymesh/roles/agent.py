@@ -245,7 +245,11 @@ class Agent:
         owned = min(ipcaches.maps[0].max_entries // SHARE_OF_MAP, datapath.journal.size - JOURNAL_SPARE)
         limits = Limits(owned=owned, stale_after=settings.stale_limit_s)
         installer = Installer(
-            ipcaches.maps, datapath.journal, kernel_honours_noexist(), shared=ipcaches.shared
+            ipcaches.maps,
+            datapath.journal,
+            kernel_honours_noexist(),
+            shared=ipcaches.shared,
+            writer=None if ipcaches.shared else datapath.writer,
         )
         stack.callback(lambda: ipcaches.leave(installer) if self._leaves_nothing else None)
         judge = Judge(mesh.table, mesh.identities, settings.mesh.region, ipcaches.here)

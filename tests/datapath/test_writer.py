@@ -1,0 +1,186 @@
+"""Entries that the kernel writes for the agent, many at once: as if each had been written by two system calls."""
+
+from __future__ import annotations
+
+import errno
+import os
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from lazymesh.core.model import Entry, Reason
+from lazymesh.datapath import abi, libbpf
+from lazymesh.datapath.installer import Installer
+from lazymesh.datapath.libbpf import Map
+from lazymesh.datapath.maps import IpcacheMap, Journal, Writer
+from lazymesh.datapath.pins import expected_layouts
+from tests.datapath.conftest import IPCACHE_SIZE
+from tests.support.packets import NODE_B, pod_of_b
+
+if TYPE_CHECKING:
+    from tests.datapath.conftest import Bench
+
+pytestmark = pytest.mark.needs("BPF_NOEXIST")
+
+ENDPOINTS = (NODE_B.address(4), NODE_B.address(6), None)
+ENTRIES = [
+    Entry(131_073 + n, each, n, {4: 2, 16: 6}.get(len(each or b""), 0)) for n, each in enumerate(ENDPOINTS)
+]
+THEIRS = Entry(140_000, NODE_B.address(4), 0, 2)
+PODS = [pod_of_b(number).address(version) for number in range(100) for version in (4, 6)]
+MANY = [(address, ENTRIES[n % 3], 2 + n % 2) for n, address in enumerate(PODS)]
+LINES = [(abi.pack_address_key(address), entry, number) for address, entry, number in MANY]
+
+
+def installer_of(bench: Bench, writer: Writer | None = None) -> Installer:
+    """Return an installer that writes in this way, or in that of this kernel's bench."""
+    return Installer([bench.ipcache], bench.datapath.journal, True, writer=writer or bench.datapath.writer)
+
+
+def contents(*maps: Map) -> list[dict[bytes, bytes]]:
+    """Return all bytes of maps."""
+    return [dict(each.items()) for each in maps]
+
+
+def test_many_are_written_as_one_by_one(bench: Bench) -> None:
+    """Byte for byte, in both maps: IPv4 and IPv6, entries of three kinds, in more than one run of the program."""
+    assert len(MANY) > 2 * abi.INSTALL_MOST
+    ours = [bench.maps[name] for name in ("lm_ipcache", "lm_owned")]
+    assert installer_of(bench).install_many(MANY) == [None] * len(MANY)
+    written = contents(*ours)
+    bench.wipe()
+    alone = Installer([bench.ipcache], bench.datapath.journal, True)
+    assert [alone.install(*each) for each in MANY] == [None] * len(MANY)
+    assert contents(*ours) == written
+    assert all(map(len, written))
+
+
+def test_theirs_in_the_middle_are_left_alone_and_have_no_line(bench: Bench) -> None:
+    """As found by the kernel, in the moment of the write; all others are installed."""
+    taken = [PODS[0], PODS[59], PODS[60], PODS[-1]]
+    bench.maps["lm_ipcache"].update_many([(abi.pack_address_key(a), abi.pack_entry(THEIRS)) for a in taken])
+    reasons = installer_of(bench).install_many(MANY)
+    assert {address for (address, *_), reason in zip(MANY, reasons, strict=True) if reason} == set(taken)
+    assert {reason for reason in reasons if reason} == {Reason.NOT_OURS}
+    assert {address for address, _ in bench.datapath.journal.items()} == set(PODS) - set(taken)
+    assert [bench.ipcache.lookup(address) for address in taken] == [THEIRS] * len(taken)
+
+
+def test_full_journal_ends_it_for_those_without_room_alone(bench: Bench) -> None:
+    """And what has no line has no entry."""
+    room = 70
+    lines = [(number.to_bytes(24, "big"), bytes(56)) for number in range(bench.datapath.journal.size - room)]
+    bench.maps["lm_owned"].update_many(lines)
+    told: list[None] = []
+    installer = installer_of(bench)
+    installer.on_full = lambda: told.append(None)
+    assert installer.install_many(MANY) == [None] * room + [Reason.MAP_FULL] * (len(MANY) - room)
+    assert told
+    assert len(dict(bench.maps["lm_ipcache"].items())) == room
+
+
+def test_full_ipcache_leaves_no_line(bench: Bench) -> None:
+    """What was written for the entry is taken back."""
+    room = 70
+    taken = [
+        (abi.pack_address_key((0xC000_0000 + n).to_bytes(4)), bytes(24)) for n in range(IPCACHE_SIZE - room)
+    ]
+    bench.maps["lm_ipcache"].update_many(taken)
+    reasons = installer_of(bench).install_many(MANY)
+    assert reasons == [None] * room + [Reason.MAP_FULL] * (len(MANY) - room)
+    assert {address for address, _ in bench.datapath.journal.items()} == set(PODS[:room])
+
+
+def test_kernel_that_does_not_run_it_is_asked_one_by_one(bench: Bench) -> None:
+    """A program that is none stands for every refusal."""
+    nothing = os.open("/dev/null", os.O_RDONLY)
+    try:
+        assert Writer(nothing).write(LINES) == [False] * len(LINES)
+        assert installer_of(bench, Writer(nothing)).install_many(MANY) == [None] * len(MANY)
+    finally:
+        os.close(nothing)
+
+
+def test_without_an_ipcache_of_our_own_nothing_is_written(bench: Bench) -> None:
+    """Beside Cilium the programs look into other maps, and this one is not for those."""
+    bench.datapath.views.show([])
+    try:
+        assert bench.datapath.writer.write(LINES) == [False] * len(LINES)
+        assert contents(bench.maps["lm_ipcache"], bench.maps["lm_owned"]) == [{}, {}]
+    finally:
+        bench.datapath.views.show([bench.ipcache])
+
+
+def test_a_run_has_as_many_lines_as_both_sides_say(bench: Bench) -> None:
+    """The program looks at no more, and not at a part of one; each has its own result."""
+    program = bench.datapath.writer.program
+    data = abi.pack_installs(LINES[: abi.INSTALL_MOST] + LINES[:1])
+    verdict, packet = libbpf.run_program(program, data)
+    assert (verdict, abi.unpack_installed(packet)[:-1]) == (0, [0] * abi.INSTALL_MOST)
+    assert packet[-56:] == data[-56:]
+    verdict, packet = libbpf.run_program(program, abi.pack_installs(LINES[:3])[:-1])
+    assert (verdict, abi.unpack_installed(packet[:-55])) == (0, [-errno.EEXIST] * 2)
+
+
+STEPS = st.one_of(
+    st.tuples(
+        st.just("install"), st.dictionaries(st.sampled_from(PODS[:8]), st.sampled_from(ENTRIES), max_size=8)
+    ),
+    st.tuples(st.just("evict"), st.sampled_from(PODS[:8])),
+    st.tuples(st.sampled_from(["they write", "they delete"]), st.sampled_from(PODS[:8])),
+    st.tuples(st.just("restart"), st.none()),
+)
+
+
+@settings(deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(steps=st.lists(STEPS, max_size=12))
+def test_any_history_ends_as_without_it(shared_bench: Bench, steps: list[tuple[str, object]]) -> None:
+    """Installs, evictions, foreign writes, restarts: same answers, same bytes."""
+    shared_bench.wipe()
+    with Twins(shared_bench) as twins:
+        for what, argument in steps:
+            one, other = (twins.take(side, what, argument) for side in (0, 1))
+            assert one == other
+        assert contents(*twins.maps[0]) == contents(*twins.maps[1])
+
+
+class Twins:
+    """Two nodes that the same befalls: one with the writer, one without."""
+
+    def __init__(self, bench: Bench) -> None:
+        self._bench = bench
+        layouts = expected_layouts(IPCACHE_SIZE)
+        plain = tuple(Map.create("lm_test", layouts[name]) for name in ("lm_ipcache", "lm_owned"))
+        self.maps = [(bench.maps["lm_ipcache"], bench.maps["lm_owned"]), plain]
+        self._writers = [bench.datapath.writer, None]
+        self._installers = [self._new(0), self._new(1)]
+
+    def __enter__(self) -> Twins:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for each in self.maps[1]:
+            each.close()
+
+    def _new(self, side: int) -> Installer:
+        ipcache, journal = self.maps[side]
+        opened = IpcacheMap(ipcache, Path("/the/ipcache"))
+        return Installer([opened], Journal(journal), True, writer=self._writers[side])
+
+    def take(self, side: int, what: str, argument: object) -> object:
+        """Have one of them go through it; return what it says."""
+        installer, ipcache = self._installers[side], self.maps[side][0]
+        match what, argument:
+            case "install", dict() as entries:
+                return installer.install_many([(address, entry, 2) for address, entry in entries.items()])
+            case "evict", bytes() as address:
+                return installer.evict(address)
+            case "they write", bytes() as address:
+                return ipcache.update(abi.pack_address_key(address), abi.pack_entry(THEIRS))
+            case "they delete", bytes() as address:
+                return ipcache.delete(abi.pack_address_key(address))
+        self._installers[side] = self._new(side)
+        return sorted(address for address, *_ in self._installers[side].adopt())
