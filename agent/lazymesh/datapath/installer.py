@@ -25,6 +25,10 @@ if TYPE_CHECKING:
     from lazymesh.datapath.maps import IpcacheMap, Journal, Line, Standing, Writer
 
 
+FEW = 3
+"""Up to so many new entries two system calls for each take no longer: the kernel makes a packet for the other way."""
+
+
 class Installer:
     """Installs and evicts our entries.
 
@@ -160,7 +164,7 @@ class Installer:
         return [None if each[0] in stand else self.install(*each) for each in installs]
 
     def _write(self, lines: Sequence[Line]) -> list[bool]:
-        if self._writer is not None:
+        if self._writer is not None and len(lines) > FEW:
             return self._writer.write(lines)
         self._journal.write_many(lines)
         return self._main.insert_many(lines)
