@@ -421,14 +421,13 @@ def pack_owned_new(entry: Entry, cluster_id: int) -> bytes:
 
 def pack_installs(lines: Iterable[tuple[bytes, Entry, int]]) -> bytes:
     """Return what lm_install is run over: for each line's key, entry and cluster id, behind the head."""
-    return bytes(INSTALL_HEAD) + b"".join(
-        [key + _pack_install(entry, number) for key, entry, number in lines]
-    )
-
-
-@lru_cache(maxsize=64)  # as above
-def _pack_install(entry: Entry, cluster_id: int) -> bytes:
-    return _INSTALL.pack(pack_entry(entry), cluster_id, 0, 0)
+    parts: list[bytes] = [bytes(INSTALL_HEAD)]
+    of: tuple[Entry | None, int] = (None, 0)
+    for key, entry, cluster_id in lines:
+        if entry is not of[0] or cluster_id != of[1]:  # mostly it is, as above
+            rest, of = _INSTALL.pack(pack_entry(entry), cluster_id, 0, 0), (entry, cluster_id)
+        parts += (key, rest)
+    return b"".join(parts)
 
 
 def unpack_installed(raw: bytes) -> list[int]:

@@ -10,6 +10,7 @@ new one, which the journal is about; older ones get the same entries, and go whe
 
 from __future__ import annotations
 
+from itertools import compress
 from typing import TYPE_CHECKING
 
 from lazymesh.core.identities import WORLD_IDENTITIES, is_peer
@@ -25,6 +26,8 @@ if TYPE_CHECKING:
     from lazymesh.datapath.maps import IpcacheMap, Journal, Line, Standing, Writer
 
 
+Installed = tuple["Address", "Entry", int]
+"""An address, its entry and the id of its cluster."""
 FEW = 3
 """Up to so many new entries two system calls for each take no longer: the kernel makes a packet for the other way."""
 
@@ -56,8 +59,8 @@ class Installer:
         self._honours_noexist = honours_noexist
         self._shared = shared
         self._writer = writer
-        self._owned: dict[Address, tuple[Entry, int]] = {}
-        """Entry and cluster id of what is ours in the first map."""
+        self._owned: dict[Address, Installed] = {}
+        """What is ours in the first map."""
         self._beside: set[Address] = set()
         """What is ours in old maps only: in the first one Cilium has written its own by now."""
 
@@ -74,7 +77,7 @@ class Installer:
         """Return the addresses whose entries are ours, the latest installed first."""
         return [*reversed(self._owned), *self._beside]
 
-    def adopt(self) -> Iterator[tuple[Address, Entry, int]]:
+    def adopt(self) -> Iterator[Installed]:
         """Take over the journal of an earlier life; yield address, entry and cluster id of what still stands.
 
         What stands in an old map only is carried over: Cilium may have started again while we did not run. A line whose
@@ -87,7 +90,7 @@ class Installer:
                 entry = (
                     line.entry if self._main.as_read_back(line.entry) == standing.entry else standing.entry
                 )
-                self._owned[address] = (entry, line.cluster_id)
+                self._owned[address] = (address, entry, line.cluster_id)
                 self._bring_back(address, with_tunnel_flags(entry))
                 yield address, entry, line.cluster_id
             elif (
@@ -113,7 +116,7 @@ class Installer:
 
     def carry_over(self, address: Address) -> Reason | None:
         """Put an entry of ours into a first map that is new; returns why not, and then it is not ours any more."""
-        entry, cluster_id = self._owned[address]
+        _, entry, cluster_id = self._owned[address]
         wanted, standing = with_tunnel_flags(entry), self._main.stands(address)
         if standing is not None and standing.tagged and standing.entry == self._main.as_read_back(wanted):
             return None
@@ -141,7 +144,7 @@ class Installer:
         self._beside.discard(address)
         return reason
 
-    def install_many(self, installs: Sequence[tuple[Address, Entry, int]]) -> list[Reason | None]:
+    def install_many(self, installs: Sequence[Installed]) -> list[Reason | None]:
         """Do as ``install`` for several addresses, each of them once; returns why not, or None, for each.
 
         What is new goes into the journal together, and then into the map; what that does not settle, one by one.
@@ -155,12 +158,11 @@ class Installer:
             all_inserted = self._write(lines)
         except DatapathError:  # one by one it will show for whom there is room
             return [self.install(*each) for each in installs]
-        stand: set[Address] = set()
-        for (address, entry, number), inserted in zip(fresh, all_inserted, strict=True):
-            if inserted:
-                self._owned[address] = (entry, number)
-                stand.add(address)
-        self._beside -= stand
+        stand = {each[0]: each for each in compress(fresh, all_inserted)}
+        self._owned.update(stand)
+        self._beside -= stand.keys()
+        if len(stand) == len(installs):
+            return [None] * len(installs)
         return [None if each[0] in stand else self.install(*each) for each in installs]
 
     def _write(self, lines: Sequence[Line]) -> list[bool]:
@@ -215,7 +217,7 @@ class Installer:
             self._settle(address)
             return Reason.INSTALL_FAILED
         self._owned.pop(address, None)
-        self._owned[address] = (entry, cluster_id)
+        self._owned[address] = (address, entry, cluster_id)
         return None
 
     def _put_beside(self, ipcache: IpcacheMap, address: Address, entry: Entry) -> bool:
@@ -245,7 +247,7 @@ class Installer:
         if standing is None or self._shared:
             return standing is not None and standing.tagged
         mine = self._owned.get(address)
-        return mine is not None and standing.entry == self._main.as_read_back(mine[0])
+        return mine is not None and standing.entry == self._main.as_read_back(mine[1])
 
     def _is_of_line(self, standing: Standing, line: OwnedEntry) -> bool:
         return standing.tagged if self._shared else standing.entry in (line.entry, line.previous)
