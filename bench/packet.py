@@ -15,8 +15,9 @@ from typing import TYPE_CHECKING
 from bench.report import Part, Row
 from lazymesh.core.model import Direction, Entry
 from lazymesh.datapath import abi
-from lazymesh.datapath.libbpf import Map, PerfBuffer
+from lazymesh.datapath.libbpf import Map
 from lazymesh.datapath.maps import DatapathConfig
+from lazymesh.datapath.perfbuffer import PerfBuffer
 from lazymesh.datapath.pins import IPCACHE, Pins
 from lazymesh.datapath.program import load, open_own_ipcache
 from lazymesh.datapath.signals import RING_PAGES

@@ -31,6 +31,7 @@ from lazymesh.datapath import abi, libbpf
 from lazymesh.datapath.holdmaps import HoldControl, HoldCounterMap, HoldLimits
 from lazymesh.datapath.interfaces import prepare_tap
 from lazymesh.datapath.maps import DatapathConfig, OnMiss
+from lazymesh.datapath.perfbuffer import PerfBuffer
 from lazymesh.datapath.pins import HOLD_FILTER, Pins
 from lazymesh.datapath.program import load, open_own_ipcache
 from lazymesh.datapath.tap import VNET_HEADER, open_tap
@@ -76,7 +77,7 @@ class HoldBench:
         self.mapped = Mapped(self.pins)
         self.control = HoldControl(self.pins)
         self._counters = HoldCounterMap(self.pins)
-        self._signals = libbpf.PerfBuffer(self.datapath.signals, 8, lambda _raw: None)
+        self._signals = PerfBuffer(self.datapath.signals, 8, lambda _raw: None)
         stack.callback(self._signals.close)
         self.socket = self._pod_socket(vnet=False)
         self.gso_socket = self._pod_socket(vnet=True)

@@ -65,7 +65,7 @@ class TcxLink:
         flags = _F_BEFORE if head else _F_AFTER
         opts = _LinkCreateOpts(sz=ctypes.sizeof(_LinkCreateOpts), flags=flags)
         index, kind = socket.if_nametoindex(interface), _ATTACH_TYPE[hook]
-        return cls(_checked(libbpf.library().bpf_link_create(program, index, kind, ctypes.byref(opts))))
+        return cls(libbpf.checked(libbpf.library().bpf_link_create(program, index, kind, ctypes.byref(opts))))
 
     @classmethod
     def pinned(cls, path: Path) -> Self:
@@ -77,7 +77,9 @@ class TcxLink:
         """The kernel's number of it, which an update keeps."""
         info = _LinkInfo()
         size = ctypes.c_uint32(ctypes.sizeof(info))
-        _checked(libbpf.library().bpf_obj_get_info_by_fd(self.fd, ctypes.byref(info), ctypes.byref(size)))
+        libbpf.checked(
+            libbpf.library().bpf_obj_get_info_by_fd(self.fd, ctypes.byref(info), ctypes.byref(size))
+        )
         return int(info.id)
 
     def follows(self, interface: str) -> bool:
@@ -86,7 +88,7 @@ class TcxLink:
 
     def update(self, program: int) -> None:
         """Put another program in the same place."""
-        _checked(libbpf.library().bpf_link_update(self.fd, program, None))
+        libbpf.checked(libbpf.library().bpf_link_update(self.fd, program, None))
 
     def pin(self, path: Path) -> None:
         """Let it outlive this process."""
@@ -107,14 +109,8 @@ def tcx_programs(interface: str, hook: str = INGRESS) -> list[int]:
     ids, count, flags = (ctypes.c_uint32 * 64)(), ctypes.c_uint32(64), ctypes.c_uint32()
     pointers = (ctypes.byref(flags), ids, ctypes.byref(count))
     index, kind = socket.if_nametoindex(interface), _ATTACH_TYPE[hook]
-    _checked(libbpf.library().bpf_prog_query(index, kind, 0, *pointers))
+    libbpf.checked(libbpf.library().bpf_prog_query(index, kind, 0, *pointers))
     return list(ids[: count.value])
-
-
-def _checked(result: int) -> int:
-    if result < 0:
-        raise OSError(-result, os.strerror(-result))
-    return result
 
 
 # clsact.

@@ -1,4 +1,4 @@
-"""The kernel's bpf(2) through the distribution's libbpf.so.1: maps, pins, programs and perf buffers.
+"""The kernel's bpf(2) through the distribution's libbpf.so.1: maps, pins and programs.
 
 A thin typed layer over ctypes, so that the long-lived agent needs neither BCC nor LLVM. Everything speaks bytes and
 file descriptors; what the bytes mean is the business of abi.py and maps.py. Failures raise OSError with the kernel's
@@ -12,19 +12,16 @@ import ctypes
 import errno
 import functools
 import os
-import platform
 import resource
 import socket
-import struct
 import sys
 from dataclasses import dataclass
-from functools import lru_cache
 from typing import TYPE_CHECKING
 
 from lazymesh.errors import DatapathError
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable, Iterator
+    from collections.abc import Iterable, Iterator
     from pathlib import Path
 
 BPF_ANY = 0
@@ -78,8 +75,8 @@ class _MapCreateOpts(ctypes.Structure):
     )
 
 
-_SAMPLE_FN = ctypes.CFUNCTYPE(None, ctypes.c_void_p, ctypes.c_int, ctypes.c_void_p, ctypes.c_uint32)
-_LOST_FN = ctypes.CFUNCTYPE(None, ctypes.c_void_p, ctypes.c_int, ctypes.c_uint64)
+SAMPLE_FN = ctypes.CFUNCTYPE(None, ctypes.c_void_p, ctypes.c_int, ctypes.c_void_p, ctypes.c_uint32)
+LOST_FN = ctypes.CFUNCTYPE(None, ctypes.c_void_p, ctypes.c_int, ctypes.c_uint64)
 
 
 @functools.cache
@@ -103,7 +100,7 @@ def library() -> ctypes.CDLL:
     lib.bpf_obj_get.argtypes = (ctypes.c_char_p,)
     lib.bpf_obj_pin.argtypes = (number, ctypes.c_char_p)
     lib.bpf_obj_get_info_by_fd.argtypes = (number, pointer, pointer)
-    lib.perf_buffer__new.argtypes = (number, ctypes.c_size_t, _SAMPLE_FN, _LOST_FN, pointer, pointer)
+    lib.perf_buffer__new.argtypes = (number, ctypes.c_size_t, SAMPLE_FN, LOST_FN, pointer, pointer)
     lib.perf_buffer__new.restype = pointer
     for name in ("perf_buffer__epoll_fd", "perf_buffer__buffer_cnt", "perf_buffer__free"):
         getattr(lib, name).argtypes = (pointer,)
@@ -127,7 +124,8 @@ def _quick_library() -> ctypes.PyDLL:
     return lib
 
 
-def _checked(result: int) -> int:
+def checked(result: int) -> int:
+    """Return what libbpf returned; OSError for what is an error there."""
     if result < 0:
         raise OSError(-result, os.strerror(-result))
     return result
@@ -135,7 +133,7 @@ def _checked(result: int) -> int:
 
 def possible_cpus() -> int:
     """Return how many copies a per-CPU map element has."""
-    return _checked(library().libbpf_num_possible_cpus())
+    return checked(library().libbpf_num_possible_cpus())
 
 
 @dataclass(frozen=True, slots=True)
@@ -168,12 +166,12 @@ def pin(fd: int, path: Path) -> None:
     """Pin a map or program, replacing an older pin of that name."""
     with contextlib.suppress(FileNotFoundError):
         path.unlink()
-    _checked(library().bpf_obj_pin(fd, os.fsencode(path)))
+    checked(library().bpf_obj_pin(fd, os.fsencode(path)))
 
 
 def open_pin(path: Path) -> int:
     """Return a file descriptor of the pinned map or program."""
-    return _checked(library().bpf_obj_get(os.fsencode(path)))
+    return checked(library().bpf_obj_get(os.fsencode(path)))
 
 
 # --- programs and tcx links -------------------------------------------------------------------------------------------
@@ -244,19 +242,19 @@ class ProgramDescription:
 def attach_tcx(program: int, ifindex: int) -> int:
     """Put a program at the head of an interface's tcx ingress; return the link's file descriptor."""
     opts = _LinkCreateOpts(sz=ctypes.sizeof(_LinkCreateOpts), flags=_BPF_F_BEFORE)
-    return _checked(library().bpf_link_create(program, ifindex, _TCX_INGRESS, ctypes.byref(opts)))
+    return checked(library().bpf_link_create(program, ifindex, _TCX_INGRESS, ctypes.byref(opts)))
 
 
 def update_link(link: int, program: int) -> None:
     """Put another program in a link's place."""
-    _checked(library().bpf_link_update(link, program, None))
+    checked(library().bpf_link_update(link, program, None))
 
 
 def detach_link(link: int) -> None:
     """Take a link's program off its interface at once; of an interface that is gone there is nothing to take."""
     result = library().bpf_link_detach(link)
     if result not in (0, -errno.ENOLINK):
-        _checked(result)
+        checked(result)
 
 
 def link_ifindex(link: int) -> int:
@@ -271,7 +269,7 @@ def tcx_programs(ifindex: int) -> list[int]:
     ids, count = (ctypes.c_uint32 * _CHAIN_MOST)(), ctypes.c_uint32(_CHAIN_MOST)
     flags = ctypes.c_uint32()
     words = (ctypes.byref(flags), ids, ctypes.byref(count))
-    _checked(library().bpf_prog_query(ifindex, _TCX_INGRESS, 0, *words))
+    checked(library().bpf_prog_query(ifindex, _TCX_INGRESS, 0, *words))
     return list(ids[: count.value])
 
 
@@ -302,7 +300,7 @@ def program_type(program: int) -> int:
 def load_program(name: str, kind: int, license_words: str, code: bytes) -> int:
     """Load instructions; return the program's file descriptor."""
     count = len(code) // _INSTRUCTION_SIZE
-    return _checked(library().bpf_prog_load(kind, name.encode(), license_words.encode(), code, count, None))
+    return checked(library().bpf_prog_load(kind, name.encode(), license_words.encode(), code, count, None))
 
 
 class TestRunOpts(ctypes.Structure):
@@ -338,13 +336,13 @@ def run_program(fd: int, data: bytes) -> tuple[int, bytes]:
         data_size_out=len(data),
         repeat=1,
     )
-    _checked(library().bpf_prog_test_run_opts(fd, ctypes.byref(options)))
+    checked(library().bpf_prog_test_run_opts(fd, ctypes.byref(options)))
     return options.retval, room.raw
 
 
 def describe_program(number: int) -> ProgramDescription:
     """Ask the kernel about anybody's program by its number; FileNotFoundError when it is gone."""
-    fd = _checked(library().bpf_prog_get_fd_by_id(number))
+    fd = checked(library().bpf_prog_get_fd_by_id(number))
     try:
         ids = (ctypes.c_uint32 * _MAPS_MOST)()
         info = _ProgramInfo(nr_map_ids=_MAPS_MOST, map_ids=ctypes.addressof(ids))
@@ -356,7 +354,7 @@ def describe_program(number: int) -> ProgramDescription:
 
 def _get_info(fd: int, info: ctypes.Structure) -> None:
     size = ctypes.c_uint32(ctypes.sizeof(info))
-    _checked(library().bpf_obj_get_info_by_fd(fd, ctypes.byref(info), ctypes.byref(size)))
+    checked(library().bpf_obj_get_info_by_fd(fd, ctypes.byref(info), ctypes.byref(size)))
 
 
 class Map:
@@ -386,14 +384,14 @@ class Map:
     @classmethod
     def by_id(cls, map_id: int) -> Map:
         """Open a map by the kernel's number; FileNotFoundError when it is gone."""
-        return cls(_checked(library().bpf_map_get_fd_by_id(map_id)))
+        return cls(checked(library().bpf_map_get_fd_by_id(map_id)))
 
     @classmethod
     def create(cls, name: str, layout: MapLayout, like: int = 0) -> Map:
         """Make a map of our own that goes with its last file descriptor; a map of maps takes those like one."""
         opts = _MapCreateOpts(sz=ctypes.sizeof(_MapCreateOpts), map_flags=layout.flags, inner_map_fd=like)
         sizes = (layout.key_size, layout.value_size, layout.max_entries)
-        return cls(_checked(library().bpf_map_create(layout.kind, name.encode(), *sizes, ctypes.byref(opts))))
+        return cls(checked(library().bpf_map_create(layout.kind, name.encode(), *sizes, ctypes.byref(opts))))
 
     def close(self) -> None:
         """Give the file descriptor back."""
@@ -407,13 +405,13 @@ class Map:
         if result == -errno.ENOENT:
             return None
         if result:
-            _checked(result)
+            checked(result)
         return self._value.raw
 
     def update(self, key: bytes, value: bytes, flags: int = BPF_ANY) -> None:
         """Write one element; OSError EEXIST, ENOENT, ENOSPC or E2BIG as bpf(2) has it."""
         if result := self._update(self.fd, key, value, flags):
-            _checked(result)
+            checked(result)
 
     def insert_many(self, items: Iterable[tuple[bytes, bytes]]) -> list[bool]:
         """Add elements, each by a call of its own; return which were added, and not there already nor refused."""
@@ -426,7 +424,7 @@ class Map:
         result = self._delete(self.fd, key)
         if result == -errno.ENOENT:
             return False
-        _checked(result)
+        checked(result)
         return True
 
     def program_ids(self) -> list[int]:
@@ -436,7 +434,7 @@ class Map:
 
     def push(self, value: bytes) -> None:
         """Add to a queue map."""
-        _checked(self._lib.bpf_map_update_elem(self.fd, None, value, BPF_ANY))
+        checked(self._lib.bpf_map_update_elem(self.fd, None, value, BPF_ANY))
 
     def drain(self) -> int:
         """Empty a queue map; returns how many elements it held."""
@@ -460,7 +458,7 @@ class Map:
                 for key, value in part:
                     self.update(key, value)
             else:
-                _checked(result)
+                checked(result)
 
     def delete_many(self, keys: list[bytes]) -> None:
         """Remove many elements; those that are gone already do not matter."""
@@ -472,7 +470,7 @@ class Map:
         key = ctypes.create_string_buffer(self.layout.key_size)
         result = self._lib.bpf_map_get_next_key(self.fd, None, key)
         if result not in (0, -errno.ENOENT):
-            _checked(result)
+            checked(result)
         return bool(result)
 
     def count(self) -> int:
@@ -522,7 +520,7 @@ class Map:
             if interrupted and not count.value:
                 continue
             if not done and not interrupted:
-                _checked(result)
+                checked(result)
             first = False
             yield keys.raw, values.raw, count.value
 
@@ -536,7 +534,7 @@ class Map:
                 yield here, value
             result = self._lib.bpf_map_get_next_key(self.fd, here, key)
         if result != -errno.ENOENT:
-            _checked(result)
+            checked(result)
 
 
 def has_lpm_batches() -> bool:
@@ -548,134 +546,3 @@ def has_lpm_batches() -> bool:
         return bool(library().bpf_map_update_batch(probe.fd, *words) == 0)
     finally:
         probe.close()
-
-
-class PerfBuffer:
-    """A reader of a perf event array: one ring per CPU behind one pollable file descriptor.
-
-    libbpf makes the rings; they are read here, where they are mapped, since its callbacks into Python take longer than
-    all the rest of a signal's way through user space.
-    """
-
-    def __init__(self, events: Map, pages: int, on_samples: Callable[[list[bytes]], None]) -> None:
-        self._lib = library()
-        self._on_samples = on_samples
-        self.lost = 0
-        """Records that the kernel could not put into a ring, by its own count."""
-        # libbpf wants them; they are never called.
-        self._unused = _SAMPLE_FN(lambda *_: None), _LOST_FN(lambda *_: None)
-        self._buffer = self._lib.perf_buffer__new(events.fd, pages, *self._unused, None, None)
-        if not self._buffer:
-            number = ctypes.get_errno()
-            raise OSError(number, os.strerror(number))
-        self.fd = _checked(self._lib.perf_buffer__epoll_fd(self._buffer))
-        self._rings = [self._ring(index) for index in range(self._lib.perf_buffer__buffer_cnt(self._buffer))]
-
-    def consume(self, limit: int = 1 << 30) -> bool:
-        """Hand waiting records to on_samples, CPU by CPU: in order of time only within one.
-
-        At most ``limit`` in all; True if more may wait. perf_buffer__poll would miss what a full edge left behind.
-        """
-        heads = [ring.head.value for ring in self._rings]
-        self._fence()
-        more = False
-        for ring, head in zip(self._rings, heads, strict=True):
-            if ring.position != head:
-                limit -= self._read(ring, head, limit)
-                more |= ring.position != head
-        self._fence()
-        for ring in self._rings:
-            ring.tail.value = ring.position
-        return more
-
-    def close(self) -> None:
-        """Take our rings out of the map."""
-        if self._buffer:
-            self._rings = []
-            self._lib.perf_buffer__free(self._buffer)
-            self._buffer = None
-
-    def _ring(self, index: int) -> _Ring:
-        base, size = ctypes.c_void_p(), ctypes.c_size_t()
-        _checked(self._lib.perf_buffer__buffer(self._buffer, index, ctypes.byref(base), ctypes.byref(size)))
-        return _Ring(base.value or 0, size.value)
-
-    def _fence(self) -> None:
-        if _ORDERED:
-            return
-        # The call lets go of the interpreter and takes it again: locks, so barriers between what is read before and
-        # behind it, as the rings' protocol has it (perf_event_open(2)).
-        self._lib.perf_buffer__buffer_cnt(self._buffer)
-
-    def _read(self, ring: _Ring, head: int, limit: int) -> int:
-        """Read up to a position, or up to a number of records; return how many."""
-        read = 0
-        while ring.position != head and read < limit:
-            data, at = ring.ahead(head), 0
-            samples: list[bytes] = []
-            while at + _RECORD.size <= len(data) and read + len(samples) < limit:
-                kind, _, length, raw_length = _RECORD.unpack_from(data, at)
-                if at + length > len(data):
-                    break  # the next look begins with it
-                if kind == _RECORD_SAMPLE:
-                    alike = _alike(data, at, length, limit - read - len(samples))
-                    samples += [data[start + 12 : start + 12 + raw_length] for start in alike]
-                    at = alike.stop
-                    continue
-                if kind == _RECORD_LOST:
-                    self.lost += int.from_bytes(data[at + 16 : at + 24], sys.byteorder)
-                at += length
-            ring.position += at
-            read += len(samples)
-            self._on_samples(samples)
-        return read
-
-
-def _alike(data: bytes, at: int, length: int, limit: int) -> range:
-    """Return where records begin that have the head of the first one: a program's samples are of one size."""
-    count = min((len(data) - at) // length, limit)
-    heads = _heads(length).iter_unpack(data[at : at + count * length])
-    first = next(heads)
-    for index, head in enumerate(heads, 1):
-        if head != first:
-            count = index
-            break
-    return range(at, at + count * length, length)
-
-
-@lru_cache(maxsize=8)
-def _heads(length: int) -> struct.Struct:
-    """Return a layout that tells the heads of records of one length."""
-    return struct.Struct(f"{_RECORD.format}{length - _RECORD.size}x")
-
-
-class _Ring:
-    """One CPU's ring, as perf_event_mmap_page has it: a page of positions, then the data."""
-
-    _HEAD, _TAIL = 1024, 1032
-
-    def __init__(self, base: int, size: int) -> None:
-        self.size = size
-        self.head = ctypes.c_uint64.from_address(base + self._HEAD)
-        """Where the kernel writes next; counts up for ever."""
-        self.tail = ctypes.c_uint64.from_address(base + self._TAIL)
-        """Up to where the kernel may forget."""
-        self.position = self.tail.value
-        """Up to where we have read."""
-        data = (ctypes.c_char * size).from_address(base + resource.getpagesize())
-        self.data = memoryview(data).cast("B")
-
-    def ahead(self, head: int) -> bytes:
-        """Return what is to be read up to a position, in one piece, were it in two; at most LOOK bytes."""
-        start, length = self.position % self.size, min(head - self.position, LOOK)
-        piece = bytes(self.data[start : start + length])
-        return piece if len(piece) == length else piece + bytes(self.data[: length - len(piece)])
-
-
-LOOK = 1 << 16
-"""Bytes of a ring that are looked at together: any record fits, as the length of one has 16 bits."""
-_RECORD = struct.Struct("=IHHI")
-"""perf_event_header, and the length of a sample's bytes."""
-_RECORD_LOST, _RECORD_SAMPLE = 2, 9
-_ORDERED = platform.machine() in ("x86_64", "i686")
-"""Loads stay in their order here, and stores behind them, without a barrier."""

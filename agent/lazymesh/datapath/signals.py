@@ -7,7 +7,7 @@ from collections import deque
 from typing import TYPE_CHECKING
 
 from lazymesh.datapath import abi
-from lazymesh.datapath.libbpf import PerfBuffer
+from lazymesh.datapath.perfbuffer import PerfBuffer
 
 if TYPE_CHECKING:
     from collections.abc import Callable

@@ -1,0 +1,150 @@
+"""The perf rings of a BPF program's events, read in bulk.
+
+libbpf makes the rings; they are read here, where they are mapped, since its callbacks into Python take longer than all
+the rest of a signal's way through user space.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import platform
+import resource
+import struct
+import sys
+from functools import lru_cache
+from typing import TYPE_CHECKING
+
+from lazymesh.datapath.libbpf import LOST_FN, SAMPLE_FN, checked, library
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from lazymesh.datapath.libbpf import Map
+
+
+class PerfBuffer:
+    """A reader of a perf event array: one ring per CPU behind one pollable file descriptor."""
+
+    def __init__(self, events: Map, pages: int, on_samples: Callable[[list[bytes]], None]) -> None:
+        self._lib = library()
+        self._on_samples = on_samples
+        self.lost = 0
+        """Records that the kernel could not put into a ring, by its own count."""
+        # libbpf wants them; they are never called.
+        self._unused = SAMPLE_FN(lambda *_: None), LOST_FN(lambda *_: None)
+        self._buffer = self._lib.perf_buffer__new(events.fd, pages, *self._unused, None, None)
+        if not self._buffer:
+            number = ctypes.get_errno()
+            raise OSError(number, os.strerror(number))
+        self.fd = checked(self._lib.perf_buffer__epoll_fd(self._buffer))
+        self._rings = [self._ring(index) for index in range(self._lib.perf_buffer__buffer_cnt(self._buffer))]
+
+    def consume(self, limit: int = 1 << 30) -> bool:
+        """Hand waiting records to on_samples, CPU by CPU: in order of time only within one.
+
+        At most ``limit`` in all; True if more may wait. perf_buffer__poll would miss what a full edge left behind.
+        """
+        heads = [ring.head.value for ring in self._rings]
+        self._fence()
+        more = False
+        for ring, head in zip(self._rings, heads, strict=True):
+            if ring.position != head:
+                limit -= self._read(ring, head, limit)
+                more |= ring.position != head
+        self._fence()
+        for ring in self._rings:
+            ring.tail.value = ring.position
+        return more
+
+    def close(self) -> None:
+        """Take our rings out of the map."""
+        if self._buffer:
+            self._rings = []
+            self._lib.perf_buffer__free(self._buffer)
+            self._buffer = None
+
+    def _ring(self, index: int) -> _Ring:
+        base, size = ctypes.c_void_p(), ctypes.c_size_t()
+        checked(self._lib.perf_buffer__buffer(self._buffer, index, ctypes.byref(base), ctypes.byref(size)))
+        return _Ring(base.value or 0, size.value)
+
+    def _fence(self) -> None:
+        if _ORDERED:
+            return
+        # The call lets go of the interpreter and takes it again: locks, so barriers between what is read before and
+        # behind it, as the rings' protocol has it (perf_event_open(2)).
+        self._lib.perf_buffer__buffer_cnt(self._buffer)
+
+    def _read(self, ring: _Ring, head: int, limit: int) -> int:
+        """Read up to a position, or up to a number of records; return how many."""
+        read = 0
+        while ring.position != head and read < limit:
+            data, at = ring.ahead(head), 0
+            samples: list[bytes] = []
+            while at + _RECORD.size <= len(data) and read + len(samples) < limit:
+                kind, _, length, raw_length = _RECORD.unpack_from(data, at)
+                if at + length > len(data):
+                    break  # the next look begins with it
+                if kind == _RECORD_SAMPLE:
+                    alike = _alike(data, at, length, limit - read - len(samples))
+                    samples += [data[start + 12 : start + 12 + raw_length] for start in alike]
+                    at = alike.stop
+                    continue
+                if kind == _RECORD_LOST:
+                    self.lost += int.from_bytes(data[at + 16 : at + 24], sys.byteorder)
+                at += length
+            ring.position += at
+            read += len(samples)
+            self._on_samples(samples)
+        return read
+
+
+def _alike(data: bytes, at: int, length: int, limit: int) -> range:
+    """Return where records begin that have the head of the first one: a program's samples are of one size."""
+    count = min((len(data) - at) // length, limit)
+    heads = _heads(length).iter_unpack(data[at : at + count * length])
+    first = next(heads)
+    for index, head in enumerate(heads, 1):
+        if head != first:
+            count = index
+            break
+    return range(at, at + count * length, length)
+
+
+@lru_cache(maxsize=8)
+def _heads(length: int) -> struct.Struct:
+    """Return a layout that tells the heads of records of one length."""
+    return struct.Struct(f"{_RECORD.format}{length - _RECORD.size}x")
+
+
+class _Ring:
+    """One CPU's ring, as perf_event_mmap_page has it: a page of positions, then the data."""
+
+    _HEAD, _TAIL = 1024, 1032
+
+    def __init__(self, base: int, size: int) -> None:
+        self.size = size
+        self.head = ctypes.c_uint64.from_address(base + self._HEAD)
+        """Where the kernel writes next; counts up for ever."""
+        self.tail = ctypes.c_uint64.from_address(base + self._TAIL)
+        """Up to where the kernel may forget."""
+        self.position = self.tail.value
+        """Up to where we have read."""
+        data = (ctypes.c_char * size).from_address(base + resource.getpagesize())
+        self.data = memoryview(data).cast("B")
+
+    def ahead(self, head: int) -> bytes:
+        """Return what is to be read up to a position, in one piece, were it in two; at most LOOK bytes."""
+        start, length = self.position % self.size, min(head - self.position, LOOK)
+        piece = bytes(self.data[start : start + length])
+        return piece if len(piece) == length else piece + bytes(self.data[: length - len(piece)])
+
+
+LOOK = 1 << 16
+"""Bytes of a ring that are looked at together: any record fits, as the length of one has 16 bits."""
+_RECORD = struct.Struct("=IHHI")
+"""perf_event_header, and the length of a sample's bytes."""
+_RECORD_LOST, _RECORD_SAMPLE = 2, 9
+_ORDERED = platform.machine() in ("x86_64", "i686")
+"""Loads stay in their order here, and stores behind them, without a barrier."""
