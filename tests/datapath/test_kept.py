@@ -13,9 +13,9 @@ import msgspec
 import pytest
 
 from lazymesh.core.model import Direction, Entry
-from lazymesh.datapath import kept, libbpf, source
+from lazymesh.datapath import abi, kept, libbpf, source
 from lazymesh.datapath.kept import Program, program_of
-from lazymesh.datapath.libbpf import Map, MapLayout
+from lazymesh.datapath.libbpf import BPF_F_NO_PREALLOC, MAP_TYPE_HASH, Map, MapLayout
 from lazymesh.datapath.maps import DatapathConfig
 from lazymesh.datapath.pins import (
     HOLD_FILTER,
@@ -137,6 +137,22 @@ def test_other_size_of_the_ipcache_needs_no_compiler(
     load(pins, 2 * SIZE, first[0]).close()
     opened = Map.pinned(pins.path("lm_owned"))
     assert opened.layout.max_entries == journal_size(2 * SIZE)
+    opened.close()
+
+
+def test_journal_of_an_earlier_version_is_written_on(
+    first: tuple[Path, dict[str, object]], pins: Pins, no_compiler: None
+) -> None:
+    """It had as many lines as the ipcache has entries, and made them one by one."""
+    pins.prepare(SIZE)
+    older = Map.create("lm_owned", MapLayout(MAP_TYPE_HASH, 24, 56, 512_000, BPF_F_NO_PREALLOC))
+    libbpf.pin(older.fd, pins.path("lm_owned"))
+    key, line = abi.pack_address_key(bytes(4)), abi.pack_owned(abi.OwnedEntry(Entry(2), Entry(2), 1))
+    older.update(key, line)
+    older.close()
+    opened = load(pins, SIZE, first[0])
+    assert opened.journal.size == 512_000
+    assert dict(opened.journal.items()) == {bytes(4): abi.unpack_owned(line)}
     opened.close()
 
 
