@@ -114,7 +114,7 @@ def test_map_that_the_kernel_refuses_is_named(place: Pins) -> None:
     """A journal without elements stands for every map that cannot be made."""
     place.remove()
     place.prepare(100)
-    said = complaint(answer(place, size=-SHARE_OF_MAP * JOURNAL_SPARE))
+    said = complaint(answer(place, size=-SHARE_OF_MAP * JOURNAL_SPARE // 2))
     assert said.startswith("BCC could not load the datapath: ")
     assert "Invalid argument" in said
 

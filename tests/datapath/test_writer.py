@@ -16,7 +16,7 @@ from lazymesh.datapath import abi, libbpf
 from lazymesh.datapath.installer import Installer
 from lazymesh.datapath.libbpf import Map
 from lazymesh.datapath.maps import IpcacheMap, Journal, Writer
-from lazymesh.datapath.pins import expected_layouts
+from lazymesh.datapath.pins import JOURNAL_SPARE, SHARE_OF_MAP, expected_layouts
 from tests.datapath.conftest import IPCACHE_SIZE
 from tests.support.packets import NODE_B, pod_of_b
 
@@ -80,6 +80,21 @@ def test_full_journal_ends_it_for_those_without_room_alone(bench: Bench) -> None
     assert installer.install_many(MANY) == [None] * room + [Reason.MAP_FULL] * (len(MANY) - room)
     assert told
     assert len(dict(bench.maps["lm_ipcache"].items())) == room
+
+
+@pytest.mark.parametrize("by_program", [True, False])
+def test_journal_has_room_for_an_earlier_life_and_a_full_budget(bench: Bench, by_program: bool) -> None:
+    """Whose clusters are away: the resolver does not know of those entries yet, and may fill its own budget."""
+    budget = IPCACHE_SIZE // SHARE_OF_MAP
+    writer = bench.datapath.writer if by_program else None
+    for life in range(2):
+        installer = Installer([bench.ipcache], bench.datapath.journal, True, writer=writer)
+        assert len(list(installer.adopt())) == life * budget
+        pods = [bytes([10, 2 + life, *divmod(number, 256)]) for number in range(budget)]
+        for at in range(0, budget, 200):
+            some = [(address, ENTRIES[0], 2) for address in pods[at : at + 200]]
+            assert installer.install_many(some) == [None] * 200
+    assert bench.datapath.journal.size - 2 * budget == JOURNAL_SPARE
 
 
 def test_full_ipcache_leaves_no_line(bench: Bench) -> None:

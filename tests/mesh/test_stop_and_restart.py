@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import signal
 import subprocess
@@ -11,6 +12,7 @@ from typing import TYPE_CHECKING
 
 import pytest
 
+from lazymesh.datapath.libbpf import Map
 from tests.support import tcx
 from tests.support.etcd import wait_until
 from tests.support.lab import OTHER_IDENTITY, SERVER_IDENTITY, Lab, remote_address
@@ -160,6 +162,25 @@ def test_restarted_agent_adopts_corrects_and_keeps(lab: Lab, end: str) -> None:
     lab.withdraw(kept)
     assert wait_identity(lab, kept, None) < 1
     wait_until(lambda: connect(lab.pods[0].namespace, vanished, 0.4), 5, "the vanished one resolved anew")
+
+
+def test_more_than_the_budget_of_earlier_lives_is_evicted_at_once(lab: Lab) -> None:
+    """Lives that ended before their clusters came back may have left two budgets; a third would find no room."""
+    with launched(lab, *options(lab), "--ipcache-size", "1000") as agent:
+        agent.wait_ready()
+        (known,) = installed(lab, 0)
+        agent.kill()
+    ours = [remote_address(number) for number in range(60)]
+    for name in ("lm_owned", "lm_ipcache"):
+        value = raw_entries(lab, name)[pack_key(known)]
+        with contextlib.closing(Map.pinned(lab.bpffs / "lazymesh" / name)) as opened:
+            opened.update_many([(pack_key(ip), value) for ip in ours])
+    lab.publish_many(ours)
+    with launched(lab, *options(lab), "--ipcache-size", "1000", "--cleanup") as agent:
+        agent.wait_ready()
+        assert metric(agent, "lazymesh_entries_evicted_total", why="budget") == 10
+        assert metric(agent, "lazymesh_entries_owned") == 50
+        assert len(entries(lab)) == len(raw_entries(lab, "lm_owned")) == 50
 
 
 def test_entries_of_a_cluster_that_left_meanwhile_are_removed(lab: Lab) -> None:

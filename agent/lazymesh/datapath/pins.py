@@ -37,7 +37,7 @@ VIEWS = ("lm_view_v1", "lm_view_v2", "lm_view_v2ro")
 SHARE_OF_MAP = 20
 """Our budget is one entry in so many of the map's."""
 JOURNAL_SPARE = 1_024
-"""Lines that the journal has room for beyond that: they are written before it is known who gets an entry."""
+"""Lines that are written before it is known who gets an entry."""
 
 
 def own_ipcache(size: int) -> MapLayout:
@@ -46,8 +46,11 @@ def own_ipcache(size: int) -> MapLayout:
 
 
 def journal_size(ipcache_size: int) -> int:
-    """Return how many lines the journal has. All are there from the start: to write one then takes half the time."""
-    return ipcache_size // SHARE_OF_MAP + JOURNAL_SPARE
+    """Return how many lines the journal has: for our budget, and for that of an earlier life whose clusters are away.
+
+    All are there from the start: to write one then takes half the time.
+    """
+    return 2 * (ipcache_size // SHARE_OF_MAP) + JOURNAL_SPARE
 
 
 def expected_layouts(ipcache_size: int) -> dict[str, MapLayout]:

@@ -242,7 +242,8 @@ class Agent:
         """Make what resolves misses and holds packets, with what an earlier life has left; nothing of it runs yet."""
         settings = self._settings
         # The journal is as large as a map of the usual size needs; Cilium's may be larger.
-        owned = min(ipcaches.maps[0].max_entries // SHARE_OF_MAP, datapath.journal.size - JOURNAL_SPARE)
+        room = (datapath.journal.size - JOURNAL_SPARE) // 2
+        owned = min(ipcaches.maps[0].max_entries // SHARE_OF_MAP, room)
         limits = Limits(owned=owned, stale_after=settings.stale_limit_s)
         installer = Installer(
             ipcaches.maps,
@@ -264,7 +265,12 @@ class Agent:
                 " true: run `lazymesh uninstall` first"
             )
         if shadow is None:
-            self._adopted = list(installer.adopt())
+            adopted = list(installer.adopt())
+            self._adopted = adopted[:owned]
+            # An earlier life that did not get to hear of all clusters, and one before it: nobody knows who is in use.
+            for address, _, _ in adopted[owned:]:
+                installer.evict(address)
+                self._metrics.evictions.labels("budget").inc()
             ipcaches.connect(installer, driver, resolver, mesh)
         inbox.connect(driver, mesh)
         holding = Holding(datapath, HoldControl(datapath.pins.directory), self._hold_settings())
