@@ -162,7 +162,7 @@ struct lm_install {
 };
 
 #define LM_INSTALL_HEAD 16 /* bytes before the first line: an Ethernet header, which a test run must have */
-#define LM_INSTALL_MOST 60 /* with this a test run's packet still fits into a page of 4 KiB */
+#define LM_INSTALL_MOST 56 /* with this a test run's packet fits into a page, however many fragments an skb may have */
 
 /* --- holding (hold.h) --- */
 

@@ -29,7 +29,7 @@ LM_VIEW(lm_view_v2ro);
 /* Written by the agent from node records and --mesh-cidr. Decides what may miss, and what policy is about. */
 LM_PINNED("lpm_trie", struct ipcache_key, struct lm_mesh_cidr, lm_mesh_cidrs, 131072, BPF_F_NO_PREALLOC);
 
-/* The agent's alone: which entries of the ipcache it wrote. No program touches it. */
+/* Which entries of the ipcache the agent wrote. Read and written by it, and for it by lm_install. */
 LM_PINNED("hash", struct ipcache_key, struct lm_owned, lm_owned, LM_JOURNAL_SIZE, 0);
 
 LM_PINNED("array", u32, struct lm_config, lm_config, 1, 0);

@@ -7,7 +7,6 @@ import ctypes
 import os
 import subprocess
 import sys
-from dataclasses import replace
 from typing import TYPE_CHECKING
 
 import pytest
@@ -132,17 +131,32 @@ def test_entries_or_journal_of_another_layout_are_refused_by_name(bpffs: Path, n
     assert "\n" not in message
 
 
-@pytest.mark.parametrize(("more", "serves"), [(1, True), (0, True), (-1, False)])
-def test_journal_of_another_version_serves_if_it_has_room(bpffs: Path, more: int, serves: bool) -> None:
-    """Its lines are read as ever, however they were made; a smaller one would leave entries without a line."""
+@pytest.mark.parametrize(
+    ("more", "bytes_of_line", "serves"), [(1, 56, True), (0, 56, True), (-1, 56, False), (1, 48, False)]
+)
+def test_journal_of_another_version_serves_if_it_has_room(
+    bpffs: Path, more: int, bytes_of_line: int, serves: bool
+) -> None:
+    """Its lines are read as ever, however they were made; with too few, entries would be left without one."""
     place = Pins.under(bpffs)
     place.prepare(SIZE)
-    ours = expected_layouts(SIZE)[pins.JOURNAL]
-    other = replace(ours, max_entries=ours.max_entries + more, flags=libbpf.BPF_F_NO_PREALLOC)
+    lines = expected_layouts(SIZE)[pins.JOURNAL].max_entries + more
+    other = MapLayout(libbpf.MAP_TYPE_HASH, 24, bytes_of_line, lines, libbpf.BPF_F_NO_PREALLOC)
     pin_map(place.path(pins.JOURNAL), other)
     with contextlib.nullcontext() if serves else pytest.raises(DatapathError, match="another layout"):
         place.prepare(SIZE)
     assert place.path(pins.JOURNAL).exists()
+
+
+@pytest.mark.parametrize(
+    ("map_size", "journal_of", "expected"),
+    [(512_000, 512_000, 25_600), (20_000, 512_000, 1_000), (2_000_000, 512_000, 25_600)],
+)
+def test_budget_is_a_twentieth_of_the_map_and_no_more_than_the_journal_is_for(
+    map_size: int, journal_of: int, expected: int
+) -> None:
+    """Cilium's map may be larger than the one that the journal was made for."""
+    assert pins.budget(map_size, pins.journal_size(journal_of)) == expected
 
 
 def test_another_ipcache_size_is_another_layout(bpffs: Path) -> None:

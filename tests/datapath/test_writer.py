@@ -21,6 +21,9 @@ from tests.datapath.conftest import IPCACHE_SIZE
 from tests.support.packets import NODE_B, pod_of_b
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from lazymesh.datapath.maps import Line
     from tests.datapath.conftest import Bench
 
 pytestmark = pytest.mark.needs("BPF_NOEXIST")
@@ -31,7 +34,7 @@ ENTRIES = [
 ]
 THEIRS = Entry(140_000, NODE_B.address(4), 0, 2)
 PODS = [pod_of_b(number).address(version) for number in range(100) for version in (4, 6)]
-MANY = [(address, ENTRIES[n % 3], 2 + n % 2) for n, address in enumerate(PODS)]
+MANY = [(address, ENTRIES[n // 2 % 3], 2 + n % 2) for n, address in enumerate(PODS)]
 LINES = [(abi.pack_address_key(address), entry, number) for address, entry, number in MANY]
 
 
@@ -60,7 +63,7 @@ def test_many_are_written_as_one_by_one(bench: Bench) -> None:
 
 def test_theirs_in_the_middle_are_left_alone_and_have_no_line(bench: Bench) -> None:
     """As found by the kernel, in the moment of the write; all others are installed."""
-    taken = [PODS[0], PODS[59], PODS[60], PODS[-1]]
+    taken = [PODS[0], PODS[abi.INSTALL_MOST - 1], PODS[abi.INSTALL_MOST], PODS[-1]]
     bench.maps["lm_ipcache"].update_many([(abi.pack_address_key(a), abi.pack_entry(THEIRS)) for a in taken])
     reasons = installer_of(bench).install_many(MANY)
     assert {address for (address, *_), reason in zip(MANY, reasons, strict=True) if reason} == set(taken)
@@ -113,10 +116,65 @@ def test_kernel_that_does_not_run_it_is_asked_one_by_one(bench: Bench) -> None:
     """A program that is none stands for every refusal."""
     nothing = os.open("/dev/null", os.O_RDONLY)
     try:
-        assert Writer(nothing).write(LINES) == [False] * len(LINES)
+        assert Writer(nothing).write(LINES) == [None] * len(LINES)
         assert installer_of(bench, Writer(nothing)).install_many(MANY) == [None] * len(MANY)
     finally:
         os.close(nothing)
+
+
+@pytest.mark.parametrize("ran", [0, 70, len(MANY)])
+def test_run_that_ends_in_an_error_is_looked_at(bench: Bench, ran: int) -> None:
+    """A kernel may say EINTR when all is done: what stands is ours, with its line, and the rest is written."""
+
+    class Interrupted(Writer):
+        def write(self, lines: Sequence[Line]) -> list[bool | None]:
+            super().write(lines[:ran])
+            return [None] * len(lines)
+
+    installer = installer_of(bench, Interrupted(bench.datapath.writer.program))
+    assert installer.install_many(MANY) == [None] * len(MANY)
+    assert dict(bench.datapath.journal.items()).keys() == set(PODS)
+    assert all(installer.evict(address) for address in PODS)
+    assert contents(bench.maps["lm_ipcache"], bench.maps["lm_owned"]) == [{}, {}]
+
+
+def test_theirs_that_equals_ours_is_not_taken_for_it_after_an_error(bench: Bench) -> None:
+    """No line of ours stands for it."""
+    for key, entry, _ in LINES[:10]:
+        bench.maps["lm_ipcache"].update(key, abi.pack_entry(entry))
+    reasons = installer_of(bench, Writer(-1)).install_many(MANY[:20])
+    assert reasons == [Reason.NOT_OURS] * 10 + [None] * 10
+
+
+@pytest.mark.parametrize(
+    ("shared", "count", "used"), [(False, 60, True), (False, 3, False), (True, 60, False)]
+)
+def test_writer_is_for_many_and_for_a_map_of_our_own(
+    bench: Bench, shared: bool, count: int, used: bool
+) -> None:
+    """It writes no tag, and for a few there is nothing to be gained."""
+    asked: list[int] = []
+
+    class Spy(Writer):
+        def write(self, lines: Sequence[Line]) -> list[bool | None]:
+            asked.append(len(lines))
+            return super().write(lines)
+
+    tag = 0x6D6C if shared else 0
+    ipcache = IpcacheMap(bench.maps["lm_ipcache"], Path("/the/ipcache"), tag)
+    spy = Spy(bench.datapath.writer.program)
+    installer = Installer([ipcache], bench.datapath.journal, True, shared=shared, writer=spy)
+    assert installer.install_many(MANY[:count]) == [None] * count
+    assert asked == [count] * used
+    assert len(list(ipcache.tagged())) == count
+
+
+def test_what_was_ours_in_an_old_map_only_is_ours_in_the_first_one_then(bench: Bench) -> None:
+    """And no more counted among those that went with the old one."""
+    installer = installer_of(bench)
+    installer._beside.update(PODS[:5])
+    installer.install_many(MANY)
+    assert not any(installer.is_lost(address) for address in PODS)
 
 
 def test_without_an_ipcache_of_our_own_nothing_is_written(bench: Bench) -> None:

@@ -200,7 +200,7 @@ class Install(ctypes.Structure):
     )
 
 
-INSTALL_HEAD, INSTALL_MOST = 16, 60
+INSTALL_HEAD, INSTALL_MOST = 16, 56
 """LM_INSTALL_HEAD and LM_INSTALL_MOST."""
 
 
@@ -331,6 +331,8 @@ _ENTRY_V1 = struct.Struct("=I4sHBB")
 _OWNED = struct.Struct("=24s24sHHI")
 _INSTALL = struct.Struct("=24sHHi")
 _INSTALLED = struct.Struct("=52xi")
+_UNTOUCHED = -1
+"""What stands where the program has not come to."""
 _DEDUP_KEY = struct.Struct("=16sI")
 _MISS = struct.Struct("=IBB6x16s4xQ")
 _FAMILIES = frozenset({FAMILY_IPV4, FAMILY_IPV6})
@@ -425,7 +427,7 @@ def pack_installs(lines: Iterable[tuple[bytes, Entry, int]]) -> bytes:
     of: tuple[Entry | None, int] = (None, 0)
     for key, entry, cluster_id in lines:
         if entry is not of[0] or cluster_id != of[1]:  # mostly it is, as above
-            rest, of = _INSTALL.pack(pack_entry(entry), cluster_id, 0, 0), (entry, cluster_id)
+            rest, of = _INSTALL.pack(pack_entry(entry), cluster_id, 0, _UNTOUCHED), (entry, cluster_id)
         parts += (key, rest)
     return b"".join(parts)
 

@@ -36,7 +36,7 @@ class Installer:
     """Installs and evicts our entries.
 
     shared: the maps are Cilium's too, and our entries in them are tagged.
-    writer: writes into the map together with the journal, for a map of our own.
+    writer: writes journal and map together; not used if the map is shared: it writes no tag.
     honours_noexist: what ``kernel_honours_noexist`` found. Without it an insert is guarded by a lookup, which cannot
     see an exact entry behind an equal answer of a shorter prefix, so everything that is not world is taken for one.
     """
@@ -58,7 +58,7 @@ class Installer:
         self._journal = journal
         self._honours_noexist = honours_noexist
         self._shared = shared
-        self._writer = writer
+        self._writer = None if shared else writer
         self._owned: dict[Address, Installed] = {}
         """What is ours in the first map."""
         self._beside: set[Address] = set()
@@ -147,8 +147,8 @@ class Installer:
     def install_many(self, installs: Sequence[Installed]) -> list[Reason | None]:
         """Do as ``install`` for several addresses, each of them once; returns why not, or None, for each.
 
-        What is new goes into the journal together, and then into the map; what that does not settle, one by one.
-        Nothing is looked up before: an address has missed before it gets an entry, so the programs have looked.
+        What is new is written together, each line before its entry; what that does not settle, one by one. Nothing is
+        looked up before: an address has missed before it gets an entry, so the programs have looked.
         """
         if not self._honours_noexist or len(self._maps) > 1 or self.crowded:
             return [self.install(*each) for each in installs]
@@ -167,9 +167,19 @@ class Installer:
 
     def _write(self, lines: Sequence[Line]) -> list[bool]:
         if self._writer is not None and len(lines) > FEW:
-            return self._writer.write(lines)
+            stand = zip(lines, self._writer.write(lines), strict=True)
+            return [self._stands_as_written(line) if known is None else known for line, known in stand]
         self._journal.write_many(lines)
         return self._main.insert_many(lines)
+
+    def _stands_as_written(self, line: Line) -> bool:
+        key, entry, cluster_id = line
+        address = abi.address_of_key(key)
+        if address is None:
+            return False
+        written, standing = self._main.as_read_back(entry), self._main.stands(address)
+        ours = OwnedEntry(written, written, cluster_id)
+        return standing is not None and standing.entry == written and self._journal.read(address) == ours
 
     def evict(self, address: Address) -> bool:
         """Remove our entry if it still is what we wrote; True when it was."""

@@ -383,20 +383,20 @@ class Writer:
     def __init__(self, program: int) -> None:
         self.program = program
 
-    def write(self, lines: Sequence[Line]) -> list[bool]:
+    def write(self, lines: Sequence[Line]) -> list[bool | None]:
         """Write line and entry of new addresses; tell of each whether it stands. If not, the journal may have the line.
 
-        Nor does any that the kernel would not let us write in this way: it is to be written alone.
+        None: the kernel does not tell, as it gives an error for the whole run; some do so after it, too.
         """
-        stand: list[bool] = []
+        stand: list[bool | None] = []
         for at in range(0, len(lines), abi.INSTALL_MOST):
             part = lines[at : at + abi.INSTALL_MOST]
             try:
                 verdict, packet = run_program(self.program, abi.pack_installs(part))
             except OSError:
-                verdict, packet = -1, b""
-            errors = abi.unpack_installed(packet) if verdict == 0 else [-1] * len(part)
-            stand += [error == 0 for error in errors]
+                stand += [None] * len(part)
+                continue
+            stand += [verdict == 0 and error == 0 for error in abi.unpack_installed(packet)]
         return stand
 
 

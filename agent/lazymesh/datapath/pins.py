@@ -53,6 +53,11 @@ def journal_size(ipcache_size: int) -> int:
     return 2 * (ipcache_size // SHARE_OF_MAP) + JOURNAL_SPARE
 
 
+def budget(map_size: int, journal_lines: int) -> int:
+    """Return how many entries of a map may be ours. Cilium's may be larger than what the journal was made for."""
+    return min(map_size // SHARE_OF_MAP, (journal_lines - JOURNAL_SPARE) // 2)
+
+
 def expected_layouts(ipcache_size: int) -> dict[str, MapLayout]:
     """Return the layout of every pinned map by name, as bpf/include/maps.h makes them."""
     lazy, mapped = libbpf.BPF_F_NO_PREALLOC, libbpf.BPF_F_MMAPABLE

@@ -1,4 +1,4 @@
-"""The datapath as the agent holds it: open maps and two programs to attach.
+"""The datapath as the agent holds it: open maps and programs.
 
 Loaded by a short-lived process that compiles them, or by the agent itself, from what that has kept.
 """
@@ -138,7 +138,7 @@ class MeshMaps:
 
 
 class Datapath:
-    """Every pinned map, opened, and the two programs as file descriptors; ``views`` has which ipcaches they read."""
+    """Every pinned map, opened, and the programs as file descriptors; ``views`` has which ipcaches they read."""
 
     def __init__(self, pins: Pins) -> None:
         self.pins = pins

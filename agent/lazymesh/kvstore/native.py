@@ -79,8 +79,7 @@ class NativeChannel(asyncio.BufferedProtocol):
         try:
             async with asyncio.timeout(timeout_s):
                 if self._config.tls:
-                    self._tls = TlsStream(client_context(self._config), self._endpoint.host)
-                    self._sealed = memoryview(bytearray(BUFFER))
+                    self.seal_with(TlsStream(client_context(self._config), self._endpoint.host))
                 await self._loop.create_connection(
                     lambda: self, self._endpoint.dial_host, self._endpoint.port
                 )
@@ -89,6 +88,10 @@ class NativeChannel(asyncio.BufferedProtocol):
             raise RpcError(Code.DEADLINE_EXCEEDED, f"no connection within {timeout_s:g} s") from exc
         except OSError as exc:
             raise RpcError(Code.UNAVAILABLE, f"failed to connect: {_words(exc)}") from exc
+
+    def seal_with(self, tls: TlsStream) -> None:
+        """Speak TLS from the first byte on."""
+        self._tls, self._sealed = tls, memoryview(bytearray(BUFFER))
 
     def call(self, request: UnaryCall, on_done: Callable[[bytes | RpcError], None]) -> Callable[[], None]:
         """Make a call with one request and one response."""
@@ -213,11 +216,7 @@ class NativeChannel(asyncio.BufferedProtocol):
         tls.feed(self._sealed[:nbytes])
         if not tls.established:
             self._shake_hands(tls)
-        while (
-            tls.established
-            and self._transport is not None
-            and (length := tls.open_into(self._buffer[self._filled :]))
-        ):
+        while tls.established and (length := tls.open_into(self._buffer[self._filled :])):
             self._take(length)
         self._settle_tls(tls)
 
@@ -303,8 +302,8 @@ class NativeChannel(asyncio.BufferedProtocol):
         if not wire.out or self._transport is None:
             return
         tls = self._tls
-        if tls is not None and not tls.established:
-            return
+        if tls is not None and (tls.ended or not tls.established):
+            return  # sealed later, or never: what ended it is told when the answers before it are
         out = wire.out[0] if len(wire.out) == 1 else b"".join(wire.out)
         wire.out.clear()
         if tls is not None:
@@ -332,8 +331,8 @@ class NativeChannel(asyncio.BufferedProtocol):
 
 
 def _words(exc: Exception) -> str:
-    if isinstance(exc, ssl.SSLError) and exc.reason:
-        return exc.reason.replace("_", " ").lower()
+    if isinstance(exc, ssl.SSLError):  # whose numbers are OpenSSL's own
+        return (exc.reason or "the server breaks off TLS").replace("_", " ").lower()
     if isinstance(exc, OSError) and exc.errno and exc.errno > 0:
         return os.strerror(exc.errno)
     return str(exc) or "the server breaks off the TLS handshake"

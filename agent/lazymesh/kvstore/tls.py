@@ -59,10 +59,8 @@ class TlsStream:
         return length
 
     def seal(self, data: bytes) -> None:
-        """Make something ready to be sent; the handshake has to be over."""
-        sealed = self._tls.write(data)
-        while sealed < len(data):  # a record has 16 KiB
-            sealed += self._tls.write(memoryview(data)[sealed:])
+        """Make something ready to be sent: after the handshake, and before the end."""
+        self._tls.write(data)
 
     def to_send(self) -> bytes:
         """Return what is to be sent, once."""

@@ -34,7 +34,7 @@ from lazymesh.datapath.hooks import detach_everywhere
 from lazymesh.datapath.installer import Installer
 from lazymesh.datapath.interfaces import InterfaceFollower, InterfaceSelection
 from lazymesh.datapath.maps import DatapathConfig, OnMiss, kernel_honours_noexist
-from lazymesh.datapath.pins import IPCACHE, JOURNAL_SPARE, SHARE_OF_MAP, Pins, check_bpffs
+from lazymesh.datapath.pins import IPCACHE, Pins, budget, check_bpffs
 from lazymesh.datapath.program import MeshMaps, load
 from lazymesh.datapath.signals import SignalReader
 from lazymesh.errors import DatapathError, LazymeshError, SettingsError
@@ -241,16 +241,14 @@ class Agent:
     ) -> Parts:
         """Make what resolves misses and holds packets, with what an earlier life has left; nothing of it runs yet."""
         settings = self._settings
-        # The journal is as large as a map of the usual size needs; Cilium's may be larger.
-        room = (datapath.journal.size - JOURNAL_SPARE) // 2
-        owned = min(ipcaches.maps[0].max_entries // SHARE_OF_MAP, room)
+        owned = budget(ipcaches.maps[0].max_entries, datapath.journal.size)
         limits = Limits(owned=owned, stale_after=settings.stale_limit_s)
         installer = Installer(
             ipcaches.maps,
             datapath.journal,
             kernel_honours_noexist(),
             shared=ipcaches.shared,
-            writer=None if ipcaches.shared else datapath.writer,
+            writer=datapath.writer,
         )
         stack.callback(lambda: ipcaches.leave(installer) if self._leaves_nothing else None)
         judge = Judge(mesh.table, mesh.identities, settings.mesh.region, ipcaches.here)

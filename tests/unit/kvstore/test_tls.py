@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import ssl
 from typing import TYPE_CHECKING
@@ -10,14 +11,20 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from lazymesh.kvstore.channel import Code, RpcError, UnaryCall
+from lazymesh.kvstore.config import parse_config
+from lazymesh.kvstore.native import NativeChannel
 from lazymesh.kvstore.tls import TlsStream
+from lazymesh.kvstore.wire import PREFACE
 from tests.support.etcd import Authority
+from tests.unit.kvstore.test_wire import HELLO, answer
 
 if TYPE_CHECKING:
     from pathlib import Path
 
     from tests.support.etcd import Pair
 
+CALL = UnaryCall("/service/method", b"question", (), 5.0)
 RECORD = 16_384
 """The most that TLS seals at once."""
 
@@ -186,3 +193,179 @@ def test_garbage_ends_a_handshake_or_is_waited_out(certificates: Certificates, g
     client.shake_hands()
     assert not client.established
     assert client.ended == (client.error is not None)
+
+
+class Pipe(asyncio.Transport):
+    """Where a channel writes to: memory."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.written = b""
+        self.aborted = False
+
+    def write(self, data: bytes | bytearray | memoryview) -> None:
+        """Keep it."""
+        self.written += bytes(data)
+
+    def abort(self) -> None:
+        """Keep that."""
+        self.aborted = True
+
+
+class Met:
+    """A channel over TLS and its server, with nothing but memory between them: tests say what comes together."""
+
+    def __init__(self, certificates: Certificates) -> None:
+        config = parse_config(
+            f"endpoints: ['https://127.0.0.1:1']\ntrusted-ca-file: {certificates.authority.cert}", "test"
+        )
+        self.channel = NativeChannel(config.endpoints[0], config, 1 << 20)
+        self.server, self.pipe = certificates.server(), Pipe()
+        self.lost: list[str] = []
+        self._heard = b""
+        self.channel.on_lost = self.lost.append
+        self.channel.seal_with(certificates.client())
+
+    def shake_hands(self) -> None:
+        """Go through the handshake, and have HTTP/2 spoken."""
+        if not self.pipe.written:
+            self.channel.connection_made(self.pipe)
+        for _ in range(3):
+            self.hear()
+            with contextlib.suppress(ssl.SSLWantReadError):
+                self.server.tls.do_handshake()
+            self.tell(self.server.to_send.read())
+        self.say(HELLO)
+
+    def hear(self) -> bytes:
+        """Return all that the channel has said so far, as far as it can be opened."""
+        self.server.received.write(self.pipe.written)
+        self.pipe.written = b""
+        self._heard += self.server.read()
+        return self._heard
+
+    def seal(self, *words: bytes) -> bytes:
+        """Return the server's words sealed, each in records of its own."""
+        for word in words:
+            self.server.tls.write(word)
+        return self.server.to_send.read()
+
+    def say(self, *words: bytes) -> None:
+        """Have the server say something."""
+        self.tell(self.seal(*words))
+
+    def tell(self, sealed: bytes) -> None:
+        """Have bytes arrive, as many at once as the channel takes."""
+        while sealed:
+            room = self.channel.get_buffer(-1)
+            part, sealed = sealed[: len(room)], sealed[len(room) :]
+            room[: len(part)] = part
+            self.channel.buffer_updated(len(part))
+
+
+@pytest.mark.parametrize("ending", ["garbage", "alert", "good-bye"])
+async def test_an_answer_that_leads_to_a_call_may_come_with_the_end(
+    certificates: Certificates, ending: str
+) -> None:
+    """The answer is told, the call fails for the reason that the connection did, and nothing is raised."""
+    met = Met(certificates)
+    met.shake_hands()
+    outcomes: list[bytes | RpcError] = []
+
+    def ask_again(outcome: bytes | RpcError) -> None:
+        outcomes.append(outcome)
+        met.channel.call(CALL, outcomes.append)
+
+    met.channel.call(CALL, ask_again)
+    answered = met.seal(answer(1, b"the answer"))
+    if ending == "garbage":
+        met.hear()
+        end = b"\x17\x03\x03\x00\x10" + bytes(16)
+    elif ending == "alert":
+        met.server.received.write(b"\x17\x03\x03\x00\x10" + bytes(16))
+        with pytest.raises(ssl.SSLError):
+            met.server.tls.read(1)
+        end = met.server.to_send.read()
+    else:
+        with contextlib.suppress(ssl.SSLWantReadError):
+            met.server.tls.unwrap()
+        end = met.server.to_send.read()
+    met.tell(answered + end)
+    first, second = outcomes
+    assert first == b"the answer"
+    assert isinstance(second, RpcError)
+    assert second.code is Code.UNAVAILABLE
+    (reason,) = met.lost
+    assert reason.startswith("the connection was lost")
+    assert "format" not in reason
+    assert met.pipe.aborted
+    if ending == "garbage":
+        met.server.received.write(met.pipe.written)
+        with pytest.raises(ssl.SSLError, match=r"(?i)alert"):
+            met.server.read()
+
+
+async def test_a_call_before_the_handshake_is_over_is_sent_when_it_is(certificates: Certificates) -> None:
+    """And nothing in the clear before."""
+    met = Met(certificates)
+    met.channel.connection_made(met.pipe)
+    met.channel.call(CALL, lambda _: None)
+    met.shake_hands()
+    said = met.hear()
+    assert said.startswith(PREFACE)
+    assert CALL.message in said
+    await met.channel.close()
+
+
+async def test_more_than_a_buffer_of_answers_is_taken_at_once(certificates: Certificates) -> None:
+    """Also while a part of a frame is there already: nothing stays sealed until something else comes."""
+    met = Met(certificates)
+    met.shake_hands()
+    outcomes: list[bytes | RpcError] = []
+    for _ in range(7):
+        met.channel.call(CALL, outcomes.append)
+    words = b"".join(answer(2 * n + 1, bytes(10_000)) for n in range(7))
+    met.say(words[:9_000])
+    sealed = b"".join([met.seal(words[at : at + RECORD]) for at in range(9_000, len(words), RECORD)])
+    room = len(met.channel.get_buffer(-1))
+    assert len(sealed) <= room < len(words)
+    met.tell(sealed)
+    assert [len(outcome) for outcome in outcomes if isinstance(outcome, bytes)] == [10_000] * 7
+    await met.channel.close()
+
+
+async def test_who_hangs_up_hears_no_more(certificates: Certificates) -> None:
+    """What has come with the answer after which the channel was closed is nobody's."""
+    met = Met(certificates)
+    met.shake_hands()
+    outcomes: list[bytes | RpcError] = []
+
+    def hang_up(outcome: bytes | RpcError) -> None:
+        outcomes.append(outcome)
+        met.channel._end("enough")
+
+    met.channel.call(CALL, hang_up)
+    met.channel.call(CALL, outcomes.append)
+    met.say(answer(1, b"one"), answer(3, b"two"))
+    first, second = outcomes
+    assert first == b"one"
+    assert isinstance(second, RpcError)
+    assert second.details == "enough"
+    assert met.pipe.aborted
+
+
+async def test_an_authority_that_is_not_ours_is_told_so_by_the_channel(
+    tmp_path: Path, certificates: Certificates
+) -> None:
+    """The server's log then says why."""
+    met = Met(certificates)
+    met.server = Certificates(tmp_path / "other").server()
+    met.channel.connection_made(met.pipe)
+    met.hear()
+    with contextlib.suppress(ssl.SSLWantReadError):
+        met.server.tls.do_handshake()
+    met.tell(met.server.to_send.read())
+    assert met.lost
+    met.server.received.write(met.pipe.written)
+    with pytest.raises(ssl.SSLError, match=r"(?i)unknown.ca"):
+        met.server.tls.do_handshake()
