@@ -42,13 +42,15 @@ GROUPS = {
     "perf": "test_signals",
     "maps": "test_maps",
     "batches": "test_libbpf",
+    "rings": "test_perfbuffer",
+    "writer": "test_writer",
 }
 """By column of the matrix: the module of the datapath tier."""
 LEFT_OUT = (
     "ingress-IPv4", "egress-IPv6",
     # A great deal of each, of what does not depend on the kernel.
     "random_bytes", "cut_anywhere", "what_cannot_be_read", "every_shape", "every_miss_is_counted", "full_ring",
-    "reader_receives", "ten_thousand", "every_prefix",
+    "reader_receives", "ten_thousand", "every_prefix", "any_history", "whatever_lies_between",
 )  # fmt: skip
 """Emulated processors are some twenty times slower than real ones. So of rows that differ in family and direction
 alone, half are run: each way and each family once."""

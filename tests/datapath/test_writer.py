@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from lazymesh.datapath.maps import Line
     from tests.datapath.conftest import Bench
 
-pytestmark = pytest.mark.needs("BPF_NOEXIST")
+NOEXIST = pytest.mark.needs("BPF_NOEXIST")
 
 ENDPOINTS = (NODE_B.address(4), NODE_B.address(6), None)
 ENTRIES = [
@@ -61,6 +61,7 @@ def test_many_are_written_as_one_by_one(bench: Bench) -> None:
     assert all(map(len, written))
 
 
+@NOEXIST
 def test_theirs_in_the_middle_are_left_alone_and_have_no_line(bench: Bench) -> None:
     """As found by the kernel, in the moment of the write; all others are installed."""
     taken = [PODS[0], PODS[abi.INSTALL_MOST - 1], PODS[abi.INSTALL_MOST], PODS[-1]]
@@ -138,6 +139,7 @@ def test_run_that_ends_in_an_error_is_looked_at(bench: Bench, ran: int) -> None:
     assert contents(bench.maps["lm_ipcache"], bench.maps["lm_owned"]) == [{}, {}]
 
 
+@NOEXIST
 def test_theirs_that_equals_ours_is_not_taken_for_it_after_an_error(bench: Bench) -> None:
     """No line of ours stands for it."""
     for key, entry, _ in LINES[:10]:
@@ -187,6 +189,7 @@ def test_without_an_ipcache_of_our_own_nothing_is_written(bench: Bench) -> None:
         bench.datapath.views.show([bench.ipcache])
 
 
+@NOEXIST
 def test_a_run_has_as_many_lines_as_both_sides_say(bench: Bench) -> None:
     """The program looks at no more, and not at a part of one; each has its own result."""
     program = bench.datapath.writer.program
@@ -208,6 +211,7 @@ STEPS = st.one_of(
 )
 
 
+@NOEXIST
 @settings(deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(steps=st.lists(STEPS, max_size=12))
 def test_any_history_ends_as_without_it(shared_bench: Bench, steps: list[tuple[str, object]]) -> None:
