@@ -159,7 +159,7 @@ class NativeChannel(asyncio.BufferedProtocol):
         elif self._tls is None:
             self._flush()
         else:
-            self._shake_hands(self._tls)
+            self._go_on(self._tls)
 
     def get_buffer(self, _sizehint: int) -> memoryview:
         """Have the next bytes put behind what is there."""
@@ -170,7 +170,20 @@ class NativeChannel(asyncio.BufferedProtocol):
         if self._tls is None:
             self._take(nbytes)
         else:
-            self._open(self._tls, nbytes)
+            self._tls.feed(self._sealed[:nbytes])
+            self._go_on(self._tls)
+
+    def _go_on(self, tls: TlsStream) -> None:
+        """Go as far as TLS allows with what came: through the handshake, and with what it opens."""
+        if not tls.established:
+            tls.shake_hands()
+            self._flush()
+        while tls.established and (length := tls.open_into(self._buffer[self._filled :])):
+            self._take(length)
+        if self._transport is not None and (words := tls.to_send()):  # what TLS itself has to say
+            self._transport.write(words)
+        if tls.ended:
+            self.connection_lost(tls.error)
 
     def _take(self, nbytes: int) -> None:
         """Take what is new in the buffer."""
@@ -199,39 +212,14 @@ class NativeChannel(asyncio.BufferedProtocol):
 
     def connection_lost(self, exc: Exception | None) -> None:
         """Fail what is under way."""
-        if self._tls is not None and not self._tls.established and not self._settled.done():
-            self._settled.set_exception(exc or ConnectionResetError())
-            self._settled.exception()  # seen, as in ``_end``
+        in_handshake = self._tls is not None and not self._tls.established
         lost = (
             "the connection was lost"
             if self._wire.ready
             else "the server hangs up: http where it wants https?"
         )
-        self._end(f"{lost} ({_words(exc)})" if exc else lost)
-
-    # --- TLS ----------------------------------------------------------------------------------------------------
-
-    def _open(self, tls: TlsStream, nbytes: int) -> None:
-        """Take what came sealed."""
-        tls.feed(self._sealed[:nbytes])
-        if not tls.established:
-            self._shake_hands(tls)
-        while tls.established and (length := tls.open_into(self._buffer[self._filled :])):
-            self._take(length)
-        self._settle_tls(tls)
-
-    def _shake_hands(self, tls: TlsStream) -> None:
-        tls.shake_hands()
-        self._settle_tls(tls)
-        if tls.established:
-            self._flush()
-
-    def _settle_tls(self, tls: TlsStream) -> None:
-        """Send what TLS itself has to say, and be done if it is."""
-        if self._transport is not None and (words := tls.to_send()):
-            self._transport.write(words)
-        if tls.ended:
-            self.connection_lost(tls.error)
+        cause = exc or ConnectionResetError() if in_handshake else None
+        self._end(f"{lost} ({_words(exc)})" if exc else lost, cause)
 
     # --- inside -------------------------------------------------------------------------------------------------
 
@@ -311,11 +299,11 @@ class NativeChannel(asyncio.BufferedProtocol):
             out = tls.to_send()
         self._transport.write(out)
 
-    def _end(self, reason: str) -> None:
-        """Be done: everything under way fails for this reason, unless there was one before."""
+    def _end(self, reason: str, cause: Exception | None = None) -> None:
+        """Be done: everything under way fails for this reason, unless there was one before; ``open`` by the cause."""
         self._wire.fail(Code.UNAVAILABLE, reason)
         if not self._settled.done():
-            self._settled.set_exception(RpcError(Code.UNAVAILABLE, reason))
+            self._settled.set_exception(cause or RpcError(Code.UNAVAILABLE, reason))
             self._settled.exception()  # seen: it may come when nobody waits any more
         self._admit()
         if self._sweeper is not None:
