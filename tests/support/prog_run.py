@@ -14,7 +14,7 @@ import struct
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Self
 
-from lazymesh.datapath.libbpf import TestRunOpts, library, load_program
+from lazymesh.datapath.libbpf import TestRunOpts, checked, library, load_program
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -83,9 +83,7 @@ def run_packet(
         ctx_size_in=ctypes.sizeof(context),
         repeat=repeat,
     )
-    result = library().bpf_prog_test_run_opts(program, ctypes.byref(options))
-    if result < 0:
-        raise OSError(-result, os.strerror(-result))
+    checked(library().bpf_prog_test_run_opts(program, ctypes.byref(options)))
     verdict = ctypes.c_int32(options.retval).value
     return Run(verdict, options.duration, room.raw[: options.data_size_out])
 
@@ -114,9 +112,7 @@ class QuickRun:
         self._context.gso_size, self._context.gso_segs = gso_size, 2 if gso_size else 0
         options.data_in, options.data_size_in = frame, length
         options.data_size_out = len(self._room)
-        result = self._call(self._program, self._reference)
-        if result < 0:
-            raise OSError(-result, os.strerror(-result))
+        checked(self._call(self._program, self._reference))
         verdict = options.retval
         untouched = options.data_size_out == length and self._left[:length] == frame
         return verdict - (1 << 32) if verdict >> 31 else verdict, untouched

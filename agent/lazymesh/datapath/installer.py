@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence
 
     from lazymesh.core.model import Address, Entry
-    from lazymesh.datapath.maps import IpcacheMap, Journal, Line, Standing, Writer
+    from lazymesh.datapath.maps import IpcacheMap, Journal, Standing, Writer
 
 
 Installed = tuple["Address", "Entry", int]
@@ -153,9 +153,8 @@ class Installer:
         if not self._honours_noexist or len(self._maps) > 1 or self.crowded:
             return [self.install(*each) for each in installs]
         fresh = [each for each in installs if each[0] not in self._owned]
-        lines = [(abi.pack_address_key(address), entry, number) for address, entry, number in fresh]
         try:
-            all_inserted = self._write(lines)
+            all_inserted = self._write(fresh)
         except DatapathError:  # one by one it will show for whom there is room
             return [self.install(*each) for each in installs]
         stand = {each[0]: each for each in compress(fresh, all_inserted)}
@@ -165,18 +164,15 @@ class Installer:
             return [None] * len(installs)
         return [None if each[0] in stand else self.install(*each) for each in installs]
 
-    def _write(self, lines: Sequence[Line]) -> list[bool]:
+    def _write(self, fresh: Sequence[Installed]) -> list[bool]:
+        lines = [(abi.pack_address_key(address), entry, number) for address, entry, number in fresh]
         if self._writer is not None and len(lines) > FEW:
-            stand = zip(lines, self._writer.write(lines), strict=True)
-            return [self._stands_as_written(line) if known is None else known for line, known in stand]
+            stand = zip(fresh, self._writer.write(lines), strict=True)
+            return [self._stands_as_written(*each) if known is None else known for each, known in stand]
         self._journal.write_many(lines)
         return self._main.insert_many(lines)
 
-    def _stands_as_written(self, line: Line) -> bool:
-        key, entry, cluster_id = line
-        address = abi.address_of_key(key)
-        if address is None:
-            return False
+    def _stands_as_written(self, address: Address, entry: Entry, cluster_id: int) -> bool:
         written, standing = self._main.as_read_back(entry), self._main.stands(address)
         ours = OwnedEntry(written, written, cluster_id)
         return standing is not None and standing.entry == written and self._journal.read(address) == ours

@@ -353,17 +353,15 @@ class Journal:
 
     def write(self, address: Address, owned: abi.OwnedEntry) -> None:
         """Add or replace a line; MapFullError when there is no room."""
-        try:
-            self._map.update(abi.pack_address_key(address), abi.pack_owned(owned))
-        except OSError as exc:
-            if exc.errno in _FULL:
-                raise MapFullError("the ownership journal is full") from exc
-            raise DatapathError(f"cannot write to the ownership journal: {exc.strerror}") from exc
+        self._write([(abi.pack_address_key(address), abi.pack_owned(owned))])
 
     def write_many(self, lines: Iterable[Line]) -> None:
         """Add or replace the lines of new entries; MapFullError when there is no room."""
+        self._write([(key, abi.pack_owned_new(entry, number)) for key, entry, number in lines])
+
+    def _write(self, lines: list[tuple[bytes, bytes]]) -> None:
         try:
-            self._map.update_many([(key, abi.pack_owned_new(entry, number)) for key, entry, number in lines])
+            self._map.update_many(lines)
         except OSError as exc:
             if exc.errno in _FULL:
                 raise MapFullError("the ownership journal is full") from exc

@@ -33,6 +33,7 @@ from lazymesh.datapath.pins import (
     HOLD_PROGRAMS,
     INSTALL,
     IPCACHE,
+    JOURNAL,
     PROGRAMS,
     SIGNALS,
     VIEWS,
@@ -151,7 +152,7 @@ class Datapath:
             raise
 
     def _open_pins(self) -> None:
-        self.journal = Journal(self._open("lm_owned"))
+        self.journal = Journal(self._open(JOURNAL))
         self.mesh_cidrs = MeshCidrs(self._open("lm_mesh_cidrs"))
         self.windows = WindowMap(self._open("lm_windows"))
         self.policy = PolicyMap(self._open("lm_policy"))

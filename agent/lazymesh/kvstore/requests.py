@@ -129,19 +129,16 @@ def values_of(response: pb.RangeResponse | pb.TxnResponse, reads: Reads) -> Valu
     if isinstance(response, pb.RangeResponse):
         return Values(response.header.revision, (response.kvs[0].value if response.kvs else None,))
     answers: Sequence[pb.ResponseOp] = response.responses
-    asked = len(reads.keys) + sum([len(one.prefixes) for one in reads.whole])
+    asked = len(reads.prefixes) + len(reads.keys)
     if len(answers) != asked:
         raise _odd(f"{len(answers)} answers to {asked} reads")
     values: list[bytes | None] = []
-    at = 0
+    left = iter(answers)
     for prefixes, names in reads.whole:
         wanted = set(names)
-        below = [
-            _below(prefix, wanted, answers[index].response_range) for index, prefix in enumerate(prefixes, at)
-        ]
+        below = [_below(prefix, wanted, next(left).response_range) for prefix in prefixes]
         values += chain.from_iterable(zip(*[map(found.get, names) for found in below], strict=True))
-        at += len(prefixes)
-    values += [kvs[0].value if (kvs := op.response_range.kvs) else None for op in answers[at:]]
+    values += [kvs[0].value if (kvs := op.response_range.kvs) else None for op in left]
     return Values(response.header.revision, tuple(values))
 
 

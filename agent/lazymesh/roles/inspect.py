@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 from lazymesh.core.model import format_address, parse_address
 from lazymesh.datapath.cilium import TAG, pinned_ipcaches
 from lazymesh.datapath.maps import IpcacheMap, Journal, open_map
-from lazymesh.datapath.pins import IPCACHE, Pins
+from lazymesh.datapath.pins import IPCACHE, JOURNAL, Pins
 from lazymesh.errors import SettingsError
 
 if TYPE_CHECKING:
@@ -59,7 +59,7 @@ class IpcacheView:
             # Each start of an agent makes a new map, and ids count up: the youngest is the running agent's.
             path = max(pinned, key=pinned.__getitem__)
             return cls(IpcacheMap.pinned(path, TAG, read_only=True), None, stale)
-        return cls(IpcacheMap.pinned(pins.path(IPCACHE)), Journal(open_map(pins.path("lm_owned"))), stale)
+        return cls(IpcacheMap.pinned(pins.path(IPCACHE)), Journal(open_map(pins.path(JOURNAL))), stale)
 
     def rows(self) -> Iterator[Row]:
         """Yield every entry in the map's order."""
