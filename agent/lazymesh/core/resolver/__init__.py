@@ -1,8 +1,8 @@
 """The resolver: what to read, install, watch and evict, decided from one event at a time.
 
 ``machine`` takes events and returns commands; it knows how one address moves (``moves``, ``tracked``), whose records
-may be believed (``judge``), what is sent when (``backlog``, ``link``, ``breaker``), which entries are ours (``ledger``)
-and which answers were no (``negatives``). ``limits`` bounds all of it, ``views`` shows it.
+may be believed (``judge``), what is sent when (``backlog``, ``waiting``, ``breaker``), which entries are ours
+(``ledger``) and which answers were no (``negatives``). ``limits`` bounds all of it, ``views`` shows it.
 """
 
 from lazymesh.core.resolver.judge import Judge

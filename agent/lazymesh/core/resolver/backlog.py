@@ -10,8 +10,8 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from lazymesh.core.events import Read
-from lazymesh.core.resolver.link import Lane, Link, LinkState
-from lazymesh.core.resolver.tracked import Fetch
+from lazymesh.core.resolver.tracked import Fetch, Link, LinkState
+from lazymesh.core.resolver.waiting import Lane
 
 if TYPE_CHECKING:
     from collections.abc import Iterable

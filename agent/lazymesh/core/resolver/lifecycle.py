@@ -11,8 +11,7 @@ from typing import TYPE_CHECKING
 
 from lazymesh.core.events import Unwatch
 from lazymesh.core.model import Reason
-from lazymesh.core.resolver.link import Link, LinkState
-from lazymesh.core.resolver.tracked import Fetch
+from lazymesh.core.resolver.tracked import Fetch, Link, LinkState
 
 if TYPE_CHECKING:
     from collections.abc import Callable

@@ -24,10 +24,9 @@ from lazymesh.core.resolver.backlog import Backlog
 from lazymesh.core.resolver.breaker import Breaker, BreakerState
 from lazymesh.core.resolver.ledger import Ledger
 from lazymesh.core.resolver.lifecycle import Lifecycle
-from lazymesh.core.resolver.link import LinkState
 from lazymesh.core.resolver.moves import Moves
 from lazymesh.core.resolver.negatives import Negatives
-from lazymesh.core.resolver.tracked import Fetch, Phase, Tracked
+from lazymesh.core.resolver.tracked import Fetch, LinkState, Phase, Tracked
 from lazymesh.core.resolver.views import AddressView, ClusterView, view_of_address, view_of_cluster
 
 if TYPE_CHECKING:
@@ -36,7 +35,7 @@ if TYPE_CHECKING:
     from lazymesh.core.model import Address, Space
     from lazymesh.core.resolver.judge import Judge
     from lazymesh.core.resolver.limits import Limits
-    from lazymesh.core.resolver.link import Link
+    from lazymesh.core.resolver.tracked import Link
 
 
 _APART = frozenset({"exhausted", "permission"})

@@ -15,8 +15,7 @@ from lazymesh.core.events import Command, Evict, Install, Report, Unwatch
 from lazymesh.core.model import Reason
 from lazymesh.core.records import entry_of
 from lazymesh.core.resolver.judge import Judge, Refusal
-from lazymesh.core.resolver.link import VOID, LinkState
-from lazymesh.core.resolver.tracked import Fetch, Phase, Tracked
+from lazymesh.core.resolver.tracked import VOID, Fetch, LinkState, Phase, Tracked
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
@@ -28,8 +27,8 @@ if TYPE_CHECKING:
     from lazymesh.core.resolver.backlog import Backlog
     from lazymesh.core.resolver.judge import Judged
     from lazymesh.core.resolver.ledger import Ledger
-    from lazymesh.core.resolver.link import Link
     from lazymesh.core.resolver.negatives import Negatives
+    from lazymesh.core.resolver.tracked import Link
 
 _OUTCOMES = {
     Reason.READ_FAILED: "failed",

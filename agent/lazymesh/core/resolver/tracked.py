@@ -1,14 +1,17 @@
-"""What is remembered of one address: where it stands, what its keys said, what the map holds of ours.
+"""What is remembered of one address, and of the cluster that it is resolved with.
 
 Two things run side by side. The *phase* is what people ask about: resolving, installed, absent. The *fetch*
 is whether a read is due or under way: an installed entry keeps serving while it is read again. Who moves an
 address from one to the other, and why, is left to ``moves``; here is only what may follow what.
+
+Each cluster has its own lanes, in-flight window and breaker, so that a dead or slow one costs the others nothing.
 """
 
 from __future__ import annotations
 
 import enum
 import math
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 from msgspec import Struct
@@ -18,7 +21,8 @@ from lazymesh.core.model import Reason
 if TYPE_CHECKING:
     from lazymesh.core.events import KeyState
     from lazymesh.core.model import Address, Entry, Space
-    from lazymesh.core.resolver.link import Link
+    from lazymesh.core.resolver.breaker import Breaker
+    from lazymesh.core.resolver.waiting import Lane
 
 
 class Phase(enum.Enum):
@@ -131,3 +135,47 @@ class Tracked(Struct, eq=False):
         self.watched = ()
         self.spaces = ()
         self.again = self.withdrawn = False
+
+
+VOID: tuple[Space, ...] = ()
+"""In place of a read group: the answer of this read is worth nothing, it may be older than what was known."""
+
+
+class LinkState(enum.Enum):
+    """Whether the cluster's addresses can be judged; the value is the word in status and metrics."""
+
+    CONNECTING = "connecting"
+    READY = "ready"
+    SILENT = "silent"
+
+
+@dataclass(slots=True, eq=False)
+class Link:
+    """The resolver's side of one cluster."""
+
+    name: str
+    breaker: Breaker
+    state: LinkState = LinkState.CONNECTING
+    in_flight: int = 0
+    """Transactions sent and not answered."""
+    members: dict[Address, Tracked] = field(default_factory=dict)
+    """Every tracked address that is resolved with this cluster."""
+    reading: dict[Address, tuple[Space, ...]] = field(default_factory=dict)
+    """What is in flight; outlives the address itself, so that forgetting an address never doubles its read.
+    VOID stands for a read that was sent to a store that no longer is, or for an address that was forgotten."""
+    lanes: dict[tuple[Space, ...], Lane[Tracked]] = field(default_factory=dict)
+    unproven: set[Address] = field(default_factory=set)
+    """Addresses with an entry of an earlier life of the agent that no read has ended for yet."""
+    checks_after: float = -math.inf
+    """No checks are sent before: the last one failed, or all nodes would ask at once."""
+    ready_at: float = -math.inf
+    """Since when it is ready: no answer could come before."""
+    whole_after: float = -math.inf
+    """No /24 is read whole before: the last one could not be."""
+    missed: int = 0
+    """How many missed addresses wait for a read, in all lanes; kept by ``backlog``."""
+
+    def void_reads(self) -> None:
+        """Make the answers of all reads in flight worthless: they may carry revisions of a replaced store."""
+        for address in self.reading:
+            self.reading[address] = VOID

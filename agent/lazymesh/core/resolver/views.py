@@ -9,8 +9,7 @@ from lazymesh.core.resolver.tracked import Fetch, Phase
 
 if TYPE_CHECKING:
     from lazymesh.core.model import Entry, Reason, Space
-    from lazymesh.core.resolver.link import Link
-    from lazymesh.core.resolver.tracked import Tracked
+    from lazymesh.core.resolver.tracked import Link, Tracked
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,5 +1,10 @@
 """What waits for a read: the neighbourhood (a /24, or the like of IPv6) first whose first address has waited longest.
 
+A lane holds the addresses that wait for one read group. Misses go first, because packets wait for them; re-reads of
+known addresses (*checks*) take what room is left, but at least a quarter, so that a storm of misses cannot keep old
+entries unverified. Before both go those of entries that an earlier life of the agent has left (*proofs*): their records
+may have changed while nobody looked. What is sent when is decided in ``backlog``.
+
 A store finds the records of a whole /24 in one range in the time of some fifty single keys (measured, etcd 3.4). So
 where more pods of one node wait, their /24 is read whole. Not so with IPv6: the keys of a /120 need not lie together,
 and what lies between has no bound.
@@ -8,30 +13,39 @@ and what lies between has no bound.
 from __future__ import annotations
 
 from collections import OrderedDict
+from dataclasses import dataclass, field
 from itertools import chain, islice
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Generic, Protocol, TypeVar
 
 if TYPE_CHECKING:
     from lazymesh.core.model import Address
-    from lazymesh.core.resolver.tracked import Tracked
 
 
-class Batch:
+class Addressed(Protocol):
+    """What can wait."""
+
+    address: Address
+
+
+_T = TypeVar("_T", bound=Addressed)
+
+
+class Batch(Generic[_T]):
     """What goes into one transaction."""
 
     __slots__ = ("apart", "whole")
 
     def __init__(self) -> None:
-        self.whole: list[list[Tracked]] = []
+        self.whole: list[list[_T]] = []
         """Addresses of one /24 each, which is read whole."""
-        self.apart: list[Tracked] = []
+        self.apart: list[_T] = []
 
-    def taken(self) -> list[Tracked]:
+    def taken(self) -> list[_T]:
         """Return all addresses, those of whole /24s first."""
         return [*chain.from_iterable(self.whole), *self.apart] if self.whole else self.apart
 
 
-class Waiting:
+class Waiting(Generic[_T]):
     """The addresses of one kind that wait in a lane."""
 
     __slots__ = ("_groups", "count")
@@ -39,18 +53,18 @@ class Waiting:
     def __init__(self) -> None:
         # OrderedDict, not dict: taking from the front of a plain dict walks over all that was taken before. (Of a
         # neighbourhood's 256 that does not matter.)
-        self._groups: OrderedDict[bytes, dict[Address, Tracked]] = OrderedDict()
+        self._groups: OrderedDict[bytes, dict[Address, _T]] = OrderedDict()
         self.count = 0
         """How many there are; for others to read only. (An attribute, as it is asked for often.)"""
 
-    def add(self, tracked: Tracked) -> None:
+    def add(self, one: _T) -> None:
         """Have an address wait, which does not yet."""
-        address = tracked.address
+        address = one.address
         group = address[:-1]
         members = self._groups.get(group)
         if members is None:
             members = self._groups[group] = {}
-        members[address] = tracked
+        members[address] = one
         self.count += 1
 
     def remove(self, address: Address) -> bool:
@@ -67,19 +81,19 @@ class Waiting:
             del self._groups[group]
         return True
 
-    def first(self) -> Tracked:
+    def first(self) -> _T:
         """Return the first address of the first neighbourhood; there is one."""
         return next(iter(next(iter(self._groups.values())).values()))
 
-    def move_to(self, other: Waiting) -> None:
+    def move_to(self, other: Waiting[_T]) -> None:
         """Have all of them wait there instead."""
         for members in self._groups.values():
-            for tracked in members.values():
-                other.add(tracked)
+            for one in members.values():
+                other.add(one)
         self._groups.clear()
         self.count = 0
 
-    def take(self, batch: Batch, room: int, whole_at: int | None) -> None:
+    def take(self, batch: Batch[_T], room: int, whole_at: int | None) -> None:
         """Move addresses into the batch, neighbourhood by neighbourhood, until ``room`` is used up.
 
         A /24 of which at least ``whole_at`` wait (None: never so many) comes whole, also if there is less room.
@@ -97,3 +111,34 @@ class Waiting:
             room -= len(members)
             self.count -= len(members)
             del self._groups[group]
+
+
+@dataclass(slots=True, eq=False)
+class Lane(Generic[_T]):
+    """The addresses that wait for a read of one group of spaces."""
+
+    misses: Waiting[_T] = field(default_factory=Waiting)
+    checks: Waiting[_T] = field(default_factory=Waiting)
+    proofs: Waiting[_T] = field(default_factory=Waiting)
+    """Checks of entries that an earlier life of the agent has left: they go before everything else."""
+
+    def __len__(self) -> int:
+        return self.misses.count + self.checks.count + self.proofs.count
+
+    def take_proofs(self, room: int, whole_at: int | None) -> Batch[_T]:
+        """Remove and return addresses whose entries are of an earlier life (as ``Waiting.take``)."""
+        batch: Batch[_T] = Batch()
+        self.proofs.take(batch, room, whole_at)
+        return batch
+
+    def take(self, room: int, whole_at: int | None, *, with_checks: bool) -> Batch[_T]:
+        """Remove and return addresses (as ``Waiting.take``)."""
+        if self.proofs.count:  # they have had their time
+            self.proofs.move_to(self.checks)
+        checks = min(self.checks.count, max(room // 4, room - self.misses.count)) if with_checks else 0
+        batch: Batch[_T] = Batch()
+        self.misses.take(batch, room - checks, whole_at)
+        if checks:
+            # Nobody waits for checks, but misses would wait for a whole /24 of them.
+            self.checks.take(batch, checks, None if batch.taken() else whole_at)
+        return batch

@@ -1,4 +1,4 @@
-"""What is remembered of one address: allowed phases, and which state of a key counts."""
+"""What is remembered of one address: allowed phases, which state of a key counts; and void reads of a cluster."""
 
 import itertools
 
@@ -8,7 +8,9 @@ from hypothesis import strategies as st
 
 from lazymesh.core.events import KeyState
 from lazymesh.core.model import Space
-from lazymesh.core.resolver.tracked import ALLOWED, Phase, Tracked
+from lazymesh.core.resolver.breaker import Breaker
+from lazymesh.core.resolver.limits import Limits
+from lazymesh.core.resolver.tracked import ALLOWED, VOID, Link, Phase, Tracked
 from tests.support.playbook import B1, CACHE, DIRECT
 
 
@@ -63,3 +65,10 @@ def test_only_the_group_that_answered_last_counts() -> None:
     assert tracked.newest() == b"cached"
     tracked.spaces = DIRECT
     assert tracked.newest() is None
+
+
+def test_void_reads_stay_in_flight_without_a_group() -> None:
+    """They still count, but their answer will not."""
+    link = Link("b", Breaker(Limits(), lambda: 1.0), reading={B1: DIRECT})
+    link.void_reads()
+    assert link.reading == {B1: VOID}

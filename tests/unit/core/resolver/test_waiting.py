@@ -1,4 +1,4 @@
-"""What waits for a read: order, and neighbours that are taken together."""
+"""What waits for a read: order, neighbours that are taken together, and who goes first in a lane."""
 
 from __future__ import annotations
 
@@ -10,21 +10,21 @@ from hypothesis.stateful import RuleBasedStateMachine, invariant, rule
 
 from lazymesh.core.model import format_address, parse_address
 from lazymesh.core.resolver.tracked import Tracked
-from lazymesh.core.resolver.waiting import Batch, Waiting
+from lazymesh.core.resolver.waiting import Batch, Lane, Waiting
 
 if TYPE_CHECKING:
     from lazymesh.core.model import Address
 
 
-def waiting_for(*addresses: str) -> Waiting:
+def waiting_for(*addresses: str) -> Waiting[Tracked]:
     """Return these, in this order."""
-    waiting = Waiting()
+    waiting: Waiting[Tracked] = Waiting()
     for address in addresses:
         waiting.add(Tracked(parse_address(address), ()))
     return waiting
 
 
-def texts(batch: Batch) -> tuple[list[list[str]], list[str]]:
+def texts(batch: Batch[Tracked]) -> tuple[list[list[str]], list[str]]:
     """Return what goes whole, and what apart."""
     whole = [[format_address(one.address) for one in members] for members in batch.whole]
     return whole, [format_address(one.address) for one in batch.apart]
@@ -83,7 +83,7 @@ class Row(RuleBasedStateMachine):
 
     def __init__(self) -> None:
         super().__init__()
-        self.waiting = Waiting()
+        self.waiting: Waiting[Tracked] = Waiting()
         self.model: list[Address] = []
 
     @rule(address=ADDRESSES)
@@ -117,7 +117,7 @@ class Row(RuleBasedStateMachine):
     @rule()
     def all_move(self) -> None:
         """They wait elsewhere from now on."""
-        other = Waiting()
+        other: Waiting[Tracked] = Waiting()
         self.waiting.move_to(other)
         assert not self.waiting.count
         self.waiting = other
@@ -131,3 +131,41 @@ class Row(RuleBasedStateMachine):
 
 
 TestRow = Row.TestCase
+
+
+TURNS = {
+    "misses alone take all the room": (10, 0, 8, True, (8, 0)),
+    "checks alone take all the room": (0, 10, 8, True, (0, 8)),
+    "checks get a quarter beside many misses": (10, 10, 8, True, (6, 2)),
+    "checks get what few misses leave": (1, 10, 8, True, (1, 7)),
+    "checks that must pause get nothing": (1, 10, 8, False, (1, 0)),
+    "room for one goes to the miss": (5, 5, 1, True, (1, 0)),
+}
+
+
+@pytest.mark.parametrize(("misses", "checks", "room", "with_checks", "taken"), TURNS.values(), ids=TURNS)
+def test_a_lane_is_emptied_in_fair_parts(
+    misses: int, checks: int, room: int, with_checks: bool, taken: tuple[int, int]
+) -> None:
+    """Oldest first, misses before checks."""
+    lane: Lane[Tracked] = Lane()
+    for n in range(misses):
+        lane.misses.add(Tracked(bytes([n]), ()))
+    for n in range(checks):
+        lane.checks.add(Tracked(bytes([100 + n]), ()))
+    numbers = [tracked.address[0] for tracked in lane.take(room, None, with_checks=with_checks).taken()]
+    assert numbers == [*range(taken[0]), *range(100, 100 + taken[1])]
+    assert len(lane) == misses + checks - sum(taken)
+
+
+@pytest.mark.parametrize(("misses", "whole"), [(0, 1), (5, 0)])
+def test_checks_go_whole_alone_only(misses: int, whole: int) -> None:
+    """A packet would wait for what is read with its address."""
+    lane: Lane[Tracked] = Lane()
+    for n in range(misses):
+        lane.misses.add(Tracked(bytes([10, 2, 9, n]), ()))
+    for n in range(200):
+        lane.checks.add(Tracked(bytes([10, 2, 1, n]), ()))
+    batch = lane.take(64, 64, with_checks=True)
+    assert len(batch.whole) == whole
+    assert len(batch.taken()) == (200 if whole else 64)
