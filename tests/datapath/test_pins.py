@@ -13,15 +13,18 @@ import pytest
 
 from lazymesh.datapath import abi, libbpf, pins
 from lazymesh.datapath.libbpf import Map, MapLayout
-from lazymesh.datapath.pins import Pins, check_bpffs, expected_layouts
+from lazymesh.datapath.pins import Pins, alone, check_bpffs, expected_layouts
 from lazymesh.errors import DatapathError
 from tests.datapath.conftest import open_descriptors
+from tests.support.namespaces import NamespaceSet
 from tests.support.prog_run import load_empty_program
 
 if TYPE_CHECKING:
+    from collections.abc import Iterator
     from pathlib import Path
 
     from tests.datapath.conftest import Bench
+    from tests.support.namespaces import Namespace
 
 SIZE = 1_000
 
@@ -196,29 +199,58 @@ def test_who_may_not_write_there_is_told_so(bpffs: Path) -> None:
     )
 
 
-def test_second_agent_finds_the_directory_taken(bpffs: Path) -> None:
-    """Two agents would evict each other's entries; when the first is gone the second may."""
+@pytest.fixture
+def nodes() -> Iterator[NamespaceSet]:
+    """Return two network namespaces in which no agent runs."""
+    with NamespaceSet(["one", "other"]) as spaces:
+        yield spaces
+
+
+def hold(namespace: Namespace, *directories: Path) -> contextlib.ExitStack:
+    """Be the only one there, until the stack is closed."""
+    stack = contextlib.ExitStack()
+    namespace.call(stack.enter_context, alone(*directories))
+    return stack
+
+
+def test_second_agent_finds_the_directory_taken(nodes: NamespaceSet, bpffs: Path) -> None:
+    """Two agents would evict each other's entries, from wherever; when the first is gone the second may."""
     place = Pins.under(bpffs)
     place.prepare(SIZE)
-    first = place.lock()
-    holder = rf"another lazymesh agent \(process {os.getpid()}\) holds .*/lazymesh: stop it first.*--bpffs"
-    with pytest.raises(DatapathError, match=holder):
-        place.lock()
-    os.close(first)
-    os.close(place.lock())
+    with hold(nodes["one"], place.directory):
+        holder = rf"another lazymesh agent \(process {os.getpid()}\) holds .*/lazymesh: stop it first"
+        for namespace in ("one", "other"):
+            with pytest.raises(DatapathError, match=holder):
+                hold(nodes[namespace], place.directory)
+    hold(nodes["other"], place.directory).close()
 
 
-def test_refused_lock_keeps_no_descriptor(bpffs: Path) -> None:
+def test_second_agent_with_other_pins_is_refused_too(nodes: NamespaceSet, tmp_path: Path) -> None:
+    """They would be on the same interfaces, and the one's uninstallation would take off the other's programs."""
+    for name in ("pins", "others"):
+        (tmp_path / name).mkdir()
+    with hold(nodes["one"], tmp_path / "pins"):
+        holder = (
+            rf"another lazymesh agent \(process {os.getpid()}\) runs in this network namespace: stop it first"
+        )
+        with pytest.raises(DatapathError, match=holder):
+            hold(nodes["one"], tmp_path / "others")
+        with pytest.raises(DatapathError, match=holder):
+            hold(nodes["one"])
+        hold(nodes["other"], tmp_path / "others").close()
+    hold(nodes["one"]).close()
+
+
+def test_refused_lock_keeps_no_descriptor(nodes: NamespaceSet, tmp_path: Path) -> None:
     """Or waiting for the other agent to end would wait for ever."""
-    place = Pins.under(bpffs)
-    place.prepare(SIZE)
-    first = place.lock()
-    before = open_descriptors()
-    for _ in range(3):
-        with pytest.raises(DatapathError):
-            place.lock()
-    assert open_descriptors() == before
-    os.close(first)
+    with hold(nodes["one"], tmp_path):
+        before = open_descriptors()
+        for _ in range(3):
+            with pytest.raises(DatapathError):
+                hold(nodes["one"], tmp_path)
+            with pytest.raises(DatapathError):
+                hold(nodes["one"])
+        assert open_descriptors() == before
 
 
 def test_pins_that_somebody_removed_are_named(bench: Bench) -> None:

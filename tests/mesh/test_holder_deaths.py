@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import itertools
 import os
+import re
 import signal
 import time
 from pathlib import Path
@@ -262,3 +263,32 @@ def test_an_old_holder_that_hangs_is_in_nobodys_way(lab: Lab, proxy: Proxy) -> N
     finally:
         with contextlib.suppress(ProcessLookupError):
             os.kill(old, signal.SIGKILL)
+
+
+@pytest.mark.parametrize(
+    "removal",
+    [
+        ("qdisc", "del", "dev", "{}", "clsact"),
+        ("filter", "del", "dev", "{}", "egress"),
+        ("filter", "del", "dev", "{}", "ingress"),
+    ],
+    ids=["both", "out", "back"],
+)
+def test_what_is_taken_off_its_device_is_put_back(
+    lab: Lab, agent: AgentProcess, removal: tuple[str, ...]
+) -> None:
+    """Somebody cleans the node of filters: without these every packet that is held would be lost."""
+    device = wait_until(lambda: next(iter(holding_devices(lab)), ""), 5, "a device")
+    lab.node_a.run("tc", *(word.format(device) for word in removal))
+    wait_until(lambda: "took our programs off" in agent.log, 5, "the agent to notice")
+    with Sink(lab.node_b) as sink, Ticker(lab.pods[0].namespace, KNOWN, fresh()) as ticker:
+        before = counts(lab)["held"]
+        wait_until(lambda: counts(lab)["held"] > before + 20, 5, "holding to resume")
+        ticker.stop()
+        assert lost(ticker, sink) == (0, 0)
+    wait_until(lambda: (out(lab), leaked(lab)) == (0, 0), 5, "everything given back")
+
+
+def holding_devices(lab: Lab) -> list[str]:
+    """Return the names of the TAP devices of holders."""
+    return re.findall(r"lm_hold\d", lab.node_a.run("ip", "-o", "link"))

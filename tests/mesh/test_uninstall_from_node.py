@@ -10,6 +10,7 @@ import pytest
 
 from lazymesh.datapath import libbpf
 from lazymesh.datapath.libbpf import MAP_TYPE_LPM_TRIE, Map, MapLayout
+from tests.datapath.conftest import mounted_bpffs
 from tests.support.etcd import wait_until
 from tests.support.lab import Lab, remote_address
 from tests.support.node import connect, dump, filters, launched, options, pins
@@ -42,6 +43,12 @@ def test_uninstall_leaves_no_trace(cilium: Cilium, lab: Lab) -> None:
         busy = lab.cli("uninstall", check=False)
         assert (busy.returncode, busy.stdout) == (3, "")
         assert "stop it first" in busy.stderr
+        with mounted_bpffs() as elsewhere:
+            astray = lab.cli("uninstall", "--bpffs", str(elsewhere), check=False)
+        assert (astray.returncode, astray.stdout) == (3, ""), (
+            "its programs are on these interfaces all the same"
+        )
+        assert f"(process {agent.pid}) runs in this network namespace: stop it first" in astray.stderr
         agent.kill()
     assert len(dump(cilium.pin)) == len(before) + len(peers)
     removed = json.loads(lab.cli("uninstall", "-o", "json").stdout)

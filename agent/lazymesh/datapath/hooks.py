@@ -13,8 +13,10 @@ import contextlib
 import errno
 import os
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
+import structlog
 from pyroute2 import AsyncIPRoute, NetlinkError
 from pyroute2.netlink.rtnl.tcmsg import sched_bpf
 
@@ -23,15 +25,18 @@ from lazymesh.errors import DatapathError
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
-    from pathlib import Path
 
     from lazymesh.datapath.pins import Pins
+    from lazymesh.datapath.program import Datapath
+
+log = structlog.get_logger()
 
 TC_ACT_SHOT, TC_ACT_STOLEN = 2, 4
 
 _INGRESS = 0xFFFFFFF2
 """TC_H_CLSACT with TC_H_MIN_INGRESS."""
 _EGRESS = _INGRESS + 1
+_ROOT = 0xFFFFFFFF
 _PRIORITY, _HANDLE, _ETH_P_ALL = 1, 0x1A2E, 3
 """Cilium's filters are handle 1 of a priority that is 1 unless configured otherwise (cilium-formats 8.1)."""
 # The kernel goes on where pyroute2's list of a BPF filter's attributes ends.
@@ -42,6 +47,7 @@ if len(sched_bpf.options.nla_map) == 9:
         ("TCA_BPF_ID", "uint32"),
     )
 _GONE = (errno.ENODEV, errno.ENOENT, errno.EINVAL)
+_TAP_RING = 16_384
 
 
 class Hook(Protocol):
@@ -162,16 +168,8 @@ class ClsactHook:
 
     async def attach(self, index: int, program: int, name: str) -> None:
         """Replace our filter, which keeps its place, or add it in front."""
-        try:
-            await self._route.tc("add", "clsact", index)
-        except NetlinkError as exc:
-            if exc.code != errno.EEXIST:
-                raise
-        await self._route.tc(
-            "replace-filter", "bpf", index, _HANDLE,
-            fd=program, name=name, parent=_INGRESS, prio=_PRIORITY, protocol=_ETH_P_ALL, classid=1,
-            direct_action=True,
-        )  # fmt: skip
+        await _add_clsact(self._route, index)
+        await _put_filter(self._route, index, _INGRESS, program, name)
 
     async def detach(self, index: int) -> None:
         """Delete our filter."""
@@ -189,6 +187,62 @@ class ClsactHook:
     async def supersede(self, index: int) -> None:
         """Detach and unpin a link of ours."""
         await asyncio.to_thread(_detach_link, self._pins.link(index))
+
+
+async def prepare_tap(datapath: Datapath, index: int, name: str) -> None:
+    """Make the holder's TAP fit for parked packets and nothing else, then bring it up; DatapathError if that fails."""
+    try:
+        # Silent before it is up: no address, no router solicitation, nothing of its own.
+        Path(f"/proc/sys/net/ipv6/conf/{name}/disable_ipv6").write_text("1", encoding="ascii")  # noqa: ASYNC240 (memory)
+    except OSError:
+        log.debug("no IPv6 here to switch off", interface=name)
+    try:
+        async with AsyncIPRoute() as route:
+            # noqueue, or clone_redirect would say that a full ring took the packet; the ring longer than all slots.
+            await route.link("set", index=index, txqlen=_TAP_RING)
+            await _put_on_tap(route, datapath, index)
+            await route.link("set", index=index, state="up")
+            await route.tc("replace", "noqueue", index, parent=_ROOT)
+    except NetlinkError as exc:
+        raise DatapathError(f"cannot set up the TAP device {name}: {exc}") from exc
+
+
+async def mend_tap(datapath: Datapath, index: int) -> bool:
+    """Put back what somebody has taken off the holder's TAP; tell whether anything was missing."""
+    async with AsyncIPRoute() as route:
+        for parent in (_INGRESS, _EGRESS):
+            if (_PRIORITY, _HANDLE) not in await _filters(route, index, parent):
+                break
+        else:
+            return False
+        try:
+            await _put_on_tap(route, datapath, index)
+        except NetlinkError as exc:
+            log.debug("cannot mend the TAP", error=str(exc))  # it is gone, and its holder ends
+            return False
+    return True
+
+
+async def _put_on_tap(route: AsyncIPRoute, datapath: Datapath, index: int) -> None:
+    (out, out_fd), (back, back_fd) = datapath.hold_programs()
+    await _add_clsact(route, index)
+    await _put_filter(route, index, _EGRESS, out_fd, out)
+    await _put_filter(route, index, _INGRESS, back_fd, back)
+
+
+async def _add_clsact(route: AsyncIPRoute, index: int) -> None:
+    try:
+        await route.tc("add", "clsact", index)
+    except NetlinkError as exc:
+        if exc.code != errno.EEXIST:
+            raise
+
+
+async def _put_filter(route: AsyncIPRoute, index: int, parent: int, program: int, name: str) -> None:
+    await route.tc(
+        "replace-filter", "bpf", index, _HANDLE,
+        fd=program, name=name, parent=parent, prio=_PRIORITY, protocol=_ETH_P_ALL, classid=1, direct_action=True,
+    )  # fmt: skip
 
 
 def _index(chain: Sequence[object], ours: object) -> int | None:

@@ -12,7 +12,6 @@ import errno
 import itertools
 import time
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import structlog
@@ -36,13 +35,8 @@ LOOK_TOLD = 20
 """Filters, of which it tells, are looked at once in so many times: that is dear, and only for what went unheard."""
 INSIST_EVERY_S = 5.0
 """How often at most an interface's program is put back to the front."""
-_INGRESS = 0xFFFFFFF2
-"""TC_H_CLSACT with TC_H_MIN_INGRESS."""
-_PRIORITY, _HANDLE, _ETH_P_ALL = 1, 0x1A2E, 3
 _FILTER_EVENTS = ("RTM_NEWTFILTER", "RTM_DELTFILTER", "RTM_DELQDISC")
 _ARPHRD_ETHER = 1
-_ROOT = 0xFFFFFFFF
-_TAP_RING = 16_384
 _AF_BRIDGE = 7
 """The family of messages about a bridge's ports: leaving a bridge is told as an RTM_DELLINK of this family."""
 
@@ -274,28 +268,3 @@ class InterfaceFollower:
         if self._ipr is None:
             raise RuntimeError("run() was not called")
         return self._ipr
-
-
-async def prepare_tap(datapath: Datapath, index: int, name: str) -> None:
-    """Make the holder's TAP fit for parked packets and nothing else, then bring it up; DatapathError if that fails."""
-    try:
-        # Silent before it is up: no address, no router solicitation, nothing of its own.
-        Path(f"/proc/sys/net/ipv6/conf/{name}/disable_ipv6").write_text("1", encoding="ascii")  # noqa: ASYNC240 (memory)
-    except OSError:
-        log.debug("no IPv6 here to switch off", interface=name)
-    (out, out_fd), (back, back_fd) = datapath.hold_programs()
-    try:
-        async with AsyncIPRoute() as ipr:
-            # noqueue, or clone_redirect would say that a full ring took the packet; the ring longer than all slots.
-            await ipr.link("set", index=index, txqlen=_TAP_RING)
-            await ipr.tc("add", "clsact", index)
-            for program, fd, parent in ((out, out_fd, _INGRESS + 1), (back, back_fd, _INGRESS)):
-                await ipr.tc(
-                    "replace-filter", "bpf", index, _HANDLE,
-                    fd=fd, name=program, parent=parent, prio=_PRIORITY, protocol=_ETH_P_ALL, classid=1,
-                    direct_action=True,
-                )  # fmt: skip
-            await ipr.link("set", index=index, state="up")
-            await ipr.tc("replace", "noqueue", index, parent=_ROOT)
-    except NetlinkError as exc:
-        raise DatapathError(f"cannot set up the TAP device {name}: {exc}") from exc

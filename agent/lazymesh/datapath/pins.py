@@ -7,6 +7,7 @@ import fcntl
 import os
 import re
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import structlog
@@ -16,7 +17,7 @@ from lazymesh.datapath.libbpf import Map, MapLayout
 from lazymesh.errors import DatapathError
 
 if TYPE_CHECKING:
-    from pathlib import Path
+    from collections.abc import Iterator
 
 log = structlog.get_logger()
 
@@ -30,6 +31,7 @@ JOURNAL = "lm_owned"
 LINKS = "links"
 LASTING = (IPCACHE, JOURNAL)
 """Entries and their journal outlive versions, so a change of theirs has to be read here; all else is learned again."""
+_NAMESPACE = Path("/proc/thread-self/ns/net")
 VIEWS = ("lm_view_v1", "lm_view_v2", "lm_view_v2ro")
 """By enum lm_view, from 1 on. Like the signals they belong to one load of the programs."""
 
@@ -158,19 +160,25 @@ class Pins:
             with contextlib.suppress(OSError):
                 directory.rmdir()
 
-    def lock(self) -> int:
-        """Hold the directory for this process alone; returns the file descriptor that holds it."""
-        fd = os.open(self.directory, os.O_RDONLY | os.O_DIRECTORY)
-        try:
-            fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as exc:
-            holder = _flock_holder(fd)
-            os.close(fd)
-            who = f" (process {holder})" if holder else ""
-            raise DatapathError(
-                f"another lazymesh agent{who} holds {self.directory}: stop it first, or use another --bpffs"
-            ) from exc
-        return fd
+
+@contextlib.contextmanager
+def alone(*directories: Path) -> Iterator[None]:
+    """Be the only one of our kind in this network namespace, and with these pins; DatapathError if somebody else is.
+
+    Pins may be in several BPF file systems, but what is attached to an interface is in each one's way.
+    """
+    with contextlib.ExitStack() as held:
+        for path in (*directories, _NAMESPACE):
+            fd = os.open(path, os.O_RDONLY)
+            held.callback(os.close, fd)
+            try:
+                fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError as exc:
+                holder = _flock_holder(fd)
+                who = f" (process {holder})" if holder else ""
+                what = "runs in this network namespace" if path is _NAMESPACE else f"holds {path}"
+                raise DatapathError(f"another lazymesh agent{who} {what}: stop it first") from exc
+        yield
 
 
 def _serves(journal: MapLayout, wanted: MapLayout) -> bool:

@@ -34,7 +34,7 @@ from lazymesh.datapath.hooks import detach_everywhere
 from lazymesh.datapath.installer import Installer
 from lazymesh.datapath.interfaces import InterfaceFollower, InterfaceSelection
 from lazymesh.datapath.maps import DatapathConfig, OnMiss, kernel_honours_noexist
-from lazymesh.datapath.pins import IPCACHE, Pins, budget, check_bpffs
+from lazymesh.datapath.pins import IPCACHE, Pins, alone, budget, check_bpffs
 from lazymesh.datapath.program import MeshMaps, load
 from lazymesh.datapath.signals import SignalReader
 from lazymesh.errors import DatapathError, LazymeshError, SettingsError
@@ -149,19 +149,18 @@ class Agent:
             pins.directory.mkdir(mode=0o700, exist_ok=True)
         except OSError as exc:
             raise DatapathError(f"cannot make {pins.directory}: {exc.strerror}") from exc
-        lock = pins.lock()
-        self._fresh = not any(pins.directory.iterdir())
-        try:
-            with contextlib.closing(self._mesh_maps(pins)) as maps:
-                await self._load_and_serve(pins, maps)
-            if self._failure is not None:
-                raise self._failure
-            log.info("stopped")
-        finally:
-            # A first start that fails half-way leaves no program behind that denies what nobody resolves.
-            if self._leaves_nothing:
-                await self._clean_up(pins)
-            os.close(lock)
+        with alone(pins.directory):
+            self._fresh = not any(pins.directory.iterdir())
+            try:
+                with contextlib.closing(self._mesh_maps(pins)) as maps:
+                    await self._load_and_serve(pins, maps)
+                if self._failure is not None:
+                    raise self._failure
+                log.info("stopped")
+            finally:
+                # A first start that fails half-way leaves no program behind that denies what nobody resolves.
+                if self._leaves_nothing:
+                    await self._clean_up(pins)
 
     def _mesh_maps(self, pins: Pins) -> MeshMaps:
         try:

@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING
 import structlog
 
 from lazymesh.core.hold import Cause
-from lazymesh.datapath.interfaces import prepare_tap
+from lazymesh.datapath.hooks import mend_tap, prepare_tap
 from lazymesh.errors import DatapathError
 
 if TYPE_CHECKING:
@@ -156,10 +156,10 @@ class Holding:
             theirs.close()
             ours.setblocking(False)
             try:
-                await self._handshake(ours)
+                tap = await self._handshake(ours)
                 self._socket = ours
                 self.state = "on"
-                await self._watch(ours)
+                await self._watch(ours, tap)
             except ConnectionError:
                 return
             finally:
@@ -169,8 +169,8 @@ class Holding:
                 ours.close()
                 await asyncio.to_thread(_wait_for, process)
 
-    async def _watch(self, ours: socket.socket) -> None:
-        """Return when the holder has ended, or hangs for good."""
+    async def _watch(self, ours: socket.socket, tap: int) -> None:
+        """Return when the holder has ended, or hangs for good; put back meanwhile what is taken off its TAP."""
         looks = 0
         while looks < HUNG_LOOKS:
             try:
@@ -180,10 +180,15 @@ class Holding:
                 silent_s = time.monotonic() - self._control.holder_beat() / 1e9
                 looks = looks + 1 if silent_s > HUNG_S else 0
                 self.state = "the holder hangs" if looks else "on"
+                if await mend_tap(self._datapath, tap):
+                    log.warning(
+                        "somebody took our programs off the holder's TAP device: they are attached again"
+                    )
             else:
                 return
 
-    async def _handshake(self, ours: socket.socket) -> None:
+    async def _handshake(self, ours: socket.socket) -> int:
+        """Make ready what the holder has opened; return its TAP's index."""
         datagram = await asyncio.get_running_loop().sock_recv(ours, 65_536)
         if datagram[:1] != b"u":
             raise DatapathError(datagram[1:].decode() or "the holder ended without a word")
@@ -194,6 +199,7 @@ class Holding:
         words = {"limit_s": self._settings.limit_s, "drop_on_timeout": self._settings.drop_on_timeout}
         ours.send(b"c" + json.dumps(words).encode())
         ours.send(b"g")
+        return int(tap["ifindex"])
 
 
 def _wait_for(process: subprocess.Popen[bytes]) -> None:

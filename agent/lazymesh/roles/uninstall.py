@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 from lazymesh.datapath.cilium import NodeView, take_out_ours
 from lazymesh.datapath.hooks import detach_everywhere
 from lazymesh.datapath.interfaces import InterfaceSelection
-from lazymesh.datapath.pins import Pins, check_bpffs
+from lazymesh.datapath.pins import Pins, alone, check_bpffs
 from lazymesh.errors import DatapathError
 
 if TYPE_CHECKING:
@@ -35,15 +35,11 @@ async def uninstall(bpffs: Path) -> Removed:
     check_bpffs(bpffs)
     pins = Pins.under(bpffs)
     there = pins.directory.is_dir()
-    lock = pins.lock() if there else None
-    try:
+    with alone(*([pins.directory] if there else ())):
         # Programs first: who detached, holds nothing back that nobody resolves any more.
         interfaces = await detach_everywhere(pins)
         # While a Cilium agent starts, programs read maps without a pin, and ours stand in these, too.
         async with NodeView(InterfaceSelection(("+",))) as node:
             entries = take_out_ours(bpffs, await node.ipcaches())
         pins.remove()
-    finally:
-        if lock is not None:
-            os.close(lock)
     return Removed(entries, tuple(interfaces), there)
