@@ -14,11 +14,12 @@ from bisect import bisect_left
 from itertools import accumulate
 from typing import TYPE_CHECKING
 
-from prometheus_client import CollectorRegistry, Counter
+from prometheus_client import CollectorRegistry, Counter, ProcessCollector
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, HistogramMetricFamily, Metric
 from prometheus_client.exposition import choose_encoder
 from prometheus_client.registry import Collector
 
+from lazymesh import __version__
 from lazymesh.errors import LazymeshError
 
 if TYPE_CHECKING:
@@ -40,6 +41,10 @@ class Metrics:
 
     def __init__(self) -> None:
         self.registry = CollectorRegistry()
+        ProcessCollector(registry=self.registry)
+        self.collect_gauge(
+            "lazymesh_build_info", "1, for the version that runs", ("version",), lambda: [((__version__,), 1)]
+        )
         counter = self._counter
         self.signals = counter(
             "cilium_ipcache_miss_signal", "Miss signals that reached the agent", "direction"

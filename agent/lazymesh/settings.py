@@ -55,6 +55,10 @@ class MeshSettings:
             raise SettingsError(
                 f"--cluster-id {self.cluster_id}: must lie in 0..{self.max_connected_clusters}"
             )
+        owners: dict[Network, str] = {}
+        for name, network in self.mesh_cidrs:
+            if owners.setdefault(network, name) != name:
+                raise SettingsError(f"--mesh-cidr {network}: given to both {owners[network]} and {name}")
 
 
 IPCACHE_SIZE = 512_000
@@ -133,5 +137,5 @@ def parse_host_port(text: str) -> tuple[str, int]:
     """Read ``HOST:PORT``, IPv6 hosts in brackets."""
     host, colon, port = text.rpartition(":")
     if not colon or not port.isdigit() or int(port) > 65535:
-        raise SettingsError(f"--metrics-address {text}: write HOST:PORT, for example 127.0.0.1:9965")
+        raise SettingsError(f"--metrics-address {text}: write HOST:PORT, for example 127.0.0.1:9968")
     return host.strip("[]") or "0.0.0.0", int(port)  # noqa: S104 (an empty host means all, as everywhere)

@@ -155,10 +155,12 @@ NODES = {
 @pytest.mark.parametrize("what", NODES)
 def test_bad_node_claims_nothing(lab: Lab, agent: AgentProcess, what: str) -> None:
     """Its pod CIDR is not taken for mesh traffic."""
-    before = metric(agent, "lazymesh_records_refused_total", cluster="b", kind="node")
+    before = metric(agent, "lazymesh_records_refused_total", target_cluster="b", kind="node")
     lab.store.put_many({"cilium/state/nodes/v1/b/n": NODES[what]})
     wait_until(
-        lambda: metric(agent, "lazymesh_records_refused_total", cluster="b", kind="node") == before + 1,
+        lambda: (
+            metric(agent, "lazymesh_records_refused_total", target_cluster="b", kind="node") == before + 1
+        ),
         5,
         "the node refused",
     )
@@ -184,10 +186,12 @@ def test_bad_identity_is_not_known(lab: Lab, agent: AgentProcess, what: str) -> 
     """Addresses that name it stay without an entry."""
     number = 132_000 + list(IDENTITIES).index(what)
     ip = remote_address(next(_NUMBERS))
-    before = metric(agent, "lazymesh_records_refused_total", cluster="b", kind="identity")
+    before = metric(agent, "lazymesh_records_refused_total", target_cluster="b", kind="identity")
     lab.store.put_many({f"cilium/state/identities/v1/id/{number}": IDENTITIES[what]})
     wait_until(
-        lambda: metric(agent, "lazymesh_records_refused_total", cluster="b", kind="identity") == before + 1,
+        lambda: (
+            metric(agent, "lazymesh_records_refused_total", target_cluster="b", kind="identity") == before + 1
+        ),
         5,
         "the identity refused",
     )
@@ -200,11 +204,13 @@ def test_identity_outside_of_its_clusters_range_is_refused(
     lab: Lab, agent: AgentProcess, number: int
 ) -> None:
     """Labels of a number that is not the cluster's are not taken in; 0 is no number that a key may have."""
-    before = metric(agent, "lazymesh_records_refused_total", cluster="b", kind="identity")
+    before = metric(agent, "lazymesh_records_refused_total", target_cluster="b", kind="identity")
     lab.publish_identity(number, {"app": "server"})
     if number:
         wait_until(
-            lambda: metric(agent, "lazymesh_records_refused_total", cluster="b", kind="identity") > before,
+            lambda: (
+                metric(agent, "lazymesh_records_refused_total", target_cluster="b", kind="identity") > before
+            ),
             5,
             "the identity refused",
         )

@@ -259,7 +259,7 @@ def test_taken_metrics_port_and_taken_socket(lab: Lab) -> None:
         ({"cluster_id": "one"}, "--cluster-id"),
         ({"cluster_name": "Not_A_Name"}, "--cluster-name"),
         ({"cluster_name": "x" * 33}, "--cluster-name"),
-        ({"metrics_address": "9965x"}, "--metrics-address 9965x"),
+        ({"metrics_address": "9968x"}, "--metrics-address 9968x"),
         ({"metrics_address": "127.0.0.1:70000"}, "--metrics-address"),
         ({"datapath": "magic"}, "--datapath"),
         ({"mesh_cidr": "10.2.0.0/16"}, "CLUSTER=CIDR"),

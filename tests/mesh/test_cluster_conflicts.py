@@ -95,9 +95,9 @@ def test_cluster_that_contradicts_us_is_refused(
     wait_until(lambda: cluster(lab, "c").get("state") == "refused", 5, "cluster c refused")
     assert problem in cluster(lab, "c")["problem"]
     assert any(line.startswith("cluster c is refused") for line in status(lab)["wrong"])
-    assert metric(agent, "lazymesh_cluster_ready", cluster="c") == 0
-    assert metric(agent, "lazymesh_cluster_ready", cluster="b") == 1
-    assert metric(agent, "lazymesh_records_refused_total", cluster="c", kind="cluster-config") == 1
+    assert metric(agent, "lazymesh_cluster_ready", target_cluster="c") == 0
+    assert metric(agent, "lazymesh_cluster_ready", target_cluster="b") == 1
+    assert metric(agent, "lazymesh_records_refused_total", target_cluster="c", kind="cluster-config") == 1
     done = lab.cli("status", check=False)
     assert done.returncode == 1
     assert "WRONG: cluster c is refused" in done.stdout

@@ -50,7 +50,7 @@ def test_stale_entries_are_marked_everywhere_until_their_cluster_confirms_them(l
     """Served meanwhile; what was re-used while nobody looked is corrected when the cluster is back."""
     agent = silent(lab)
     assert connect(lab.pods[0].namespace, KEPT) is not None
-    assert metric(agent, "lazymesh_entries_stale", cluster="b") == 2
+    assert metric(agent, "lazymesh_entries_stale", target_cluster="b") == 2
     assert owners(lab) == {KEPT: "lazymesh (stale)", REUSED: "lazymesh (stale)"}
     listed = json.loads(lab.cli("ipcache", "list", "-o", "json").stdout)
     assert listed[f"{KEPT}/32"]["stale"] is True

@@ -89,7 +89,7 @@ def test_known_peers_talk_on_while_etcd_is_away_and_changes_are_made_good(
     wait_until(lambda: state(lab) == "ready", BACK_S, "the cluster ready")
     assert connect(lab.pods[0].namespace, remote_address(9), 5) is not None
     assert identity_of(lab, kept) == SERVER_IDENTITY
-    assert metric(agent, "lazymesh_store_reconnects_total", cluster="b") >= 1
+    assert metric(agent, "lazymesh_store_reconnects_total", target_cluster="b") >= 1
     assert metric(agent, "lazymesh_unexpected_errors_total") == 0
 
 

@@ -43,7 +43,7 @@ NODE_A, NODE_B = ("192.168.100.1", "fd00:99::1"), ("192.168.100.2", "fd00:99::2"
 SERVER_IDENTITY = 131_073
 """In cluster 2's range of 16 bits; the one that POLICY allows."""
 OTHER_IDENTITY = 131_074
-ETCD_PORT, METRICS_PORT = 2379, 9965
+ETCD_PORT, METRICS_PORT = 2379, 9968
 _BASE = Path("/dev/shm") if os.access("/dev/shm", os.W_OK) else Path(tempfile.gettempdir())
 """Memory, where there is some: etcd waits for the disk at every write."""
 

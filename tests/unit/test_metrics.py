@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 
 import pytest
 
+from lazymesh import __version__
 from lazymesh.errors import LazymeshError
 from lazymesh.metrics import HttpServer, Metrics
 from tests.support.etcd import free_port
@@ -49,6 +50,13 @@ async def served() -> AsyncIterator[Served]:
     await served.server.start()
     yield served
     await served.server.close()
+
+
+async def test_version_and_process_are_told(served: Served) -> None:
+    """A rollout over a hundred clusters is watched by them."""
+    lines = (await served.get("/metrics"))[1].splitlines()
+    assert f'lazymesh_build_info{{version="{__version__}"}} 1.0' in lines
+    assert any(line.startswith("process_resident_memory_bytes ") for line in lines)
 
 
 async def test_readiness_says_what_is_missing(served: Served) -> None:

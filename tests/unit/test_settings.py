@@ -27,6 +27,14 @@ def test_cluster_id_outside_of_the_mesh_is_refused(number: int, most: int) -> No
     MeshSettings("a", most, most)
 
 
+def test_one_cidr_for_two_clusters_is_refused() -> None:
+    """Whose addresses those are nobody could say."""
+    network = ipaddress.ip_network("10.2.0.0/16")
+    with pytest.raises(SettingsError, match=r"--mesh-cidr 10\.2\.0\.0/16: given to both b and c"):
+        MeshSettings("a", 1, mesh_cidrs=(("b", network), ("c", network)))
+    MeshSettings("a", 1, mesh_cidrs=(("b", network), ("b", network)))
+
+
 def test_something_to_attach_to_is_needed() -> None:
     """An uplink alone is enough."""
     with pytest.raises(SettingsError, match="--interface"):
@@ -49,7 +57,7 @@ def test_other_mesh_cidrs_are_refused(text: str) -> None:
 
 @pytest.mark.parametrize(
     ("text", "expected"),
-    [("127.0.0.1:9965", ("127.0.0.1", 9965)), ("[::1]:1", ("::1", 1)), (":80", ("0.0.0.0", 80))],
+    [("127.0.0.1:9968", ("127.0.0.1", 9968)), ("[::1]:1", ("::1", 1)), (":80", ("0.0.0.0", 80))],
 )
 def test_metrics_address_is_host_and_port(text: str, expected: tuple[str, int]) -> None:
     """No host means every one of ours."""

@@ -102,7 +102,7 @@ class Node(Cluster):
     def wait_ready(self) -> None:
         """Wait until the agent is."""
         self.run(
-            "until curl -sf http://127.0.0.1:9965/readyz; do systemctl -q is-active lazymesh; sleep 0.5; done",
+            "until curl -sf http://127.0.0.1:9968/readyz; do systemctl -q is-active lazymesh; sleep 0.5; done",
             180,
         )
 
@@ -116,7 +116,7 @@ class Node(Cluster):
 
     def get(self, path: str) -> str:
         """Fetch a page of the agent's."""
-        return self.run(f"curl -sf http://127.0.0.1:9965{path}")
+        return self.run(f"curl -sf http://127.0.0.1:9968{path}")
 
     def metric(self, name: str, **labels: str) -> float:
         """Return one of the agent's figures."""

@@ -169,7 +169,7 @@ _path = click.Path(path_type=Path)
 @socket_option
 @click.option(
     "--metrics-address",
-    default="127.0.0.1:9965",
+    default="127.0.0.1:9968",
     show_default=True,
     metavar="HOST:PORT",
     help="Where /metrics, /healthz and /readyz are served; 'off' for nowhere.",

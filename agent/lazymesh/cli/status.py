@@ -74,6 +74,8 @@ def _show(answer: dict[str, Any]) -> None:
         [(name, *(counters[d][name] for d in counters)) for name in counters["egress"]],
     )
     click.echo("")
+    if answer["notReady"]:
+        click.echo(f"Not ready: {answer['notReady']}")
     for line in answer["wrong"]:
         click.echo(f"WRONG: {line}")
     if not answer["wrong"]:

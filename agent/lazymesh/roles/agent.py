@@ -22,6 +22,7 @@ from typing import TYPE_CHECKING, Any
 
 import structlog
 
+from lazymesh import __version__
 from lazymesh.core import events
 from lazymesh.core.model import format_address
 from lazymesh.core.policy import PolicyEngine
@@ -142,6 +143,11 @@ class Agent:
     async def run(self) -> None:
         """Start everything in the order in which it depends on each other, wait, stop in the other order."""
         self._heed_signals()
+        mesh, wanted = self._settings.mesh, self._settings.datapath
+        log.info(
+            "starting", version=__version__, cluster=mesh.cluster_name, datapath=wanted.mode, on_miss=wanted.on_miss,
+            clustermesh_config=str(mesh.clustermesh_config), **({"shadow": True} if self._settings.shadow else {}),
+        )  # fmt: skip
         pins = Pins.under(self._settings.datapath.bpffs)
         check_bpffs(pins.directory.parent)
         self._check_interfaces()
@@ -215,7 +221,7 @@ class Agent:
             auditor = Auditor(datapath.windows, self._allows(engine), parts.resolver)
             driver.release, driver.released = holding.answer, holding.flush
             driver.installed = auditor.installed
-            await self._show(parts, auditor, stack)
+            status = await self._show(parts, auditor, stack)
             parts.reader.start()
             stack.callback(lambda: setattr(self, "_attached", parts.attached.is_set()))
             self._touched = True
@@ -223,7 +229,7 @@ class Agent:
                 asyncio.wait_for(following, None),
                 ipcaches.run(),
                 parts.follower.run(parts.attached),
-                self._tick(driver),
+                self._tick(driver, status),
                 self._note_use(datapath, driver),
                 self._hand_out(mesh, driver, parts.limits),
                 holding.run(),
@@ -292,7 +298,7 @@ class Agent:
             self._started,
         )
 
-    async def _show(self, parts: Parts, auditor: Auditor, stack: contextlib.AsyncExitStack) -> None:
+    async def _show(self, parts: Parts, auditor: Auditor, stack: contextlib.AsyncExitStack) -> Status:
         """Let people and Prometheus look at the parts, by the control socket and by HTTP."""
         settings, status = self._settings, Status(parts)
         control = ControlServer(
@@ -321,6 +327,7 @@ class Agent:
             server = HttpServer(settings.metrics_address, self._metrics, status.not_ready)
             await server.start()
             stack.push_async_callback(server.close)
+        return status
 
     def _allows(self, engine: PolicyEngine | None) -> Allows | None:
         """Return whom the audit asks: our policy if there is one; Cilium's, beside it, cannot be asked."""
@@ -412,10 +419,14 @@ class Agent:
         settings = self._settings.datapath
         return HoldSettings(HoldLimits(), settings.hold_limit_s, settings.drop_on_timeout)
 
-    async def _tick(self, driver: Driver) -> None:
+    async def _tick(self, driver: Driver, status: Status) -> None:
+        told = False
         while True:
             await asyncio.sleep(TICK_S)
             driver.feed(events.Tick())
+            if not told and status.not_ready() is None:
+                told = True
+                log.info("ready", after_s=round(time.monotonic() - self._started, 3))
 
     async def _note_use(self, datapath: Datapath, driver: Driver) -> None:
         """Tell the resolver whom the node talks to, and have the programs note it anew."""

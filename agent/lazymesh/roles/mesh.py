@@ -77,6 +77,8 @@ class Mesh:
         """By cluster: one that floods us with nonsense silences itself alone."""
         self.problem: str | None = None
         """Why the pod CIDRs in the kernel are not those of ``table``, None when they are."""
+        self._described = False
+        """Our own cluster has a configuration file, too."""
         self.crashes: dict[str, int] = {}
         """How often each cluster's link has ended by itself."""
         self._untold: dict[str, tuple[set[str], set[int]]] = {}
@@ -96,6 +98,19 @@ class Mesh:
     def complete(self) -> bool:
         """Every configured cluster has been listed."""
         return all(link.state == "ready" for link in self.links.values()) and not self.file_errors
+
+    @property
+    def nobody(self) -> str | None:
+        """Why no cluster is followed; None when one is, or its configuration is refused."""
+        if self.links or self.file_errors:
+            return None
+        but = f" but our own ({self._settings.cluster_name})" if self._described else ""
+        return f"no cluster{but} is described in {self._settings.clustermesh_config}: nothing can be resolved"
+
+    @property
+    def unknown_owners(self) -> set[str]:
+        """Clusters that were given pod CIDRs by hand, and are not configured."""
+        return {name for name, _ in self._settings.mesh_cidrs} - self.links.keys() - self.file_errors.keys()
 
     async def run(self) -> None:
         """Follow the configuration directories until cancelled."""
@@ -120,7 +135,7 @@ class Mesh:
     def _read(self) -> dict[str, tuple[ClusterFile, ClusterFile | None]]:
         files = read_directory(self._settings.clustermesh_config)
         remote = read_directory(self._settings.remote_config) if self._settings.remote_config else {}
-        files.pop(self._settings.cluster_name, None)
+        self._described = files.pop(self._settings.cluster_name, None) is not None
         return {name: (file, remote.get(name)) for name, file in files.items()}
 
     def _reconcile(self, files: dict[str, tuple[ClusterFile, ClusterFile | None]]) -> None:
@@ -131,6 +146,8 @@ class Mesh:
             if self._files.get(name) != pair:
                 self._configure(name, pair)
         self._files = files
+        if self.nobody and self._complained("nobody", time.monotonic()):
+            log.warning("nobody to ask", why=self.nobody)
         if not self._swept and self.complete:
             self._sweep()
 

@@ -76,13 +76,14 @@ class Status:
 
     def describe(self) -> dict[str, Any]:
         """Return the one screen of ``lazymesh status`` as an object."""
-        settings, counts = self.parts.settings, self.parts.resolver.counts
+        settings, counts, not_ready = self.parts.settings, self.parts.resolver.counts, self.not_ready()
         views = self.parts.resolver.clusters
         return {
             "version": __version__,
             "uptimeSeconds": round(time.monotonic() - self.parts.started, 3),
             "cluster": settings.mesh.cluster_name,
-            "ready": self.not_ready() is None,
+            "ready": not_ready is None,
+            "notReady": not_ready,
             "datapath": {
                 "mode": self.parts.ipcaches.mode,
                 "shadow": settings.shadow,
@@ -161,13 +162,20 @@ class Status:
                 f"only {admission.share:.0%} of --signal-rate is let in: misses came faster than they could be answered"
                 f" (99th percentile {admission.p99 * 1000:.0f} ms)"
             )
-        if self.parts.mesh.problem:
-            yield f"the pod CIDRs in force are out of date: {self.parts.mesh.problem}"
         if unknown := self.parts.resolver.absent.get(Reason.UNKNOWN_IDENTITY):
             yield (
                 f"{unknown} addresses are refused because their clusters do not publish their identities, without which"
                 " no policy can select them: `lazymesh misses` names them"
             )
+        yield from self._about_clusters()
+
+    def _about_clusters(self) -> Iterator[str]:
+        if self.parts.mesh.problem:
+            yield f"the pod CIDRs in force are out of date: {self.parts.mesh.problem}"
+        if self.parts.mesh.nobody:
+            yield self.parts.mesh.nobody
+        for name in sorted(self.parts.mesh.unknown_owners):
+            yield f"--mesh-cidr names cluster {name}, which is not described: nobody can be asked for its addresses"
         for name, link in sorted(self.parts.mesh.links.items()):
             if link.state != "ready":
                 stale = self.parts.resolver.stale.get(name, 0)
@@ -252,7 +260,7 @@ def export(metrics: Metrics, status: Status, control: ControlServer, log: AuditL
     )
     metrics.collect_gauge(
         "lazymesh_entries_stale", "Entries of ours that are served although their cluster does not confirm them now",
-        ("cluster",), lambda: [((name,), n) for name, n in status.parts.resolver.stale.items()],
+        ("target_cluster",), lambda: [((name,), n) for name, n in status.parts.resolver.stale.items()],
     )  # fmt: skip
     metrics.collect_gauge(
         "lazymesh_admitted_ratio", "Misses that may be signalled, as a share of what --signal-rate allows", (),
@@ -300,19 +308,23 @@ def export(metrics: Metrics, status: Status, control: ControlServer, log: AuditL
         lambda: [((), control.dropped)],
     )  # fmt: skip
     metrics.collect_gauge(
-        "lazymesh_cluster_ready", "1 while the cluster's nodes and identities are listed and followed", ("cluster",),
+        "lazymesh_clusters", "Clusters that are followed", (), lambda: [((), len(status.parts.mesh.links))]
+    )
+    metrics.collect_gauge(
+        "lazymesh_cluster_ready", "1 while the cluster's nodes and identities are listed and followed",
+        ("target_cluster",),
         lambda: [((name,), float(link.state == "ready")) for name, link in status.parts.mesh.links.items()],
     )  # fmt: skip
     metrics.collect_counter(
-        "lazymesh_store_reconnects", "Reconnects to a cluster's store", ("cluster",),
+        "lazymesh_store_reconnects", "Reconnects to a cluster's store", ("target_cluster",),
         lambda: [((name,), link.client.info.reconnects) for name, link in status.parts.mesh.links.items()],
     )  # fmt: skip
     metrics.collect_counter(
         "lazymesh_cluster_link_crashes", "Links to clusters that ended by themselves and were started again",
-        ("cluster",), lambda: [((name,), n) for name, n in status.parts.mesh.crashes.items()],
+        ("target_cluster",), lambda: [((name,), n) for name, n in status.parts.mesh.crashes.items()],
     )  # fmt: skip
     metrics.collect_counter(
-        "lazymesh_records_refused", "Node, identity and cluster-config records refused", ("cluster", "kind"),
+        "lazymesh_records_refused", "Node, identity and cluster-config records refused", ("target_cluster", "kind"),
         lambda: list(_refused(status)),
     )  # fmt: skip
     for name, text, read in (

@@ -42,7 +42,7 @@ def test_defaults_are_those_of_a_node_with_cilium(caught: Caught, tmp_path: Path
     assert caught.run("--interface", "lxc+", "--bpffs", str(tmp_path)).exception is None
     (settings,) = caught.settings
     assert settings.mesh.clustermesh_config == Path("/var/lib/cilium/clustermesh")
-    assert settings.metrics_address == ("127.0.0.1", 9965)
+    assert settings.metrics_address == ("127.0.0.1", 9968)
     assert settings.datapath.interfaces == ("lxc+",)
     assert settings.datapath.on_miss == "hold"
     assert not (settings.shadow)

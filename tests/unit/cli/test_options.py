@@ -47,7 +47,7 @@ def run(
         ("interface: [a, b]", {"interface": ("a", "b")}),
         ("size: 511", {"size": "511"}),
         ("address: off", {"address": "off"}),
-        ("address: 9965", {"address": "9965"}),
+        ("address: 9968", {"address": "9968"}),
         ("number: 7\nshadow: yes", {"number": 7, "shadow": True}),
         ("shadow: false", {"shadow": False}),
         ("address:", {"address": "here"}),

@@ -18,6 +18,7 @@ ANSWER: dict[str, Any] = {
     "uptimeSeconds": 61.5,
     "cluster": "a",
     "ready": True,
+    "notReady": None,
     "datapath": {
         "mode": "standalone",
         "shadow": False,
@@ -62,9 +63,19 @@ def test_screen_shows_what_is_wrong_and_exits_1(monkeypatch: pytest.MonkeyPatch)
 def test_nothing_wrong_exits_0(monkeypatch: pytest.MonkeyPatch) -> None:
     """JSON is the agent's own answer."""
     monkeypatch.setattr(module, "ask", lambda *_: iter([ANSWER | {"wrong": []}]))
-    assert "Nothing is wrong." in CliRunner().invoke(module.status).output
+    screen = CliRunner().invoke(module.status).output
+    assert "Nothing is wrong." in screen
+    assert "Not ready" not in screen
     result = CliRunner().invoke(module.status, ["-o", "json"])
     assert (result.exit_code, json.loads(result.output)) == (0, ANSWER | {"wrong": []})
+
+
+def test_what_readiness_waits_for_is_shown(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It is no fault, so the exit code does not change."""
+    marked = {"wrong": [], "ready": False, "notReady": "marked to be uninstalled"}
+    monkeypatch.setattr(module, "ask", lambda *_: iter([ANSWER | marked]))
+    result = CliRunner().invoke(module.status)
+    assert (result.exit_code, "Not ready: marked to be uninstalled" in result.output) == (0, True)
 
 
 def test_agent_that_leaves_without_an_answer(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import ipaddress
 import json
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any, cast
 
 import pytest
@@ -143,6 +144,30 @@ async def test_cidrs_reach_the_kernel_and_the_resolver(stage: Stage) -> None:
     stage.look()
     assert stage.cidrs == {}
     assert events.ClusterGone("b") in stage.told
+
+
+async def test_agent_that_has_nobody_to_ask_says_so(stage: Stage) -> None:
+    """A Secret of another name, or our own cluster's name for the peer's, would else be silence."""
+    assert stage.mesh.nobody is None
+    (stage.directory / "b").rename(stage.directory / "a")
+    stage.look()
+    assert (
+        stage.mesh.nobody
+        == f"no cluster but our own (a) is described in {stage.directory}: nothing can be resolved"
+    )
+    (stage.directory / "a").write_text("endpoint: ['http://127.0.0.1:1']\n", encoding="ascii")
+    stage.look()
+    assert stage.mesh.nobody == f"no cluster is described in {stage.directory}: nothing can be resolved"
+    (stage.directory / "c").write_text("endpoints: [\n", encoding="ascii")
+    stage.look()
+    assert stage.mesh.nobody is None, "c is refused, which is told in other words"
+
+
+async def test_cidrs_by_hand_of_a_cluster_that_nobody_described_are_named(stage: Stage) -> None:
+    """A slip in its name."""
+    given = tuple((name, ipaddress.ip_network(f"10.{n}.0.0/16")) for n, name in enumerate(("bb", "b")))
+    stage.mesh._settings = replace(stage.mesh._settings, mesh_cidrs=given)
+    assert stage.mesh.unknown_owners == {"bb"}
 
 
 async def test_file_that_cannot_be_used_keeps_the_link(stage: Stage) -> None:

@@ -45,6 +45,8 @@ def status(links: dict[str, Any], *, attached: bool = True, **mesh: Any) -> Stat
             links=links,
             file_errors=mesh.get("file_errors", {}),
             problem=mesh.get("problem"),
+            nobody=mesh.get("nobody"),
+            unknown_owners=mesh.get("unknown_owners", set()),
             table=SimpleNamespace(cluster=lambda _: None),
         ),
         follower=SimpleNamespace(attached={"lxc0": 0} if attached else {}, behind=[]),
@@ -97,6 +99,7 @@ def test_everything_that_is_wrong_is_a_line() -> None:
             },
             file_errors={"e": "not YAML"},
             problem="no space",
+            unknown_owners={"z", "y"},
             muted=True,
             admitted=0.25,
             stale={"b": 7},
@@ -117,16 +120,19 @@ def test_everything_that_is_wrong_is_a_line() -> None:
         ),
         "signals are muted: misses come faster than they can be resolved",
         "only 25% of --signal-rate is let in: misses came faster than they could be answered (99th percentile 80 ms)",
-        "the pod CIDRs in force are out of date: no space",
         (
             "3 addresses are refused because their clusters do not publish their identities, without which no policy"
             " can select them: `lazymesh misses` names them"
         ),
+        "the pod CIDRs in force are out of date: no space",
+        "--mesh-cidr names cluster y, which is not described: nobody can be asked for its addresses",
+        "--mesh-cidr names cluster z, which is not described: nobody can be asked for its addresses",
         "cluster b is silent (7 entries are served as they were last known): gone",
         "cluster c is connecting: not listed yet",
         "cluster d: the last read failed: denied",
         "cluster e: not YAML",
     ]
+    assert list(status({}, nobody="nobody to ask")._wrong()) == ["nobody to ask"]
     assert "no interface carries the program" in next(status({}, attached=False)._wrong())
 
 
