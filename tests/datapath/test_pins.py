@@ -14,6 +14,7 @@ import pytest
 from lazymesh.datapath import abi, libbpf, pins
 from lazymesh.datapath.libbpf import Map, MapLayout
 from lazymesh.datapath.pins import Pins, alone, check_bpffs, expected_layouts
+from lazymesh.datapath.program import open_own_ipcache
 from lazymesh.errors import DatapathError
 from tests.datapath.conftest import open_descriptors
 from tests.support.namespaces import NamespaceSet
@@ -135,15 +136,15 @@ def test_entries_or_journal_of_another_layout_are_refused_by_name(bpffs: Path, n
 
 
 @pytest.mark.parametrize(
-    ("more", "bytes_of_line", "serves"), [(1, 56, True), (0, 56, True), (-1, 56, False), (1, 48, False)]
+    ("lines", "bytes_of_line", "serves"),
+    [(9_000, 56, True), (1_100, 56, True), (1_024, 56, False), (9_000, 48, False)],
 )
-def test_journal_of_another_version_serves_if_it_has_room(
-    bpffs: Path, more: int, bytes_of_line: int, serves: bool
+def test_journal_of_another_size_serves_if_it_has_room(
+    bpffs: Path, lines: int, bytes_of_line: int, serves: bool
 ) -> None:
-    """Its lines are read as ever, however they were made; with too few, entries would be left without one."""
+    """Its lines are read as ever, however they were made, and our budget is by them; with too few there is none."""
     place = Pins.under(bpffs)
     place.prepare(SIZE)
-    lines = expected_layouts(SIZE)[pins.JOURNAL].max_entries + more
     other = MapLayout(libbpf.MAP_TYPE_HASH, 24, bytes_of_line, lines, libbpf.BPF_F_NO_PREALLOC)
     pin_map(place.path(pins.JOURNAL), other)
     with contextlib.nullcontext() if serves else pytest.raises(DatapathError, match="another layout"):
@@ -162,13 +163,15 @@ def test_budget_is_a_twentieth_of_the_map_and_no_more_than_the_journal_is_for(
     assert pins.budget(map_size, pins.journal_size(journal_of)) == expected
 
 
-def test_another_ipcache_size_is_another_layout(bpffs: Path) -> None:
-    """A map cannot grow: the entries have to go first."""
+def test_ipcache_of_another_size_stays(bpffs: Path) -> None:
+    """A map cannot grow, and a changed value in a chart must not end every agent: status tells of it."""
     place = Pins.under(bpffs)
     place.prepare(SIZE)
     pin_map(place.path("lm_ipcache"), expected_layouts(SIZE)["lm_ipcache"])
-    with pytest.raises(DatapathError, match=r"max_entries 1000.*ours:.*max_entries 2000"):
-        place.prepare(2 * SIZE)
+    place.prepare(2 * SIZE)
+    ipcache = open_own_ipcache(place, 2 * SIZE)
+    assert ipcache.max_entries == SIZE
+    ipcache.close()
 
 
 def test_program_in_place_of_a_map_is_refused(bpffs: Path) -> None:

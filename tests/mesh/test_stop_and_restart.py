@@ -176,8 +176,10 @@ def test_more_than_the_budget_of_earlier_lives_is_evicted_at_once(lab: Lab) -> N
         with contextlib.closing(Map.pinned(lab.bpffs / "lazymesh" / name)) as opened:
             opened.update_many([(pack_key(ip), value) for ip in ours])
     lab.publish_many(ours)
-    with launched(lab, *options(lab), "--ipcache-size", "1000", "--cleanup") as agent:
+    # Nor does the map grow because a larger one is wanted by now.
+    with launched(lab, *options(lab), "--ipcache-size", "2000", "--cleanup") as agent:
         agent.wait_ready()
+        assert "made for 1000 entries and keeps them" in lab.cli("status", check=False).stdout
         assert metric(agent, "lazymesh_entries_evicted_total", why="budget") == 10
         assert metric(agent, "lazymesh_entries_owned") == 50
         assert len(entries(lab)) == len(raw_entries(lab, "lm_owned")) == 50

@@ -133,7 +133,7 @@ class Pins:
                 raise DatapathError(f"{path} is no BPF map: remove it") from exc
             layout = found.layout
             found.close()
-            if layout == expected or (name == JOURNAL and _serves(layout, expected)):
+            if layout == expected or (name in LASTING and _serves(name, layout, expected)):
                 continue
             if name not in LASTING:
                 # Programs that are attached go on with the old one until ours replace them.
@@ -181,10 +181,16 @@ def alone(*directories: Path) -> Iterator[None]:
         yield
 
 
-def _serves(journal: MapLayout, wanted: MapLayout) -> bool:
-    """Tell whether a journal of another version does as well: one that has the same lines, and no fewer of them."""
-    alike = replace(journal, max_entries=wanted.max_entries, flags=wanted.flags) == wanted
-    return alike and journal.max_entries >= wanted.max_entries
+def _serves(name: str, found: MapLayout, wanted: MapLayout) -> bool:
+    """Tell whether a lasting map does as well that was made for another size: a map cannot grow, and holds entries.
+
+    Our budget is by what is there (``budget``). The journal's lines are the same, however they were made.
+    """
+    if name == JOURNAL:
+        found = replace(found, flags=wanted.flags)
+        if found.max_entries <= JOURNAL_SPARE:
+            return False
+    return replace(found, max_entries=wanted.max_entries) == wanted
 
 
 def _flock_holder(fd: int) -> int | None:

@@ -143,11 +143,6 @@ class Agent:
     async def run(self) -> None:
         """Start everything in the order in which it depends on each other, wait, stop in the other order."""
         self._heed_signals()
-        mesh, wanted = self._settings.mesh, self._settings.datapath
-        log.info(
-            "starting", version=__version__, cluster=mesh.cluster_name, datapath=wanted.mode, on_miss=wanted.on_miss,
-            clustermesh_config=str(mesh.clustermesh_config), **({"shadow": True} if self._settings.shadow else {}),
-        )  # fmt: skip
         pins = Pins.under(self._settings.datapath.bpffs)
         check_bpffs(pins.directory.parent)
         self._check_interfaces()
@@ -156,6 +151,7 @@ class Agent:
         except OSError as exc:
             raise DatapathError(f"cannot make {pins.directory}: {exc.strerror}") from exc
         with alone(pins.directory):
+            self._say_what_starts()
             self._fresh = not any(pins.directory.iterdir())
             try:
                 with contextlib.closing(self._mesh_maps(pins)) as maps:
@@ -167,6 +163,13 @@ class Agent:
                 # A first start that fails half-way leaves no program behind that denies what nobody resolves.
                 if self._leaves_nothing:
                     await self._clean_up(pins)
+
+    def _say_what_starts(self) -> None:
+        mesh, wanted = self._settings.mesh, self._settings.datapath
+        log.info(
+            "starting", version=__version__, cluster=mesh.cluster_name, datapath=wanted.mode, on_miss=wanted.on_miss,
+            clustermesh_config=str(mesh.clustermesh_config), **({"shadow": True} if self._settings.shadow else {}),
+        )  # fmt: skip
 
     def _mesh_maps(self, pins: Pins) -> MeshMaps:
         try:

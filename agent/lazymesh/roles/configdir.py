@@ -61,8 +61,12 @@ def _parse(path: Path, content: bytes) -> ClusterFile:
 
 
 def check_directories(*directories: Path | None) -> None:
-    """Read the directories once, strictly, before anything is started: SettingsError for whatever cannot be used."""
+    """Read the directories once before anything is started: SettingsError for one of which nothing can be used.
+
+    One cluster's file that is bad is that cluster's problem alone, now as later.
+    """
     for directory in directories:
-        for name, file in read_directory(directory).items() if directory else ():
-            if file.error is not None:
-                raise SettingsError(f"cluster {name}: {file.error}")
+        files = read_directory(directory) if directory else {}
+        errors = [f"cluster {name}: {file.error}" for name, file in files.items() if file.error is not None]
+        if errors and len(errors) == len(files):
+            raise SettingsError(errors[0])

@@ -66,6 +66,7 @@ class OwnIpcache:
 
     def __init__(self, datapath: Datapath, size: int, bpffs: Path) -> None:
         self._bpffs = bpffs
+        self._size = size
         self._ipcache = open_own_ipcache(datapath.pins, size)
         datapath.views.show([self._ipcache])
 
@@ -82,11 +83,17 @@ class OwnIpcache:
         await asyncio.Event().wait()
 
     def problems(self) -> Iterator[str]:
-        """Say if a Cilium has come to this node: its programs never look here."""
+        """Say if a Cilium has come to this node, whose programs never look here, or the map has another size."""
         if is_pinned_here(self._bpffs):
             yield (
                 "Cilium has an ipcache of its own on this node, and nothing is resolved for it: restart this agent with"
                 " --datapath cilium (auto chooses only once, at the start)"
+            )
+
+        if self._ipcache.max_entries != self._size:
+            yield (
+                f"the ipcache was made for {self._ipcache.max_entries} entries and keeps them: --ipcache-size"
+                f" {self._size} counts after `lazymesh uninstall` on this node, or its next boot"
             )
 
     def describe(self) -> dict[str, Any]:

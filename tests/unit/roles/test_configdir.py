@@ -43,13 +43,15 @@ def test_equal_content_has_an_equal_digest(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("content", [b"endpoints: [", b"endpoints: 1\n", b"\xff endpoints: x"])
 def test_file_that_cannot_be_used_says_why(tmp_path: Path, content: bytes) -> None:
-    """While running it is an error of one cluster; at start it ends the agent."""
+    """It is an error of one cluster; only where there is no other it ends the agent at its start."""
     (tmp_path / "b").write_bytes(content)
     (tmp_path / "c").write_text(GOOD)
     found = read_directory(tmp_path)
     assert found["b"].config is None
     assert found["b"].error
     assert found["c"].config is not None
+    check_directories(tmp_path, None)
+    (tmp_path / "c").unlink()
     with pytest.raises(SettingsError, match="cluster b: "):
         check_directories(tmp_path, None)
 

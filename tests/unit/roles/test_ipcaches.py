@@ -36,6 +36,15 @@ def test_cilium_that_comes_later_is_told(own: tuple[OwnIpcache, list[Any]], tmp_
     assert "restart this agent with --datapath cilium" in next(own[0].problems())
 
 
+def test_map_that_keeps_its_size_is_told(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """It was made by an agent that was told another one."""
+    pinned = SimpleNamespace(map_id=7, view=View.V2, max_entries=100)
+    monkeypatch.setattr(module, "open_own_ipcache", lambda _pins, _size: pinned)
+    datapath = SimpleNamespace(pins=None, views=SimpleNamespace(show=lambda _ipcaches: None))
+    (line,) = OwnIpcache(cast("Datapath", datapath), 200, tmp_path).problems()
+    assert "made for 100 entries and keeps them: --ipcache-size 200 counts after `lazymesh uninstall`" in line
+
+
 async def test_it_is_put_in_force_and_stays(own: tuple[OwnIpcache, list[Any]]) -> None:
     """Nobody else writes there, and nothing can be wrong with it."""
     ipcaches, shown = own
