@@ -74,6 +74,22 @@ def test_address_that_two_clusters_claim_is_ambiguous(
     missed_until(lab, SHARED, SERVER_IDENTITY, 10)
 
 
+def test_cluster_that_gets_another_id_is_followed_under_it(
+    lab: Lab, agent: AgentProcess, other: Neighbour
+) -> None:
+    """Its description is written in place, by a kvstoremesh for one; nothing says so but the key itself."""
+    other.fill(cidrs=["10.3.0.0/16"], identities=[SERVER_OF_C])
+    other.publish("10.3.0.1", SERVER_OF_C)
+    other.join()
+    missed_until(lab, "10.3.0.1", SERVER_OF_C)
+    moved = (5 << 16) + (SERVER_OF_C & 0xFFFF)
+    other.cluster_id = 5
+    other.fill(cidrs=["10.3.0.0/16"], identities=[moved])
+    other.publish("10.3.0.1", moved)
+    wait_until(lambda: cluster(lab, "c").get("id") == 5, 5, "the new id")
+    missed_until(lab, "10.3.0.1", moved)
+
+
 @pytest.mark.parametrize(
     ("words", "problem"),
     [

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from typing import TYPE_CHECKING
 
 import pytest
@@ -91,6 +92,26 @@ def test_known_peers_talk_on_while_etcd_is_away_and_changes_are_made_good(
     assert identity_of(lab, kept) == SERVER_IDENTITY
     assert metric(agent, "lazymesh_store_reconnects_total", target_cluster="b") >= 1
     assert metric(agent, "lazymesh_unexpected_errors_total") == 0
+
+
+def test_store_that_compacts_what_one_prefix_has_not_heard_of_is_listed_again(
+    lab: Lab, agent: AgentProcess
+) -> None:
+    """Identities change, nodes do not: after a restart the watch on the one goes on, the other has to begin anew."""
+    (known,) = installed(lab, 0)
+    for number in range(3):
+        lab.publish_identity(OTHER_IDENTITY, {"version": str(number)})
+    wait_until(lambda: cluster(lab, "b")["identities"] > 0, 5)
+    lab.etcd.compact(lab.etcd.revision() - 1)
+    lab.etcd.restart()
+    wait_until(lambda: metric(agent, "lazymesh_store_reconnects_total", target_cluster="b") >= 1, BACK_S)
+    wait_until(lambda: state(lab) == "ready", BACK_S, "the cluster ready")
+    run_on = time.monotonic() + 3
+    wait_until(lambda: time.monotonic() > run_on, 4)
+    assert state(lab) == "ready"
+    lab.publish(remote_address(1))
+    assert connect(lab.pods[0].namespace, remote_address(1), 5) is not None
+    assert identity_of(lab, known) == SERVER_IDENTITY
 
 
 def test_frozen_etcd_costs_known_peers_nothing_and_fails_misses_in_time(

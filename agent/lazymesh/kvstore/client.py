@@ -41,6 +41,8 @@ class EtcdClient:
         self.watches = WatchHub(self._supervisor, options)
         self._tasks: list[asyncio.Task[None]] = []
         self._reads: set[asyncio.Task[Values]] = set()
+        self.on_crash: Callable[[BaseException], None] | None = None
+        """Told of an error of ours that has ended the connection's keeper or the watches': nothing more comes."""
 
     async def __aenter__(self) -> Self:
         self._tasks = [
@@ -48,7 +50,7 @@ class EtcdClient:
             asyncio.create_task(self.watches.run(), name="etcd watches"),
         ]
         for task in self._tasks:
-            task.add_done_callback(_report_crash)
+            task.add_done_callback(self._report_crash)
         return self
 
     async def __aexit__(self, *_: object) -> None:
@@ -230,6 +232,17 @@ class EtcdClient:
         if error.kind in ("timeout", "unavailable"):
             self._supervisor.suspect(connection)
 
+    def _report_crash(self, task: asyncio.Task[None]) -> None:
+        """Make a crash of a background task seen: nobody awaits it, and without it the client is silent."""
+        if task.cancelled() or (error := task.exception()) is None:
+            return
+        if self.on_crash is not None:
+            self.on_crash(error)
+        else:
+            task.get_loop().call_exception_handler(
+                {"message": f"{task.get_name()} crashed", "exception": error}
+            )
+
 
 def _read_call(reads: requests.Reads, timeout_s: float) -> rpc.Call[Any, Any]:
     def what() -> str:
@@ -255,9 +268,3 @@ def _text(key: bytes) -> str:
 
 def _names(keys: Sequence[bytes]) -> str:
     return _text(keys[0]) + (f" and {len(keys) - 1} more" if len(keys) > 1 else "")
-
-
-def _report_crash(task: asyncio.Task[None]) -> None:
-    """Make a crash of a background task seen: nobody awaits it, and without it the client is silent."""
-    if not task.cancelled() and (error := task.exception()):
-        task.get_loop().call_exception_handler({"message": f"{task.get_name()} crashed", "exception": error})

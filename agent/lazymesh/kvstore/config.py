@@ -158,6 +158,8 @@ def _endpoint(url: str, default_scheme: str, source: str) -> Endpoint:
     try:
         parts = urlsplit(url if "://" in url else f"{default_scheme}://{url}")
         host, port = parts.hostname, parts.port
+        if host:
+            host.encode("idna")  # as name servers and TLS will have it
     except ValueError as exc:
         raise SettingsError(
             f"{source}: endpoint {url!r} is malformed ({exc}); write https://HOST:2379"

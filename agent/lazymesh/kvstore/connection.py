@@ -131,7 +131,7 @@ class Connection:
         self, method: rpc.Method[Request, Response], requests: rpc.Outbox[Request], what: Callable[[], str]
     ) -> AsyncGenerator[Response, None]:
         """Open a stream; it never ends well, only by KvstoreError or by being left."""
-        self._check_up()
+        self.check_up()
         floor = self.revision
         # A member cut off from its leader would otherwise keep its watches open and silent.
         metadata = (*self.login, ("hasleader", "true"))
@@ -143,7 +143,7 @@ class Connection:
                     self._observe(response.header, floor)
                     yield response
         except RpcError as exc:
-            self._check_up()
+            self.check_up()
             raise self.peer.translate(exc, what()) from exc
         finally:
             requests.close()
@@ -193,7 +193,7 @@ class Connection:
         if cluster_id != self.cluster_id or 0 < revision < floor:
             reason, advice = "another store answers there", "all is read anew"
             self.fail(self.peer.error("unavailable", "go on", reason, advice))
-            self._check_up()
+            self.check_up()
 
     async def _authenticate(self) -> None:
         request = pb.AuthenticateRequest(
@@ -256,7 +256,8 @@ class Connection:
         """Return why the connection is down: a copy, else one exception would collect the tracebacks of all."""
         return KvstoreError(str(self.failure), self.failure.kind) if self.failure else None
 
-    def _check_up(self) -> None:
+    def check_up(self) -> None:
+        """Raise why it is down, if it is."""
         if error := self._down():
             raise error
 

@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING
 from lazymesh.errors import KvstoreError
 from lazymesh.kvstore import etcd_pb2 as pb
 from lazymesh.kvstore import rpc
+from lazymesh.kvstore.backoff import Backoff
 from lazymesh.kvstore.model import Connected, WatchLoss
 from lazymesh.kvstore.resume import Changed, Ended, Ledger, Live
 from lazymesh.tasks import PIECE, FairShare
@@ -80,12 +81,18 @@ class WatchHub:
     async def run(self) -> None:
         """Keep the stream until cancelled, from the first watch on."""
         await self._wanted.wait()
+        backoff = Backoff(self._options.backoff, self._options.dice)
         while True:
             connection = await self._supervisor.wait_connected()
+            began = time.monotonic()
             try:
                 await self._follow(connection)
             except KvstoreError as exc:
                 connection.fail(exc)
+            if time.monotonic() - began >= self._options.settled_s:
+                backoff.reset()
+            else:  # a server that ends each stream at once is not to be asked without end
+                await asyncio.sleep(backoff.next_s())
 
     async def _follow(self, connection: Connection) -> None:
         """Run one stream until it breaks (KvstoreError) or is to be opened anew (return)."""

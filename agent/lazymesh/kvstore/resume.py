@@ -77,6 +77,10 @@ class Ended:
 Delivery = Live | Changed | Ended
 
 
+_LAST_REVISION = (1 << 63) - 1
+"""A store may say that it is there already; the next one has no bytes."""
+
+
 class Ledger:
     """All watches of one hub. Watch ids are ours (etcd takes them since 3.4) and never used twice."""
 
@@ -93,7 +97,7 @@ class Ledger:
     def add(self, key: bytes, listener: WatchListener, start_revision: int, *, prefix: bool) -> Watch:
         """Enter a new watch; :meth:`create_request` asks the server for it."""
         self._last_id += 1
-        watch = Watch(self._last_id, key, prefix, start_revision, listener)
+        watch = Watch(self._last_id, key, prefix, min(start_revision, _LAST_REVISION), listener)
         self.watches[watch.watch_id] = watch
         return watch
 

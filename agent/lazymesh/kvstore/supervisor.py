@@ -160,13 +160,17 @@ class Supervisor:
         return None
 
     async def _up_to_date(self, connection: Connection) -> Connection:
-        """Return it once a member that slept has caught up: its old state would pass for a store that went back."""
-        if connection.cluster_id == self._cluster_id and connection.revision < self._revision:
-            try:
+        """Return it once a member that slept has caught up: its old state would pass for a store that went back.
+
+        KvstoreError for one that has failed by now: a server may say with its first answer that it leaves.
+        """
+        try:
+            if connection.cluster_id == self._cluster_id and connection.revision < self._revision:
                 await connection.catch_up()
-            except KvstoreError:
-                await connection.close()
-                raise
+            connection.check_up()
+        except BaseException:
+            await connection.close()
+            raise
         return connection
 
     async def _keep(self, connection: Connection) -> None:

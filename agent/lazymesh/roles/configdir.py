@@ -7,6 +7,7 @@ Kubernetes swaps such directories by symbolic links, so a file is known by what 
 from __future__ import annotations
 
 import hashlib
+import os
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import TYPE_CHECKING
@@ -18,6 +19,7 @@ if TYPE_CHECKING:
     from pathlib import Path
 
 LOOK_EVERY_S = 0.5
+_NO_NAME = "its file has a name that is no UTF-8"
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,7 +49,8 @@ def read_directory(directory: Path) -> dict[str, ClusterFile]:
             found[path.name] = ClusterFile(b"", None, f"cannot read {path}: {exc.strerror}")
             continue
         if b"endpoints:" in content:
-            found[path.name] = _parse(path, content)
+            name = os.fsencode(path.name).decode(errors="replace")
+            found[name] = _parse(path, content) if name == path.name else ClusterFile(b"", None, _NO_NAME)
     return found
 
 

@@ -15,7 +15,7 @@ from itertools import groupby
 from typing import TYPE_CHECKING, Protocol
 
 from lazymesh.core.keys import common_text, group_of
-from lazymesh.core.model import parse_address
+from lazymesh.core.model import format_address, parse_address
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Sequence
@@ -145,6 +145,8 @@ class _Range:
 
 def _address_in(text: bytes) -> Address | None:
     try:
-        return parse_address(text.decode())
+        address = parse_address(text.decode())
     except ValueError:  # no address, so none that is followed
         return None
+    # Nobody reads a key in another form.
+    return address if format_address(address).encode() == text else None

@@ -11,7 +11,7 @@ import asyncio
 import contextlib
 from dataclasses import dataclass
 from functools import partial
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, NamedTuple, Protocol
 
 import structlog
 
@@ -122,6 +122,12 @@ class ClusterLink:
         self._failure: asyncio.Future[None] | None = None
         self._rewatch: asyncio.TimerHandle | None = None
         self._said = OncePer(QUIET_S)
+        self._owner_complete = self._remote is None
+        """Whether the owner's store may be believed; where it is read through no cache, ``_complete`` sees to that."""
+        self._awaits_owner = False
+        self._primary.on_crash = self.fail
+        if self._remote is not None:
+            self._remote.on_crash = self.fail
 
     @property
     def client(self) -> EtcdClient:
@@ -151,13 +157,14 @@ class ClusterLink:
             if self._remote:
                 await stack.enter_async_context(self._remote)
                 self._remote.add_listener(self._on_remote_event)
+                self._await_owner(self._remote, again=False)
             self._primary.add_listener(self._on_primary_event)
             stack.push_async_callback(self._stop_tasks)
             while not self._failure.done():
                 self._stale.clear()
-                config = await self._complete()
-                if config is not None:
-                    await self._follow(config)
+                described = await self._complete()
+                if described is not None:
+                    await self._follow(*described)
                 else:
                     await asyncio.sleep(RETRY_S)
         self._failure.result()
@@ -187,7 +194,12 @@ class ClusterLink:
             prefixes = [keys.ip_prefix(space, self.name) + text for space in command.spaces]
             whole.append(Whole(prefixes, keys.own_texts(some)))
         reads = Reads(keys.ip_keys(command.spaces, apart, self.name), whole)
-        self._client_of(command.spaces[0]).read_soon(reads, READ_TIMEOUT_S, partial(self._on_read, command))
+        client = self._client_of(command.spaces[0])
+        if client is self._remote and not self._owner_complete:
+            error = KvstoreError(f"the store of {self.name} itself is not complete yet", "unavailable")
+            asyncio.get_running_loop().call_soon(self._on_read, command, error)
+        else:
+            client.read_soon(reads, READ_TIMEOUT_S, partial(self._on_read, command))
 
     def _on_read(self, command: events.Read, outcome: Values | KvstoreError) -> None:
         if isinstance(outcome, KvstoreError):
@@ -230,7 +242,8 @@ class ClusterLink:
         """Keys are not watched any more: collect such losses, then have everything of the cluster read again."""
         if loss.kind == "reset":
             return  # told by the client's own event, for all of them together
-        log.warning("a key watch was lost", cluster=self.name, kind=loss.kind, error=str(loss.error))
+        if self._said("lost", asyncio.get_running_loop().time()):
+            log.warning("a key watch was lost", cluster=self.name, kind=loss.kind, error=str(loss.error))
         if self._rewatch is None:
             self._rewatch = asyncio.get_running_loop().call_later(REWATCH_S, self._reset)
 
@@ -254,10 +267,10 @@ class ClusterLink:
 
     # --- the store as a whole ---------------------------------------------------------------------------------------
 
-    async def _complete(self) -> ClusterConfig | None:
-        """Wait until the store describes itself and is complete; None when it must be asked again."""
+    async def _complete(self) -> tuple[ClusterConfig, int] | None:
+        """Return how the store describes itself, at which revision; None when it is not complete, or refused."""
         try:
-            config, missing = await self._describe(self._primary)
+            config, revision, missing = await self._describe(self._primary)
             refusal = self._observer.on_config(self, config, self._spaces(config)) if config else None
         except KvstoreError as exc:
             self._fall_silent(exc)
@@ -268,25 +281,26 @@ class ClusterLink:
         if refusal is not None:
             self._refuse(refusal)
             return None
-        if missing:
-            self._wait_for(missing)
+        if config is None or missing:
+            self._wait_for(missing or "")
             return None
-        return config
+        return config, revision
 
-    async def _describe(self, client: EtcdClient) -> tuple[ClusterConfig | None, str | None]:
-        """Return a store's cluster-config, and what it still lacks to be complete."""
-        found = await client.get(keys.cluster_config_key(self.name))
+    async def _describe(self, client: EtcdClient) -> _Description:
+        """Ask a store for its cluster-config, and whether it is complete."""
+        answer = await client.read_many([keys.cluster_config_key(self.name)])
+        found, revision = answer.values[0], answer.revision
         if found is None:
-            return None, "no cluster-config in its store yet"
+            return _Description(None, revision, "no cluster-config in its store yet")
         config = decode_cluster_config(found.value)
         if not config.synced_canaries:
-            return config, None
+            return _Description(config, revision, None)
         wanted = [keys.canary_key(what, config.cached, self.name) for what in ("nodes", "identities", "ip")]
         result = await client.read_many(wanted)
         for key, canary in zip(wanted, result.values, strict=True):
             if canary is None:
-                return config, f"its store is not complete yet: no {key.decode()}"
-        return config, None
+                return _Description(config, revision, f"its store is not complete yet: no {key.decode()}")
+        return _Description(config, revision, None)
 
     def _spaces(self, config: ClusterConfig) -> tuple[tuple[Space, ...], ...]:
         if not config.cached:
@@ -306,8 +320,8 @@ class ClusterLink:
             log.error("cluster refused", cluster=self.name, reason=Reason.FORGED.value, problem=problem)
         self.state, self.problem = "refused", problem
 
-    async def _follow(self, config: ClusterConfig) -> None:
-        """Follow nodes and identities until the store is replaced."""
+    async def _follow(self, config: ClusterConfig, revision: int) -> None:
+        """Follow nodes and identities until the store is replaced, or describes itself differently."""
         self.state = "listing"
         self.nodes_prefix = keys.nodes_prefix(config.cached, self.name)
         self.identities_prefix = keys.identities_prefix(config.cached, self.name)
@@ -318,8 +332,22 @@ class ClusterLink:
                 for prefix in (self.nodes_prefix, self.identities_prefix)
             ]
         self._synced.clear()
-        await together(*(follower.run() for follower in self._followers), self._stale.wait())
+        key, watches = keys.cluster_config_key(self.name), self._primary.watches
+        watch = watches.add(key, _ConfigObserver(self, config), revision + 1)
+        try:
+            await together(*(follower.run() for follower in self._followers), self._stale.wait())
+        finally:
+            watches.remove(watch)
         self._reset()
+
+    def on_config_changed(self, known: ClusterConfig, value: bytes) -> None:
+        """Begin anew if it says something else now: another id, for one."""
+        with contextlib.suppress(RecordError):
+            if decode_cluster_config(value) == known:
+                return  # it is written again every few minutes
+        log.warning("the cluster describes itself differently", cluster=self.name)
+        self._followers = []  # what was refused because of it is to be told once more
+        self._stale.set()
 
     def on_prefix_changes(self, prefix: bytes, changes: Sequence[Change]) -> None:
         """Pass nodes and identities on."""
@@ -337,9 +365,9 @@ class ClusterLink:
             self.state, self.problem, self.tried = "ready", None, True
             self._observer.on_listed(self)
 
-    def on_prefix_silent(self, error: KvstoreError) -> None:
-        """Contact is lost: what is known stays, for a while."""
-        self._synced.clear()
+    def on_prefix_silent(self, prefix: bytes, error: KvstoreError) -> None:
+        """Contact is lost: what is known stays, for a while. The other prefix may be followed as before."""
+        self._synced.discard(prefix)
         self._fall_silent(error)
 
     def _fall_silent(self, error: KvstoreError) -> None:
@@ -361,17 +389,27 @@ class ClusterLink:
             self._stale.set()
 
     def _on_remote_event(self, event: ClientEvent) -> None:
-        if isinstance(event, Connected) and event.reset:
-            self._start(self._reset_remote())
+        if isinstance(event, Connected) and event.reset and self._remote is not None:
+            self._await_owner(self._remote, again=True)
 
-    async def _reset_remote(self) -> None:
-        """Read everything again once the replaced store of the owner is complete."""
-        while True:
+    def _await_owner(self, remote: EtcdClient, *, again: bool) -> None:
+        """Believe the owner's store once it is complete, and read everything again if it is another one."""
+        self._owner_complete = False
+        if not self._awaits_owner:
+            self._awaits_owner = True
+            self._start(self._look_at_owner(remote, again=again))
+
+    async def _look_at_owner(self, remote: EtcdClient, *, again: bool) -> None:
+        while not self._owner_complete:
             with contextlib.suppress(KvstoreError, RecordError):
-                if self._remote is None or (await self._describe(self._remote))[1] is None:
-                    self._reset()
-                    return
-            await asyncio.sleep(RETRY_S)
+                epoch = remote.epoch
+                missing = (await self._describe(remote)).missing
+                self._owner_complete = missing is None and epoch == remote.epoch
+            if not self._owner_complete:
+                await asyncio.sleep(RETRY_S)
+        self._awaits_owner = False
+        if again:
+            self._reset()
 
     def _start(self, work: Coroutine[None, None, None]) -> asyncio.Task[None]:
         task = asyncio.create_task(work)
@@ -393,6 +431,34 @@ class ClusterLink:
         await asyncio.gather(*self._tasks, return_exceptions=True)
 
 
+class _Description(NamedTuple):
+    """What a store says of itself."""
+
+    config: ClusterConfig | None
+    revision: int
+    """Of the store, when it said so."""
+    missing: str | None
+    """What it lacks to be complete."""
+
+
+@dataclass(frozen=True, slots=True)
+class _ConfigObserver:
+    link: ClusterLink
+    known: ClusterConfig
+
+    def on_live(self, _watch_id: int, _revision: int) -> None:
+        """Nothing hangs on it."""
+
+    def on_changes(self, _watch_id: int, changes: Sequence[Change]) -> None:
+        for change in changes:
+            if change.value is not None:  # a cluster that is about to leave says nothing else of itself
+                value = change.value
+                self.link.guard(lambda value=value: self.link.on_config_changed(self.known, value))  # type: ignore[misc]
+
+    def on_lost(self, _watch_id: int, _loss: WatchLoss) -> None:
+        """It is looked at again with the next connection to another store."""
+
+
 @dataclass(frozen=True, slots=True)
 class _PrefixObserver:
     link: ClusterLink
@@ -405,4 +471,4 @@ class _PrefixObserver:
         self.link.guard(lambda: self.link.on_prefix_synced(self.prefix))
 
     def on_silent(self, error: KvstoreError) -> None:
-        self.link.guard(lambda: self.link.on_prefix_silent(error))
+        self.link.guard(lambda: self.link.on_prefix_silent(self.prefix, error))

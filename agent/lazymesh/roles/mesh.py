@@ -71,6 +71,8 @@ class Mesh:
         self._leftovers: set[Network] = set()
         """CIDRs in the kernel that an earlier life of the agent put there, and nobody claims so far."""
         self._files: dict[str, tuple[ClusterFile, ClusterFile | None]] = {}
+        self._missing: set[str] = set()
+        """Clusters that were not there at the last look: a file may be in the middle of being written."""
         self._tasks: dict[str, asyncio.Task[None]] = {}
         self._complained = OncePer(COMPLAIN_EVERY_S)
         self._refusals: dict[str, OncePer] = {}
@@ -139,9 +141,12 @@ class Mesh:
         return {name: (file, remote.get(name)) for name, file in files.items()}
 
     def _reconcile(self, files: dict[str, tuple[ClusterFile, ClusterFile | None]]) -> None:
-        for name in self._files.keys() - files.keys():
+        missing = self._files.keys() - files.keys()
+        for name in missing & self._missing:
             self._remove(name)
             log.info("cluster left the configuration", cluster=name)
+        self._missing = missing - self._missing
+        files = files | {name: self._files[name] for name in self._missing}
         for name, pair in files.items():
             if self._files.get(name) != pair:
                 self._configure(name, pair)
@@ -210,7 +215,7 @@ class Mesh:
         if info is not None:
             self._forget_identities([i for i in self.identities if i in info.identities])
         self._state.leave(name)
-        self._refresh_table()
+        self._refresh_due()
 
     # --- what links tell --------------------------------------------------------------------------------------------
 

@@ -88,6 +88,7 @@ def test_endpoint_without_scheme_uses_tls_when_tls_files_are_named(extra: str, s
         pytest.param("endpoints: ['http://a:1', 'https://b:1']", "mix http and https", id="mixed schemes"),
         pytest.param("endpoints: ['https://a']", "'https://a'", id="no port"),
         pytest.param("endpoints: ['https://a:x']", "malformed", id="bad port"),
+        pytest.param("endpoints: ['https://a..b:1']", "malformed", id="no host name"),
         pytest.param("endpoints: ['ftp://a:1']", "https://HOST:PORT", id="other scheme"),
         pytest.param("{endpoints: ['https://a:1'], cert-file: c}", "add key-file", id="no key"),
         pytest.param("{endpoints: ['https://a:1'], key-file: k}", "add cert-file", id="no certificate"),

@@ -164,3 +164,28 @@ def test_fragments_of_nothing_are_no_change() -> None:
     ledger = ledger_with(b"a")
     assert ledger.digest(response(1, 20, fragment=True)) is None
     assert ledger.digest(response(1, 20)) is None
+
+
+def test_report_of_one_stream_moves_no_watch_of_the_next() -> None:
+    """The marks begin anew there: a watch that was added since would skip what it was never told."""
+    ledger = Ledger()
+    first = ledger.add(b"a", Deaf(), 5, prefix=False)  # type: ignore[arg-type]
+    ledger.start_stream()
+    ledger.progress_request()
+    ledger.digest(pb.WatchResponse(header=pb.ResponseHeader(revision=50), watch_id=-1))
+    later = ledger.add(b"b", Deaf(), 10, prefix=False)  # type: ignore[arg-type]
+    ledger.start_stream()
+    assert (first.next_revision, later.next_revision) == (51, 10)
+    ledger.remove(first.watch_id)
+    another = ledger.add(b"c", Deaf(), 10, prefix=False)  # type: ignore[arg-type]
+    ledger.create_request(another)
+    ledger.start_stream()
+    assert another.next_revision == 10
+
+
+def test_revision_beyond_the_last_is_not_asked_for() -> None:
+    """A store may say that it is at the last one there is; the next has no bytes."""
+    ledger = Ledger()
+    ledger.add(b"a", Deaf(), 1 << 63, prefix=True)  # type: ignore[arg-type]
+    (request,) = ledger.start_stream()
+    assert request.create_request.start_revision == (1 << 63) - 1

@@ -44,6 +44,11 @@ class FakeConnection:
         if self.on_down:
             self.on_down(error)
 
+    def check_up(self) -> None:
+        """Raise why it is down."""
+        if self.failure is not None:
+            raise self.failure
+
     def check_channel(self) -> None:
         """Its channel is fine as long as nobody fails it."""
 
@@ -71,6 +76,8 @@ class FakeNet:
     def __init__(self, **stores: tuple[int, int] | None) -> None:
         self.stores = stores
         self.dialled: list[str] = []
+        self.leaving: set[str] = set()
+        """Hosts that say with their first answer that they leave."""
         self.agreed: dict[str, int | None] = {}
         """What members learn from the others, where that is not what they have."""
         self.connections: list[FakeConnection] = []
@@ -84,6 +91,8 @@ class FakeNet:
             raise KvstoreError(f"{endpoint} is dead")
         connection = FakeConnection(endpoint, *store)
         connection.agreed = self.agreed.get(endpoint.host, connection.revision)
+        if endpoint.host in self.leaving:
+            connection.fail(KvstoreError("the server leaves"))
         self.connections.append(connection)
         return connection
 
@@ -101,6 +110,22 @@ async def supervised(net: FakeNet, **options: float) -> AsyncIterator[tuple[Supe
             yield supervisor, events
     finally:
         task.cancel()
+
+
+async def test_server_that_leaves_with_its_first_answer_is_no_connection() -> None:
+    """Nobody would be told of its end, which has been: whoever uses it would fail without end."""
+    net = FakeNet(a=(7, 100), b=(7, 100))
+    net.leaving = {"a"}
+    async with supervised(net) as (supervisor, events):
+        assert (await supervisor.connection(1)).endpoint is B
+        assert net.connections[0].closed
+        assert [type(event) for event in events] == [Connected]
+        net.leaving = {"a", "b"}
+        net.connections[1].fail(KvstoreError("it leaves, too"))
+        await eventually(lambda: len(net.dialled) > 5)
+        assert supervisor.present is None
+        with pytest.raises(KvstoreError, match="the server leaves"):
+            await supervisor.connection(1)
 
 
 async def test_next_endpoint_is_tried_in_the_same_round() -> None:

@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+import os
+from pathlib import Path
 
 import pytest
 
 from lazymesh.errors import SettingsError
 from lazymesh.roles.configdir import check_directories, read_directory
-
-if TYPE_CHECKING:
-    from pathlib import Path
 
 GOOD = "endpoints:\n- https://b.mesh.cilium.io:2379\n"
 
@@ -54,6 +52,15 @@ def test_file_that_cannot_be_used_says_why(tmp_path: Path, content: bytes) -> No
     (tmp_path / "c").unlink()
     with pytest.raises(SettingsError, match="cluster b: "):
         check_directories(tmp_path, None)
+
+
+def test_name_that_is_no_text_costs_the_others_nothing(tmp_path: Path) -> None:
+    """It could neither be a key nor be shown."""
+    (tmp_path / "c").write_text(GOOD)
+    Path(os.fsdecode(os.fsencode(tmp_path) + b"/b\xff")).write_text(GOOD)
+    found = read_directory(tmp_path)
+    assert found.keys() == {"b\ufffd", "c"}
+    assert found["b\ufffd"].error == "its file has a name that is no UTF-8"
 
 
 def test_missing_directory_names_the_option(tmp_path: Path) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import defaultdict
 from typing import TYPE_CHECKING
 
+import pytest
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, rule
 
@@ -152,3 +153,38 @@ def test_change_that_was_told_before_its_address_was_let_go_is_told_again() -> N
 
 
 TestKeyWatches = World.TestCase
+
+
+def test_what_is_told_later_than_it_was_read_is_still_to_come() -> None:
+    """A range that was told of a change to a key that nobody followed does not bring it again."""
+    world = World()
+    one, other = ADDRESSES[:2]
+    world.follow({one}, behind=0)
+    world.write(other)
+    world.tell(which=0, most=1)
+    world.follow({other}, behind=1)
+    world.teardown()
+
+
+def test_range_that_begins_after_a_read_is_watched_anew_for_it() -> None:
+    """The second address was read before the first one."""
+    world = World()
+    one, other = ADDRESSES[:2]
+    world.write(other)
+    world.follow({one}, behind=0)
+    world.follow({other}, behind=1)
+    world.teardown()
+
+
+@pytest.mark.parametrize("text", [b"fd00::0:5", b"FD00::5", b"fd00::5%eth0", b"fd00::0005"])
+def test_key_in_another_form_is_nobodys(text: bytes) -> None:
+    """Nor would a read find it, nor Cilium take it."""
+    told: list[Address] = []
+    watches = KeyWatches(Server(), b"p/", lambda address, _change: told.append(address), lambda _loss: None)
+    address = parse_address("fd00::5")
+    watches.follow(neighbours_of([address]), 0)
+    (one,) = watches._ranges.values()
+    one.on_changes(1, [Change(b"p/" + text, b"v", 1)])
+    assert told == []
+    one.on_changes(1, [Change(key_of(address), b"v", 2)])
+    assert told == [address]

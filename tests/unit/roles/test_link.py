@@ -11,7 +11,7 @@ from lazymesh.core import events, keys
 from lazymesh.core.model import Space, parse_address
 from lazymesh.errors import KvstoreError
 from lazymesh.kvstore.config import parse_config
-from lazymesh.kvstore.model import Change, KeyValue, ReadResult, Values, WatchLoss
+from lazymesh.kvstore.model import Change, Connected, KeyValue, ReadResult, Values, WatchLoss
 from lazymesh.roles import link as module
 from lazymesh.roles.link import ClusterLink, LinkConfig
 from tests.support.etcd import eventually
@@ -47,6 +47,8 @@ class FakeClient:
         self.error: KvstoreError | None = None
         self.watches = FakeWatches()
         self.asked: Reads | None = None
+        self.epoch = 0
+        self.on_crash: object = None
 
     def read_soon(self, reads: Reads, timeout: float, on_done: Any) -> None:
         """Read, and answer a moment later."""
@@ -71,6 +73,13 @@ class FakeClient:
 
     def add_listener(self, listener: object) -> None:
         """Nobody is told."""
+
+    def remove_listener(self, listener: object) -> None:
+        """Nobody was told."""
+
+    async def wait_connected(self) -> None:
+        """Never be, so that nobody lists anything."""
+        await asyncio.Event().wait()
 
     async def __aenter__(self) -> FakeClient:
         return self
@@ -240,3 +249,104 @@ async def test_store_is_believed_only_when_it_is_complete(
     assert await stage.link._complete() is None
     assert (stage.link.state, stage.link.tried) == (state, True)
     assert words in (stage.link.problem or "")
+
+
+class Followed:
+    """A prefix that is followed."""
+
+    def __len__(self) -> int:
+        return 1
+
+
+async def test_prefix_that_is_listed_again_makes_the_cluster_ready_again(stage: Stage) -> None:
+    """The other one's watch is as live as before, and tells nothing."""
+    link = stage.link
+    link.nodes_prefix, link.identities_prefix = b"nodes/", b"ids/"
+    link._followers = cast("Any", [Followed(), Followed()])
+    link.on_prefix_synced(b"nodes/")
+    assert link.state != "ready"
+    link.on_prefix_synced(b"ids/")
+    assert link.state == "ready"
+    link.on_prefix_silent(b"nodes/", KvstoreError("the watch is compacted"))
+    assert (link.state, link.problem) == ("silent", "the watch is compacted")
+    link.on_prefix_synced(b"nodes/")
+    assert (link.state, link.problem) == ("ready", None)
+
+
+@pytest.mark.parametrize(
+    ("value", "stale"),
+    [
+        (b'{"id":2,"capabilities":{"maxConnectedClusters":255}}', False),
+        (b'{"capabilities": {"maxConnectedClusters": 255}, "id": 2}', False),
+        (b'{"id":3,"capabilities":{"maxConnectedClusters":255}}', True),
+        (b"{", True),
+        (None, False),
+    ],
+    ids=["again", "in other words", "another id", "malformed", "gone"],
+)
+async def test_cluster_that_describes_itself_differently_is_begun_anew(
+    stage: Stage, value: bytes | None, stale: bool
+) -> None:
+    """A kvstoremesh writes the key in place, every few minutes, and when it has changed."""
+    key = keys.cluster_config_key("b")
+    stage.store.data[key] = b'{"id":2,"capabilities":{"maxConnectedClusters":255}}'
+    described = await stage.link._complete()
+    assert described is not None
+    following = asyncio.create_task(stage.link._follow(*described))
+    await settle()
+    ((watched, listener, start),) = [each for each in stage.store.watches.values() if each[0] == key]
+    assert (watched, start) == (key, 8)
+    listener.on_changes(1, [Change(key, value, 8)])
+    assert stage.link._stale.is_set() is stale
+    if stale:
+        await asyncio.wait_for(following, 1)
+    following.cancel()
+    await asyncio.gather(following, return_exceptions=True)
+    assert not stage.store.watches
+
+
+class Owned(Stage):
+    """A link to a local cache, with the owner's store apart."""
+
+    def __init__(self) -> None:
+        self.observer = Observer()
+        config = parse_config("endpoints: ['http://x:1']", "b")
+        self.link = ClusterLink(LinkConfig("b", config, config), cast("Any", self.observer))
+        self.store = cast("FakeClient", self.link.client)
+        self.owner = cast("FakeClient", self.link._remote)
+
+    def describe(self) -> None:
+        """Let the owner's store be complete."""
+        key = keys.cluster_config_key("b")
+        self.owner.data[key] = b'{"id":2,"capabilities":{"maxConnectedClusters":255}}'
+
+
+@pytest.fixture
+def owned(stage: Stage) -> Owned:
+    """Such a link that was not started."""
+    return Owned()
+
+
+async def test_owners_store_is_believed_only_when_it_is_complete(owned: Owned) -> None:
+    """One that has just come back empty would have every entry taken out that the cache does not have."""
+    owned.link._await_owner(cast("Any", owned.owner), again=False)
+    owned.link.read(READ)
+    await settle()
+    assert owned.observer.told == [events.ReadFailed("b", (IP,), "unavailable")]
+    assert owned.link.read_problem == "the store of b itself is not complete yet"
+    owned.link.read(events.Read("b", (Space.CACHED,), (IP,)))
+    owned.describe()
+    await eventually(lambda: owned.link._owner_complete)
+    owned.link.read(READ)
+    await settle()
+    assert [type(event) for event in owned.observer.told[1:]] == [events.Answered, events.Answered]
+
+
+async def test_owners_store_that_is_replaced_again_and_again_is_asked_by_one(owned: Owned) -> None:
+    """And everything is read once more when it is complete, however often that took."""
+    for _ in range(4):
+        owned.link._on_remote_event(Connected("e", 7, 1, reset=True))
+    assert len(owned.link._tasks) == 1
+    owned.describe()
+    await eventually(lambda: not owned.link._tasks)
+    assert owned.observer.told == [events.StoreReset("b")]

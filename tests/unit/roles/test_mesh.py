@@ -96,6 +96,11 @@ class Stage:
         """Read the directory, as run does twice a second."""
         self.mesh._reconcile(self.mesh._read())
 
+    def look_twice(self) -> None:
+        """What is gone must be gone at two looks."""
+        self.look()
+        self.look()
+
     @property
     def link(self) -> ClusterLink:
         """Cluster b's link."""
@@ -141,7 +146,7 @@ async def test_cidrs_reach_the_kernel_and_the_resolver(stage: Stage) -> None:
     await eventually(lambda: stage.cidrs == {ipaddress.ip_network(CIDR): 2})
     assert any(isinstance(event, events.TableChanged) for event in stage.told)
     (stage.directory / "b").unlink()
-    stage.look()
+    stage.look_twice()
     assert stage.cidrs == {}
     assert events.ClusterGone("b") in stage.told
 
@@ -150,13 +155,13 @@ async def test_agent_that_has_nobody_to_ask_says_so(stage: Stage) -> None:
     """A Secret of another name, or our own cluster's name for the peer's, would else be silence."""
     assert stage.mesh.nobody is None
     (stage.directory / "b").rename(stage.directory / "a")
-    stage.look()
+    stage.look_twice()
     assert (
         stage.mesh.nobody
         == f"no cluster but our own (a) is described in {stage.directory}: nothing can be resolved"
     )
     (stage.directory / "a").write_text("endpoint: ['http://127.0.0.1:1']\n", encoding="ascii")
-    stage.look()
+    stage.look_twice()
     assert stage.mesh.nobody == f"no cluster is described in {stage.directory}: nothing can be resolved"
     (stage.directory / "c").write_text("endpoints: [\n", encoding="ascii")
     stage.look()
@@ -168,6 +173,21 @@ async def test_cidrs_by_hand_of_a_cluster_that_nobody_described_are_named(stage:
     given = tuple((name, ipaddress.ip_network(f"10.{n}.0.0/16")) for n, name in enumerate(("bb", "b")))
     stage.mesh._settings = replace(stage.mesh._settings, mesh_cidrs=given)
     assert stage.mesh.unknown_owners == {"bb"}
+
+
+async def test_file_that_is_empty_for_a_moment_is_no_farewell(stage: Stage) -> None:
+    """Somebody is writing it: entries that are gone would cost every peer its first packets."""
+    link = stage.link
+    (stage.directory / "b").write_text("", encoding="ascii")
+    stage.look()
+    (stage.directory / "b").write_text(FILE, encoding="ascii")
+    stage.look()
+    (stage.directory / "b").unlink()
+    stage.look()
+    assert stage.link is link
+    assert not any(isinstance(event, events.ClusterGone) for event in stage.told)
+    stage.look()
+    assert stage.mesh.links == {}
 
 
 async def test_file_that_cannot_be_used_keeps_the_link(stage: Stage) -> None:
