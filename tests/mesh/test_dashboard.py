@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 CHART = Path(__file__).parents[2] / "deploy" / "chart"
 OF_OTHERS = {"kube_daemonset_status_number_unavailable"}
 """From kube-state-metrics."""
-OF_PROMETHEUS = {"node", "le"}
+OF_PROMETHEUS = {"node", "instance", "pod", "le"}
 """Labels that the PodMonitor or a histogram adds."""
 
 pytestmark = pytest.mark.needs("clang")
@@ -87,7 +87,10 @@ def test_query_finds_something(page: str, name: str) -> None:
                 continue
             assert label in known[metric], f"{metric} has no label {label}"
             assert set(words.split("|")) <= known[metric][label], f"{metric}: {words}"
-        for label in {word.strip() for by in re.findall(r"by \(([^)]*)\)", query) for word in by.split(",")}:
+        kept_or_not = re.findall(r"\b(?:by|without) \(([^)]*)\)", query)
+        for label in {word.strip() for words in kept_or_not for word in words.split(",")}:
             labels = {each for metric, _ in found for each in known.get(metric, {})}
             # Samples that a store or a refused record brings come later; they are labelled by these.
-            assert label in labels | OF_PROMETHEUS | {"cluster", "kind"}, f"nothing is labelled {label}"
+            assert label in labels | OF_PROMETHEUS | {"target_cluster", "kind"}, (
+                f"nothing is labelled {label}"
+            )
