@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import subprocess
 from typing import TYPE_CHECKING, Any
 
@@ -192,3 +193,36 @@ def test_every_alert_has_a_runbook() -> None:
     for alert in alerts:
         assert alert["runbook"]
         assert f"### {alert['name']}\n" in text, alert["name"]
+
+
+def test_alerts_keep_labels_that_they_do_not_know() -> None:
+    """In a fleet one tells clusters apart whose nodes have equal names; and no text names a label that is gone."""
+    for alert in yaml.safe_load((CHART / "alerts.yaml").read_text())["alerts"]:
+        assert not re.search(r"\b(by|on|ignoring) ?\(", alert["expr"]), alert["name"]
+        for call in re.findall(r"\b(?:sum|count|max|min|avg)\b ?(\w*)", alert["expr"]):
+            assert call == "without", alert["name"]
+        dropped = re.findall(r"without \(([^)]*)\)", alert["expr"])
+        gone = {label.strip() for labels in dropped for label in labels.split(",")}
+        assert gone.isdisjoint(re.findall(r"\$labels\.(\w+)", alert["summary"])), alert["name"]
+
+
+@needs_helm
+@pytest.mark.parametrize("milliseconds", [250, 100.5])
+def test_slow_is_what_is_longer_than_packets_are_held(milliseconds: float) -> None:
+    """Bound and text are the value's."""
+    (rules,) = [
+        each
+        for each in rendered({"holdTimeout": milliseconds} | MONITORED)
+        if each["kind"] == "PrometheusRule"
+    ]
+    (slow,) = [each for each in rules["spec"]["groups"][0]["rules"] if each["alert"] == "LazymeshSlow"]
+    assert slow["expr"].endswith(f" > {milliseconds} / 1000")
+    assert f"holdTimeout ({milliseconds} ms)" in slow["annotations"]["summary"]
+
+
+def test_store_that_is_down_is_one_alert_whatever_the_number_of_nodes() -> None:
+    """Neither node nor pod are left of what LazymeshClusterNotReady and LazymeshNoClusters count."""
+    alerts = {each["name"]: each for each in yaml.safe_load((CHART / "alerts.yaml").read_text())["alerts"]}
+    for name in ("LazymeshClusterNotReady", "LazymeshNoClusters"):
+        assert alerts[name]["expr"].startswith("count without (node, instance")
+        assert "{{ $value }} nodes" in alerts[name]["summary"]
