@@ -207,6 +207,14 @@ def test_alerts_keep_labels_that_they_do_not_know() -> None:
 
 
 @needs_helm
+def test_operator_finds_what_it_is_to_read() -> None:
+    """PodMonitor and rules have the labels that a Prometheus selects by; nothing else has."""
+    objects = rendered(merged(MONITORED, "metrics.labels", {"release": "prometheus"}))
+    found = {each["kind"] for each in objects if "release" in each["metadata"]["labels"]}
+    assert found == {"PodMonitor", "PrometheusRule"}
+
+
+@needs_helm
 @pytest.mark.parametrize("milliseconds", [250, 100.5])
 def test_slow_is_what_is_longer_than_packets_are_held(milliseconds: float) -> None:
     """Bound and text are the value's."""
