@@ -15,8 +15,10 @@ import yaml
 
 from tests.support.chart import (
     CHART,
+    MEMBER,
     MONITORED,
     OTHERS,
+    POLICY,
     ROOT,
     STANDALONE,
     UNPRIVILEGED,
@@ -42,7 +44,7 @@ SYSTEM = "/api/v1/namespaces/kube-system"
 COMBINATIONS: dict[str, dict[str, Any]] = {
     "shadow": {"shadow": True},
     "unprivileged": UNPRIVILEGED | {"capabilities": {"extra": ["SYS_RESOURCE"]}},
-    "standalone": STANDALONE | {"uplinks": ["eth0"], "policy": "kind: CiliumClusterwideNetworkPolicy\n"},
+    "standalone": STANDALONE | {"uplinks": ["eth0"], "policy": POLICY},
     "auto": {"datapath": "auto", "nodeHeaders": True, "bpffs": "/run/bpf"},
     "monitored": MONITORED,
     "own account": {"serviceAccount": {"name": "mesh"}, "uninstall": {"enabled": False}},
@@ -135,10 +137,11 @@ def test_objects_of_combinations_are_accepted(cluster: Cluster, values: dict[str
 @pytest.mark.usefixtures("_no_release")
 def test_release_goes_from_any_values_to_any(cluster: Cluster) -> None:
     """Installed, upgraded through all combinations, rolled back, and taken away; nothing of it is left."""
-    helm(cluster, "install", "lazymesh", str(CHART))
+    member = {"cluster": MEMBER}
+    helm(cluster, "install", "lazymesh", str(CHART), values=member)
     pods = []
     for values in COMBINATIONS.values():
-        helm(cluster, "upgrade", "lazymesh", str(CHART), "--reset-values", values=values)
+        helm(cluster, "upgrade", "lazymesh", str(CHART), "--reset-values", values=member | values)
         pods.append(json.dumps(daemonset(cluster)["spec"]["template"]))
     assert len(set(pods)) == len(pods), "each is another pod, and so rolled out"
     helm(cluster, "rollback", "lazymesh", "1")
@@ -158,7 +161,7 @@ def test_release_of_an_earlier_chart_is_upgraded_as_documented(cluster: Cluster,
     words = ["git", "-C", ROOT, "archive", EARLIER, "deploy/chart"]
     archive = subprocess.run(words, check=True, capture_output=True).stdout
     subprocess.run(["tar", "-x", "-C", tmp_path], input=archive, check=True)
-    mine = {"cluster": {"name": "a", "id": 1}}
+    mine = {"cluster": MEMBER}
     helm(cluster, "install", "lazymesh", str(tmp_path / "deploy/chart"), values=mine)
     assert "stale-limit" not in options(cluster)
     reused = cluster.run(

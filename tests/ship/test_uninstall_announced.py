@@ -12,18 +12,18 @@ import json
 import ssl
 import subprocess
 import threading
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import pytest
-import yaml
 
+from tests.support.chart import rendered
 from tests.support.container import Container, Mount
 from tests.support.lab import AgentProcess, Lab, remote_address
 from tests.support.node import connect, filters, pins
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
+    from pathlib import Path
 
 TOKEN = "secret"
 
@@ -120,12 +120,7 @@ def lab() -> Iterator[Lab]:
 
 def job() -> dict[str, Any]:
     """Return the Job's container, as the chart renders it."""
-    words = ("template", "lazymesh", "deploy/chart", "--namespace", "kube-system", "--kube-version", "1.31.0")
-    root = Path(__file__).parents[2]
-    text = subprocess.run(
-        [root / "scripts/helm", *words], check=True, capture_output=True, text=True, cwd=root
-    ).stdout
-    (found,) = [each for each in yaml.safe_load_all(text) if each and each["kind"] == "Job"]
+    (found,) = [each for each in rendered({}) if each["kind"] == "Job"]
     container: dict[str, Any] = found["spec"]["template"]["spec"]["containers"][0]
     return container
 

@@ -12,6 +12,9 @@ import yaml
 
 ROOT = Path(__file__).parents[2]
 CHART = ROOT / "deploy" / "chart"
+MEMBER: dict[str, Any] = {"name": "a", "id": 1}
+"""Which cluster of a mesh this is; nothing is rendered for those who do not say."""
+POLICY = "kind: CiliumClusterwideNetworkPolicy\n"
 UNPRIVILEGED: dict[str, Any] = {"privileged": False}
 STANDALONE: dict[str, Any] = {"datapath": "standalone", "interfaces": ["lxc+"]}
 MONITORED: dict[str, Any] = {"metrics": {"podMonitor": True, "rules": True, "dashboard": True}}
@@ -21,8 +24,8 @@ OTHERS: dict[str, tuple[Any, dict[str, Any]]] = {
     "image.tag": ("9.9.9", {}),
     "image.pullPolicy": ("Always", {}),
     "image.pullSecrets": ([{"name": "regcred"}], {}),
-    "cluster.name": ("a", {}),
-    "cluster.id": (1, {}),
+    "cluster.name": ("b", {}),
+    "cluster.id": (2, {}),
     "cluster.maxConnected": (511, {}),
     "cluster.region": ("eu", {}),
     "datapath": ("auto", {}),
@@ -38,7 +41,7 @@ OTHERS: dict[str, tuple[Any, dict[str, Any]]] = {
     "staleLimit": ("90s", {}),
     "ipcacheSize": (100_000, {}),
     "etcdTransport": ("grpcio", {}),
-    "policy": ("kind: CiliumClusterwideNetworkPolicy\n", STANDALONE),
+    "policy": (POLICY, STANDALONE),
     "log.format": ("text", {}),
     "log.level": ("debug", {}),
     "clustermesh.secret": ("mesh", {}),
@@ -79,17 +82,24 @@ OTHERS: dict[str, tuple[Any, dict[str, Any]]] = {
 WRONG: list[dict[str, Any]] = [
     {"datapath": "magic"},
     {"datapath": "standalone"},
-    {"policy": "kind: CiliumClusterwideNetworkPolicy"},
+    {"policy": POLICY},
+    STANDALONE | {"policy": "x"},
     {"cluster": {"name": "Not A Name"}},
-    {"cluster": {"id": 512}},
+    {"cluster": {"id": -1}},
+    {"cluster": {"id": 256}},
+    {"cluster": {"id": 512, "maxConnected": 511}},
     {"cluster": {"maxConnected": 256}},
     {"interfaces": ["a-name-that-is-too-long"]},
     {"meshCIDRs": ["10.2.0.0/16"]},
+    {"meshCIDRs": ["b=10.2.0.0/33"]},
+    {"meshCIDRs": ["b=10.2.0.0.0/16"]},
+    {"meshCIDRs": ["b=fd00::/129"]},
     {"onMiss": "wait"},
     {"holdTimeout": 0},
     {"shadow": "yes"},
     {"privileged": None},
     {"metrics": {"port": 0}},
+    {"metrics": {"host": "foo"}},
     {"metrics": {"prot": 9968}},
     {"metrics": {"labels": {"release": 1}}},
     {"capabilities": {"extra": ["CAP_SYS_RESOURCE"]}},
@@ -100,11 +110,11 @@ WRONG: list[dict[str, Any]] = [
 
 
 def helm(values: dict[str, Any], kubernetes: str = "1.31.0") -> subprocess.CompletedProcess[str]:
-    """Render the chart with values; hooks included."""
+    """Render the chart with values over those of a member of a mesh; hooks included."""
     words = ("template", "lazymesh", CHART, "--namespace", "kube-system", "--kube-version", kubernetes)
     return subprocess.run(
         [ROOT / "scripts" / "helm", *words, "--values", "-"],
-        input=json.dumps(values),
+        input=json.dumps(values | {"cluster": MEMBER | values.get("cluster", {})}),
         capture_output=True,
         text=True,
         check=False,

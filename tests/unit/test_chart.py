@@ -12,10 +12,12 @@ import pytest
 import yaml
 
 from lazymesh.cli.agent import agent
+from lazymesh.settings import parse_host_port
 from tests.support.chart import (
     CHART,
     MONITORED,
     OTHERS,
+    POLICY,
     ROOT,
     STANDALONE,
     UNPRIVILEGED,
@@ -101,6 +103,38 @@ def test_wrong_value_is_refused(values: dict[str, Any]) -> None:
 
 
 @needs_helm
+@pytest.mark.parametrize("values", [{"id": 0}, {"name": "default"}])
+def test_cluster_that_is_in_no_mesh_is_refused(values: dict[str, Any]) -> None:
+    """Which is what the defaults are: one line says what is to be given."""
+    done = helm({"cluster": values})
+    assert done.returncode != 0
+    assert "no cluster of a mesh is called default or has the id 0; give what" in done.stderr
+
+
+@needs_helm
+def test_id_of_a_mesh_of_511_is_accepted() -> None:
+    """And prefixes of every length, of both families."""
+    cidrs = ["b=10.2.0.0/16", "c=0.0.0.0/0", "d=10.2.0.1/32", "e=fd00::/64", "f=::/0", "g=fd00::1/128"]
+    rendered({"cluster": {"id": 511, "maxConnected": 511}, "meshCIDRs": cidrs})
+
+
+@needs_helm
+@pytest.mark.parametrize(
+    ("listening", "asked"),
+    [("0.0.0.0", "127.0.0.1"), ("::", "::1"), ("127.0.0.1", "127.0.0.1"), ("fd00::1", "fd00::1")],
+)
+def test_probes_go_where_the_agent_listens(listening: str, asked: str) -> None:
+    """The kubelet is in the same network, and names no address that means all of them."""
+    objects = rendered({"metrics": {"host": listening}})
+    (pod,) = [each["spec"]["template"]["spec"] for each in objects if each["kind"] == "DaemonSet"]
+    probes = [value for key, value in pod["containers"][0].items() if key.endswith("Probe")]
+    assert [probe["httpGet"]["host"] for probe in probes] == [asked] * 3
+    (config,) = [each for each in objects if each["kind"] == "ConfigMap"]
+    address = yaml.safe_load(config["data"]["config.yaml"])["metrics-address"]
+    assert parse_host_port(address) == (listening, defaults()["metrics"]["port"])
+
+
+@needs_helm
 @pytest.mark.parametrize("version", KUBERNETES)
 def test_pod_without_privileges_is_confined(version: str) -> None:
     """By the runtime's own list of system calls; not by its AppArmor profile, which keeps everybody out of bpffs."""
@@ -119,7 +153,7 @@ def test_pod_without_privileges_is_confined(version: str) -> None:
 @needs_helm
 def test_options_are_the_agents_own() -> None:
     """The ConfigMap has no option that the agent does not have, and all that a value exists for."""
-    values = STANDALONE | {"uplinks": ["eth0"], "policy": "x", "meshCIDRs": ["b=10.2.0.0/16"]}
+    values = STANDALONE | {"uplinks": ["eth0"], "policy": POLICY, "meshCIDRs": ["b=10.2.0.0/16"]}
     (config,) = [
         each for each in rendered(merged(values, "cluster.region", "eu")) if each["kind"] == "ConfigMap"
     ]
