@@ -68,7 +68,8 @@ def pod(
         for each in spec["volumeMounts"]
         if each["name"] != "tmp"
     )
-    return Container(image, lab.directory / "containers", capabilities, mounts), spec["args"]
+    env = {each["name"]: each["value"] for each in spec.get("env", ())}
+    return Container(image, lab.directory / "containers", capabilities, mounts, env), spec["args"]
 
 
 def start(lab: Lab, container: Container, args: list[str]) -> AgentProcess:

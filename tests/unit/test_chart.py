@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 import subprocess
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import kubernetes_validate
@@ -12,6 +13,7 @@ import pytest
 import yaml
 
 from lazymesh.cli.agent import agent
+from lazymesh.cli.check import check
 from lazymesh.settings import parse_host_port
 from tests.support.chart import (
     CHART,
@@ -30,7 +32,6 @@ from tests.support.chart import (
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
-    from pathlib import Path
 
 SCHEMAS = ROOT / "tests" / "support" / "monitoring.schema.json"
 KUBERNETES = ("1.25", "1.31", "1.34")
@@ -162,6 +163,37 @@ def test_options_are_the_agents_own() -> None:
     assert set(options) <= known
     # The rest is given by the pod itself, or of no use in one.
     assert known - set(options) == {"config", "cleanup", "socket", "program-cache"}
+
+
+@needs_helm
+@pytest.mark.parametrize(
+    ("values", "told"),
+    [
+        ({}, {"remote_config": Path("/var/lib/lazymesh/kvstoremesh")}),
+        ({"clustermesh": {"kvstoremeshSecret": ""}}, {}),
+        (
+            {"bpffs": "/run/bpf", "interfaces": ["veth+", "eth1"], "clustermesh": {"kvstoremeshSecret": ""}},
+            {"bpffs": Path("/run/bpf"), "interface": ("veth+", "eth1")},
+        ),
+    ],
+)
+def test_commands_in_the_pod_know_what_the_agent_knows(
+    monkeypatch: pytest.MonkeyPatch, values: dict[str, Any], told: dict[str, Any]
+) -> None:
+    """`kubectl exec POD -- lazymesh check` looks where the chart has put things; nothing is said twice for nothing."""
+    objects = rendered(values)
+    (pod,) = [each["spec"]["template"]["spec"] for each in objects if each["kind"] == "DaemonSet"]
+    env = {each["name"]: each["value"] for each in pod["containers"][0].get("env", ())}
+    assert len(env) == len(told)
+    before = check.make_context("check", []).params
+    for name, value in env.items():
+        monkeypatch.setenv(name, value)
+    assert check.make_context("check", []).params == before | told
+    (config,) = [each for each in objects if each["kind"] == "ConfigMap"]
+    options = yaml.safe_load(config["data"]["config.yaml"])
+    for name, value in told.items():
+        ours = options[name.replace("_", "-")]
+        assert ours == (list(value) if isinstance(value, tuple) else str(value))
 
 
 @needs_helm

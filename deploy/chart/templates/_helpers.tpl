@@ -22,6 +22,19 @@ app.kubernetes.io/managed-by: {{ .Release.Service }}
 {{ .Values.serviceAccount.name | default (include "lazymesh.name" .) }}
 {{- end -}}
 
+{{- /* What `lazymesh check` and other commands have to know that are run in the pod: they do not read the agent's file. */ -}}
+{{- define "lazymesh.env" -}}
+{{- if ne .Values.bpffs "/sys/fs/bpf" }}
+- {name: LAZYMESH_BPFFS, value: {{ .Values.bpffs | quote }}}
+{{- end }}
+{{- if .Values.clustermesh.kvstoremeshSecret }}
+- {name: LAZYMESH_REMOTE_CONFIG, value: /var/lib/lazymesh/kvstoremesh}
+{{- end }}
+{{- with .Values.interfaces }}
+- {name: LAZYMESH_INTERFACE, value: {{ join " " . | quote }}}
+{{- end }}
+{{- end -}}
+
 {{- /* What the container may do. */ -}}
 {{- define "lazymesh.security" -}}
 readOnlyRootFilesystem: true
