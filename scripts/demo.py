@@ -106,7 +106,7 @@ def parse_arguments() -> argparse.Namespace:
     )
     parser.add_argument(
         "--image",
-        type=Path,
+        type=directory,
         metavar="DIR",
         help="gap: run the agent inside this unpacked image (scripts/image), in a container",
     )
@@ -119,6 +119,16 @@ def parse_arguments() -> argparse.Namespace:
     if options.picture is not None and options.picture.suffix not in (".svg", ".png"):
         parser.error("--picture: give a name that ends in .svg or .png")
     return options
+
+
+def directory(text: str) -> Path:
+    """Read the name of a directory, as whoever is elsewhere needs it: a container mounts it from where it is itself."""
+    path = Path(text).resolve()
+    if not path.is_dir():
+        raise argparse.ArgumentTypeError(
+            f"there is no directory {text}; scripts/image makes .cache/image/root"
+        )
+    return path
 
 
 def count(least: int, most: int) -> Callable[[str], int]:

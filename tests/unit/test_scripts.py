@@ -1,0 +1,82 @@
+"""The scripts' command lines: help costs nothing, and what was given wrong is told in a line."""
+
+from __future__ import annotations
+
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from scripts.demo import parse_arguments
+
+ROOT = Path(__file__).parents[2]
+SCRIPTS = ROOT / "scripts"
+
+
+def run(*words: str | Path, env: dict[str, str] | None = None) -> subprocess.CompletedProcess[str]:
+    """Run a script to its end."""
+    return subprocess.run(words, capture_output=True, text=True, check=False, timeout=60, env=env)
+
+
+def help_of(directory: Path, name: str, *words: str) -> str:
+    """Return a script's help, from where there is nothing that it could install or build something with instead."""
+    for program in ("sed", "dirname"):
+        (directory / program).symlink_to(str(shutil.which(program)))
+    done = run("/bin/bash", SCRIPTS / name, *words, "--help", env={"PATH": str(directory)})
+    assert (done.returncode, done.stderr) == (0, "")
+    return done.stdout
+
+
+@pytest.mark.parametrize("words", [["real-cilium"], ["real-cilium", "1.19.5"], ["manifests"], ["kubernetes"]])
+def test_help_is_all_that_it_does(words: list[str], tmp_path: Path) -> None:
+    """Half an hour of building is not what was asked for."""
+    assert f"\nUsage: scripts/{words[0]} " in help_of(tmp_path, *words)
+
+
+def test_help_of_real_cilium_has_every_option(tmp_path: Path) -> None:
+    """They are read by another program, which cannot be asked before everything is built."""
+    text = (SCRIPTS / "real_cilium.py").read_text()
+    told = re.findall(r"^  (--[a-z-]+) ", help_of(tmp_path, "real-cilium"), re.MULTILINE)
+    assert told == re.findall(r'add_argument\("(--[a-z-]+)"', text)
+
+
+@pytest.mark.parametrize(
+    ("word", "said"),
+    [
+        ("--hlep", "no option --hlep; see scripts/manifests --help"),
+        ("nowhere", "there is no directory nowhere"),
+    ],
+)
+def test_manifests_go_into_a_directory_that_is_there(word: str, said: str) -> None:
+    """An option is none."""
+    done = run(SCRIPTS / "manifests", word)
+    assert done.returncode == 2
+    assert done.stderr.startswith(f"manifests: {said}")
+    assert done.stderr.count("\n") == 1
+
+
+@pytest.mark.needs("helm")
+def test_chart_is_rendered_without_a_word_on_the_version_of_kubernetes() -> None:
+    """Which is heeded where it is said: the chart refuses what is older than it was tried with."""
+    words = ("template", "lazymesh", ROOT / "deploy/chart", "--set=cluster.name=a,cluster.id=1")
+    assert run(SCRIPTS / "helm", *words).returncode == 0
+    done = run(SCRIPTS / "helm", *words, "--kube-version=1.20.0")
+    assert done.returncode != 0
+    assert "incompatible with Kubernetes v1.20.0" in done.stderr
+
+
+def test_demo_finds_an_image_from_where_it_is_started(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The container would look for it elsewhere; and a name that is none of a directory is told at once."""
+    (tmp_path / "root").mkdir()
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "argv", ["demo", "--image", "root"])
+    assert parse_arguments().image == tmp_path / "root"
+    monkeypatch.setattr(sys, "argv", ["demo", "--image", "nowhere"])
+    with pytest.raises(SystemExit):
+        parse_arguments()
+    assert "there is no directory nowhere" in capsys.readouterr().err
