@@ -350,3 +350,23 @@ async def test_owners_store_that_is_replaced_again_and_again_is_asked_by_one(own
     owned.describe()
     await eventually(lambda: not owned.link._tasks)
     assert owned.observer.told == [events.StoreReset("b")]
+
+
+async def test_each_loss_of_key_watches_has_everything_read_again(
+    stage: Stage, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Those of one moment together; what is told of a replaced store comes by itself."""
+    monkeypatch.setattr(module, "REWATCH_S", 0.01)
+    stage.link.state = "ready"
+    error = KvstoreError("x")
+    stage.link._on_keys_lost(WatchLoss("reset", error))
+    await asyncio.sleep(0.03)
+    assert stage.observer.told == []
+    again = [events.StoreReset("b"), events.ClusterReady("b")]
+    for _ in range(2):
+        stage.link._on_keys_lost(WatchLoss("compacted", error))
+        stage.link._on_keys_lost(WatchLoss("compacted", error))
+        await eventually(lambda: stage.observer.told == again)
+        stage.observer.told.clear()
+        await asyncio.sleep(0.03)
+        assert stage.observer.told == []
