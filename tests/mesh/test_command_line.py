@@ -7,6 +7,7 @@ import itertools
 import json
 import queue
 import re
+import shlex
 import signal
 import socket
 import subprocess
@@ -167,6 +168,18 @@ def test_ipcache_get_is_the_longest_prefix_answer(lab: Lab, agent: AgentProcess)
     assert (silent.returncode, silent.stdout) == (1, "")
     bad = lab.cli("ipcache", "get", "10.2.0", check=False)
     assert (bad.returncode, bad.stderr) == (2, "lazymesh: '10.2.0' is no IP address\n")
+
+
+@pytest.mark.parametrize("words", [("list",), ("list", "-o", "json"), ("get", SERVER)], ids=" ".join)
+def test_ipcache_that_nobody_reads(lab: Lab, agent: AgentProcess, words: tuple[str, ...]) -> None:
+    """141 for a reader that has left, 3 for output that has no place; neither is an answer."""
+    command = lab.node_a.command(
+        sys.executable, "-m", "lazymesh", "ipcache", *words, "--bpffs", str(lab.bpffs)
+    )
+    for into, expected in (("| true; exit ${PIPESTATUS[0]}", (141, 0)), (">/dev/full", (3, 1))):
+        script = f"{shlex.join(command)} {into}"
+        done = subprocess.run(["bash", "-c", script], capture_output=True, text=True, check=False)
+        assert (done.returncode, done.stderr.count("\n")) == expected, done.stderr
 
 
 def test_ipcache_watch_tells_additions_changes_and_deletions(lab: Lab, agent: AgentProcess) -> None:

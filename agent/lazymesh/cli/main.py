@@ -1,10 +1,12 @@
 """The entry point: finds the command, turns every failure into one line on stderr and an exit code.
 
-0 ok, 1 the answer is no, 2 wrong usage, 3 a needed part is missing or taken.
+0 ok, 1 the answer is no, 2 wrong usage, 3 a needed part is missing or taken; as shells have it, 130 for Ctrl-C and 141
+for a reader that has left.
 """
 
 from __future__ import annotations
 
+import errno
 import importlib
 import os
 import signal
@@ -13,6 +15,7 @@ import sys
 import click
 
 from lazymesh import __version__
+from lazymesh.cli.output import STDOUT, OutputError, check_stdout
 from lazymesh.errors import LazymeshError
 
 _COMMANDS = {
@@ -57,26 +60,35 @@ def main() -> None:
         # The kernel keeps from a container's first process what it does not handle, and its pod would be waited for
         # in vain. The agent's own way to stop takes this one's place once it is there.
         signal.signal(signal.SIGTERM, lambda number, _frame: os._exit(128 + number))
+    check_stdout()
     try:
         cli.main(prog_name="lazymesh", standalone_mode=False)
+    except click.exceptions.NoArgsIsHelpError as exc:
+        _fail(exc.format_message(), 2)
     except click.UsageError as exc:
         command = exc.ctx.command_path if exc.ctx else "lazymesh"
-        _fail(f"{command}: {exc.format_message()} (see `{command} --help`)", 2)
+        _fail(_one_line(f"{command}: {exc.format_message()} (see `{command} --help`)"), 2)
     except click.ClickException as exc:
-        _fail(f"lazymesh: {exc.format_message()}", 2)
+        _fail(_one_line(f"lazymesh: {exc.format_message()}"), 2)
     except LazymeshError as exc:
-        _fail(f"lazymesh: {exc}", exc.exit_code)
+        _fail(_one_line(f"lazymesh: {exc}"), exc.exit_code)
     except (KeyboardInterrupt, click.Abort):
         sys.exit(130)
-    except BrokenPipeError:
-        # The reader (head, less) has seen enough; without this Python complains once more when it flushes at exit.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        sys.exit(141)
+    except OutputError as exc:
+        # What is still in the buffer goes nowhere: Python would complain once more when it flushes at exit.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), STDOUT)
+        if exc.errno == errno.EPIPE:
+            sys.exit(141)  # the reader (head, less) has seen enough
+        _fail(f"lazymesh: {exc}", 3)
 
 
-def _fail(line: str, code: int) -> None:
+def _one_line(words: str) -> str:
+    return " ".join(words.split())
+
+
+def _fail(words: str, code: int) -> None:
     try:
-        click.echo(" ".join(line.split()), err=True)
+        click.echo(words, err=True)
     except OSError:
         # Nobody can read it; left in place, Python would fail on it once more at exit, and change the code.
         sys.stderr = None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import sys
 from collections.abc import Callable, Iterable, Sequence
@@ -10,6 +11,35 @@ from typing import Any, TypeVar
 import click
 
 F = TypeVar("F", bound=Callable[..., Any])
+
+STDOUT = 1
+
+
+class OutputError(Exception):
+    """Standard output takes no more.
+
+    No OSError, on purpose: of a broken pipe click makes exit code 1, which here means that the answer is no.
+    """
+
+    def __init__(self, cause: OSError) -> None:
+        super().__init__(f"cannot write to standard output: {cause.strerror}")
+        self.errno = cause.errno
+
+
+class _CheckedOutput(io.FileIO):
+    def write(self, data: Any, /) -> int:
+        try:
+            return super().write(data)
+        except OSError as exc:
+            raise OutputError(exc) from exc
+
+
+def check_stdout() -> None:
+    """Have whatever writes to standard output from now on raise OutputError if that fails."""
+    out = sys.__stdout__
+    if out is not None and out is sys.stdout:  # else it is closed, or a test's
+        file = io.BufferedWriter(_CheckedOutput(STDOUT, "w", closefd=False))
+        sys.stdout = io.TextIOWrapper(file, out.encoding, out.errors, line_buffering=out.line_buffering)
 
 
 def output_option(command: F) -> F:
