@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import itertools
 import json
+import os
 import queue
 import re
 import shlex
@@ -13,6 +14,7 @@ import socket
 import subprocess
 import sys
 import threading
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self
 
 import pytest
@@ -451,3 +453,60 @@ def test_ipcache_works_with_no_agent_running() -> None:
         assert json.loads(other.cli("ipcache", "list", "-o", "json").stdout) == {prefix: EXPECTED[prefix]}
         assert other.cli("ipcache", "get", SERVER).returncode == 0
         assert other.cli("status", check=False).returncode == 3
+
+
+@pytest.fixture
+def compiling() -> Iterator[tuple[subprocess.Popen[str], int]]:
+    """An agent in a process group of its own, and its loader, which reads the request by now."""
+    with Lab(pods=1) as other:
+        words = [sys.executable, "-m", "lazymesh", "agent", *options(other, program_cache="off"), "--cleanup"]
+        with subprocess.Popen(
+            other.node_a.command(*words), stderr=subprocess.PIPE, text=True, start_new_session=True
+        ) as agent:
+            try:
+                wait_until(lambda: loader_of(agent.pid) is not None, 10, "the loader")
+                loader = loader_of(agent.pid)
+                assert loader is not None
+                yield agent, loader
+            finally:
+                agent.kill()
+        assert (pins(other), filters(other.node_a)) == ([], [])
+
+
+def stopped_well(agent: subprocess.Popen[str]) -> None:
+    """Insist that it ends as after any other stop, once what it was about to load is done."""
+    _, log = agent.communicate(timeout=60)
+    assert (agent.returncode, " stopped " in log) == (0, True), log
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_stop_for_the_process_group_while_the_datapath_is_compiled(
+    compiling: tuple[subprocess.Popen[str], int], number: signal.Signals
+) -> None:
+    """As Ctrl-C at a terminal is one: the loader is not in that group."""
+    agent, _ = compiling
+    os.killpg(agent.pid, number)
+    stopped_well(agent)
+
+
+def test_stop_for_every_process_while_the_datapath_is_compiled(
+    compiling: tuple[subprocess.Popen[str], int],
+) -> None:
+    """As systemd stops a service: the loader hears it, and ends with the agent all the same."""
+    agent, loader = compiling
+    agent.terminate()
+    os.kill(loader, signal.SIGTERM)
+    stopped_well(agent)
+
+
+def loader_of(agent: int) -> int | None:
+    """Return the process id of an agent's loader, once that ignores being told to stop."""
+    for path in Path("/proc").glob("[0-9]*"):
+        with contextlib.suppress(OSError):
+            text = (path / "status").read_text(encoding="ascii")
+            found = dict(line.split(":\t", 1) for line in text.splitlines())
+            ignored = int(found["SigIgn"], 16) >> (signal.SIGTERM - 1) & 1
+            of_agent = int(found["PPid"]) == agent
+            if of_agent and ignored and b"lazymesh.datapath.loader" in (path / "cmdline").read_bytes():
+                return int(path.name)
+    return None

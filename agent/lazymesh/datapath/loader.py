@@ -192,6 +192,8 @@ def _first_complaint(words: str) -> str:
 
 def main() -> None:
     """Read the request, load, answer."""
+    # Whoever stops a service may tell all its processes; the agent waits for us, and we end when it does.
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
     request = json.load(sys.stdin)
     if "parent" in request:
         die_with(request["parent"])

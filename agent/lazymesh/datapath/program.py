@@ -92,6 +92,7 @@ def _compile(pins: Pins, ipcache_size: int, keep: Path | None) -> None:
             text=True,
             timeout=LOAD_TIMEOUT_S,
             check=False,
+            start_new_session=True,  # Ctrl-C is for the agent: it waits for what is half loaded, and then stops
         )
     except subprocess.TimeoutExpired as exc:
         raise DatapathError(
