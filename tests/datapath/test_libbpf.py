@@ -73,6 +73,19 @@ def test_probes_agree_with_the_kernel_s_version() -> None:
     assert libbpf.has_tcx() == (version >= (6, 6))
 
 
+def test_question_for_tcx_that_is_refused_has_no_answer(monkeypatch: pytest.MonkeyPatch) -> None:
+    """An older kernel does not know the question."""
+    answers = [OSError(errno.EINVAL, "Invalid argument"), OSError(errno.EPERM, "Operation not permitted")]
+
+    def ask(_ifindex: int) -> list[int]:
+        raise answers.pop(0)
+
+    monkeypatch.setattr(libbpf, "tcx_programs", ask)
+    assert not libbpf.has_tcx.__wrapped__()
+    with pytest.raises(PermissionError):
+        libbpf.has_tcx.__wrapped__()
+
+
 @pytest.mark.parametrize("opened", [HASH, TRIE], indirect=True, ids=["hash", "trie"])
 def test_kernel_without_batches_is_read_one_by_one(opened: Map, monkeypatch: pytest.MonkeyPatch) -> None:
     """LPM tries have had batches since 5.13; older kernels say EINVAL or ENOTSUPP."""

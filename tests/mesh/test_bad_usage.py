@@ -103,7 +103,46 @@ def test_map_cannot_be_read_without_root(lab: Lab, command: list[str]) -> None:
     private = lab.directory / "private"
     private.mkdir(mode=stat.S_IRWXU, exist_ok=True)
     line = refused(lab, 3, *command, "--bpffs", str(private / "bpf"), through=as_nobody(lab))
-    assert "Permission denied" in line
+    assert "Permission denied: that needs root" in line
+
+
+@pytest.fixture
+def for_root_alone(lab: Lab) -> Iterator[Path]:
+    """An agent's socket and a BPF file system in a place that others can look into, but not at these two."""
+    path = lab.directory / "agent-of-root.sock"
+    bpffs = lab.directory / "bpf-of-root"
+    bpffs.mkdir(mode=stat.S_IRWXU)
+    mode = lab.directory.stat().st_mode
+    with socket.socket(socket.AF_UNIX) as listening:
+        listening.bind(str(path))
+        path.chmod(0o600)
+        listening.listen()
+        lab.directory.chmod(0o755)
+        yield path
+    lab.directory.chmod(stat.S_IMODE(mode))
+    path.unlink()
+    bpffs.rmdir()
+
+
+@pytest.mark.parametrize(
+    "command",
+    [["status"], ["misses"], ["audit"], ["config", "on-miss", "pass"], ["ipcache", "list"]],
+    ids=" ".join,
+)
+def test_nobody_but_root_is_answered(lab: Lab, for_root_alone: Path, command: list[str]) -> None:
+    """That is no wrong usage of an option that was not given."""
+    where = [f"LAZYMESH_SOCKET={for_root_alone}", f"LAZYMESH_BPFFS={for_root_alone.parent}/bpf-of-root"]
+    assert "needs root" in refused(lab, 3, *command, through=("env", *where, *as_nobody(lab)))
+
+
+@pytest.mark.needs("tcx")
+def test_check_without_root_does_not_say_what_it_cannot_know(lab: Lab) -> None:
+    """A question that is refused has no answer."""
+    done = lazymesh(lab, "check", "--clustermesh-config", str(lab.directory), through=as_nobody(lab))
+    assert done.returncode == 3
+    (hook,) = [line for line in done.stdout.splitlines() if " hook " in line]
+    assert hook.startswith("FAIL")
+    assert "as root" in hook
 
 
 def test_directory_that_is_no_bpffs(lab: Lab) -> None:

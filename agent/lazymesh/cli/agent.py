@@ -7,7 +7,7 @@ from typing import Any
 
 import click
 
-from lazymesh.cli.options import Period, SettingsCommand, bpffs_option, config_option, socket_option
+from lazymesh.cli.options import PATH, Period, SettingsCommand, bpffs_option, config_option, socket_option
 from lazymesh.roles.agent import run_agent
 from lazymesh.roles.logs import configure_logging
 from lazymesh.settings import (
@@ -20,8 +20,6 @@ from lazymesh.settings import (
     parse_host_port,
     parse_mesh_cidr,
 )
-
-_path = click.Path(path_type=Path)
 
 
 @click.command(cls=SettingsCommand)
@@ -54,7 +52,7 @@ _path = click.Path(path_type=Path)
 )
 @click.option(
     "--clustermesh-config",
-    type=_path,
+    type=PATH,
     default=DEFAULT_CLUSTERMESH_CONFIG,
     show_default=True,
     metavar="DIR",
@@ -62,7 +60,7 @@ _path = click.Path(path_type=Path)
 )
 @click.option(
     "--remote-config",
-    type=_path,
+    type=PATH,
     default=None,
     metavar="DIR",
     help="The same for direct access to the owners' etcds, where the other leads to a kvstoremesh cache.",
@@ -117,7 +115,7 @@ _path = click.Path(path_type=Path)
 )
 @click.option(
     "--policy",
-    type=_path,
+    type=PATH,
     default=None,
     metavar="FILE",
     help="CiliumClusterwideNetworkPolicy documents to enforce.",
@@ -159,7 +157,7 @@ _path = click.Path(path_type=Path)
 @click.option("--cleanup", is_flag=True, help="When stopped, leave no pin, no filter and no entry behind.")
 @click.option(
     "--uninstall-mark",
-    type=_path,
+    type=PATH,
     default=None,
     metavar="FILE",
     help="The same while this file exists: so a whole cluster's agents can be told. Until then such an agent is not"

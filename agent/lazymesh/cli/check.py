@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import asyncio
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 import click
 
-from lazymesh.cli.options import SettingsCommand, bpffs_option
+from lazymesh.cli.options import PATH, SettingsCommand, bpffs_option
 from lazymesh.cli.output import output_option, print_json
 from lazymesh.roles.check import check_node
 from lazymesh.roles.logs import configure_logging
@@ -16,24 +15,24 @@ from lazymesh.settings import CILIUM_INTERFACES, DEFAULT_CLUSTERMESH_CONFIG
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator
+    from pathlib import Path
 
     from lazymesh.roles.finding import Finding
 
 _MARKS = {"ok": ("ok", "green"), "warn": ("WARN", "yellow"), "fail": ("FAIL", "red")}
-_path = click.Path(path_type=Path)
 
 
 @click.command(cls=SettingsCommand)
 @bpffs_option
 @click.option(
     "--clustermesh-config",
-    type=_path,
+    type=PATH,
     default=DEFAULT_CLUSTERMESH_CONFIG,
     show_default=True,
     metavar="DIR",
     help="Cilium's directory of etcd client files.",
 )
-@click.option("--remote-config", type=_path, default=None, metavar="DIR", help="The agent's --remote-config.")
+@click.option("--remote-config", type=PATH, default=None, metavar="DIR", help="The agent's --remote-config.")
 @click.option(
     "--interface",
     multiple=True,

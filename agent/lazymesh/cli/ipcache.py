@@ -9,12 +9,12 @@ import click
 
 from lazymesh.cli.options import SettingsCommand, bpffs_option, socket_option
 from lazymesh.cli.output import output_option, print_json, print_table
-from lazymesh.errors import LazymeshError
+from lazymesh.errors import DatapathError, LazymeshError
 from lazymesh.roles.control import ask
 from lazymesh.roles.inspect import IpcacheView, Row
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Collection
     from pathlib import Path
 
 _FLAG_NAMES = ((1, "skiptunnel"), (2, "hastunnel"), (4, "ipv6tunnel"), (8, "remotecluster"))
@@ -34,7 +34,7 @@ def list_(bpffs: Path, socket: Path, output: str) -> None:
 
     Stale are entries of ours whose cluster is silent; an agent knows, if there is one.
     """
-    view = IpcacheView.open(bpffs, _stale(socket))
+    view = _open(bpffs, _stale(socket))
     if output == "json":
         print_json({row.prefix: _as_json(row) for row in view.rows()})
         return
@@ -54,7 +54,7 @@ def list_(bpffs: Path, socket: Path, output: str) -> None:
 @output_option
 def get(ip: str, bpffs: Path, socket: Path, output: str) -> None:
     """Ask what the datapath would: the entry of the longest prefix that covers IP. Exit 1 if there is none."""
-    row = IpcacheView.open(bpffs, _stale(socket)).get(ip)
+    row = _open(bpffs, _stale(socket)).get(ip)
     if row is None:
         click.echo(f"{ip} does not map to any identity", err=output == "json")
         raise SystemExit(1)
@@ -76,7 +76,7 @@ def get(ip: str, bpffs: Path, socket: Path, output: str) -> None:
 @output_option
 def watch(bpffs: Path, interval: float, output: str) -> None:
     """Print what changes in the map, one line each, until interrupted."""
-    view = IpcacheView.open(bpffs)
+    view = _open(bpffs)
     show: Callable[[str, Row], None] = _print_change_json if output == "json" else _print_change
     known = {row.prefix: row for row in view.rows()}
     while True:
@@ -91,6 +91,15 @@ def watch(bpffs: Path, interval: float, output: str) -> None:
             if prefix not in now:
                 show("deleted", row)
         known = now
+
+
+def _open(bpffs: Path, stale: Collection[str] = ()) -> IpcacheView:
+    try:
+        return IpcacheView.open(bpffs, stale)
+    except DatapathError as exc:
+        if isinstance(exc.__cause__, PermissionError):
+            raise DatapathError(f"{exc}: that needs root") from exc
+        raise
 
 
 def _stale(socket: Path) -> frozenset[str]:

@@ -12,6 +12,9 @@ import yaml
 from lazymesh.errors import SettingsError
 from lazymesh.settings import DEFAULT_BPFFS, DEFAULT_SOCKET
 
+PATH = click.Path(path_type=Path, readable=False)
+"""Whether it may be read is for those to say who read it, and who know what for: click would call it wrong usage."""
+
 
 class Period(click.ParamType[float]):
     """Seconds, as people write them."""
@@ -82,7 +85,7 @@ def _word(path: Path, option: click.Parameter, value: object) -> str:
 
 config_option = click.option(
     "--config",
-    type=click.Path(path_type=Path, dir_okay=False),
+    type=click.Path(path_type=Path, dir_okay=False, readable=False),
     is_eager=True,
     expose_value=False,
     callback=_read_config,
@@ -91,7 +94,7 @@ config_option = click.option(
 
 bpffs_option = click.option(
     "--bpffs",
-    type=click.Path(path_type=Path),
+    type=PATH,
     default=DEFAULT_BPFFS,
     show_default=True,
     help="Mounted BPF file system; the pins are in lazymesh/ under it.",
@@ -99,7 +102,7 @@ bpffs_option = click.option(
 
 socket_option = click.option(
     "--socket",
-    type=click.Path(path_type=Path),
+    type=PATH,
     default=DEFAULT_SOCKET,
     show_default=True,
     help="The agent's control socket.",

@@ -275,9 +275,11 @@ def tcx_programs(ifindex: int) -> list[int]:
 
 @functools.cache
 def has_tcx() -> bool:
-    """Tell whether this kernel has tcx: by asking for the chain of loopback."""
+    """Tell whether this kernel has tcx: by asking for the chain of loopback. PermissionError if we may not ask."""
     try:
         tcx_programs(socket.if_nametoindex("lo"))
+    except PermissionError:
+        raise
     except OSError:
         return False
     return True

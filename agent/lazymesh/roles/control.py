@@ -141,6 +141,8 @@ def ask(path: Path, what: str, **arguments: object) -> Iterator[dict[str, Any]]:
     with socket.socket(socket.AF_UNIX) as sock:
         try:
             sock.connect(str(path))
+        except PermissionError as exc:
+            raise LazymeshError(f"cannot reach the agent on {path}: that needs root") from exc
         except OSError as exc:
             raise LazymeshError(
                 f"no agent answers on {path} ({exc.strerror or exc}): start `lazymesh agent`, or name its --socket"
