@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from datetime import UTC, datetime
 from typing import TYPE_CHECKING, Any
 
 import pytest
@@ -111,3 +112,18 @@ def test_seconds_count_from_the_first_packet_to_the_last(lab: Lab, agent: AgentP
     wait_until(lambda: (let_through(lab, address, 1), identity_of(lab, address))[1], 10, "the entry")
     wait_until(lambda: not windows(lab)[address]["open"], 3)
     assert metric(agent, "lazymesh_open_window_seconds_total") - before > 0.3
+
+
+def test_a_restart_is_where_the_record_begins() -> None:
+    """What the last agent had recorded is gone with it, and the answer does not pass that over."""
+    with Lab(pods=1) as other:
+        other.start_agent("--on-miss", "pass").stop()
+        stopped = datetime.now(UTC)
+        other.start_agent("--on-miss", "pass")
+        assert stopped < recorded_since(other) < datetime.now(UTC)
+        assert "Recorded since" in other.cli("audit").stderr
+
+
+def recorded_since(lab: Lab) -> datetime:
+    """Return from when on the agent knows."""
+    return datetime.fromisoformat(json.loads(lab.cli("audit", "-o", "json").stdout)["recordedSince"])

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import click
 
@@ -21,15 +21,23 @@ if TYPE_CHECKING:
 @socket_option
 @output_option
 def audit(since: float, socket: Path, output: str) -> None:
-    """List every open window: when, how long, how much, and what policy says of the peer now that it is known."""
+    """List every open window: when, how long, how much, and what policy says of the peer now that it is known.
+
+    The record is the agent's, of 10,000 windows at most: it begins when that was started, or later.
+    """
     answer = next(ask(socket, "audit", since=since))
     if output == "json":
         print_json(answer)
         return
     windows = answer["windows"]
-    if not windows:
+    if windows:
+        _show(windows)
+    else:
         click.echo("Nothing went through unresolved.", err=True)
-        return
+    click.echo(f"Recorded since {answer['recordedSince']}: what was closed before is forgotten.", err=True)
+
+
+def _show(windows: list[dict[str, Any]]) -> None:
     header = (
         "SINCE",
         "ADDRESS",

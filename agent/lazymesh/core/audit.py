@@ -54,6 +54,8 @@ class Finding:
 class AuditLog:
     """Findings in the order in which the windows were closed."""
 
+    complete_since: float = 0.0
+    """Whose last packet came before that may not be remembered."""
     windows_total: int = 0
     packets_total: int = 0
     seconds_total: float = 0.0
@@ -64,6 +66,8 @@ class AuditLog:
         self.windows_total += 1
         self.packets_total += finding.window.packets
         self.seconds_total += finding.window.seconds
+        if len(self._findings) == KEEP:
+            self.complete_since = max(self.complete_since, self._findings[0].window.last)
         self._findings.append(finding)
 
     def since(self, moment: float) -> Iterator[Finding]:

@@ -311,7 +311,7 @@ class Agent:
                 "stale": lambda _request: {
                     "addresses": [format_address(each) for each in parts.resolver.stale_addresses()]
                 },
-                "audit": lambda request: {"windows": auditor.describe(float(request["since"]))},
+                "audit": lambda request: auditor.describe(float(request["since"])),
                 "on-miss": lambda request: self._switch_on_miss(
                     parts.datapath, parts.holding, request["action"]
                 ),

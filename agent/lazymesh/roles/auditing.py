@@ -34,7 +34,7 @@ class Auditor:
     """
 
     def __init__(self, windows: WindowMap, allows: Allows | None, resolver: Resolver) -> None:
-        self.log = AuditLog()
+        self.log = AuditLog(complete_since=time.monotonic())
         self._windows = windows
         self._allows = allows
         self._resolver = resolver
@@ -55,13 +55,14 @@ class Auditor:
             idle = time.monotonic() - IDLE_S
             self.installed([each.address for each in self._windows.items() if each.last < idle])
 
-    def describe(self, since_s: float) -> list[dict[str, Any]]:
-        """Return the findings of the last so many seconds, closed ones first, as objects for people."""
+    def describe(self, since_s: float) -> dict[str, Any]:
+        """Return the findings of the last so many seconds, closed ones first, and since when there are all."""
         moment = time.monotonic() - since_s
         still_open = [
             self._finding(each, open_=True) for each in self._windows.items() if each.last >= moment
         ]
-        return [_as_object(finding) for finding in (*self.log.since(moment), *still_open)]
+        windows = [_as_object(finding) for finding in (*self.log.since(moment), *still_open)]
+        return {"windows": windows, "recordedSince": _as_date(self.log.complete_since)}
 
     def _finding(self, window: Window, open_: bool) -> Finding:
         view = self._resolver.describe(window.address)
@@ -77,12 +78,11 @@ class Auditor:
 
 def _as_object(finding: Finding) -> dict[str, Any]:
     window = finding.window
-    ago = timedelta(seconds=time.monotonic() - window.first)
     return {
         "address": format_address(window.address),
         "direction": window.direction.name.lower(),
         "cluster": finding.cluster,
-        "since": (datetime.now(UTC) - ago).isoformat(timespec="milliseconds"),
+        "since": _as_date(window.first),
         "seconds": round(window.seconds, 6),
         "packets": window.packets,
         "bytes": window.bytes,
@@ -90,3 +90,8 @@ def _as_object(finding: Finding) -> dict[str, Any]:
         "verdict": finding.verdict,
         "open": finding.open,
     }
+
+
+def _as_date(moment: float) -> str:
+    ago = timedelta(seconds=time.monotonic() - moment)
+    return (datetime.now(UTC) - ago).isoformat(timespec="milliseconds")

@@ -25,6 +25,7 @@ WINDOW = {
     "verdict": "denied",
     "open": True,
 }
+SINCE = "2026-11-21T06:00:00.000+00:00"
 
 
 @pytest.fixture
@@ -34,7 +35,7 @@ def asked(monkeypatch: pytest.MonkeyPatch) -> list[dict[str, Any]]:
 
     def answer(_path: Path, what: str, **arguments: Any) -> Any:
         questions.append({"ask": what, **arguments})
-        return iter([{"windows": [WINDOW]}])
+        return iter([{"windows": [WINDOW], "recordedSince": SINCE}])
 
     monkeypatch.setattr(module, "ask", answer)
     return questions
@@ -58,7 +59,7 @@ def test_strange_period_is_wrong_usage(asked: list[dict[str, Any]], period: str)
 
 def test_window_is_a_line_and_says_that_it_is_open(asked: list[dict[str, Any]]) -> None:
     """What went through, for how long, and what policy says of it."""
-    header, row = CliRunner().invoke(module.audit, []).output.splitlines()
+    header, row = CliRunner().invoke(module.audit, []).stdout.splitlines()
     assert header.split() == [
         "SINCE", "ADDRESS", "DIRECTION", "CLUSTER", "SECONDS", "PACKETS", "BYTES", "IDENTITY", "VERDICT",
     ]  # fmt: skip
@@ -67,4 +68,18 @@ def test_window_is_a_line_and_says_that_it_is_open(asked: list[dict[str, Any]]) 
 
 def test_json_is_the_agents_own_answer(asked: list[dict[str, Any]]) -> None:
     """One object."""
-    assert json.loads(CliRunner().invoke(module.audit, ["-o", "json"]).output) == {"windows": [WINDOW]}
+    assert json.loads(CliRunner().invoke(module.audit, ["-o", "json"]).output) == {
+        "windows": [WINDOW],
+        "recordedSince": SINCE,
+    }
+
+
+@pytest.mark.parametrize("windows", [[], [WINDOW]])
+def test_people_are_told_how_far_back_the_record_goes(
+    monkeypatch: pytest.MonkeyPatch, windows: list[dict[str, Any]]
+) -> None:
+    """Nothing in it is no news of what was before the agent was started."""
+    monkeypatch.setattr(module, "ask", lambda *_, **__: iter([{"windows": windows, "recordedSince": SINCE}]))
+    result = CliRunner().invoke(module.audit, [])
+    assert f"Recorded since {SINCE}" in result.stderr
+    assert ("Nothing went through unresolved." in result.stderr) is (not windows)

@@ -48,3 +48,16 @@ def test_details_are_bounded_and_sums_are_not() -> None:
     assert len(kept) == KEEP
     assert kept[0].window.first == 10
     assert log.windows_total == KEEP + 10
+    assert log.complete_since == 9
+
+
+def test_what_is_forgotten_ends_the_time_of_which_all_is_known() -> None:
+    """Windows are not closed in the order of their last packets; and nothing is forgotten before there are many."""
+    log = AuditLog(complete_since=100.0)
+    lasts = [90.0, 300.0, 200.0]
+    for last in (*lasts, *[400.0] * (KEEP - len(lasts))):
+        log.close(finding(50.0, last))
+    assert log.complete_since == 100
+    for expected in (100, 300, 300):
+        log.close(finding(50.0, 400.0))
+        assert log.complete_since == expected

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from datetime import UTC, datetime, timedelta
 from types import SimpleNamespace
 from typing import Any, cast
 
@@ -10,6 +11,9 @@ import pytest
 from lazymesh.core.audit import Window
 from lazymesh.core.model import Direction
 from lazymesh.roles.auditing import MANY, Auditor
+
+A_LITTLE = timedelta(milliseconds=100)
+"""Dates are made of seconds since the start, and cut at milliseconds."""
 
 
 class Windows:
@@ -23,6 +27,10 @@ class Windows:
         """Tell whether there is none."""
         self.asked += 1
         return not self.open
+
+    def items(self) -> list[Window]:
+        """Show those of which no test has any."""
+        return []
 
     def take(self, address: bytes) -> Window | None:
         """Close one."""
@@ -55,6 +63,20 @@ def test_many_answers_are_looked_up_once_while_no_window_is_open() -> None:
     windows = Windows()
     _auditor(windows).installed(addresses(4 * MANY))
     assert windows.asked == 1
+
+
+def test_record_begins_with_the_agent_and_says_so() -> None:
+    """An hour asked for does not make it an hour old; what is forgotten makes it begin later."""
+    windows = Windows()
+    before = datetime.now(UTC)
+    auditor = _auditor(windows)
+    answer = auditor.describe(3600.0)
+    assert answer["windows"] == []
+    since = datetime.fromisoformat(answer["recordedSince"])
+    assert before - A_LITTLE < since < datetime.now(UTC) + A_LITTLE
+    auditor.log.complete_since += 60
+    later = datetime.fromisoformat(auditor.describe(3600.0)["recordedSince"])
+    assert abs(later - since - timedelta(seconds=60)) < A_LITTLE
 
 
 def _auditor(windows: Windows) -> Auditor:
