@@ -51,7 +51,8 @@ def check(
 ) -> None:
     """Check kernel, headers, bcc, bpffs, Cilium, etcd and certificates. Exit 3 if a needed part is missing."""
     configure_logging("text", "error")  # what is wrong is told by the findings
-    directories = [clustermesh_config] + ([remote_config] if remote_config else [])
+    directories = {"--clustermesh-config": clustermesh_config}
+    directories |= {"--remote-config": remote_config} if remote_config else {}
     if asyncio.run(_run(check_node(bpffs, directories, interface), output)):
         raise SystemExit(3)
 

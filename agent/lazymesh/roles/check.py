@@ -36,12 +36,17 @@ if TYPE_CHECKING:
 OLDEST_KERNEL = (5, 10)
 EXPIRY_WARNING = timedelta(days=30)
 ETCD_TIMEOUT_S = 5.0
+STORES_AT_A_TIME = 16
+"""Those that do not answer would otherwise be waited for one after the other."""
 
 
 async def check_node(
-    bpffs: Path, directories: list[Path], interfaces: tuple[str, ...] = CILIUM_INTERFACES
+    bpffs: Path, directories: dict[str, Path], interfaces: tuple[str, ...] = CILIUM_INTERFACES
 ) -> AsyncIterator[Finding]:
-    """Yield a finding for every need: first the node's, then those of a Cilium on it, then each cluster's."""
+    """Yield a finding for every need: first the node's, then those of a Cilium on it, then each cluster's.
+
+    directories: of clusters, by the option that names them.
+    """
     for name, look in _NODE_CHECKS.items():
         yield _found(name, look)
     yield _found("capabilities", lambda: ", ".join(check_capabilities()))
@@ -49,23 +54,35 @@ async def check_node(
     yield _found("map layout", lambda: _layout(bpffs))
     async for finding in check_cilium(bpffs, interfaces):
         yield finding
-    for directory in directories:
-        try:
-            files = read_directory(directory)
-        except LazymeshError as exc:
-            yield Finding("clustermesh", "fail", str(exc))
+    room = asyncio.Semaphore(STORES_AT_A_TIME)
+    found = [each for option, path in directories.items() for each in _clusters(path, option, room)]
+    waited_for = [each for each in found if not isinstance(each, Finding)]
+    try:
+        for each in found:
+            yield each if isinstance(each, Finding) else await each
+    finally:
+        for task in waited_for:
+            task.cancel()
+        await asyncio.gather(*waited_for, return_exceptions=True)
+
+
+def _clusters(
+    directory: Path, option: str, room: asyncio.Semaphore
+) -> Iterator[Finding | asyncio.Task[Finding]]:
+    """Look at a directory's files, and begin to ask their stores."""
+    try:
+        files = read_directory(directory, option)
+    except LazymeshError as exc:
+        yield Finding("clustermesh", "fail", str(exc))
+        return
+    if not files:
+        yield Finding("clustermesh", "warn", f"{directory} describes no cluster: misses cannot be resolved")
+    for cluster, file in files.items():
+        if file.config is None:
+            yield Finding(f"cluster {cluster}", "fail", file.error or "no configuration")
             continue
-        if not files:
-            yield Finding(
-                "clustermesh", "warn", f"{directory} describes no cluster: misses cannot be resolved"
-            )
-        for cluster, file in files.items():
-            if file.config is None:
-                yield Finding(f"cluster {cluster}", "fail", file.error or "no configuration")
-                continue
-            for finding in _certificates(cluster, file.config):
-                yield finding
-            yield await _store(cluster, file.config)
+        yield from _certificates(cluster, file.config)
+        yield asyncio.create_task(_store(cluster, file.config, room))
 
 
 def _found(name: str, look: Callable[[], str]) -> Finding:
@@ -182,13 +199,15 @@ def _certificates(cluster: str, config: EtcdConfig) -> Iterator[Finding]:
     if left <= timedelta():
         yield Finding(name, "fail", f"{text}: expired, renew it")
     else:
-        yield Finding(name, "warn" if left < EXPIRY_WARNING else "ok", text)
+        soon = left < EXPIRY_WARNING
+        why = f" (less than {EXPIRY_WARNING.days} days)" if soon else ""
+        yield Finding(name, "warn" if soon else "ok", f"{text}{why}")
 
 
-async def _store(cluster: str, config: EtcdConfig) -> Finding:
+async def _store(cluster: str, config: EtcdConfig, room: asyncio.Semaphore) -> Finding:
     """Connect, read the cluster's description, and try what a miss would read."""
     name = f"cluster {cluster}"
-    async with EtcdClient(config) as client:
+    async with room, EtcdClient(config) as client:
         try:
             async with asyncio.timeout(ETCD_TIMEOUT_S):
                 return await _ask_store(name, cluster, client)

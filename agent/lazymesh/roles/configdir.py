@@ -33,13 +33,17 @@ class ClusterFile:
     """One line when the content cannot be used; then config is None."""
 
 
-def read_directory(directory: Path) -> dict[str, ClusterFile]:
-    """Return the clusters described in a directory, by name; SettingsError when it cannot be read at all."""
+def read_directory(directory: Path, option: str | None = None) -> dict[str, ClusterFile]:
+    """Return the clusters described in a directory, by name; SettingsError when it cannot be read at all.
+
+    option: by which the directory was given, if whoever reads the error may give another.
+    """
     try:
         paths = sorted(path for path in directory.iterdir() if path.is_file())
     except OSError as exc:
+        advice = f"; name another with {option}" if option else ""
         raise SettingsError(
-            f"cannot read the clustermesh directory {directory}: {exc.strerror}; name another with --clustermesh-config"
+            f"cannot read the clustermesh directory {directory}: {exc.strerror}{advice}"
         ) from exc
     found = {}
     for path in paths:
@@ -63,13 +67,16 @@ def _parse(path: Path, content: bytes) -> ClusterFile:
         return ClusterFile(digest, None, str(exc))
 
 
-def check_directories(*directories: Path | None) -> None:
+def check_directories(clustermesh_config: Path, remote_config: Path | None) -> None:
     """Read the directories once before anything is started: SettingsError for one of which nothing can be used.
 
     One cluster's file that is bad is that cluster's problem alone, now as later.
     """
-    for directory in directories:
-        files = read_directory(directory) if directory else {}
+    for option, directory in (
+        ("--clustermesh-config", clustermesh_config),
+        ("--remote-config", remote_config),
+    ):
+        files = read_directory(directory, option) if directory else {}
         errors = [f"cluster {name}: {file.error}" for name, file in files.items() if file.error is not None]
         if errors and len(errors) == len(files):
             raise SettingsError(errors[0])

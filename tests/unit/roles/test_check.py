@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import asyncio
+import contextlib
 import os
+import time
 from typing import TYPE_CHECKING
 
 import pytest
@@ -72,6 +75,7 @@ def test_certificates_are_read_and_dated(tmp_path: Path) -> None:
         (finding,) = check._certificates("b", parse_config(text, "file-b"))
         assert finding.verdict == verdict
         assert "user remote" in finding.text
+        assert finding.text.endswith("expired, renew it" if expired else "(less than 30 days)")
     text = f"endpoints: ['https://x:1']\ncert-file: {tmp_path}/none\nkey-file: {pair.key}\n"
     (finding,) = check._certificates("b", parse_config(text, "file-b"))
     assert (finding.verdict, finding.text) == ("fail", f"cannot read {tmp_path}/none, named in file-b")
@@ -81,6 +85,44 @@ async def test_every_cluster_of_every_directory_is_asked(tmp_path: Path) -> None
     """A store that is not there, a file that makes no sense, a directory that is missing."""
     (tmp_path / "b").write_text(f"endpoints: ['http://127.0.0.1:{free_port()}']\n")
     (tmp_path / "c").write_text("endpoints: [")
-    found = {f.name: f async for f in check.check_node(tmp_path, [tmp_path, tmp_path / "none"])}
+    directories = {"--clustermesh-config": tmp_path, "--remote-config": tmp_path / "none"}
+    found = {f.name: f async for f in check.check_node(tmp_path, directories)}
     assert found["cluster b"].verdict == found["cluster c"].verdict == found["clustermesh"].verdict == "fail"
-    assert "--clustermesh-config" in found["clustermesh"].text
+    assert found["clustermesh"].text.endswith("name another with --remote-config")
+
+
+class Silence:
+    """Listens, and answers nobody: a store that hangs. Counts who is connected to it."""
+
+    def __init__(self) -> None:
+        self.connected = self.most = 0
+
+    async def serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        """Keep one connection until it is closed."""
+        self.connected += 1
+        self.most = max(self.most, self.connected)
+        with contextlib.suppress(ConnectionError):
+            while await reader.read(1024):
+                pass
+        self.connected -= 1
+        writer.close()
+
+
+async def test_many_stores_are_asked_at_a_time_and_told_of_in_order(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As many as there is room for; whoever has an answer waits for those before, and for none behind."""
+    monkeypatch.setattr(check, "ETCD_TIMEOUT_S", 0.5)
+    silence = Silence()
+    names = [f"c{number:02}" for number in range(2 * check.STORES_AT_A_TIME)]
+    async with await asyncio.start_server(silence.serve, "127.0.0.1", 0) as server:
+        port = server.sockets[0].getsockname()[1]
+        for name in names:
+            (tmp_path / name).write_text(f"endpoints: ['http://127.0.0.1:{port}']\n")
+        (tmp_path / "a").write_text("endpoints: [")
+        directories = {"--clustermesh-config": tmp_path}
+        findings = check.check_node(tmp_path, directories)
+        told = {each.name: time.monotonic() async for each in findings if each.name.startswith("cluster ")}
+    assert list(told) == [f"cluster {name}" for name in ("a", *names)]
+    assert silence.most == check.STORES_AT_A_TIME
+    assert told["cluster a"] + 0.4 < told["cluster c00"] < told[f"cluster {names[-1]}"] - 0.2

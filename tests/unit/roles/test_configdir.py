@@ -64,6 +64,10 @@ def test_name_that_is_no_text_costs_the_others_nothing(tmp_path: Path) -> None:
 
 
 def test_missing_directory_names_the_option(tmp_path: Path) -> None:
-    """It cannot be read at all."""
-    with pytest.raises(SettingsError, match="--clustermesh-config"):
-        check_directories(tmp_path / "none")
+    """The one that gave it; once the agent runs, there is none to give."""
+    with pytest.raises(SettingsError, match=r"another with --clustermesh-config$"):
+        check_directories(tmp_path / "none", tmp_path)
+    with pytest.raises(SettingsError, match=r"another with --remote-config$"):
+        check_directories(tmp_path, tmp_path / "none")
+    with pytest.raises(SettingsError, match=r"none: No such file or directory$"):
+        read_directory(tmp_path / "none")
