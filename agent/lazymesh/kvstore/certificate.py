@@ -9,6 +9,7 @@ through DER: the ssl module decodes peers' certificates only.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import ssl
 from dataclasses import dataclass
 from datetime import UTC, datetime
@@ -134,7 +135,10 @@ async def _handshake(
         return HandshakeFailure(reason, f"https where it wants http? see endpoints in {config.source}")
     finally:
         if writer is not None:
-            writer.close()
+            writer.transport.abort()  # a farewell would have to be waited for
+            # The error is kept for whoever waits here, and asyncio complains of one that nobody has fetched.
+            with contextlib.suppress(OSError):
+                await writer.wait_closed()
     return None
 
 

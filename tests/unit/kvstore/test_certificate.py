@@ -2,11 +2,21 @@
 
 from __future__ import annotations
 
+import asyncio
+import gc
+import socket
+import ssl
 from datetime import UTC, datetime
+from typing import TYPE_CHECKING
 
 import pytest
 
-from lazymesh.kvstore.certificate import CertificateFacts, certificate_facts
+from lazymesh.kvstore.certificate import CertificateFacts, certificate_facts, handshake_failure
+from lazymesh.kvstore.config import parse_config
+from tests.support.etcd import Authority
+
+if TYPE_CHECKING:
+    from pathlib import Path
 
 REMOTE = b"""\
 -----BEGIN CERTIFICATE-----
@@ -42,3 +52,35 @@ def test_file_without_certificate_has_no_facts() -> None:
     """A key in the place of a certificate, for one."""
     assert certificate_facts(b"") is None
     assert certificate_facts(b"-----BEGIN CERTIFICATE-----\nAAAA\n-----END CERTIFICATE-----") is None
+
+
+async def test_refused_certificate_leaves_no_error_that_nobody_has_fetched(tmp_path: Path) -> None:
+    """Asyncio would print it with a traceback, whenever it happens to be collected in the wrong order."""
+    ours, theirs = Authority(tmp_path / "ours", "ours"), Authority(tmp_path / "theirs", "theirs")
+    server, client = theirs.issue("server"), ours.issue("remote")
+    context = ssl.create_default_context(ssl.Purpose.CLIENT_AUTH, cafile=str(theirs.cert))
+    context.load_cert_chain(server.cert, server.key)
+    context.verify_mode = ssl.CERT_REQUIRED
+
+    def refuse(listening: socket.socket) -> None:
+        connection, _ = listening.accept()
+        with connection, pytest.raises(ssl.SSLError):
+            context.wrap_socket(connection, server_side=True)
+
+    with socket.create_server(("127.0.0.1", 0)) as listening:
+        text = (
+            f"endpoints: ['https://127.0.0.1:{listening.getsockname()[1]}']\ntrusted-ca-file: {theirs.cert}\n"
+            f"cert-file: {client.cert}\nkey-file: {client.key}\n"
+        )
+        config = parse_config(text, "file-b")
+        refusing = asyncio.create_task(asyncio.to_thread(refuse, listening))
+        gc.disable()
+        try:
+            failure = await handshake_failure(config.endpoints[0], config, timeout_s=5)
+            futures = [each for each in gc.get_objects() if isinstance(each, asyncio.Future)]
+        finally:
+            gc.enable()
+        await refusing
+    assert failure is not None
+    assert "the server ends the TLS handshake" in failure.reason
+    assert [each for each in futures if each.done() and each._log_traceback] == []
