@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 import pytest
 
 from lazymesh.core.model import Direction
+from lazymesh.datapath import tap
 from lazymesh.datapath.interfaces import InterfaceFollower, InterfaceSelection
 from lazymesh.errors import DatapathError
 from tests.datapath.conftest import open_descriptors
@@ -52,6 +53,14 @@ def has_clsact(node: Namespace, name: str) -> bool:
     """Tell whether the interface has the qdisc that filters hang on."""
     listed = json.loads(node.run("tc", "-j", "qdisc", "show", "dev", name))
     return any(qdisc["kind"] == "clsact" for qdisc in listed)
+
+
+def test_the_holders_tap_is_never_selected() -> None:
+    """Held packets are not to be held again, however wide a pattern is."""
+    everything = InterfaceSelection(pods=("+",))
+    assert {everything.direction_of(name) for name in tap.NAMES} == {None}
+    assert everything.direction_of("lm_holding") is EGRESS
+    assert InterfaceSelection(uplinks=("lm_+",)).direction_of(tap.NAMES[0]) is None
 
 
 async def until(condition: Callable[[], bool], seconds: float = 5) -> float:

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 import click
 
 from lazymesh.cli.options import SettingsCommand, socket_option
+from lazymesh.errors import LazymeshError
 from lazymesh.roles.control import ask
 
 if TYPE_CHECKING:
@@ -25,7 +26,7 @@ def on_miss(action: str, socket: Path) -> None:
     """Say what becomes of a missed packet from now on: hold, pass or drop."""
     answer = next(ask(socket, "on-miss", action=action))
     if "error" in answer:
-        raise click.ClickException(answer["error"])
+        raise LazymeshError(answer["error"])
     click.echo(f"on miss: {answer['onMiss']}")
     if action == "hold" and answer["problem"]:
         click.echo(f"Nothing is held, missed packets are passed on: {answer['problem']}", err=True)

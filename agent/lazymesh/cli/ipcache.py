@@ -54,6 +54,7 @@ def list_(bpffs: Path, socket: Path, output: str) -> None:
 @output_option
 def get(ip: str, bpffs: Path, socket: Path, output: str) -> None:
     """Ask what the datapath would: the entry of the longest prefix that covers IP. Exit 1 if there is none."""
+    ip = _address(ip)
     row = _open(bpffs, _stale(socket)).get(ip)
     if row is None:
         click.echo(f"{ip} does not map to any identity", err=output == "json")
@@ -91,6 +92,12 @@ def watch(bpffs: Path, interval: float, output: str) -> None:
             if prefix not in now:
                 show("deleted", row)
         known = now
+
+
+def _address(text: str) -> str:
+    """Take the full length off an address, which the list has there."""
+    host, _, length = text.partition("/")
+    return host if length == ("128" if ":" in host else "32") else text
 
 
 def _open(bpffs: Path, stale: Collection[str] = ()) -> IpcacheView:

@@ -8,7 +8,6 @@ import click
 
 from lazymesh.cli.options import SettingsCommand, socket_option
 from lazymesh.cli.output import output_option, print_json, print_table
-from lazymesh.errors import LazymeshError
 from lazymesh.roles.control import ask
 
 if TYPE_CHECKING:
@@ -20,9 +19,7 @@ if TYPE_CHECKING:
 @output_option
 def status(socket: Path, output: str) -> None:
     """Show how the agent is doing. Exit 1 if something is wrong."""
-    answer = next(ask(socket, "status"), None)
-    if answer is None:
-        raise LazymeshError(f"the agent behind {socket} left without an answer: it is about to stop")
+    answer = next(ask(socket, "status"))
     if output == "json":
         print_json(answer)
     else:

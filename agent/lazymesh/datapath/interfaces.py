@@ -19,6 +19,7 @@ from pyroute2 import AsyncIPRoute, NetlinkError
 from pyroute2.netlink.rtnl import RTMGRP_LINK, RTMGRP_TC
 
 from lazymesh.core.model import Direction
+from lazymesh.datapath import tap
 from lazymesh.datapath.hooks import choose_hook, link_kind
 from lazymesh.errors import DatapathError
 from lazymesh.tasks import together
@@ -52,7 +53,9 @@ class InterfaceSelection:
     uplinks: tuple[str, ...] = ()
 
     def direction_of(self, name: str) -> Direction | None:
-        """Return what the interface carries, None when it is not selected."""
+        """Return what the interface carries, None when it is not selected; the holder's TAP never is."""
+        if name in tap.NAMES:
+            return None
         if any(_matches(name, pattern) for pattern in self.uplinks):
             return Direction.INGRESS
         if any(_matches(name, pattern) for pattern in self.pods):

@@ -137,7 +137,7 @@ async def read_request(reader: asyncio.StreamReader) -> dict[str, Any] | None:
 
 
 def ask(path: Path, what: str, **arguments: object) -> Iterator[dict[str, Any]]:
-    """Ask the agent behind a socket; yields its answer, or the objects of a stream as they come."""
+    """Ask the agent behind a socket; yields its answer, or the objects of a stream as they come: one at least."""
     with socket.socket(socket.AF_UNIX) as sock:
         try:
             sock.connect(str(path))
@@ -147,12 +147,16 @@ def ask(path: Path, what: str, **arguments: object) -> Iterator[dict[str, Any]]:
             raise LazymeshError(
                 f"no agent answers on {path} ({exc.strerror or exc}): start `lazymesh agent`, or name its --socket"
             ) from exc
+        answered = False
         try:
             sock.sendall(json.dumps({"ask": what, **arguments}).encode() + b"\n")
             with sock.makefile("r", encoding="utf-8") as lines:
                 for line in lines:
+                    answered = True
                     yield json.loads(line)
         except (OSError, ValueError) as exc:
             raise LazymeshError(
                 f"the agent behind {path} broke off in the middle of its answer: {exc}"
             ) from exc
+        if not answered:
+            raise LazymeshError(f"the agent behind {path} left without an answer: it is about to stop")

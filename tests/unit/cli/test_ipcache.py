@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import json
 from dataclasses import replace
+from types import SimpleNamespace
 from typing import TYPE_CHECKING
 
+import pytest
 from click.testing import CliRunner
 
 from lazymesh.cli import ipcache as module
@@ -13,8 +15,6 @@ from lazymesh.roles.inspect import Row
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
-
-    import pytest
 
 ROW = Row("10.2.0.5/32", 131_073, "172.18.0.2", 255, 0b1111, "lazymesh")
 PLAIN = Row("0.0.0.0/0", 2, "0.0.0.0", 0, 0, "other")
@@ -83,6 +83,27 @@ def test_get_exits_1_when_nothing_covers_the_address(monkeypatch: pytest.MonkeyP
     assert invoke(monkeypatch, View(), "get", "10.2.0.6", "-o", "json") == (1, "")
     code, out = invoke(monkeypatch, View(), "get", "10.2.0.5", "-o", "json")
     assert (code, json.loads(out)["address"]) == (0, "10.2.0.5")
+
+
+@pytest.mark.parametrize(
+    ("text", "asked"),
+    [
+        ("10.2.0.5/32", "10.2.0.5"),
+        ("fd00::5/128", "fd00::5"),
+        ("10.2.0.0/16", "10.2.0.0/16"),
+        ("fd00::/32",) * 2,
+    ],
+)
+def test_get_takes_an_address_as_the_list_has_it(
+    monkeypatch: pytest.MonkeyPatch, text: str, asked: str
+) -> None:
+    """Of full length it is one; what is shorter is not."""
+    seen: list[str] = []
+    view = SimpleNamespace(get=lambda ip: seen.append(ip) or ROW)
+    monkeypatch.setattr(module.IpcacheView, "open", lambda *_: view)
+    result = CliRunner().invoke(module.ipcache, ["get", text, "-o", "json"])
+    assert json.loads(result.output)["address"] == asked
+    assert seen == [asked]
 
 
 def test_watch_tells_differences_only(monkeypatch: pytest.MonkeyPatch) -> None:

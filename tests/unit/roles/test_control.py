@@ -111,3 +111,16 @@ def test_nobody_answers(tmp_path: Path) -> None:
     for path in (tmp_path / "none", tmp_path / ("x" * 200), tmp_path):
         with pytest.raises(LazymeshError, match="no agent answers"):
             list(ask(path, "status"))
+
+
+async def test_agent_that_leaves_without_an_answer(tmp_path: Path) -> None:
+    """It was about to stop: a line for every command, no traceback."""
+
+    async def leave(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        await reader.readline()
+        writer.close()
+
+    path = tmp_path / "agent.sock"
+    async with await asyncio.start_unix_server(leave, path):
+        with pytest.raises(LazymeshError, match="without an answer"):
+            await asyncio.to_thread(lambda: next(ask(path, "audit", since=60)))
