@@ -7,7 +7,15 @@ from typing import Any
 
 import click
 
-from lazymesh.cli.options import PATH, Period, SettingsCommand, bpffs_option, config_option, socket_option
+from lazymesh.cli.options import (
+    PATH,
+    Milliseconds,
+    Period,
+    SettingsCommand,
+    bpffs_option,
+    config_option,
+    socket_option,
+)
 from lazymesh.roles.agent import run_agent
 from lazymesh.roles.logs import configure_logging
 from lazymesh.settings import (
@@ -35,7 +43,8 @@ from lazymesh.settings import (
     "--interface",
     multiple=True,
     metavar="IF",
-    help="Pods' host-side interface; 'lxc+' matches a prefix, and is the default beside Cilium. Repeatable.",
+    help="Pods' host-side interface; 'lxc+' matches a prefix, and is the default beside Cilium. Repeatable; in the"
+    " environment, several are separated by blanks.",
 )
 @click.option(
     "--uplink",
@@ -101,9 +110,10 @@ from lazymesh.settings import (
 )
 @click.option(
     "--hold-timeout",
-    type=click.FloatRange(min=1, max=10_000),
+    type=Milliseconds(1, 10_000),
     default=250,
     show_default=True,
+    metavar="MS",
     help="Milliseconds after which a held packet is let go without an answer.",
 )
 @click.option(
@@ -147,7 +157,7 @@ from lazymesh.settings import (
     type=Period(),
     default="10m",
     show_default=True,
-    help="How long an entry is served that its cluster does not confirm because it is silent: 90s, 15m, 1h.",
+    help="How long an entry is served that its cluster does not confirm because it is silent: 90s, 15m, 1h30m.",
 )
 @click.option(
     "--shadow",

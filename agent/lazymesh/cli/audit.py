@@ -16,7 +16,11 @@ if TYPE_CHECKING:
 
 @click.command(cls=SettingsCommand)
 @click.option(
-    "--since", type=Period(), default="1h", show_default=True, help="How far to look back: 90s, 15m, 1h, 7d."
+    "--since",
+    type=Period(),
+    default="1h",
+    show_default=True,
+    help="How far to look back: 90s, 15m, 1h30m, 7d.",
 )
 @socket_option
 @output_option

@@ -61,8 +61,10 @@ def main() -> None:
         # in vain. The agent's own way to stop takes this one's place once it is there.
         signal.signal(signal.SIGTERM, lambda number, _frame: os._exit(128 + number))
     check_stdout()
+    # Without a word of the user's (no-color.org) it depends on the terminal.
+    colour = False if os.environ.get("NO_COLOR") else None
     try:
-        cli.main(prog_name="lazymesh", standalone_mode=False)
+        cli.main(prog_name="lazymesh", standalone_mode=False, color=colour)
     except click.exceptions.NoArgsIsHelpError as exc:
         _fail(exc.format_message(), 2)
     except click.UsageError as exc:

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import math
 import re
 from pathlib import Path
 from typing import Any, ClassVar
 
 import click
 import yaml
+from click.core import ParameterSource
 
 from lazymesh.errors import SettingsError
 from lazymesh.settings import DEFAULT_BPFFS, DEFAULT_SOCKET
@@ -20,14 +22,37 @@ class Period(click.ParamType[float]):
     """Seconds, as people write them."""
 
     name = "period"
-    _UNITS: ClassVar = {"s": 1, "m": 60, "h": 3600, "d": 86400}
+    _UNITS: ClassVar = {"d": 86400, "h": 3600, "m": 60, "s": 1}
+    _FORM = re.compile("".join(rf"(?:(\d{{1,9}}){unit})?" for unit in _UNITS))
 
     def convert(self, value: object, param: click.Parameter | None, ctx: click.Context | None) -> float:
         """Return seconds."""
-        found = re.fullmatch(r"(\d+)([smhd])", str(value))
-        if found is None:
-            self.fail(f"{value!r} is no period: write 90s, 15m, 1h or 7d", param, ctx)
-        return int(found[1]) * self._UNITS[found[2]]
+        found = self._FORM.fullmatch(str(value))
+        if found is None or not found[0]:
+            self.fail(f"{value!r} is no period: write 90s, 15m, 1h30m or 7d", param, ctx)
+        return sum(
+            int(count or 0) * each for count, each in zip(found.groups(), self._UNITS.values(), strict=True)
+        )
+
+
+class Milliseconds(click.ParamType[float]):
+    """A number of milliseconds, whether or not that is said."""
+
+    name = "milliseconds"
+
+    def __init__(self, least: int, most: int) -> None:
+        self._least, self._most = least, most
+
+    def convert(self, value: object, param: click.Parameter | None, ctx: click.Context | None) -> float:
+        """Return milliseconds."""
+        try:
+            number = float(str(value).removesuffix("ms"))
+        except ValueError:
+            number = math.nan
+        if not self._least <= number <= self._most:
+            words = f"write milliseconds, from {self._least:,} to {self._most:,}: 250, or 250ms"
+            self.fail(f"{value!r}: {words}", param, ctx)
+        return number
 
 
 class SettingsCommand(click.Command):
@@ -39,6 +64,28 @@ class SettingsCommand(click.Command):
             if isinstance(param, click.Option) and param.name and param.envvar is None:
                 param.envvar = f"LAZYMESH_{param.name.upper()}"
                 param.show_envvar = True
+
+    def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
+        """Have an error say which command it is about, and which of an option's three ways brought the value."""
+        try:
+            return super().parse_args(ctx, args)
+        except click.UsageError as exc:
+            exc.ctx = exc.ctx or ctx
+            if isinstance(exc, click.BadParameter) and isinstance(exc.param, click.Option):
+                exc.param_hint = exc.param_hint or _hint(ctx, exc.param)
+            raise
+
+
+_CONFIG = "lazymesh.config"
+"""In a context's meta: the file whose keys are the defaults."""
+
+
+def _hint(ctx: click.Context, option: click.Option) -> str | None:
+    """Name an option as whoever gave it did; None: as click does, which names the environment's variable too."""
+    source = ctx.get_parameter_source(str(option.name))
+    if source is ParameterSource.DEFAULT_MAP:
+        return f"{option.opts[0].removeprefix('--')!r} in --config {ctx.meta[_CONFIG]}"
+    return repr(option.opts[0]) if source is ParameterSource.COMMANDLINE else None
 
 
 def _read_config(ctx: click.Context, me: click.Parameter, path: Path | None) -> None:
@@ -59,6 +106,7 @@ def _read_config(ctx: click.Context, me: click.Parameter, path: Path | None) -> 
         raise SettingsError(
             f"--config {path}: no option is called {unknown[0]!r}; keys are named as the options are"
         )
+    ctx.meta[_CONFIG] = path
     ctx.default_map = {
         str(options[key].name): _as_words(path, options[key], value)
         for key, value in content.items()

@@ -56,11 +56,13 @@ def test_every_word_arrives_where_it_belongs(caught: Caught, tmp_path: Path) -> 
         *("--cluster-name", "c", "--cluster-id", "300", "--max-connected-clusters", "511"),
         *("--mesh-cidr", "d=10.2.0.0/16", "--cluster-region", "eu", "--on-miss", "drop", "--shadow"),
         *("--metrics-address", "off", "--signal-rate", "0", "--bpffs", str(tmp_path)),
+        *("--hold-timeout", "100ms", "--stale-limit", "1h30m"),
     )
     assert result.exception is None, result.output
     (settings,) = caught.settings
     assert settings.datapath.interfaces == ("a", "b+")
-    assert settings.datapath.on_miss == "drop"
+    assert (settings.datapath.on_miss, settings.datapath.hold_limit_s) == ("drop", 0.1)
+    assert settings.stale_limit_s == 5400
     assert (settings.mesh.cluster_id, settings.mesh.max_connected_clusters) == (300, 511)
     assert settings.mesh.mesh_cidrs == (("d", ipaddress.ip_network("10.2.0.0/16")),)
     assert (settings.mesh.region, settings.metrics_address, settings.shadow) == ("eu", None, True)

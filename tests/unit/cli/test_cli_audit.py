@@ -41,19 +41,32 @@ def asked(monkeypatch: pytest.MonkeyPatch) -> list[dict[str, Any]]:
     return questions
 
 
-@pytest.mark.parametrize(("period", "seconds"), [("90s", 90), ("15m", 900), ("1h", 3600), ("7d", 604_800)])
+@pytest.mark.parametrize(
+    ("period", "seconds"),
+    [
+        ("90s", 90),
+        ("15m", 900),
+        ("1h", 3600),
+        ("7d", 604_800),
+        ("1h30m", 5400),
+        ("1d2h3m4s", 93_784),
+        ("0s", 0),
+    ],
+)
 def test_period_is_passed_on_in_seconds(asked: list[dict[str, Any]], period: str, seconds: int) -> None:
     """As people write it."""
     assert CliRunner().invoke(module.audit, ["--since", period]).exit_code == 0
     assert asked == [{"ask": "audit", "since": seconds}]
 
 
-@pytest.mark.parametrize("period", ["", "1", "h", "-1h", "1w", "1.5h"])
+@pytest.mark.parametrize(
+    "period", ["", "1", "h", "-1h", "1w", "1.5h", "1h30", "30m1h", "1h 30m", "9" * 400 + "d"]
+)
 def test_strange_period_is_wrong_usage(asked: list[dict[str, Any]], period: str) -> None:
     """With examples of what is none."""
     result = CliRunner().invoke(module.audit, ["--since", period])
     assert result.exit_code == 2
-    assert "write 90s, 15m, 1h or 7d" in result.output
+    assert "write 90s, 15m, 1h30m or 7d" in result.output
     assert asked == []
 
 

@@ -8,7 +8,7 @@ import click
 import pytest
 from click.testing import CliRunner
 
-from lazymesh.cli.options import SettingsCommand, config_option
+from lazymesh.cli.options import Milliseconds, SettingsCommand, config_option
 from lazymesh.errors import SettingsError
 
 if TYPE_CHECKING:
@@ -23,6 +23,7 @@ if TYPE_CHECKING:
 @click.option("--size", type=click.Choice(["255", "511"]), default="255")
 @click.option("--address", default="here")
 @click.option("--number", type=int, default=0)
+@click.option("--wait", type=Milliseconds(1, 10_000), default=250)
 @click.option("--shadow", is_flag=True)
 @click.pass_context
 def command(ctx: click.Context, **options: Any) -> None:
@@ -99,3 +100,52 @@ def test_binary_file_is_refused(tmp_path: Path) -> None:
     path.write_bytes(b"\xff\xfe\x00")
     result = CliRunner().invoke(command, ["--config", str(path)], obj={})
     assert isinstance(result.exception, SettingsError)
+
+
+def refusal(path: Path, *argv: str) -> str:
+    """Return the words with which the command refuses what it was given."""
+    with pytest.raises(click.UsageError) as caught:
+        command.main(["--config", str(path), *argv], standalone_mode=False, obj={})
+    assert caught.value.ctx is not None
+    return caught.value.format_message()
+
+
+@pytest.mark.parametrize(
+    ("argv", "variable", "hint"),
+    [
+        ((), None, "'number' in --config {path}: "),
+        ((), "many", "'--number' (env var: 'LAZYMESH_NUMBER'): "),
+        (("--number", "many"), "1", "'--number': "),
+    ],
+)
+def test_bad_value_is_blamed_on_whoever_gave_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, argv: tuple[str, ...], variable: str | None, hint: str
+) -> None:
+    """The file by its name, and a variable only where it counts."""
+    path = tmp_path / "c.yaml"
+    path.write_text("number: some")
+    if variable is not None:
+        monkeypatch.setenv("LAZYMESH_NUMBER", variable)
+    assert refusal(path, *argv).startswith("Invalid value for " + hint.format(path=path))
+
+
+@pytest.mark.parametrize(("text", "value"), [("250", 250), ("250ms", 250), ("1.5ms", 1.5), ("10000", 10_000)])
+def test_milliseconds_may_say_that_they_are(tmp_path: Path, text: str, value: float) -> None:
+    """In the file as anywhere else."""
+    seen, _ = run(tmp_path / "c.yaml", f"wait: {text}")
+    assert seen["wait"] == value
+
+
+@pytest.mark.parametrize("text", ["", "ms", "250s", "0.5", "10001ms", "long", "nan"])
+def test_other_times_are_told_the_unit_and_the_range(tmp_path: Path, text: str) -> None:
+    """Whatever is wrong with them."""
+    path = tmp_path / "c.yaml"
+    path.write_text("")
+    assert refusal(path, "--wait", text).endswith("write milliseconds, from 1 to 10,000: 250, or 250ms")
+
+
+def test_option_without_its_value_is_an_error_of_this_command(tmp_path: Path) -> None:
+    """Its help is the one to look into, and click does not say so."""
+    path = tmp_path / "c.yaml"
+    path.write_text("")
+    assert "requires an argument" in refusal(path, "--address")

@@ -1,4 +1,4 @@
-"""Output that nobody reads, or that has no place: real pipes, a full device, and what the shell sees of it."""
+"""What the shell and the terminal see: output that nobody reads or that has no place, help, colours."""
 
 from __future__ import annotations
 
@@ -81,6 +81,36 @@ def test_output_without_a_place_is_one_line(command: tuple[str, ...], agent: str
     finally:
         os.close(full)
     assert (code, words) == (3, "lazymesh: cannot write to standard output: No space left on device\n")
+
+
+@pytest.mark.parametrize(("no_colour", "coloured"), [("", True), ("1", False)])
+def test_colours_are_for_terminals_and_not_for_everyone(agent: str, no_colour: str, coloured: bool) -> None:
+    """NO_COLOR counts if it is not empty; the agent's log heeds it, too."""
+    log = "from lazymesh.roles.logs import *; configure_logging('text', 'info'); structlog.get_logger().info('x')"
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("NO_COLOR", no_colour)
+        check, words = (
+            on_terminal("-m", "lazymesh", "check", agent=agent),
+            on_terminal("-c", log, agent=agent),
+        )
+    assert ("kernel" in check, "x" in words) == (True, True)
+    assert ("\x1b[" in check, "\x1b[" in words) == (coloured, coloured)
+
+
+def on_terminal(*words: str, agent: str) -> str:
+    """Run Python at a terminal; return what is to be seen there."""
+    master, slave = os.openpty()
+    env = os.environ | {"LAZYMESH_CLUSTERMESH_CONFIG": str(Path(agent).parent), "TERM": "xterm"}
+    seen = b""
+    with (
+        os.fdopen(master, "rb", buffering=0) as terminal,
+        subprocess.Popen([sys.executable, *words], stdout=slave, stderr=slave, env=env),
+    ):
+        os.close(slave)
+        with contextlib.suppress(OSError):  # nobody has it open any more
+            while piece := terminal.read(4096):
+                seen += piece
+    return seen.decode()
 
 
 @pytest.mark.parametrize("command", [(), ("ipcache",), ("config",)], ids=" ".join)
