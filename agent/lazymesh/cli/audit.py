@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from lazymesh.cli.options import Period, SettingsCommand, socket_option
-from lazymesh.cli.output import output_option, print_json, print_table
+from lazymesh.cli.output import output_option, print_json, print_table, print_words
 from lazymesh.roles.control import ask
 
 if TYPE_CHECKING:
@@ -37,8 +37,8 @@ def audit(since: float, socket: Path, output: str) -> None:
     if windows:
         _show(windows)
     else:
-        click.echo("Nothing went through unresolved.", err=True)
-    click.echo(f"Recorded since {answer['recordedSince']}: what was closed before is forgotten.", err=True)
+        print_words("Nothing went through unresolved.")
+    print_words(f"Recorded since {answer['recordedSince']}: what was closed before is forgotten.")
 
 
 def _show(windows: list[dict[str, Any]]) -> None:

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 import click
 
 from lazymesh.cli.options import SettingsCommand, socket_option
+from lazymesh.cli.output import print_words
 from lazymesh.errors import LazymeshError
 from lazymesh.roles.control import ask
 
@@ -29,4 +30,4 @@ def on_miss(action: str, socket: Path) -> None:
         raise LazymeshError(answer["error"])
     click.echo(f"on miss: {answer['onMiss']}")
     if action == "hold" and answer["problem"]:
-        click.echo(f"Nothing is held, missed packets are passed on: {answer['problem']}", err=True)
+        print_words(f"Nothing is held, missed packets are passed on: {answer['problem']}")

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from lazymesh.cli.options import SettingsCommand, bpffs_option, socket_option
-from lazymesh.cli.output import output_option, print_json, print_table
+from lazymesh.cli.output import output_option, print_json, print_table, print_words
 from lazymesh.errors import DatapathError, LazymeshError
 from lazymesh.roles.control import ask
 from lazymesh.roles.inspect import IpcacheView, Row
@@ -40,7 +40,7 @@ def list_(bpffs: Path, socket: Path, output: str) -> None:
         return
     rows = list(view.rows())
     if not rows:
-        click.echo("No entries found.", err=True)
+        print_words("No entries found.")
         return
     print_table(
         ("IP PREFIX/ADDRESS", "IDENTITY", "OWNER"), [(r.prefix, _as_text(r), _owner(r)) for r in rows]
@@ -57,7 +57,7 @@ def get(ip: str, bpffs: Path, socket: Path, output: str) -> None:
     ip = _address(ip)
     row = _open(bpffs, _stale(socket)).get(ip)
     if row is None:
-        click.echo(f"{ip} does not map to any identity", err=output == "json")
+        (print_words if output == "json" else click.echo)(f"{ip} does not map to any identity")
         raise SystemExit(1)
     if output == "json":
         print_json({"address": ip, **_as_json(row)})

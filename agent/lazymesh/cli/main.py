@@ -15,7 +15,7 @@ import sys
 import click
 
 from lazymesh import __version__
-from lazymesh.cli.output import STDOUT, OutputError, check_stdout
+from lazymesh.cli.output import STDOUT, OutputError, check_stdout, print_words
 from lazymesh.errors import LazymeshError
 
 _COMMANDS = {
@@ -89,9 +89,5 @@ def _one_line(words: str) -> str:
 
 
 def _fail(words: str, code: int) -> None:
-    try:
-        click.echo(words, err=True)
-    except OSError:
-        # Nobody can read it; left in place, Python would fail on it once more at exit, and change the code.
-        sys.stderr = None
+    print_words(words)
     sys.exit(code)

@@ -54,6 +54,15 @@ def output_option(command: F) -> F:
     )(command)
 
 
+def print_words(words: str) -> None:
+    """Print words for people on stderr, where there may be nobody to read them; what is done and answered stays so."""
+    try:
+        click.echo(words, err=True)
+    except OSError:
+        # Left in place, Python would fail on it once more at exit, and change the code.
+        sys.stderr = None
+
+
 def print_json(value: object) -> None:
     """Print one object on one line, at once: it may go to a pipe that waits for it."""
     sys.stdout.write(json.dumps(value, separators=(", ", ": ")) + "\n")

@@ -19,6 +19,8 @@ from tests.unit.cli.test_status import ANSWER
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
+EVERYTHING = ANSWER | {"wrong": [], "windows": [], "recordedSince": "2026-11-21T06:00:00.000+00:00"}
+"""What is asked for, and the answers to other questions."""
 COMMANDS = [
     ("--help",),
     ("--version",),
@@ -44,7 +46,7 @@ def agent(tmp_path: Path) -> Iterator[str]:
                     connection, _ = listening.accept()
                     with connection:
                         connection.recv(4096)
-                        connection.sendall(json.dumps(ANSWER | {"wrong": []}).encode() + b"\n")
+                        connection.sendall(json.dumps(EVERYTHING).encode() + b"\n")
 
         thread = threading.Thread(target=answer)
         thread.start()
@@ -81,6 +83,14 @@ def test_output_without_a_place_is_one_line(command: tuple[str, ...], agent: str
     finally:
         os.close(full)
     assert (code, words) == (3, "lazymesh: cannot write to standard output: No space left on device\n")
+
+
+def test_words_that_nobody_can_read_do_not_change_an_answer(agent: str) -> None:
+    """They are for people."""
+    with Path("/dev/full").open("wb") as full:
+        words = [sys.executable, "-m", "lazymesh", "audit", "--socket", agent]
+        done = subprocess.run(words, stdout=subprocess.PIPE, stderr=full, check=False, timeout=60)
+    assert (done.returncode, done.stdout) == (0, b"")
 
 
 @pytest.mark.parametrize(("no_colour", "coloured"), [("", True), ("1", False)])
