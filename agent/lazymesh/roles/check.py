@@ -75,7 +75,11 @@ def _clusters(
     except LazymeshError as exc:
         yield Finding("clustermesh", "fail", str(exc))
         return
-    if not files:
+    if not files and option == "--remote-config":
+        yield Finding(
+            "clustermesh", "ok", f"{directory} describes no cluster: none is read past a local cache"
+        )
+    elif not files:
         yield Finding("clustermesh", "warn", f"{directory} describes no cluster: misses cannot be resolved")
     for cluster, file in files.items():
         if file.config is None:

@@ -91,6 +91,14 @@ async def test_every_cluster_of_every_directory_is_asked(tmp_path: Path) -> None
     assert found["clustermesh"].text.endswith("name another with --remote-config")
 
 
+@pytest.mark.parametrize(("option", "verdict"), [("--clustermesh-config", "warn"), ("--remote-config", "ok")])
+async def test_directory_without_clusters(tmp_path: Path, option: str, verdict: str) -> None:
+    """Nobody can be asked; or nobody need be, where no cache stands between."""
+    found = {f.name: f async for f in check.check_node(tmp_path, {option: tmp_path})}
+    assert found["clustermesh"].verdict == verdict
+    assert f"{tmp_path} describes no cluster" in found["clustermesh"].text
+
+
 class Silence:
     """Listens, and answers nobody: a store that hangs. Counts who is connected to it."""
 
