@@ -13,10 +13,10 @@ kernel's map of mesh CIDRs to the shells.
 
 from __future__ import annotations
 
-from collections import defaultdict
+from collections import Counter, defaultdict
 from dataclasses import dataclass
 from ipaddress import IPv4Network, IPv6Network
-from typing import TYPE_CHECKING, NamedTuple, TypeVar
+from typing import TYPE_CHECKING, Generic, NamedTuple, TypeVar
 
 if TYPE_CHECKING:
     from collections.abc import Hashable, Iterable, Iterator, Mapping
@@ -29,11 +29,17 @@ if TYPE_CHECKING:
     """Bytes of the address (4 or 16), bits of the prefix."""
     _Prefix = tuple[_Length, int]
     """A prefix: its length, and its leading bits as a number."""
-    _Levels = dict[_Length, dict[int, tuple[str, ...]]]
-    """Prefixes by length, each with the sorted names of its clusters."""
+    _Level = dict[int, tuple[str, ...]]
+    """Prefixes of one length, each with the sorted names of its clusters."""
+    _Levels = dict[_Length, _Level]
 
 MOST_CIDRS = 20_000
 """Of one cluster's nodes: Kubernetes ends at 5,000 nodes, and the kernel's map of all clusters at 131,072."""
+MOST_LENGTHS = 32
+"""Of the prefixes of one cluster's nodes, both families together: a cluster has one or two for each of its pools, and
+IPv4 alone cannot have more than 25. Whoever looks an IPv6 address up pays for each."""
+MOST_ADDRESSES = 40_000
+"""Of one cluster's nodes, in any region: as many as 5,000 nodes have, of each of which eight count."""
 _WIDEST = {4: 8, 6: 32}
 """Bits. No node has more addresses for its pods; one that says so would make everybody's ambiguous."""
 
@@ -106,7 +112,7 @@ class ClusterTable:
     def region_of(self, host_ip: Address) -> str | None:
         """Return the region of the node with this address; None if unknown, or if nodes disagree."""
         regions = self._regions.get(host_ip, ())
-        return regions[0] if regions and regions[0] == regions[-1] else None
+        return regions[0] if len(regions) == 1 else None
 
     def mesh_cidrs(self) -> Iterator[tuple[Network, int]]:
         """Yield every claimed CIDR with its cluster id, or AMBIGUOUS.
@@ -137,9 +143,44 @@ class ClusterTable:
 class _Node(NamedTuple):
     """What a node contributed, to be taken back when it goes; kept small, a mesh has 30,000."""
 
-    prefixes: tuple[_Prefix, ...]
-    ips: tuple[Address, ...]
-    region: str | None
+    prefixes: tuple[_Prefix, ...] = ()
+    ips: tuple[Address, ...] = ()
+    """None where there is no region: nothing else is looked up by them."""
+    region: str = ""
+
+
+_NOTHING = _Node()
+_K = TypeVar("_K", bound="Hashable")
+
+
+class _Claims(Generic[_K]):
+    """Who claims what. Nodes may claim the same for a while (one is re-created under another name): each counts."""
+
+    def __init__(self) -> None:
+        self.names: dict[_K, tuple[str, ...]] = {}
+        """Each name once, in no order; never a set or a dictionary for each key: mostly there is one name."""
+        self._more: Counter[tuple[_K, str]] = Counter()
+        """Claims of the same by the same name beyond the first, of which there are hardly any."""
+
+    def add(self, key: _K, name: str) -> None:
+        """Count a claim."""
+        names = self.names.get(key, ())
+        if name in names:
+            self._more[key, name] += 1
+        else:
+            self.names[key] = (*names, name)
+
+    def remove(self, key: _K, name: str) -> None:
+        """Take back a claim that was counted."""
+        more = self._more.pop((key, name), 0)
+        if more > 1:
+            self._more[key, name] = more - 1
+        elif not more:
+            left = tuple([other for other in self.names[key] if other != name])
+            if left:
+                self.names[key] = left
+            else:
+                del self.names[key]
 
 
 class MeshState:
@@ -154,11 +195,13 @@ class MeshState:
         self._explicit = tuple((cluster, _prefix(network)) for cluster, network in explicit)
         self._clusters: dict[str, ClusterInfo] = {}
         self._nodes: dict[str, dict[str, _Node]] = {}
-        self._counts: dict[str, int] = {}
-        """Of pod CIDRs, by cluster."""
-        self._claims: _Levels = defaultdict(dict)
+        self._lengths: dict[str, Counter[_Length]] = defaultdict(Counter)
+        """By cluster, how many pod CIDRs of each length its nodes have."""
+        self._addresses: Counter[str] = Counter()
+        """By cluster, how many addresses of nodes that have a region."""
+        self._claims: dict[_Length, _Claims[int]] = defaultdict(_Claims)
         self._owners: _Levels = defaultdict(dict)
-        self._regions: dict[Address, tuple[str, ...]] = {}
+        self._regions: _Claims[Address] = _Claims()
         self._touched: dict[_Length, set[int]] = defaultdict(set)
         self._table: ClusterTable | None = None
 
@@ -198,25 +241,19 @@ class MeshState:
         if node.cluster_id != cluster.cluster_id:
             self.delete_node(node.cluster, node.name)
             return f"node {node.name} says cluster id {node.cluster_id}, its cluster {cluster.cluster_id}"
-        known = self._nodes[node.cluster].get(node.name)
-        count = self._counts.get(node.cluster, 0) + len(node.pod_cidrs) - len(known.prefixes if known else ())
-        refusal = next(filter(None, map(_why_none, node.pod_cidrs)), None)
-        if count > MOST_CIDRS:
-            refusal = f"more than {MOST_CIDRS} pod CIDRs in one cluster"
-        if refusal:
-            self.delete_node(node.cluster, node.name)
-            return refusal
-        new = _Node(tuple(map(_prefix, node.pod_cidrs)), node.node_ips, node.region)
+        known = self._nodes[node.cluster].get(node.name, _NOTHING)
+        new = _Node(tuple(dict.fromkeys(map(_prefix, node.pod_cidrs))))
+        if node.region and node.node_ips:
+            new = _Node(new.prefixes, tuple(dict.fromkeys(node.node_ips)), node.region)
         if new == known:  # a restarted kvstoremesh writes every record anew
             return None
+        refusal = next(filter(None, map(_why_none, node.pod_cidrs)), None) or self._too_much(node, new, known)
+        if refusal or new == _NOTHING:
+            self.delete_node(node.cluster, node.name)
+            return refusal
         self._nodes[node.cluster][node.name] = new
-        self._counts[node.cluster] = self._counts.get(node.cluster, 0) + len(new.prefixes)
-        self._claim_all(node.cluster, new.prefixes)
-        if new.region:
-            for address in new.ips:
-                _add(self._regions, address, new.region)
-        if known:
-            self._forget(node.cluster, known)
+        self._remember(node.cluster, new)
+        self._forget(node.cluster, known)
         self._table = None
         return None
 
@@ -236,7 +273,7 @@ class MeshState:
         if self._table is None:
             self._settle()
             levels = {length: dict(prefixes) for length, prefixes in self._owners.items()}
-            self._table = ClusterTable(dict(self._clusters), levels, dict(self._regions))
+            self._table = ClusterTable(dict(self._clusters), levels, dict(self._regions.names))
         return self._table
 
     def _explicit_of(self, cluster: str) -> Iterator[_Prefix]:
@@ -250,44 +287,77 @@ class MeshState:
                 return info.name
         return None
 
+    def _too_much(self, node: NodeRecord, new: _Node, known: _Node) -> str | None:
+        """Return why the cluster must not have this node in place of the known one; None if it may."""
+        lengths = self._lengths[node.cluster]
+        if lengths.total() + len(new.prefixes) - len(known.prefixes) > MOST_CIDRS:
+            return f"more than {MOST_CIDRS} pod CIDRs in one cluster"
+        if len(lengths.keys() | {length for length, _ in new.prefixes}) > MOST_LENGTHS:
+            return f"pod CIDRs of more than {MOST_LENGTHS} lengths in one cluster"
+        if self._addresses[node.cluster] + len(new.ips) - len(known.ips) > MOST_ADDRESSES:
+            return f"more than {MOST_ADDRESSES} addresses of nodes in one cluster"
+        return None
+
+    def _remember(self, cluster: str, node: _Node) -> None:
+        self._lengths[cluster].update([length for length, _ in node.prefixes])
+        self._addresses[cluster] += len(node.ips)
+        self._claim_all(cluster, node.prefixes)
+        for address in node.ips:
+            self._regions.add(address, node.region)
+
     def _forget(self, cluster: str, node: _Node) -> None:
-        self._counts[cluster] -= len(node.prefixes)
+        self._lengths[cluster] -= Counter([length for length, _ in node.prefixes])  # what is at zero goes
+        self._addresses[cluster] -= len(node.ips)
         self._unclaim_all(cluster, node.prefixes)
-        if node.region:
-            for address in node.ips:
-                _remove(self._regions, address, node.region)
+        for address in node.ips:
+            self._regions.remove(address, node.region)
 
     def _claim_all(self, cluster: str, prefixes: Iterable[_Prefix]) -> None:
         for length, value in prefixes:
-            _add(self._claims[length], value, cluster)
+            self._claims[length].add(value, cluster)
             self._touched[length].add(value)
 
     def _unclaim_all(self, cluster: str, prefixes: Iterable[_Prefix]) -> None:
         for length, value in prefixes:
-            _remove(self._claims[length], value, cluster)
+            self._claims[length].remove(value, cluster)
             self._touched[length].add(value)
 
     def _settle(self) -> None:
-        """Work out anew who owns the touched prefixes and all that lie inside one of them."""
-        for length, claimed in self._claims.items():
-            touched, owners = self._touched.get(length, set()), self._owners[length]
-            for value in touched - claimed.keys():
-                owners.pop(value, None)
-            for value in (touched & claimed.keys()) | self._inside_touched(length):
-                owners[value] = self._claimants(length, value)
+        """Work out anew who owns the touched prefixes, and all inside of one that has changed: the widest first."""
+        changed: dict[_Length, set[int]] = {}
+        for length in sorted(self._claims):
+            claimed, owners = self._claims[length].names, self._owners[length]
+            wider, changes = self._wider(length), set[int]()
+            for value in self._touched[length] | self._inside(changed, length):
+                before = owners.pop(value, ())
+                names = self._claimants(length, value, wider) if value in claimed else ()
+                if names:
+                    owners[value] = names
+                if names != before:
+                    changes.add(value)
+            if changes:
+                changed[length] = changes
+            if not claimed:  # what nobody has must not be looked into for every address
+                del self._claims[length], self._owners[length]
         self._touched.clear()
 
-    def _inside_touched(self, length: _Length) -> set[int]:
-        around = [
-            (length[1] - bits, values)
-            for (size, bits), values in self._touched.items()
-            if size == length[0] and bits < length[1]
-        ]
+    def _inside(self, changed: dict[_Length, set[int]], length: _Length) -> set[int]:
+        around = [(length[1] - bits, values) for (size, bits), values in changed.items() if size == length[0]]
         if not around:  # the usual case: all nodes have prefixes of one length
             return set()
-        return {value for value in self._claims[length] if any(value >> n in values for n, values in around)}
+        return {
+            value for value in self._claims[length].names if any(value >> n in values for n, values in around)
+        }
 
-    def _claimants(self, length: _Length, value: int) -> tuple[str, ...]:
+    def _wider(self, length: _Length) -> list[tuple[int, _Level]]:
+        """Return the owners of wider prefixes, those of the longest first, with how many bits these are shorter."""
+        return [
+            (length[1] - bits, owners)
+            for (size, bits), owners in sorted(self._owners.items(), reverse=True)
+            if size == length[0] and bits < length[1]
+        ]
+
+    def _claimants(self, length: _Length, value: int, wider: list[tuple[int, _Level]]) -> tuple[str, ...]:
         names = {
             name
             for name, ((size, bits), first) in self._explicit
@@ -295,27 +365,13 @@ class MeshState:
         } & self._clusters.keys()
         if names:  # the operator's word, which no record of another cluster makes ambiguous
             return tuple(sorted(names))
-        for (size, bits), claimed in self._claims.items():
-            if size == length[0] and bits <= length[1]:
-                names.update(claimed.get(value >> length[1] - bits, ()))
+        names.update(self._claims[length].names[value])
+        for bits, owners in wider:
+            around = owners.get(value >> bits)
+            if around:  # by all that lie around it in turn
+                names.update(around)
+                break
         return tuple(sorted(names))
-
-
-_K = TypeVar("_K", bound="Hashable")
-
-
-def _add(claims: dict[_K, tuple[str, ...]], key: _K, name: str) -> None:
-    # Two nodes may claim the same thing for a while (a node re-created under another name): count both.
-    claims[key] = tuple(sorted((*claims.get(key, ()), name)))
-
-
-def _remove(claims: dict[_K, tuple[str, ...]], key: _K, name: str) -> None:
-    names = list(claims[key])
-    names.remove(name)
-    if names:
-        claims[key] = tuple(names)
-    else:
-        del claims[key]
 
 
 def _why_none(network: Network) -> str | None:

@@ -7,7 +7,14 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from lazymesh.core.clusters import AMBIGUOUS, ClusterInfo, ClusterTable, MeshState
+from lazymesh.core.clusters import (
+    AMBIGUOUS,
+    MOST_ADDRESSES,
+    MOST_LENGTHS,
+    ClusterInfo,
+    ClusterTable,
+    MeshState,
+)
 from lazymesh.core.identities import identity_range
 from lazymesh.core.model import Network, Space, parse_address
 from lazymesh.core.records import NodeRecord
@@ -211,6 +218,33 @@ def test_a_cidr_handed_to_a_new_node_survives_the_old_node() -> None:
     assert state.table().region_of(parse_address("172.18.0.2")) == "eu"
 
 
+def test_what_many_nodes_claim_is_claimed_until_the_last_one_goes() -> None:
+    """Each counts once, however often its record says it."""
+    address = parse_address("172.18.0.2")
+    state = mesh(node("a", "n", "10.1.0.0/24"))
+    for number in range(50):
+        record = node("b", f"n{number}", *["10.2.0.0/24"] * 9, ips=["172.18.0.2"] * 9, region="eu")
+        assert state.upsert_node(record) is None
+    for number in range(50):
+        assert (owners(state, "10.2.0.5"), state.table().region_of(address)) == (("b",), "eu")
+        state.delete_node("b", f"n{number}")
+    assert (cidrs(state.table()), state.table().region_of(address)) == ({"10.1.0.0/24": 1}, None)
+
+
+def test_the_region_of_a_node_that_is_gone_or_moved_is_forgotten() -> None:
+    """Else its address would be of two regions for ever, and of none that counts."""
+    address = parse_address("172.18.0.2")
+    state = mesh(node("b", "n", ips=["172.18.0.2"], region="eu"))
+    state.upsert_node(node("b", "n", ips=["172.18.0.2"], region="us"))
+    assert state.table().region_of(address) == "us"
+    state.delete_node("b", "n")
+    assert state.table().region_of(address) is None
+    state.upsert_node(node("b", "m", ips=["172.18.0.2"], region="eu"))
+    assert state.table().region_of(address) == "eu"
+    state.upsert_node(node("b", "m", ips=["172.18.0.2"]))
+    assert state.table().region_of(address) is None
+
+
 def test_a_host_has_a_region_only_if_its_nodes_agree() -> None:
     """Unknown and contradicting are the same answer: None."""
     state = mesh(
@@ -311,6 +345,56 @@ def test_pod_cidrs_of_one_cluster_are_bounded() -> None:
     state.join(cluster("b"))
     assert state.upsert_node(node("b", "m", *many)) is None
     assert state.upsert_node(node("b", "n", *many)) is None
+
+
+def test_lengths_of_one_cluster_are_bounded() -> None:
+    """Whoever looks up an address looks at every length there is; what is withdrawn is looked at no more."""
+    lengths = range(97, 97 + MOST_LENGTHS)
+    state = mesh(node("b", "n", *[f"fd00::/{length}" for length in lengths]), node("a", "n", "fd00:1::/64"))
+    refusal = state.upsert_node(node("b", "m", "fd00::/96"))
+    assert refusal == "pod CIDRs of more than 32 lengths in one cluster"
+    assert state.upsert_node(node("b", "m", "fd00:2::/97")) is None
+    assert state.upsert_node(node("a", "m", "fd00:3::/96")) is None, "the bound is each cluster's own"
+    assert len(state.table()._search[16]) == MOST_LENGTHS + 2
+    state.delete_node("b", "n")
+    assert len(state.table()._search[16]) == 3
+    assert state.upsert_node(node("b", "m", "fd00::/95")) is None
+    assert [owners(state, address) for address in ("fd00::5", "fd00:2::5", "fd00:1::5")] == [
+        ("b",),
+        (),
+        ("a",),
+    ]
+
+
+def test_addresses_of_one_clusters_nodes_are_bounded() -> None:
+    """They are kept for their region, so without one they are not counted either."""
+    many = [str(ipaddress.ip_address(0x0B000000 + number)) for number in range(MOST_ADDRESSES)]
+    state = mesh(node("b", "m", ips=many, region="eu"))
+    assert state.upsert_node(node("b", "n", "10.2.0.0/24", ips=["172.18.0.2"])) is None
+    assert state.upsert_node(node("a", "n", ips=["172.18.0.3"], region="eu")) is None
+    refusal = state.upsert_node(node("b", "n", "10.2.0.0/24", ips=["172.18.0.2"], region="eu"))
+    assert refusal == "more than 40000 addresses of nodes in one cluster"
+    assert owners(state, "10.2.0.5") == (), "refused is forgotten"
+    assert state.upsert_node(node("b", "m", ips=many[1:], region="eu")) is None
+    assert state.upsert_node(node("b", "n", ips=["172.18.0.2"], region="eu")) is None
+    assert state.table().region_of(parse_address("172.18.0.2")) == "eu"
+
+
+def test_nodes_that_claim_nothing_are_not_kept() -> None:
+    """There may be as many as keys in a store."""
+    state = mesh(
+        node("b", "m", "10.2.0.0/24"), node("b", "n", ips=["172.18.0.2"]), node("b", "o", region="eu")
+    )
+    assert state.node_names("b") == {"m"}
+    assert state.upsert_node(node("b", "m")) is None
+    assert (state.node_names("b"), cidrs(state.table())) == (set(), {})
+
+
+def test_what_a_table_was_made_for_is_not_made_again() -> None:
+    """Else each table would cost more than the one before."""
+    state = mesh(node("b", "n", "10.2.0.0/24"))
+    state.table()
+    assert not state._touched
 
 
 NETWORKS = st.tuples(st.integers(0, 15), st.integers(28, 32)).map(
