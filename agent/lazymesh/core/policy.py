@@ -24,6 +24,8 @@ if TYPE_CHECKING:
     from lazymesh.core.records import Labels
 
 ANY_SOURCE = "any:"
+_MAX_CACHED = 128
+"""Characters of a label's key; a longer one is rare, and read each time."""
 
 
 class Operator(enum.Enum):
@@ -80,7 +82,9 @@ def with_any_source(labels: Labels) -> dict[str, str]:
     """Return the labels once under their source and once under ``any:``, so that a condition is one look."""
     seen = dict(labels)
     for key, value in labels.items():
-        seen.setdefault(_of_any_source(key), value)
+        # The cache must not keep a stranger's long texts alive.
+        of_any = _of_any_source if len(key) <= _MAX_CACHED else _of_any_source.__wrapped__
+        seen.setdefault(of_any(key), value)
     return seen
 
 

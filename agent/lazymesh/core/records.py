@@ -10,7 +10,6 @@ clusters.py.
 
 from __future__ import annotations
 
-import sys
 from dataclasses import dataclass
 from functools import lru_cache
 from ipaddress import IPv4Network, IPv6Address, IPv6Network, ip_address
@@ -34,6 +33,17 @@ REGIONAL = "regional"
 
 REGION_LABEL = "topology.kubernetes.io/region"
 
+_MAX_LABELS = 1024
+"""Of one identity, which has some dozens: whatever looks at them does it without a pause."""
+_MAX_CIDRS = 512
+"""Of one node. Most have one for each family, those of pools with a CIDR for each pod some hundreds."""
+_MAX_ADDRESSES = 8
+"""Of one node: three kinds in two families, the one that its pods' records name first. More are passed over, which
+means a host of unknown region to whoever asks for them."""
+_MAX_REGION = 63
+"""Characters, as Kubernetes has it for every label."""
+_MAX_CACHED = 128
+"""Characters of a label; a longer one is rare, and read each time."""
 _MAX_SCOPE = 16
 _MAX_ADDRESS_TEXT = 45  # an IPv6 address with its last 32 bits in dotted form
 
@@ -181,14 +191,17 @@ def decode_node(value: bytes, cluster: str) -> NodeRecord:
         raise RecordError(Reason.FORGED, f"node of cluster {node.Cluster[:64]!r}")
     if not node.Name:
         _refuse("node without a name")
-    addresses = (_host_address(entry.IP) for entry in node.IPAddresses or ())
+    addresses = [_host_address(entry.IP) for entry in (node.IPAddresses or ())[:_MAX_ADDRESSES]]
+    region = (node.Labels or {}).get(REGION_LABEL) or None
+    if region and len(region) > _MAX_REGION:
+        _refuse(f"region {region[:64]!r} is too long")
     return NodeRecord(
         name=node.Name,
         cluster=cluster,
         cluster_id=node.ClusterID,
         node_ips=tuple(address for address in addresses if address),
         pod_cidrs=_pod_cidrs(node),
-        region=(node.Labels or {}).get(REGION_LABEL) or None,
+        region=region,
     )
 
 
@@ -200,7 +213,12 @@ def decode_identity(value: bytes) -> Labels:
         text = value.decode()
     except UnicodeDecodeError:
         _refuse("labels are not UTF-8")
-    pairs = [_label(label) for label in text.split(";") if label]
+    words = text.split(";", _MAX_LABELS)
+    if any(words[_MAX_LABELS:]):
+        _refuse(f"more than {_MAX_LABELS} labels")
+    # The cache must not keep a stranger's long texts alive.
+    read = _label.__wrapped__
+    pairs = [_label(word) if len(word) <= _MAX_CACHED else read(word) for word in words if word]
     labels = dict(pairs)
     if len(labels) != len(pairs):
         _refuse("a label twice")
@@ -209,14 +227,13 @@ def decode_identity(value: bytes) -> Labels:
     return labels
 
 
-@lru_cache(maxsize=8192)
+@lru_cache(maxsize=8192)  # a mesh has 100,000 identities made of a few thousand distinct words
 def _label(label: str) -> tuple[str, str]:
     key, _, value = label.partition("=")
     source, _, name = key.partition(":")
     if not source or not name:
         _refuse(f"label {label[:64]!r}")
-    # A mesh has 100,000 identities made of a few thousand distinct words.
-    return sys.intern(key), sys.intern(value)
+    return key, value
 
 
 def decode_cluster_config(value: bytes) -> ClusterConfig:
@@ -265,6 +282,8 @@ def _pod_cidrs(node: _Node) -> tuple[Network, ...]:
     cidrs = [cidr for cidr in (node.IPv4AllocCIDR, node.IPv6AllocCIDR) if cidr]
     cidrs += node.IPv4SecondaryAllocCIDRs or ()
     cidrs += node.IPv6SecondaryAllocCIDRs or ()
+    if len(cidrs) > _MAX_CIDRS:
+        _refuse(f"more than {_MAX_CIDRS} pod CIDRs")
     return tuple(map(_network, cidrs))
 
 

@@ -9,6 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from lazymesh.core import records
 from lazymesh.core.keys import address_text
 from lazymesh.core.model import Entry, Reason, parse_address
 from lazymesh.core.records import (
@@ -236,6 +237,9 @@ NODE: dict[str, Any] = {
 }
 
 
+CIDR = {"IP": "10.99.0.0", "Mask": "//8AAA=="}
+
+
 def node(**fields: Any) -> bytes:
     """Return the node record above with fields changed."""
     return json.dumps({**NODE, **fields}).encode()
@@ -262,6 +266,16 @@ def test_a_node_with_nothing_but_its_name_is_a_node() -> None:
     assert (record.node_ips, record.pod_cidrs, record.region, record.cluster_id) == ((), (), None, 0)
 
 
+def test_a_node_may_have_many_cidrs_and_addresses() -> None:
+    """The first addresses are those that its pods' records name."""
+    addresses = [{"Type": "InternalIP", "IP": f"172.18.0.{number}"} for number in range(1, 100)]
+    record = decode_node(node(IPv4SecondaryAllocCIDRs=[CIDR] * 510, IPAddresses=addresses), "b")
+    assert len(record.pod_cidrs) == 512
+    assert record.node_ips == tuple(parse_address(f"172.18.0.{number}") for number in range(1, 9))
+    region = "e" * 63
+    assert decode_node(node(Labels={"topology.kubernetes.io/region": region}), "b").region == region
+
+
 def test_a_node_of_another_cluster_is_forged() -> None:
     """A store speaks for its own cluster only."""
     with pytest.raises(RecordError) as caught:
@@ -286,6 +300,8 @@ def test_host_bits_of_a_pod_cidr_are_cleared() -> None:
         pytest.param({"IPv6AllocCIDR": {"IP": "fd00::", "Mask": "////AA=="}}, id="mask of the other family"),
         pytest.param({"IPv4AllocCIDR": {"IP": "", "Mask": "////AA=="}}, id="CIDR without an address"),
         pytest.param({"ClusterID": -1}, id="negative cluster id"),
+        pytest.param({"IPv4SecondaryAllocCIDRs": [CIDR] * 511}, id="more pod CIDRs than a node can have"),
+        pytest.param({"Labels": {"topology.kubernetes.io/region": "e" * 64}}, id="region that is no label"),
     ],
 )
 def test_a_node_with_a_broken_part_is_malformed(fields: dict[str, Any]) -> None:
@@ -322,12 +338,32 @@ def test_an_identity_is_a_string_of_labels() -> None:
         pytest.param(b"k8s:app=a;k8s:app=b;", "label", id="one label with two values"),
         pytest.param(b"k8s:app=\xff;", "UTF-8", id="not UTF-8"),
         pytest.param(b"k8s:app=" + b"x" * 65536, "bytes", id="over 64 KiB"),
+        pytest.param(
+            b"".join(b"k:%d;" % n for n in range(1025)), "1024 labels", id="more labels than any has"
+        ),
+        pytest.param(b"app=" + b"x" * 200 + b";", "label 'app=", id="no source, and long"),
     ],
 )
 def test_an_identity_whose_labels_are_unclear_is_malformed(value: bytes, detail: str) -> None:
     """Labels decide who may talk to whom, so nothing is guessed."""
     with pytest.raises(RecordError, match=detail):
         decode_identity(value)
+
+
+def test_an_identity_may_have_many_labels() -> None:
+    """With and without a separator at the end, as for few."""
+    value = ";".join(f"k8s:{number}=x" for number in range(1024)).encode()
+    assert len(decode_identity(value)) == len(decode_identity(value + b";")) == 1024
+
+
+def test_long_labels_are_read_and_not_kept() -> None:
+    """A cache bounds how many it has; 8,192 of 60 KB would be a gigabyte."""
+    kept = records._label.cache_info().currsize
+    value = "x" * 60_000
+    assert decode_identity(f"k8s:app={value};".encode()) == {"k8s:app": value}
+    assert records._label.cache_info().currsize == kept
+    assert decode_identity(b"k8s:never-seen-before=1;") == {"k8s:never-seen-before": "1"}
+    assert records._label.cache_info().currsize == kept + 1
 
 
 @pytest.mark.parametrize(
