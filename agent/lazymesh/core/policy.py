@@ -19,7 +19,7 @@ from lazymesh.core.identities import WORLD, WORLD_IDENTITIES
 from lazymesh.core.model import Direction
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Iterable, Mapping
 
     from lazymesh.core.records import Labels
 
@@ -175,6 +175,11 @@ class PolicyEngine:
     def remove(self, identity: int) -> PolicyChange:
         """Forget an identity, known or not."""
         return self._settle(identity, frozenset())
+
+    def withdraw(self, pairs: Iterable[tuple[Direction, int]]) -> None:
+        """Count as denied what could not be written, so that it is a change when it is told again."""
+        for direction, identity in pairs:
+            self._allowed[direction].discard(identity)
 
     def verdict(self, direction: Direction, identity: int) -> bool:
         """Tell whether the identity's traffic passes; where rules are enforced, an unknown one does not."""

@@ -99,6 +99,18 @@ def test_identities_change_what_is_allowed_as_they_come_change_and_go() -> None:
     assert engine.remove(WEB) == PolicyChange()
 
 
+def test_what_is_withdrawn_is_denied_until_it_is_told_again() -> None:
+    """In the one direction that could not be written; then it is a change."""
+    engine = PolicyEngine(
+        Policy(Rules(enforced=True, selectors=(app("web"),)), Rules(True, selectors=(app("web"),)))
+    )
+    engine.upsert(WEB, labels("web"))
+    engine.withdraw([(EGRESS, WEB), (INGRESS, DB)])
+    assert not engine.verdict(EGRESS, WEB)
+    assert engine.verdict(INGRESS, WEB)
+    assert engine.upsert(WEB, labels("web")) == PolicyChange(((EGRESS, WEB),))
+
+
 @pytest.mark.parametrize(
     ("rules", "expected"),
     [

@@ -9,9 +9,9 @@ import pytest
 from lazymesh.core.model import Direction
 from lazymesh.core.policy import PolicyEngine
 from lazymesh.core.policyfile import parse_policy
-from lazymesh.errors import MapFullError
+from lazymesh.errors import DatapathError, MapFullError
 from lazymesh.roles.enforcement import Enforcement
-from tests.support.lab import POLICY
+from tests.support.lab import BOTH_WAYS, POLICY
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
@@ -24,11 +24,12 @@ Pair = tuple[Direction, int]
 
 
 class FakePolicyMap:
-    """A set with the map's interface; ``full`` makes it refuse."""
+    """A set with the map's interface, and room for so many; ``broken`` makes it refuse whatever it is."""
 
-    def __init__(self, *pairs: Pair) -> None:
+    def __init__(self, *pairs: Pair, room: int = 100) -> None:
         self.pairs = set(pairs)
-        self.full = False
+        self.room = room
+        self.broken = False
 
     def items(self) -> set[Pair]:
         """Return everything that is allowed."""
@@ -36,10 +37,13 @@ class FakePolicyMap:
 
     def apply(self, allow: Iterable[Pair], revoke: Iterable[Pair]) -> None:
         """Take away, then add."""
+        if self.broken:
+            raise DatapathError("cannot write the policy map")
         self.pairs -= set(revoke)
-        if self.full and list(allow):
-            raise MapFullError("the policy map is full")
-        self.pairs |= set(allow)
+        for pair in allow:
+            if pair not in self.pairs and len(self.pairs) == self.room:
+                raise MapFullError("the policy map is full")
+            self.pairs.add(pair)
 
 
 def enforcement(pairs: FakePolicyMap, *, keep: bool = False, policy: str | None = POLICY) -> Enforcement:
@@ -75,6 +79,82 @@ def test_what_an_earlier_life_allowed_stays_until_the_sweep() -> None:
     force.flush()
     force.sweep()
     assert pairs.pairs == {(OUT, 7)}
+
+
+def test_what_an_earlier_life_allowed_goes_when_it_is_told_to_be_denied() -> None:
+    """Not at the sweep only, for which every cluster must have been listed: one that is dead would keep it for ever."""
+    pairs = FakePolicyMap((OUT, 7), (Direction.INGRESS, 7), (OUT, 8), (OUT, 9))
+    force = enforcement(pairs, keep=True, policy=BOTH_WAYS)
+    force.upsert(7, OTHER)
+    force.remove(8)
+    force.flush()
+    assert pairs.pairs == {(OUT, 9)}
+    force.upsert(7, SERVER)
+    force.flush()
+    assert pairs.pairs == {(OUT, 7), (Direction.INGRESS, 7), (OUT, 9)}
+
+
+def test_what_an_earlier_life_allowed_is_not_written_again() -> None:
+    """A map with no room for more is no error for what is there."""
+    pairs = FakePolicyMap((OUT, 7), (OUT, 9))
+    force = enforcement(pairs, keep=True)
+    pairs.broken = True
+    force.upsert(7, SERVER)
+    force.flush()
+    pairs.broken = False
+    force.upsert(7, OTHER)
+    force.sweep()
+    assert pairs.pairs == set()
+
+
+def test_what_did_not_fit_is_written_when_it_is_told_again() -> None:
+    """By its link, which starts anew: the kernel must allow whatever the engine says it does."""
+    pairs = FakePolicyMap(room=2)
+    engine = PolicyEngine(parse_policy(POLICY, "p"))
+    force = Enforcement(cast("PolicyMap", pairs), engine, keep=False)
+    for _ in range(2):
+        for number in (7, 8, 11):
+            force.upsert(number, SERVER)
+        with pytest.raises(MapFullError):
+            force.flush()
+        assert not any(engine.verdict(OUT, number) for number in (7, 8, 11)), "none counts as allowed"
+    pairs.room = 3
+    for number in (7, 8, 11):
+        force.upsert(number, SERVER)
+    force.flush()
+    assert pairs.pairs == {(OUT, 7), (OUT, 8), (OUT, 11)}
+    assert all(engine.verdict(OUT, number) for number in (7, 8, 11))
+
+
+def test_what_did_not_fit_is_no_other_clusters_error_and_leaves_nothing_behind() -> None:
+    """Some of it may have been written; it may never be told again, and the next flush is somebody else's."""
+    pairs = FakePolicyMap(room=2)
+    force = enforcement(pairs)
+    for number in (7, 8, 11):
+        force.upsert(number, SERVER)
+    with pytest.raises(MapFullError):
+        force.flush()
+    assert pairs.pairs == {(OUT, 7), (OUT, 8)}
+    force.upsert(12, SERVER)
+    force.flush()
+    assert pairs.pairs == {(OUT, 12)}
+
+
+def test_what_could_not_be_taken_out_is_taken_out_by_the_next_flush() -> None:
+    """Whoever it belongs to."""
+    pairs = FakePolicyMap((OUT, 9))
+    force = enforcement(pairs, keep=True)
+    force.upsert(7, SERVER)
+    force.flush()
+    pairs.broken = True
+    force.upsert(7, OTHER)
+    with pytest.raises(DatapathError):
+        force.flush()
+    with pytest.raises(DatapathError):
+        force.sweep()
+    pairs.broken = False
+    force.flush()
+    assert pairs.pairs == set()
 
 
 @pytest.mark.parametrize("policy", [POLICY, None])
