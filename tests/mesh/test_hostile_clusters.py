@@ -91,7 +91,7 @@ def put_raw(liar: Neighbour, key: str, value: bytes) -> None:
 
 def refusals(agent: AgentProcess, kind: str, of: str = "c") -> int:
     """Return how many records of a kind were refused."""
-    return int(metric(agent, "lazymesh_records_refused_total", cluster=of, kind=kind))
+    return int(metric(agent, "lazymesh_records_refused_total", target_cluster=of, kind=kind))
 
 
 def logged(agent: AgentProcess, words: str, name: str) -> int:
