@@ -46,7 +46,7 @@ _NUMBERS = itertools.count(1)
 def lab() -> Iterator[Lab]:
     """One lab with cluster b; its addresses are used once."""
     with Lab(pods=1) as built:
-        built.publish_many([remote_address(number) for number in range(1, 5_000)])
+        built.publish_many([remote_address(number) for number in range(1, 10_000)])
         yield built
 
 
@@ -301,6 +301,33 @@ def test_identity_of_another_cluster_is_not_its_to_change(
     assert identity_of(lab, address) == SERVER_IDENTITY
     assert connect(lab.pods[0].namespace, address) is not None
     assert connect(lab.pods[0].namespace, remote_address(next(_NUMBERS))) is not None
+
+
+@pytest.mark.parametrize("what", ["cidrs", "addresses"])
+def test_nodes_that_all_claim_the_same_delay_nobody_else(
+    lab: Lab, agent: AgentProcess, liar: Neighbour, writes: Store, what: str
+) -> None:
+    """A thousand records full of one CIDR, or six hundred with the same addresses: each is counted, none is listed."""
+    cidrs = [{"IP": "10.3.0.0", "Mask": "//8AAA=="}] * (500 if what == "cidrs" else 1)
+    ips = [{"IP": f"11.0.{n >> 8}.{n & 255}"} for n in range(1 if what == "cidrs" else 2_000)]
+    rest = {
+        "IPv4SecondaryAllocCIDRs": cidrs,
+        "IPAddresses": ips,
+        "Labels": {"topology.kubernetes.io/region": "x"},
+    }
+    names = [f"m{number}" for number in range(1_000 if what == "cidrs" else 600)]
+    for at in range(0, len(names), 10):
+        records = {n: {"Name": n, "Cluster": "c", "ClusterID": 3, **rest} for n in names[at : at + 10]}
+        writes.put_many({f"cilium/state/nodes/v1/c/{n}": json.dumps(records[n]) for n in records})
+    memory, before = Memory(agent), refusals(agent, "node")
+    liar.join()
+    took = first_packets(lab, 1)
+    while cluster(lab, "c").get("state") != "ready":
+        took += first_packets(lab, 1)
+    print(f"ms of first packets, median and worst: {_both(sorted(took))}")
+    assert max(took) < 500, "nobody waits until all of them are taken in"
+    assert refusals(agent, "node") == before
+    memory.assert_bounded()
 
 
 def test_claims_without_number_leave_room_for_the_others(

@@ -206,3 +206,21 @@ def test_without_a_policy_nothing_is_denied_and_misses_are_resolved() -> None:
             assert connect(plain.pods[0].namespace, ip, SHORT_S) is not None
             wait_identity(plain, ip, OTHER_IDENTITY)
             assert packets(agent, "policy_deny") == packets(agent, "policy_allow") == 0
+
+
+def test_rights_of_an_earlier_life_do_not_outlast_new_labels() -> None:
+    """Relabelled while no agent ran: denied as soon as it is told, though another cluster is never listed."""
+    with Lab(pods=1) as own:
+        own.set_policy(POLICY)
+        own.publish_identity(RELABELLED, {"app": "queue"})
+        agent = own.start_agent()
+        ip, server = known(own, RELABELLED), known(own, SERVER_IDENTITY)
+        assert reaches(own, ip)
+        agent.kill()
+        assert reaches(own, ip), "the kernel goes on"
+        own.publish_identity(RELABELLED, {"app": "batch"})
+        (own.config / "dead").write_text("endpoints: ['http://127.0.0.1:1']\n")
+        own.start_agent()
+        assert identity_of(own, ip) == RELABELLED
+        assert not reaches(own, ip)
+        assert reaches(own, server)
