@@ -81,6 +81,16 @@ def test_what_the_maps_owner_has_taken_over_is_let_go_without_an_eviction() -> N
     (story >> miss(B1, at=1.0) << read(B1)).end()
 
 
+def test_nothing_is_left_of_an_address_that_is_forgotten() -> None:
+    """Pods come and go for months, and identities stay: by theirs none is found that is tracked no more."""
+    story = installed() >> miss(B2) << read(B2) >> answered(10, {B2: record(B2, 131_999)})
+    story = story << report(B2, "absent", Reason.UNKNOWN_IDENTITY, missed_at=0.0) << watch(B2, 10)
+    assert set(story.resolver._ledger._named) == {WEB, 131_999}
+    story = story >> ClusterGone("b") << evict(B1, "cluster-gone")
+    (story << report(B1, "evicted", detail="cluster-gone") << unwatch(B1) << unwatch(B2)).end()
+    assert not story.resolver._ledger._named
+
+
 def test_an_install_under_way_finds_out_by_itself_that_the_entry_is_lost() -> None:
     """Its result is newer."""
     (sent() >> Lost((B1,)) >> stands(B1) << report(B1, "installed", missed_at=0.0)).end()
