@@ -8,6 +8,7 @@ from lazymesh.core.model import Direction
 from lazymesh.errors import DatapathError
 
 if TYPE_CHECKING:
+    from lazymesh.core.identities import IdentityRange
     from lazymesh.core.policy import PolicyChange, PolicyEngine
     from lazymesh.core.records import Labels
     from lazymesh.datapath.maps import PolicyMap
@@ -64,10 +65,11 @@ class Enforcement:
             raise
         self._pending = {}
 
-    def sweep(self) -> None:
-        """Everything there is has been told: what an earlier life allowed beyond that goes."""
-        self._pending.update(dict.fromkeys(self._leftovers, False))
-        self._leftovers = set()
+    def sweep(self, of: IdentityRange | None = None) -> None:
+        """Everything has been told of these identities, or of all: what an earlier life allowed beyond that goes."""
+        gone = {pair for pair in self._leftovers if of is None or pair[1] in of}
+        self._pending.update(dict.fromkeys(gone, False))
+        self._leftovers -= gone
         self.flush()
 
     def _note(self, change: PolicyChange) -> None:

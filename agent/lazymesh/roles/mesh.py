@@ -309,6 +309,8 @@ class Mesh:
         for name in nodes:
             self._state.delete_node(link.name, name)
         self._forget_identities(list(identities))
+        if (info := self.table.cluster(link.name)) is not None:
+            self._enforcement.sweep(info.identities)  # the others may not be listed for long
         self._refresh_table()
         self._feed(events.ClusterReady(link.name))
         if not self._swept and self.complete:

@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, cast
 
 import pytest
 
+from lazymesh.core.identities import IdentityRange
 from lazymesh.core.model import Direction
 from lazymesh.core.policy import PolicyEngine
 from lazymesh.core.policyfile import parse_policy
@@ -67,6 +68,16 @@ def test_nothing_is_in_force_before_the_flush() -> None:
     assert pairs.pairs == {(OUT, 8)}
     force.remove(8)
     force.flush()
+    assert pairs.pairs == set()
+
+
+def test_sweep_of_one_clusters_identities_leaves_those_of_others() -> None:
+    """Others may be dead for long, and their pods' flows go on."""
+    pairs = FakePolicyMap((OUT, 7), (OUT, 70))
+    force = enforcement(pairs, keep=True)
+    force.sweep(of=IdentityRange(50, 99))
+    assert pairs.pairs == {(OUT, 7)}
+    force.sweep()
     assert pairs.pairs == set()
 
 
