@@ -29,7 +29,7 @@ from scapy.layers.inet6 import IPv6ExtHdrDestOpt
 from lazymesh.core.model import Direction, Entry, parse_address
 from lazymesh.datapath import abi, libbpf
 from lazymesh.datapath.holdmaps import HoldControl, HoldCounterMap, HoldLimits
-from lazymesh.datapath.interfaces import prepare_tap
+from lazymesh.datapath.hooks import prepare_tap
 from lazymesh.datapath.maps import DatapathConfig, OnMiss
 from lazymesh.datapath.perfbuffer import PerfBuffer
 from lazymesh.datapath.pins import HOLD_FILTER, Pins
