@@ -669,3 +669,25 @@ def test_a_packet_that_never_arrives_is_found(bench: HoldBench) -> None:
     bench.node.call(holder._forget_interfaces)
     assert {int.from_bytes(key, "little") for key, _ in accounts.items()} == {bench.ifindex}
     accounts.close()
+
+
+@contextlib.contextmanager
+def holder_at(bench: HoldBench) -> Iterator[Holder]:
+    """Have a holder's loop at the TAP, to be driven step by step."""
+    ours, theirs = socket.socketpair()
+    with ours, theirs:
+        yield Holder(bench.tap, bench.pins, bench.mapped, theirs)
+
+
+def test_a_holder_that_ends_gives_back_all_that_is_in_the_ring(bench: HoldBench, follower: Follower) -> None:
+    """It may be behind by thousands: what it has not read yet would go with the device."""
+    frames = [Flow(peer=pod_of_b(number)).udp() for number in range(10)]
+    for number in range(2_000):
+        bench.send(frames[number % 10])
+    assert bench.out() == 2_000
+    with holder_at(bench) as holder:
+        holder._end()
+    arrivals(follower, 2_000)
+    assert bench.counts() == {"held": 2_000, "returned": 2_000}
+    assert bench.mapped.control.tap_ifindex == 0
+    assert bench.out() == 0

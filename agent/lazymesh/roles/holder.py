@@ -39,7 +39,7 @@ SWEEP_S = 0.25
 LOST_AFTER_S = 1.0
 """A packet that was given back this long ago and did not arrive never will."""
 DRAIN_S = 0.02
-"""What is in the ring when parking ends is read for this long."""
+"""For so long a program that read that parking is on may still be parking after it was switched off."""
 FORGET_S = 60.0
 """So often the accounts of interfaces that are gone are closed."""
 RUNT = 60
@@ -127,12 +127,13 @@ class Holder:
             self._forget_interfaces()
             self._next_forget = now + FORGET_S
 
-    def _read_tap(self) -> None:
-        for _ in range(READS_PER_TURN):
+    def _read_tap(self) -> bool:
+        """Take in what waits in the TAP, as much as one turn may; tell whether there was anything."""
+        for count in range(READS_PER_TURN):
             try:
                 data = os.read(self._tap.fd, READ_SIZE)
             except BlockingIOError:
-                return
+                return count > 0
             frame = frame_of(data, self._mapped.slots)
             if frame is None:
                 self._mapped.stats.strays += 1
@@ -140,6 +141,7 @@ class Holder:
                 back = self._queues.park(frame)
                 if back is not None:
                     self._give_back((back,))
+        return True
 
     def _read_agent(self) -> None:
         with contextlib.suppress(BlockingIOError):
@@ -218,9 +220,11 @@ class Holder:
         self._queues.limit_s = 0.0
         until = time.monotonic() + DRAIN_S
         while time.monotonic() < until:
-            self._read_tap()
-            self._give_back(self._queues.drain())
-            time.sleep(0.001)
+            if self._read_tap():  # the ring may be full; it does end, as nothing more is parked
+                self._give_back(self._queues.drain())
+                until = time.monotonic() + DRAIN_S
+            else:
+                time.sleep(0.001)
 
 
 def frame_of(data: bytes, slots: ctypes.Array[abi.Slot]) -> Frame | None:
