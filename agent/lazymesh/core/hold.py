@@ -49,9 +49,15 @@ class Frame:
     slot: int
     address: bytes
     """The family, then the slot's 16 address bytes."""
-    parked_at: float
+    parked_ns: int
+    """The kernel's time of parking, to the nanosecond: a slot that says another one has another packet by now."""
     why: Why
     data: bytes | memoryview
+
+    @property
+    def parked_at(self) -> float:
+        """The same in seconds."""
+        return self.parked_ns / 1e9
 
 
 @dataclass(frozen=True, slots=True)

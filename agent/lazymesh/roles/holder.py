@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import itertools
 import json
 import mmap
 import os
@@ -172,7 +173,9 @@ class Holder:
         stats = self._mapped.stats
         for item in returns:
             frame = item.frame
-            self._written.append((time.monotonic(), frame.slot, self._mapped.slots[frame.slot].parked_ns))
+            if self._mapped.slots[frame.slot].parked_ns != frame.parked_ns:
+                continue  # another holder has taken over, and counted it as lost
+            self._written.append((time.monotonic(), frame.slot, frame.parked_ns))
             if item.discard:
                 self._discard(frame.slot)
             else:
@@ -193,18 +196,16 @@ class Holder:
             self._mapped.stats.write_errors += 1  # the sweep finds its slot
 
     def _sweep(self, now: float) -> None:
-        """Find what was given back and never arrived, and have it uncounted."""
-        young = 0
-        for young, (written, number, parked_ns) in enumerate(self._written):  # noqa: B007
-            if written > now - LOST_AFTER_S:
-                break
+        """Find what was given back and never arrived, and have it uncounted: again and again, until it is."""
+        late = list(itertools.takewhile(lambda item: item[0] <= now - LOST_AFTER_S, self._written))
+        still_out = []
+        for written, number, parked_ns in late:
             slot = self._mapped.slots[number]
             if slot.parked_ns == parked_ns and slot.state != abi.SLOT_FREE:
-                self._mapped.stats.never_arrived += 1
+                self._mapped.stats.never_arrived += slot.state != abi.SLOT_DISCARD
                 self._discard(number)
-        else:
-            young = len(self._written)
-        del self._written[:young]
+                still_out.append((written, number, parked_ns))
+        self._written[: len(late)] = still_out
 
     def _forget_interfaces(self) -> None:
         """Close the accounts of interfaces that are gone: pods come and go, and there is room for so many only."""
@@ -234,7 +235,7 @@ def frame_of(data: bytes, slots: ctypes.Array[abi.Slot]) -> Frame | None:
         return None  # never parked, or another holder has taken over and begun anew
     slot = slots[number]
     key = bytes((slot.family,)) + bytes(slot.addr)
-    return Frame(number, key, slot.parked_ns / 1e9, Why(slot.hold), data)
+    return Frame(number, key, slot.parked_ns, Why(slot.hold), data)
 
 
 def main() -> None:

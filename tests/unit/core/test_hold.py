@@ -19,7 +19,7 @@ _slots = itertools.count()
 
 def frame(address: bytes = A, at: float = 10.0, why: Why = Why.FIRST) -> Frame:
     """Return a packet of this address, parked at that time."""
-    return Frame(next(_slots), address, at, why, b"")
+    return Frame(next(_slots), address, round(at * 1e9), why, b"")
 
 
 def parked(queues: HoldQueues, *frames: Frame) -> list[Frame]:
