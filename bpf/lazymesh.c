@@ -218,7 +218,7 @@ static __always_inline int handle(struct __sk_buff *skb, int direction)
 	u32 zero = 0, slot = direction, identity = WORLD_ID;
 	enum hold hold = HOLD_NOT;
 	int parsed, verdict, missed = 0, arrived = 0, known = 0;
-	u64 now, hash;
+	u64 now, hash, moment;
 
 	config = lm_config.lookup(&zero);
 	counters = lm_counters.lookup(&slot);
@@ -236,7 +236,8 @@ static __always_inline int handle(struct __sk_buff *skb, int direction)
 	}
 	hash = hash_of(packet.peer.addr);
 	answer = answer_at(hash, config);
-	if (answer && is_answer(answer, &packet, hash, config)) {
+	moment = moment_of(config); /* before the entry is looked up: it may go while we look */
+	if (answer && is_answer(answer, &packet, hash, moment)) {
 		known = 1;
 		miss = MISS_NO;
 		identity = answer->identity;
@@ -252,7 +253,7 @@ static __always_inline int handle(struct __sk_buff *skb, int direction)
 	if (miss == MISS_NO && !known) {
 		note_recent(&packet, hash, config->epoch);
 		if (answer)
-			remember(answer, &packet, hash, identity, config);
+			remember(answer, &packet, hash, identity, moment);
 	}
 	if (miss == MISS_NO && !config->enforced) {
 		counters->hit++;

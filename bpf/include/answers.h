@@ -31,9 +31,14 @@ static __always_inline u64 hash_of(const __be32 *a)
 	return ((u64)(a[0] ^ a[2]) << 32 | (a[1] ^ a[3])) * 0x9e3779b97f4a7c15;
 }
 
-static __always_inline u64 seal_of(u64 hash, u32 identity, const struct lm_config *config)
+static __always_inline u64 moment_of(const struct lm_config *config)
 {
-	return hash ^ (u64)identity << 16 ^ (bpf_jiffies64() << 32 | config->generation);
+	return config->generation ? bpf_jiffies64() << 32 | config->generation : 0;
+}
+
+static __always_inline u64 seal_of(u64 hash, u32 identity, u64 moment)
+{
+	return hash ^ (u64)identity << 16 ^ moment;
 }
 
 /* Where the answer about an address would be; NULL when nothing is to be remembered. */
@@ -45,21 +50,21 @@ static __always_inline struct answer *answer_at(u64 hash, const struct lm_config
 }
 
 static __always_inline int is_answer(const struct answer *answer, const struct lm_packet *packet, u64 hash,
-				     const struct lm_config *config)
+				     u64 moment)
 {
 	const __be32 *a = packet->peer.addr, *b = answer->addr;
 
 	return a[0] == b[0] && a[1] == b[1] && a[2] == b[2] && a[3] == b[3] && packet->peer.family == answer->family &&
-	       answer->seal == seal_of(hash, answer->identity, config);
+	       answer->seal == seal_of(hash, answer->identity, moment);
 }
 
 static __always_inline void remember(struct answer *answer, const struct lm_packet *packet, u64 hash, u32 identity,
-				     const struct lm_config *config)
+				     u64 moment)
 {
 	__builtin_memcpy(answer->addr, packet->peer.addr, sizeof(answer->addr));
 	answer->family = packet->peer.family;
 	answer->identity = identity;
-	answer->seal = seal_of(hash, identity, config);
+	answer->seal = seal_of(hash, identity, moment);
 }
 
 #endif
