@@ -224,7 +224,7 @@ static __always_inline int handle(struct __sk_buff *skb, int direction)
 	counters = lm_counters.lookup(&slot);
 	if (!config || !counters)
 		return TC_ACT_UNSPEC; /* array elements always exist: for the verifier */
-	if (config->hold_cookie && skb->mark >> 16 == config->hold_cookie)
+	if (config->hold_cookie && skb->mark >> LM_HOLD_COOKIE_SHIFT == config->hold_cookie)
 		arrived = arrive(skb);
 	parsed = parse_addresses(skb, direction, &packet);
 	if (parsed) {

@@ -21,6 +21,22 @@
 #define HOLD_STALE_NS 100000000ULL
 #define HOLD_GATE_NS 50000000ULL
 
+/*
+ * The mark of a packet on its way back: cookie and slot, around the bits that Cilium (0x0f00) and kube-proxy (0xc000) read,
+ * since it may pass its interface in a moment in which we are not on the hook.
+ */
+#define HOLD_MARK_FOREIGN 0xcf00
+
+static __always_inline u32 hold_mark_of(u32 cookie, u32 id)
+{
+	return cookie << LM_HOLD_COOKIE_SHIFT | (id & 0x3c00) << 6 | (id & 0x300) << 4 | (id & 0xff);
+}
+
+static __always_inline u32 hold_slot_in(u32 mark)
+{
+	return (mark >> 6 & 0x3c00) | (mark >> 4 & 0x300) | (mark & 0xff);
+}
+
 /* The generation keeps a frame that comes late from passing for the next one of its slot. */
 struct hold_token {
 	__u8 magic[2];
@@ -37,7 +53,7 @@ static __always_inline u32 hold_bucket_of(const __be32 *a)
 {
 	u32 h = a[0] * 0x9e3779b1 ^ a[1] * 0x85ebca6b ^ a[2] * 0xc2b2ae35 ^ a[3] * 0x27d4eb2f;
 
-	return (h ^ h >> 15) & (LM_HOLD_BUCKETS - 1);
+	return (h ^ h >> 16) & (LM_HOLD_BUCKETS - 1);
 }
 
 /* What is out in one bucket, of one interface, in all: moved together, by one packet. */
@@ -220,17 +236,24 @@ static __always_inline void hold_settle(u32 id, struct lm_slot *slot)
 	lm_hold_free.push(&id, 0);
 }
 
-/* Is this a packet that comes back from the holder? Then it is counted out, and its own mark is put back. */
+/*
+ * Is this a packet that comes back from the holder? Then it is counted out, and its own mark is put back. One that was
+ * given up meanwhile, or that we did not see where it came back, loses ours.
+ */
 static __always_inline int arrive(struct __sk_buff *skb)
 {
-	u32 id = skb->mark & 0xffff, zero = 0;
+	u32 id = hold_slot_in(skb->mark), zero = 0;
 	struct lm_hold_counters *counters;
 	struct lm_slot *slot;
 
 	counters = lm_hold_count.lookup(&zero);
 	slot = lm_slots.lookup(&id);
-	if (!counters || !slot || slot->state != LM_SLOT_RETURNING || slot->ifindex != skb->ifindex)
+	if (!counters || !slot || skb->mark & HOLD_MARK_FOREIGN)
 		return 0; /* somebody else's mark that looks like ours */
+	if (slot->state != LM_SLOT_RETURNING || slot->ifindex != skb->ifindex) {
+		skb->mark = 0;
+		return 0;
+	}
 	skb->mark = slot->mark;
 	counters->returned++;
 	hold_settle(id, slot);
@@ -305,7 +328,7 @@ int lm_hold_back(struct __sk_buff *skb)
 		return TC_ACT_SHOT;
 	slot->state = LM_SLOT_RETURNING;
 	bpf_set_hash(skb, slot->hash); /* else its flow's first packet may take another path than the rest */
-	skb->mark = config->hold_cookie << 16 | id;
+	skb->mark = hold_mark_of(config->hold_cookie, id);
 	return bpf_redirect(slot->ifindex, BPF_F_INGRESS);
 }
 

@@ -64,7 +64,7 @@ struct lm_config {
 	__u32 muted;
 	__u32 on_miss;	/* enum lm_on_miss */
 	__u32 enforced; /* bit LM_EGRESS, bit LM_INGRESS: default deny of mesh traffic in that direction */
-	__u32 hold_cookie; /* upper half of the mark of packets that come back from the holder; 0: there are none */
+	__u32 hold_cookie; /* upper 12 bits of the mark of packets that come back from the holder; 0: there are none */
 	__u32 parked; /* the verdict that ends the way of a packet of which the TAP has a clone */
 	__u32 view[LM_VIEWS]; /* enum lm_view: how to read each element of the view maps */
 	__u32 epoch;	      /* counts up every few seconds: lm_recent notes an address once in each */
@@ -182,6 +182,7 @@ enum hold {
 	HOLD_GATED,  /* a hit: parked only to stay behind them */
 };
 
+#define LM_HOLD_COOKIE_SHIFT 20
 #define LM_HOLD_SLOTS 16384
 #define LM_HOLD_BUCKETS 65536
 

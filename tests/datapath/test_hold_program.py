@@ -26,6 +26,7 @@ from typing import TYPE_CHECKING
 import pytest
 from scapy.layers.inet6 import IPv6ExtHdrDestOpt
 
+from lazymesh.core.hold import Cause, Return
 from lazymesh.core.model import Direction, Entry, parse_address
 from lazymesh.datapath import abi, libbpf
 from lazymesh.datapath.holdmaps import HoldControl, HoldCounterMap, HoldLimits
@@ -46,7 +47,7 @@ from tests.support.prog_run import _SkBuff
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
-COOKIE = 0x4C4D
+COOKIE = 0xC4D
 _PACKET_VNET_HDR, _TUNSETOFFLOAD = 15, 0x400454D0
 _SOL_PACKET, _SO_MARK = 263, 36
 POD_MAC = bytes.fromhex("020000000001")
@@ -69,7 +70,8 @@ class HoldBench:
         self.pod.ip([f"link add eth0 type veth peer name lxc0 netns {self.node.name}", "link set eth0 up"])
         self.node.ip(["link set lxc0 up", "link set lo up"])
         self.ifindex = self.node.call(socket.if_nametoindex, "lxc0")
-        self._attach()
+        self.node.run("tc", "qdisc", "add", "dev", "lxc0", "clsact")
+        self.attach()
         self.tap = self.node.call(open_tap)
         stack.callback(os.close, self.tap.fd)
         self.tap.set_filter(libbpf.open_pin(self.pins / HOLD_FILTER))
@@ -84,8 +86,8 @@ class HoldBench:
         stack.callback(self.socket.close)
         stack.callback(self.gso_socket.close)
 
-    def _attach(self) -> None:
-        self.node.run("tc", "qdisc", "add", "dev", "lxc0", "clsact")
+    def attach(self) -> None:
+        """Put our program on the pod's interface."""
         pin = str(self.pins / "lm_from_pod")
         where = ("dev", "lxc0", "ingress", "prio", "49000", "protocol", "all")
         self.node.run("tc", "filter", "add", *where, "bpf", "direct-action", "pinned", pin)
@@ -150,6 +152,16 @@ class HoldBench:
     def counts(self) -> dict[str, int]:
         """Return what holding has counted, without zeros."""
         return {name: n for name, n in self._counters.kernel().items() if n}
+
+    def settled(self) -> bool:
+        """Tell whether no account has anything on it, neither packets nor bytes."""
+        for name in ("lm_hold_if", "lm_hold_bucket", "lm_hold_total"):
+            accounts = libbpf.Map.pinned(self.pins / name)
+            busy = any(raw[:16] != bytes(16) for _, raw in accounts.items())
+            accounts.close()
+            if busy:
+                return False
+        return True
 
     def out(self) -> int:
         """Return how many packets are out, as the kernel counts them."""
@@ -245,19 +257,53 @@ def test_a_parked_packet_comes_back_as_it_was(bench: HoldBench, version: int) ->
 
 
 def test_the_mark_a_packet_had_is_put_back(bench: HoldBench) -> None:
-    """Whoever set it before us finds it again; a wrong cookie, state or interface is somebody else's mark."""
-    slot = bench.mapped.slots[3]
-    slot.state, slot.ifindex, slot.mark = abi.SLOT_RETURNING, 1, 0x77
+    """Whoever set it before us finds it again; one of ours that is good for nothing is taken off, no other is."""
+    slot, mine = bench.mapped.slots[3], mark_of(3)
+    slot.state, slot.mark = abi.SLOT_RETURNING, 0x77
     for mark, ifindex, after in (
-        ((COOKIE + 1) << 16 | 3, 1, (COOKIE + 1) << 16 | 3),
-        (COOKIE << 16 | 4, 1, COOKIE << 16 | 4),
-        (COOKIE << 16 | 3, 2, COOKIE << 16 | 3),
-        (COOKIE << 16 | 3, 1, 0x77),
-        (COOKIE << 16 | 3, 1, COOKIE << 16 | 3),  # spent
+        (mine + (1 << 20), 1, mine + (1 << 20)),
+        (mine | 0x200, 1, mine | 0x200),  # Cilium: to the proxy
+        (mine | 0x4000, 1, mine | 0x4000),  # kube-proxy: to be masqueraded
+        (mark_of(4), 1, 0),
+        (mine, 2, 0),
+        (mine, 1, 0x77),
+        (mine, 1, 0),  # spent
     ):
         slot.ifindex = ifindex
         assert mark_after(bench, mark) == after
     assert bench.counts() == {"returned": 1}
+
+
+def mark_of(number: int) -> int:
+    """Return the mark of a packet on its way back, by its slot."""
+    return COOKIE << 20 | (number >> 10) << 16 | (number >> 8 & 3) << 12 | number & 0xFF
+
+
+@pytest.mark.parametrize("number", [0, 0xFF, 0x100, 0x2AA, 0x1555, 0x3FFF])
+def test_a_packet_that_comes_back_past_us_means_nothing_to_others(
+    bench: HoldBench, follower: Follower, number: int
+) -> None:
+    """Somebody takes our program off just then: Cilium and kube-proxy find nothing of theirs in its mark."""
+    free = libbpf.Map.pinned(bench.pins / "lm_hold_free")
+    free.drain()
+    for _ in range(2):
+        free.push(number.to_bytes(4, sys.byteorder))
+    free.close()
+    for peer, back in ((POD_B1, False), (POD_B2, True)):
+        bench.send(Flow(peer=peer).udp())
+        frame = bench.read()
+        assert slot_number(frame) == number
+        if not back:
+            bench.node.run("tc", "filter", "del", "dev", "lxc0", "ingress", "prio", "49000")
+        try:
+            bench.write(frame)
+            seen = arrivals(follower, 2 if back else 1)
+        finally:
+            if not back:
+                bench.attach()
+        assert seen.mark == (0 if back else mark_of(number))
+        assert not mark_of(number) & 0xCF00
+    assert bench.counts() == {"held": 2, "returned": 1}
 
 
 def mark_after(bench: HoldBench, mark: int) -> int:
@@ -334,14 +380,34 @@ def test_bytes_are_bounded_on_each_level(bench: HoldBench, follower: Follower, w
     assert bench.counts() == {"held": 1, "refused_bytes": 1}
 
 
-def test_the_rate_is_of_addresses_and_of_one_interface(bench: HoldBench, follower: Follower) -> None:
-    """A second new address is refused, a second packet of the first is not."""
-    bench.control.set_limits(HoldLimits(interface_rate=1, interface_burst=1), 0.25)
-    bench.send(Flow().udp())
-    bench.send(Flow(peer=POD_B2).udp())
-    bench.send(Flow().udp())
+@pytest.mark.parametrize("burst", [1, 3])
+def test_the_rate_is_of_addresses_and_of_one_interface(
+    bench: HoldBench, follower: Follower, burst: int
+) -> None:
+    """One new address more than the burst is refused, a second packet of the first is not."""
+    bench.control.set_limits(HoldLimits(interface_rate=1, interface_burst=burst), 0.25)
+    for number in range(burst + 1):
+        bench.send(Flow(peer=pod_of_b(number)).udp())
+    bench.send(Flow(peer=pod_of_b(0)).udp())
     arrivals(follower, 1)
-    assert bench.counts() == {"held": 2, "refused_rate": 1}
+    assert bench.counts() == {"held": burst + 1, "refused_rate": 1}
+
+
+@pytest.mark.parametrize("bit", range(8))
+def test_neighbours_have_accounts_of_their_own(bench: HoldBench, follower: Follower, bit: int) -> None:
+    """Addresses that differ in one bit, whichever it is: one is out, the other is neither bounded nor held by it."""
+    other = ipaddress.ip_address(int(ipaddress.ip_address(POD_B1.v4)) ^ 1 << bit)
+    peer = packets.Host("twin", str(other), POD_B1.v6)
+    bench.control.set_limits(HoldLimits(address_packets=1), 0.25)
+    bench.send(Flow().udp())
+    bench.send(Flow(peer=peer).udp())
+    assert bench.counts() == {"held": 2}
+    bench.clear()
+    bench.install(peer)
+    bench.send(Flow().udp())
+    bench.send(Flow(peer=peer).udp())
+    arrivals(follower, 1)
+    assert bench.counts() == {"held": 1}
 
 
 def test_slots_are_the_last_bound(bench: HoldBench, follower: Follower) -> None:
@@ -459,7 +525,7 @@ def test_a_tap_that_is_down_costs_nothing(bench: HoldBench, follower: Follower) 
     finally:
         bench.node.ip([f"link set {bench.tap.name} up"])
     assert bench.counts() == {"park_failed": 1}
-    assert bench.out() == 0
+    assert bench.settled()
 
 
 def test_a_token_counts_at_the_tap_only(bench: HoldBench, follower: Follower) -> None:
@@ -558,6 +624,9 @@ def test_a_miss_behind_others_is_parked_without_a_signal_of_its_own(
     assert bench.counts() == {"held": 2, "returned": 2}
     counts = bench.datapath.counters.read(Direction.EGRESS)
     assert (counts.missed, counts.signalled, counts.missed_again) == (3, 1, 2)
+    window = bench.datapath.windows.take(POD_B1.address(4))
+    assert window
+    assert window.packets == 3
 
 
 def test_an_entry_that_vanishes_again_is_signalled_at_once(bench: HoldBench, follower: Follower) -> None:
@@ -608,10 +677,7 @@ def test_the_books_balance_whatever_happens(bench: HoldBench) -> None:
     free = libbpf.Map.pinned(bench.pins / "lm_hold_free")
     assert free.drain() == len(bench.mapped.slots)
     free.close()
-    for name in ("lm_hold_if", "lm_hold_bucket"):
-        accounts = libbpf.Map.pinned(bench.pins / name)
-        assert not any(raw[:16] != bytes(16) for _, raw in accounts.items())
-        accounts.close()
+    assert bench.settled()
 
 
 def give_back(bench: HoldBench, frame: bytes, dice: random.Random) -> None:
@@ -653,9 +719,7 @@ def test_a_packet_that_never_arrives_is_found(bench: HoldBench) -> None:
     accounts = libbpf.Map.pinned(bench.pins / "lm_hold_if")
     accounts.update(gone.to_bytes(4, "little"), bytes(ctypes.sizeof(abi.Outstanding)))
     bench.node.ip(["link del lxc1"])
-    ours, theirs = socket.socketpair()
-    with ours, theirs:
-        holder = Holder(bench.tap, bench.pins, bench.mapped, theirs)
+    with holder_at(bench) as holder:
         parked = frame_of(frame, bench.mapped.slots)
         assert parked
         now = time.monotonic()
@@ -691,3 +755,74 @@ def test_a_holder_that_ends_gives_back_all_that_is_in_the_ring(bench: HoldBench,
     assert bench.counts() == {"held": 2_000, "returned": 2_000}
     assert bench.mapped.control.tap_ifindex == 0
     assert bench.out() == 0
+
+
+def test_an_old_holder_that_wakes_up_leaves_its_successors_packets_alone(
+    bench: HoldBench, follower: Follower
+) -> None:
+    """Their slots have the numbers of those that it still has; to drop its own is to drop theirs."""
+    frames = [Flow(peer=pod_of_b(number)).udp() for number in range(5)]
+    with holder_at(bench) as old:
+        old._queues.drop_on_timeout = True
+        for frame in frames:
+            bench.send(frame)
+        old._read_tap()
+        bench.clear()  # its successor begins
+        for frame in frames:
+            bench.send(frame)
+        mine = [bench.read() for _ in frames]
+        old._give_back(old._queues.expire(time.monotonic() + 1))
+        old._tidy(time.monotonic() + 5)
+    for frame in mine:
+        bench.write(frame)
+    arrivals(follower, 5)
+    assert bench.counts() == {"held": 5, "returned": 5}
+    assert bench.settled()
+
+
+def test_a_holder_starts_from_nothing(bench: HoldBench) -> None:
+    """Parking is off until it is told to go, and what its predecessor had, in whatever state, is lost."""
+    states = [abi.SLOT_PARKED, abi.SLOT_RETURNING, abi.SLOT_DISCARD, abi.SLOT_CUT]
+    for slot, state in zip(bench.mapped.slots, states, strict=False):
+        slot.state = state
+    before = bench.mapped.stats.lost
+    reset(bench.pins, bench.mapped)
+    assert bench.mapped.stats.lost == before + 4
+    assert bench.mapped.control.tap_ifindex == 0
+
+
+def test_the_sweep_is_for_what_was_given_back_long_ago(bench: HoldBench) -> None:
+    """Not for what is still on its way, nor for the next packet of a slot."""
+    bench.send(Flow().udp())
+    frame = bench.read()
+    slot, now = bench.slot(frame), time.monotonic()
+    young = (now - 0.5, slot_number(frame), slot.parked_ns)
+    with holder_at(bench) as holder:
+        holder._written = [(now - 2, slot_number(frame), slot.parked_ns - 1), young]
+        holder._sweep(now)
+        assert holder._written == [young]
+    assert slot.state == abi.SLOT_PARKED
+
+
+def test_what_could_not_be_written_is_found_when_it_can(bench: HoldBench) -> None:
+    """The TAP was down when the packet was given back, and when it was swept: it is counted out once it is up."""
+    bench.send(Flow().udp())
+    frame = bench.read()
+    before = bench.mapped.stats.never_arrived
+    with holder_at(bench) as holder:
+        parked = frame_of(frame, bench.mapped.slots)
+        assert parked
+        bench.node.ip([f"link set {bench.tap.name} down"])
+        try:
+            holder._give_back([Return(parked, Cause.INSTALLED)])
+            for later in (2, 3):
+                holder._sweep(time.monotonic() + later)
+            assert bench.out() == 1
+        finally:
+            bench.node.ip([f"link set {bench.tap.name} up"])
+        holder._sweep(time.monotonic() + 4)
+        wait_until(lambda: bench.counts() == {"held": 1, "discarded": 1}, 2)
+        holder._sweep(time.monotonic() + 5)
+        assert holder._written == []
+    assert bench.mapped.stats.never_arrived == before + 1
+    assert bench.settled()

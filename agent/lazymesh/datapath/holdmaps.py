@@ -12,6 +12,9 @@ from lazymesh.datapath.libbpf import Map, possible_cpus
 if TYPE_CHECKING:
     from pathlib import Path
 
+COOKIE_BITS = 12
+"""LM_HOLD_COOKIE_SHIFT leaves so many of a mark."""
+
 
 @dataclass(frozen=True, slots=True)
 class HoldLimits:

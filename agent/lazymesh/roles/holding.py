@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING
 import structlog
 
 from lazymesh.core.hold import Cause
+from lazymesh.datapath.holdmaps import COOKIE_BITS
 from lazymesh.datapath.hooks import mend_tap, prepare_tap
 from lazymesh.errors import DatapathError
 
@@ -195,7 +196,7 @@ class Holding:
         tap = json.loads(datagram[1:])
         await prepare_tap(self._datapath, tap["ifindex"], tap["name"])
         self._control.set_limits(self._settings.limits, self._settings.limit_s)
-        self._datapath.config.change(hold_cookie=secrets.randbelow(0xFFFF) + 1)
+        self._datapath.config.change(hold_cookie=secrets.randbelow((1 << COOKIE_BITS) - 1) + 1)
         words = {"limit_s": self._settings.limit_s, "drop_on_timeout": self._settings.drop_on_timeout}
         ours.send(b"c" + json.dumps(words).encode())
         ours.send(b"g")
