@@ -268,19 +268,21 @@ def test_an_old_holder_that_hangs_is_in_nobodys_way(lab: Lab, proxy: Proxy) -> N
 @pytest.mark.parametrize(
     "removal",
     [
-        ("qdisc", "del", "dev", "{}", "clsact"),
-        ("filter", "del", "dev", "{}", "egress"),
-        ("filter", "del", "dev", "{}", "ingress"),
+        ("tc", "qdisc", "del", "dev", "{}", "clsact"),
+        ("tc", "filter", "del", "dev", "{}", "egress"),
+        ("tc", "filter", "del", "dev", "{}", "ingress"),
+        ("tc", "qdisc", "replace", "dev", "{}", "root", "pfifo_fast"),
+        ("ip", "link", "set", "{}", "down"),
     ],
-    ids=["both", "out", "back"],
+    ids=["both", "out", "back", "queue", "down"],
 )
 def test_what_is_taken_off_its_device_is_put_back(
     lab: Lab, agent: AgentProcess, removal: tuple[str, ...]
 ) -> None:
-    """Somebody cleans the node of filters: without these every packet that is held would be lost."""
+    """Somebody cleans the node: without filters and queue held packets are lost, while it is down none is held."""
     device = wait_until(lambda: next(iter(holding_devices(lab)), ""), 5, "a device")
-    lab.node_a.run("tc", *(word.format(device) for word in removal))
-    wait_until(lambda: "took our programs off" in agent.log, 5, "the agent to notice")
+    lab.node_a.run(*(word.format(device) for word in removal))
+    wait_until(lambda: "somebody changed the holder's TAP" in agent.log, 5, "the agent to notice")
     with Sink(lab.node_b) as sink, Ticker(lab.pods[0].namespace, KNOWN, fresh()) as ticker:
         before = counts(lab)["held"]
         wait_until(lambda: counts(lab)["held"] > before + 20, 5, "holding to resume")

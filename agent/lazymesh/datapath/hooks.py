@@ -46,6 +46,7 @@ if len(sched_bpf.options.nla_map) == 9:
         ("TCA_BPF_TAG", "hex"),
         ("TCA_BPF_ID", "uint32"),
     )
+_IFF_UP = 1
 _GONE = (errno.ENODEV, errno.ENOENT, errno.EINVAL)
 _TAP_RING = 16_384
 
@@ -198,36 +199,41 @@ async def prepare_tap(datapath: Datapath, index: int, name: str) -> None:
         log.debug("no IPv6 here to switch off", interface=name)
     try:
         async with AsyncIPRoute() as route:
-            # noqueue, or clone_redirect would say that a full ring took the packet; the ring longer than all slots.
-            await route.link("set", index=index, txqlen=_TAP_RING)
-            await _put_on_tap(route, datapath, index)
-            await route.link("set", index=index, state="up")
-            await route.tc("replace", "noqueue", index, parent=_ROOT)
+            await _make_tap_fit(route, datapath, index)
     except NetlinkError as exc:
         raise DatapathError(f"cannot set up the TAP device {name}: {exc}") from exc
 
 
 async def mend_tap(datapath: Datapath, index: int) -> bool:
-    """Put back what somebody has taken off the holder's TAP; tell whether anything was missing."""
+    """Put right what somebody has changed about the holder's TAP; tell whether anything was wrong."""
     async with AsyncIPRoute() as route:
-        for parent in (_INGRESS, _EGRESS):
-            if (_PRIORITY, _HANDLE) not in await _filters(route, index, parent):
-                break
-        else:
-            return False
         try:
-            await _put_on_tap(route, datapath, index)
+            if await _is_fit(route, index):
+                return False
+            await _make_tap_fit(route, datapath, index)
         except NetlinkError as exc:
             log.debug("cannot mend the TAP", error=str(exc))  # it is gone, and its holder ends
             return False
     return True
 
 
-async def _put_on_tap(route: AsyncIPRoute, datapath: Datapath, index: int) -> None:
+async def _make_tap_fit(route: AsyncIPRoute, datapath: Datapath, index: int) -> None:
     (out, out_fd), (back, back_fd) = datapath.hold_programs()
+    await route.link("set", index=index, txqlen=_TAP_RING)  # longer than all slots
     await _add_clsact(route, index)
     await _put_filter(route, index, _EGRESS, out_fd, out)
     await _put_filter(route, index, _INGRESS, back_fd, back)
+    await route.link("set", index=index, state="up")
+    # Else clone_redirect would say that a full ring took the packet.
+    await route.tc("replace", "noqueue", index, parent=_ROOT)
+
+
+async def _is_fit(route: AsyncIPRoute, index: int) -> bool:
+    (link,) = await route.link("get", index=index)
+    if not link["flags"] & _IFF_UP or link.get_attr("IFLA_QDISC") != "noqueue":
+        return False
+    hooks = [await _filters(route, index, parent) for parent in (_INGRESS, _EGRESS)]
+    return all((_PRIORITY, _HANDLE) in filters for filters in hooks)
 
 
 async def _add_clsact(route: AsyncIPRoute, index: int) -> None:

@@ -182,9 +182,7 @@ class Holding:
                 looks = looks + 1 if silent_s > HUNG_S else 0
                 self.state = "the holder hangs" if looks else "on"
                 if await mend_tap(self._datapath, tap):
-                    log.warning(
-                        "somebody took our programs off the holder's TAP device: they are attached again"
-                    )
+                    log.warning("somebody changed the holder's TAP device: it is as it should be again")
             else:
                 return
 
