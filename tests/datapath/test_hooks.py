@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import asyncio
 import os
+import socket
+import threading
 from typing import TYPE_CHECKING
 
 import pytest
 
+from lazymesh.core.model import Direction
 from lazymesh.datapath import interfaces, libbpf
 from lazymesh.datapath.hooks import detach_everywhere
 from lazymesh.datapath.interfaces import InterfaceFollower, InterfaceSelection
@@ -28,7 +31,8 @@ from tests.datapath.test_interfaces import (
     until_attached,
     veth,
 )
-from tests.support import tcx
+from tests.support import packets, tcx
+from tests.support.packets import Flow
 
 if TYPE_CHECKING:
     from lazymesh.datapath.program import Datapath
@@ -98,6 +102,47 @@ def test_ours_goes_back_to_the_front(
     inside(node, story)
     for link in links:
         link.close()
+
+
+def test_going_to_the_front_lets_nothing_past(loaded: Datapath, node: Namespace, style: str) -> None:
+    """The kernel takes its time for a tcx link's end and its beginning, some 10 ms: ours is on the hook meanwhile."""
+    node.ip([*veth("lxc1"), "link set lxc1 up", "link set peer-lxc1 up"])
+    sock = node.call(socket.socket, socket.AF_PACKET, socket.SOCK_RAW, 0)
+    node.call(sock.bind, ("peer-lxc1", 0))
+    frame, sent, stop = Flow(peer=packets.INTERNET).udp(), 0, threading.Event()
+
+    def send() -> None:
+        nonlocal sent
+        while not stop.wait(0.0001):
+            sock.send(frame)
+            sent += 1
+
+    def seen() -> int:
+        return loaded.counters.read(Direction.EGRESS).not_mesh
+
+    async def story() -> None:
+        async with following(InterfaceFollower(loaded, PODS_ONLY, style)) as follower:
+            hook, index, (name, fd) = follower._hook, next(iter(follower._attached)), program
+            assert hook is not None
+            sender = threading.Thread(target=send)
+            sender.start()
+            try:
+                for _ in range(10):
+                    await asyncio.sleep(0.02)
+                    async with follower._placing:
+                        await hook.put_first(index, fd, name)
+                    assert await hook.place(index, fd) == 0
+            finally:
+                stop.set()
+                sender.join()
+
+    program = loaded.program(Direction.EGRESS)
+    before = seen()
+    with sock:
+        inside(node, story)
+    assert sent > 500
+    assert sent - (seen() - before) < (10 if style == "tcx" else 100)
+    assert len(filters(node, "lxc1")) == 1
 
 
 def test_filters_are_not_asked_for_again_and_again(

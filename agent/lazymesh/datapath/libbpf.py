@@ -14,6 +14,7 @@ import functools
 import os
 import resource
 import socket
+import struct
 import sys
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
@@ -180,6 +181,8 @@ _TCX_INGRESS = 46
 _BPF_F_BEFORE = 1 << 3
 """Without a program to stand before: at the head."""
 _INSTRUCTION_SIZE = 8
+_SCHED_CLS = 3
+"""BPF_PROG_TYPE_SCHED_CLS."""
 _CHAIN_MOST = 64
 """BPF_MPROG_MAX: no chain is longer."""
 
@@ -303,6 +306,13 @@ def load_program(name: str, kind: int, license_words: str, code: bytes) -> int:
     """Load instructions; return the program's file descriptor."""
     count = len(code) // _INSTRUCTION_SIZE
     return checked(library().bpf_prog_load(kind, name.encode(), license_words.encode(), code, count, None))
+
+
+def load_idle() -> int:
+    """Load a TC program that leaves every packet to the next one; return its file descriptor."""
+    # r0 = -1 (TC_ACT_UNSPEC); exit
+    code = struct.pack("=BBhi", 0xB7, 0, 0, -1) + struct.pack("=BBhi", 0x95, 0, 0, 0)
+    return load_program("lm_idle", _SCHED_CLS, "Dual BSD/GPL", code)
 
 
 class TestRunOpts(ctypes.Structure):
