@@ -826,3 +826,17 @@ def test_what_could_not_be_written_is_found_when_it_can(bench: HoldBench) -> Non
         assert holder._written == []
     assert bench.mapped.stats.never_arrived == before + 1
     assert bench.settled()
+
+
+def test_a_holder_whose_device_is_deleted_ends_without_a_word(bench: HoldBench) -> None:
+    """What it has read is given up with the device; the agent starts another."""
+    tap = bench.node.call(lambda: open_tap(("lm_gone",)))
+    bench.node.ip(["link del lm_gone"])
+    ours, theirs = socket.socketpair()
+    try:
+        with ours, theirs:
+            theirs.setblocking(False)
+            bench.node.call(Holder(tap, bench.pins, bench.mapped, theirs).run)
+    finally:
+        os.close(tap.fd)
+    assert bench.mapped.control.tap_ifindex == bench.tap.ifindex

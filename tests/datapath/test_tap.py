@@ -54,6 +54,19 @@ def test_another_name_is_taken_if_it_never_comes_free(node: Namespace) -> None:
     os.close(old.fd)
 
 
+def test_a_name_that_somebody_else_has_is_passed_over(node: Namespace) -> None:
+    """A device that is no TAP never comes free; when all names are taken, that is what is said."""
+    node.ip([f"link add {NAMES[0]} type veth peer name other"])
+    try:
+        new = node.call(open_tap)
+        assert new.name == NAMES[1]
+        os.close(new.fd)
+        with pytest.raises(DatapathError, match=r"cannot make a TAP device: lm_hold0 and other are taken"):
+            node.call(lambda: open_tap((NAMES[0], "other")))
+    finally:
+        node.ip([f"link del {NAMES[0]}"])
+
+
 def test_trying_leaves_nothing(node: Namespace) -> None:
     """The check makes one and lets it go."""
     node.call(try_tap)

@@ -255,6 +255,7 @@ def test_an_old_holder_that_hangs_is_in_nobodys_way(lab: Lab, proxy: Proxy) -> N
     try:
         with holding(lab) as second:
             wait_until(lambda: "lm_hold1" in lab.node_a.run("ip", "link"), 5, "a device of its own")
+            wait_until(lambda: "usual name is taken" in second.log, 5, "a word about it")
             os.kill(old, signal.SIGCONT)
             wait_until(lambda: not Path(f"/proc/{old}").exists(), 5, "the old one's end")
             before = counts(lab)["held"]

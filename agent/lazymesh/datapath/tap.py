@@ -26,8 +26,12 @@ VNET_HEADER = 10
 READ_SIZE = VNET_HEADER + 14 + 65_536
 """A shorter read would cut a packet without an error."""
 NAMES = tuple(f"lm_hold{number}" for number in range(4))
-"""The first is ours as soon as an older holder is done; the others are for when it hangs and never gives it up."""
+"""The first is ours as soon as an older holder is done; the others are for when it never gives it up, as it hangs, or
+somebody else has a device of that name.
+"""
 _PATIENCE_S = 1.0
+_TAKEN = (errno.EBUSY, errno.EINVAL)
+"""By another holder's TAP; by a device that is none."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,6 +63,10 @@ def open_tap(names: tuple[str, ...] = NAMES, path: Path = Path("/dev/net/tun")) 
         return Tap(fd, name, _ifindex(name), udp_gso)
     except OSError as exc:
         os.close(fd)
+        if exc.errno in _TAKEN:
+            raise DatapathError(
+                f"cannot make a TAP device: {' and '.join(names)} are taken, by holders that hang or by other devices"
+            ) from exc
         raise DatapathError(
             f"cannot make the TAP device {names[0]} with all offloads: {exc.strerror} (it needs CAP_NET_ADMIN)"
         ) from exc
@@ -81,7 +89,7 @@ def _attach(fd: int, names: tuple[str, ...]) -> str:
             try:
                 return fcntl.ioctl(fd, _TUNSETIFF, request)[:16].rstrip(b"\0").decode()
             except OSError as exc:
-                if exc.errno != errno.EBUSY or (late and name == names[-1]):
+                if exc.errno not in _TAKEN or (late and name == names[-1]):
                     raise
         time.sleep(0.01)
 

@@ -135,6 +135,9 @@ class Holder:
                 data = os.read(self._tap.fd, READ_SIZE)
             except BlockingIOError:
                 return count > 0
+            except OSError:  # somebody has deleted the device: the agent starts another holder
+                self._ending = True
+                return False
             frame = frame_of(data, self._mapped.slots)
             if frame is None:
                 self._mapped.stats.strays += 1
@@ -209,8 +212,10 @@ class Holder:
 
     def _forget_interfaces(self) -> None:
         """Close the accounts of interfaces that are gone: pods come and go, and there is room for so many only."""
-        here = {index for index, _ in socket.if_nameindex()}
         keys = [key for key, _ in self._interfaces.items()]
+        here = {
+            index for index, _ in socket.if_nameindex()
+        }  # after that: what came in between has no account yet
         self._interfaces.delete_many([key for key in keys if int.from_bytes(key, sys.byteorder) not in here])
 
     def _end(self) -> None:

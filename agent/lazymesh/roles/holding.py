@@ -22,6 +22,7 @@ import structlog
 from lazymesh.core.hold import Cause
 from lazymesh.datapath.holdmaps import COOKIE_BITS
 from lazymesh.datapath.hooks import mend_tap, prepare_tap
+from lazymesh.datapath.tap import NAMES
 from lazymesh.errors import DatapathError
 
 if TYPE_CHECKING:
@@ -38,6 +39,8 @@ BEAT_S = 0.03
 RESTART_S = 1.0
 RETRY_MOST_S = 60.0
 """Where holding is not possible it is tried again after a second, then after twice as long each time, up to this."""
+BIRTH_S = 20.0
+"""A holder that has not started by then is killed. (One starts in 0.2 s, ten times as long on emulated processors.)"""
 HUNG_S = 1.0
 HUNG_LOOKS = 5
 """A holder that was silent for so long at so many looks in a row is killed. (One look may follow our own silence.)"""
@@ -188,10 +191,20 @@ class Holding:
 
     async def _handshake(self, ours: socket.socket) -> int:
         """Make ready what the holder has opened; return its TAP's index."""
-        datagram = await asyncio.get_running_loop().sock_recv(ours, 65_536)
+        try:
+            async with asyncio.timeout(BIRTH_S):
+                datagram = await asyncio.get_running_loop().sock_recv(ours, 65_536)
+        except TimeoutError as exc:
+            raise DatapathError(f"the holder has not started in {BIRTH_S:g} s") from exc
         if datagram[:1] != b"u":
             raise DatapathError(datagram[1:].decode() or "the holder ended without a word")
         tap = json.loads(datagram[1:])
+        if tap["name"] != NAMES[0]:
+            log.warning(
+                "the TAP's usual name is taken, by a holder that hangs or by somebody else's device",
+                name=tap["name"],
+                usual=NAMES[0],
+            )
         await prepare_tap(self._datapath, tap["ifindex"], tap["name"])
         self._control.set_limits(self._settings.limits, self._settings.limit_s)
         self._datapath.config.change(hold_cookie=secrets.randbelow((1 << COOKIE_BITS) - 1) + 1)

@@ -1,0 +1,53 @@
+"""The agent's side of a holder that does not do its part; all else about it needs a kernel."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+from typing import TYPE_CHECKING, Any, cast
+
+from lazymesh.datapath.holdmaps import HoldLimits
+from lazymesh.roles import holding
+from lazymesh.roles.holding import Holding, HoldSettings
+
+if TYPE_CHECKING:
+    import pytest
+
+
+def alive(process: str) -> bool:
+    """Tell whether a process is there."""
+    return Path("/proc", process).exists()
+
+
+async def test_a_holder_that_never_starts_is_killed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It was stopped at its birth, say: the agent says so, and tries another."""
+    stuck = tmp_path / "python"
+    stuck.write_text("#!/bin/sh\necho $$ >>${0%/*}/born\nexec sleep 60\n", encoding="ascii")
+    stuck.chmod(0o755)
+    monkeypatch.setattr(sys, "executable", str(stuck))
+    monkeypatch.setattr(holding, "BIRTH_S", 0.5)
+    monkeypatch.setattr(holding, "RESTART_S", 0.1)
+    datapath: Any = SimpleNamespace(pins=SimpleNamespace(directory=tmp_path))
+    keeper = Holding(
+        datapath, cast("Any", SimpleNamespace(beat=lambda _now: None)), HoldSettings(HoldLimits())
+    )
+    keeper.want()
+    running = asyncio.create_task(keeper.run())
+
+    def born() -> list[str]:
+        path = tmp_path / "born"
+        return path.read_text(encoding="ascii").split() if path.exists() else []
+
+    async with asyncio.timeout(20):
+        while len(born()) < 2:
+            assert not running.done()
+            await asyncio.sleep(0.02)
+    assert keeper.problem == "the holder has not started in 0.5 s"
+    assert not alive(born()[0])
+    running.cancel()
+    with contextlib.suppress(asyncio.CancelledError):
+        await running
+    assert not alive(born()[1])
