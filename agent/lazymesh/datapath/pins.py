@@ -147,7 +147,7 @@ class Pins:
 
     def missing(self, *, own_ipcache: bool) -> list[str]:
         """Return the names of pinned maps and programs that somebody has removed; own_ipcache: ours is one of them."""
-        names = (*PROGRAMS, *HOLD_PROGRAMS, INSTALL, *expected_layouts(0))
+        names = (*PROGRAMS, *HOLD_PROGRAMS, HOLD_FILTER, INSTALL, SIGNALS, *VIEWS, *expected_layouts(0))
         return [name for name in names if not self.path(name).exists() and (own_ipcache or name != IPCACHE)]
 
     def remove(self) -> None:
