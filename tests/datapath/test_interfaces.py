@@ -16,6 +16,7 @@ import pytest
 
 from lazymesh.core.model import Direction
 from lazymesh.datapath import tap
+from lazymesh.datapath.hooks import has_metadata
 from lazymesh.datapath.interfaces import InterfaceFollower, InterfaceSelection
 from lazymesh.errors import DatapathError
 from tests.datapath.conftest import open_descriptors
@@ -397,20 +398,53 @@ def attach_once(
     inside(node, story)
 
 
-class NetkitLink(dict[str, Any]):
-    """A link message of a netkit device, which this kernel cannot make."""
+class ForeignLink(dict[str, Any]):
+    """A link message of a device that this kernel cannot make."""
+
+    def __init__(self, kind: str, data: Any = None) -> None:
+        super().__init__(index=7, ifi_type=1, ifname="lxc7")
+        self._attributes = {"IFLA_LINKINFO": self, "IFLA_INFO_KIND": kind, "IFLA_INFO_DATA": data}
 
     def get_attr(self, name: str) -> Any:
-        """Return its kind, from the message inside the message."""
-        return self if name == "IFLA_LINKINFO" else "netkit"
+        """Return an attribute, from the message or the one inside it."""
+        return self._attributes[name]
 
 
 async def test_netkit_device_is_refused_by_name(loaded: Datapath) -> None:
     """It looks like Ethernet, and would carry our program for nothing."""
     follower = InterfaceFollower(loaded, PODS)
-    link = NetkitLink(index=7, ifi_type=1, ifname="lxc7")
+    link = ForeignLink("netkit")
     with pytest.raises(DatapathError, match="lxc7 is a netkit device"):
         await follower._consider(link, strict=True)
     await follower._consider(link, strict=False)
     assert follower.stats.attach_errors_total == 2
     assert follower.attached == {}
+
+
+@pytest.mark.parametrize(("mode", "fits"), [("external", False), ("id 3", True)])
+def test_tunnel_for_many_ends_is_refused(loaded: Datapath, node: Namespace, mode: str, fits: bool) -> None:
+    """Its packets have their tunnel beside them, which the TAP does not keep; with one end there is nothing to keep."""
+    try:
+        node.ip([f"link add lxc1 type vxlan {mode} dstport 4789"])
+    except RuntimeError as exc:
+        pytest.skip(f"needs vxlan in the kernel: {exc}")
+
+    async def story() -> None:
+        async with following(InterfaceFollower(loaded, PODS_ONLY)) as follower:
+            assert set(follower.attached) == ({"lxc1"} if fits else set())
+            assert follower.stats.attach_errors_total == (not fits)
+
+    inside(node, story)
+
+
+async def test_each_kind_of_tunnel_is_known_by_what_it_collects(loaded: Datapath) -> None:
+    """Whatever its attribute is called, or worth; what pyroute2 cannot read is none."""
+    follower = InterfaceFollower(loaded, PODS)
+    for kind, data in (
+        ("geneve", {"attrs": [("IFLA_GENEVE_ID", 0), ("IFLA_GENEVE_COLLECT_METADATA", True)]}),
+        ("gretap", {"attrs": [("IFLA_GRE_COLLECT_METADATA", True)]}),
+    ):
+        with pytest.raises(DatapathError, match="lxc7 is a tunnel for many ends"):
+            await follower._consider(ForeignLink(kind, data), strict=True)
+    assert not has_metadata(ForeignLink("odd", "00:01"))
+    assert not has_metadata(ForeignLink("vxlan", {"attrs": [("IFLA_VXLAN_COLLECT_METADATA", 0)]}))

@@ -367,6 +367,16 @@ def link_kind(link: Any) -> str | None:
     return info.get_attr("IFLA_INFO_KIND") if info else None
 
 
+def has_metadata(link: Any) -> bool:
+    """Tell whether a link message's device is a tunnel whose packets have their tunnel beside them, not in them."""
+    info = link.get_attr("IFLA_LINKINFO")
+    data = info.get_attr("IFLA_INFO_DATA") if info else None
+    attributes = (
+        data.get("attrs", ()) if isinstance(data, dict) else ()
+    )  # of kinds that pyroute2 does not know: text
+    return any(name.endswith("_COLLECT_METADATA") and value not in (None, 0) for name, value in attributes)
+
+
 async def _dump(route: AsyncIPRoute, index: int, parent: int) -> list[Any]:
     try:
         found = [item async for item in await route.get_filters(index=index, parent=parent)]

@@ -20,7 +20,7 @@ from pyroute2.netlink.rtnl import RTMGRP_LINK, RTMGRP_TC
 
 from lazymesh.core.model import Direction
 from lazymesh.datapath import tap
-from lazymesh.datapath.hooks import choose_hook, link_kind
+from lazymesh.datapath.hooks import choose_hook, has_metadata, link_kind
 from lazymesh.errors import DatapathError
 from lazymesh.tasks import together
 
@@ -201,6 +201,11 @@ class InterfaceFollower:
             if link_kind(link) == "netkit":
                 raise DatapathError(
                     f"{name} is a netkit device, which lazymesh does not support yet: use veth"
+                )
+            if has_metadata(link):
+                raise DatapathError(
+                    f"{name} is a tunnel for many ends (external), and a packet that is held would lose from which it"
+                    " came: leave it out"
                 )
             await self._attach(index, direction)
         except (DatapathError, NetlinkError) as exc:
