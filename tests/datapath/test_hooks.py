@@ -6,7 +6,7 @@ import asyncio
 import os
 import socket
 import threading
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import pytest
 
@@ -143,6 +143,46 @@ def test_going_to_the_front_lets_nothing_past(loaded: Datapath, node: Namespace,
     assert sent > 500
     assert sent - (seen() - before) < (10 if style == "tcx" else 100)
     assert len(filters(node, "lxc1")) == 1
+
+
+def test_interface_that_is_renamed_while_ours_is_put_first_is_left(
+    loaded: Datapath, node: Namespace, style: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It is nobody's any more: what was begun for its old name does not end on it, nor begins again."""
+    node.ip(veth("eth0", "lxc1"))
+    monkeypatch.setattr(interfaces, "LOOK_EVERY_S", 1_000_000)
+
+    async def story() -> None:
+        async with following(InterfaceFollower(loaded, PODS, style)) as follower:
+            hook = follower._hook
+            assert hook is not None
+            index = index_of(node, "lxc1")
+            attached = follower._attached[index]
+            put_first, place, begun, renamed = hook.put_first, hook.place, asyncio.Event(), asyncio.Event()
+
+            async def slow(*words: Any) -> None:
+                begun.set()
+                await hook.detach(index)
+                await renamed.wait()
+                await put_first(*words)
+
+            async def second(*_words: int) -> int:
+                return 1
+
+            monkeypatch.setattr(hook, "put_first", slow)
+            monkeypatch.setattr(hook, "place", second)
+            putting = asyncio.create_task(follower._look_after(index, attached))
+            await begun.wait()
+            again = asyncio.create_task(follower._look_after(index, attached))
+            await asyncio.to_thread(node.ip, ["link set lxc1 name tmp1"])
+            await asyncio.sleep(0.2)
+            monkeypatch.setattr(hook, "place", place)
+            renamed.set()
+            await asyncio.gather(putting, again)
+            await until(lambda: set(follower.attached) == {"eth0"})
+            await until_attached(node, "tmp1", [])
+
+    inside(node, story)
 
 
 def test_filters_are_not_asked_for_again_and_again(

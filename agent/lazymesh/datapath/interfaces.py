@@ -104,7 +104,7 @@ class InterfaceFollower:
     _ipr: AsyncIPRoute | None = None
     _hook: Hook | None = None
     _placing: asyncio.Lock = field(default_factory=asyncio.Lock)
-    """Our own steps tell of themselves: nobody is to look in the middle of them."""
+    """Our own steps tell of themselves: nobody is to look, attach or detach in the middle of them."""
 
     @property
     def attached(self) -> dict[str, Direction]:
@@ -182,6 +182,10 @@ class InterfaceFollower:
 
         again: attach also where we think that we are attached, since we may have missed how that ended.
         """
+        async with self._placing:
+            await self._bring_up_to_date(link, strict, again)
+
+    async def _bring_up_to_date(self, link: Any, strict: bool, again: bool) -> None:
         index, name = link["index"], link.get("ifname")
         direction = self.selection.direction_of(name)
         known = self._attached.get(index)
@@ -190,7 +194,7 @@ class InterfaceFollower:
             if not again:
                 return
         elif known is not None:
-            await self._detach(index)
+            await self._take_off(index)
         if direction is None:
             return
         try:
@@ -240,7 +244,8 @@ class InterfaceFollower:
     async def _look_after(self, index: int, attached: _Attached) -> None:
         try:
             async with self._placing:
-                await self._put_in_place(index, attached)
+                if self._attached.get(index) is attached:  # it may have gone while somebody else had the lock
+                    await self._put_in_place(index, attached)
         except (NetlinkError, OSError) as exc:  # most likely the interface is about to go
             log.debug("cannot look after an interface", interface=attached.name, error=str(exc))
 
@@ -261,6 +266,10 @@ class InterfaceFollower:
         self.stats.displaced_total += 1
 
     async def _detach(self, index: int) -> None:
+        async with self._placing:
+            await self._take_off(index)
+
+    async def _take_off(self, index: int) -> None:
         self._attached.pop(index, None)
         with contextlib.suppress(NetlinkError, OSError):  # the interface, or what was on it, is gone already
             await self._on.detach(index)
