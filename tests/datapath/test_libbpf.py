@@ -192,3 +192,14 @@ def test_missing_libbpf_names_the_package(monkeypatch: pytest.MonkeyPatch) -> No
     monkeypatch.setattr(libbpf.ctypes, "CDLL", missing)
     with pytest.raises(DatapathError, match=r"libbpf\.so\.1 is missing: install the package libbpf1"):
         libbpf.library.__wrapped__()
+
+
+def test_an_idle_program_leaves_packets_to_the_next() -> None:
+    """Twice the same is two programs, which a hook takes beside each other."""
+    first, second = libbpf.load_idle(), libbpf.load_idle()
+    try:
+        assert libbpf.run_program(first, bytes(64)) == (0xFFFFFFFF, bytes(64))  # TC_ACT_UNSPEC, TCX_NEXT
+        assert libbpf.program_id(first) != libbpf.program_id(second)
+    finally:
+        os.close(first)
+        os.close(second)
