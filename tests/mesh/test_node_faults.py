@@ -161,7 +161,8 @@ def test_journal_of_another_version_is_refused_and_nothing_is_touched(lab: Lab) 
         pin(older.fd, journal)
     with launched(lab, *options(lab), "--cleanup") as refused:
         assert refused.process.wait(20) == 3
-        (line,) = refused.log.strip().splitlines()
+        started, line = refused.log.strip().splitlines()
+    assert "starting" in started
     assert str(journal) in line
     assert "another lazymesh version" in line
     assert (filters(lab.node_a), raw_entries(lab)) == before
