@@ -74,7 +74,7 @@ class Stage:
 
     def hold(self, peers: list[Host]) -> list[float]:
         """Have packets hit while a holder is there; return nanoseconds of each turn."""
-        self._datapath.config.change(hold_cookie=0x4C4D)
+        self._datapath.config.change(hold_cookie=0xC4D)
         took = self.turn("ours", peers=peers)["ours"]
         self._datapath.config.change(hold_cookie=0)
         return took
