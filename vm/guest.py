@@ -94,7 +94,7 @@ def _load_kept(pins: Pins, file: Path) -> bool:
 async def findings() -> list[dict[str, str]]:
     """Return what `lazymesh check` says of this node; of a mesh it has none."""
     with tempfile.TemporaryDirectory() as empty:
-        return [asdict(finding) async for finding in check_node(BPFFS, [Path(empty)])]
+        return [asdict(finding) async for finding in check_node(BPFFS, {"--clustermesh-config": Path(empty)})]
 
 
 def start_tests(report: Path, groups: list[str], **environment: str) -> subprocess.Popen[bytes]:

@@ -772,7 +772,7 @@ def test_an_old_holder_that_wakes_up_leaves_its_successors_packets_alone(
             bench.send(frame)
         mine = [bench.read() for _ in frames]
         old._give_back(old._queues.expire(time.monotonic() + 1))
-        old._tidy(time.monotonic() + 5)
+        old._sweep(time.monotonic() + 5)
     for frame in mine:
         bench.write(frame)
     arrivals(follower, 5)
