@@ -345,7 +345,7 @@ class ClusterLink:
         with contextlib.suppress(RecordError):
             if decode_cluster_config(value) == known:
                 return  # it is written again every few minutes
-        log.warning("the cluster describes itself differently", cluster=self.name)
+        self._fall_silent(KvstoreError("it describes itself differently, and is listed anew"))
         self._followers = []  # what was refused because of it is to be told once more
         self._stale.set()
 

@@ -294,12 +294,16 @@ async def test_cluster_that_describes_itself_differently_is_begun_anew(
     assert described is not None
     following = asyncio.create_task(stage.link._follow(*described))
     await settle()
+    stage.link.state = "ready"
     ((watched, listener, start),) = [each for each in stage.store.watches.values() if each[0] == key]
     assert (watched, start) == (key, 8)
     listener.on_changes(1, [Change(key, value, 8)])
     assert stage.link._stale.is_set() is stale
     if stale:
         await asyncio.wait_for(following, 1)
+        # Until it is judged anew, which may be a refusal, nothing is resolved by what it was.
+        assert stage.link.state == "silent"
+        assert stage.observer.told == [events.StoreReset("b")]
     following.cancel()
     await asyncio.gather(following, return_exceptions=True)
     assert not stage.store.watches
