@@ -112,7 +112,9 @@ def test_a_program_behind_ours_sees_each_packet_once_and_only_with_its_entry(
     lab.publish(address)
     key = abi.pack_address_key(parse_address(address))
     before = held(agent)
-    with Follower(lab.node_a, lab.pods[0].interface, lab.bpffs / "lazymesh", key, style) as follower:
+    with Follower(
+        lab.node_a, lab.pods[0].interface, lab.bpffs / "lazymesh", key, style, only=True
+    ) as follower:
         with Sink(lab.node_b, family) as sink:
             send(lab.pods[0].namespace, [address], 20)
             assert len(sink.wait(20)) == 20

@@ -41,18 +41,25 @@ class Follower:
     """The program on one interface's ingress, attached while entered, behind everybody who is there."""
 
     def __init__(
-        self, namespace: Namespace, interface: str, pins: Path, key: bytes, style: str = "clsact"
+        self,
+        namespace: Namespace,
+        interface: str,
+        pins: Path,
+        key: bytes,
+        style: str = "clsact",
+        *,
+        only: bool = False,
     ) -> None:
-        """``key`` is looked up in the pinned ipcache with each packet."""
+        """``key`` is looked up in the pinned ipcache with each packet, or with each one to its address only."""
         self._namespace, self._interface, self._style = namespace, interface, style
         self._link: TcxLink | None = None
         self._pin = pins.parent / "follower"
         self._notes = Map.create("follower", MapLayout(libbpf.MAP_TYPE_ARRAY, 4, 40, 1, 0))
         self._ipcache = Map.pinned(pins / "lm_ipcache")
-        self._key = key
+        self._key, self._only = key, only
 
     def __enter__(self) -> Self:
-        program = _load(_code(self._notes.fd, self._ipcache.fd, self._key))
+        program = _load(_code(self._notes.fd, self._ipcache.fd, self._key, only=self._only))
         if self._style == "tcx":
             self._link = self._namespace.call(TcxLink.attach, program, self._interface)
             os.close(program)
@@ -83,10 +90,31 @@ class Follower:
         self._namespace.run("tc", "filter", verb, *where, *what)
 
 
-def _code(notes: int, ipcache: int, key: bytes) -> bytes:
-    code = _op(0xBF, 6, 1) + _op(0x62, 10, offset=-4)  # r6 = skb; the notes' index on the stack
-    code += _lookup(notes, -4) + _op(0x15, 0, offset=_count(_rest(ipcache, key)))
-    return code + _rest(ipcache, key) + _op(0xB7, 0, immediate=-1) + _op(0x95)
+def _code(notes: int, ipcache: int, key: bytes, *, only: bool) -> bytes:
+    code = _op(0x62, 10, offset=-4)  # the notes' index on the stack
+    code += _lookup(notes, -4) + _op(0x15, 0, offset=_count(_rest(ipcache, key))) + _rest(ipcache, key)
+    if only:
+        code = _unless_to(key, _count(code)) + code
+    return _op(0xBF, 6, 1) + code + _op(0xB7, 0, immediate=-1) + _op(0x95)  # r6 = skb
+
+
+def _unless_to(key: bytes, skip: int) -> bytes:
+    """Return what skips so much for every packet that is not to the key's address: pods have some of their own."""
+    ipv4 = key[7] == 1
+    (word,) = struct.unpack_from("=i", key, 8 if ipv4 else 20)  # of IPv6 the last of four will do
+    code = (
+        _op(0xBF, 1, 6)
+        + _op(0xB7, 2, immediate=30 if ipv4 else 50)
+        + _op(0xBF, 3, 10)
+        + _op(0x07, 3, immediate=-4)
+    )
+    code += _op(0xB7, 4, immediate=4) + _op(0x85, immediate=26)  # bpf_skb_load_bytes
+    return (
+        code
+        + _op(0x55, 0, offset=skip + 2)
+        + _op(0x61, 1, 10, -4)
+        + _op(0x56, 1, offset=skip, immediate=word)
+    )
 
 
 def _rest(ipcache: int, key: bytes) -> bytes:
