@@ -229,7 +229,7 @@ def test_second_agent_on_the_node_leaves_the_first_alone(lab: Lab) -> None:
     """It says who holds the node and exits 3; programs, entries, socket and metrics of the first stay."""
     first = lab.start_agent()
     installed(lab, 0)
-    wait_until(lambda: " ready " in first.log, 5, "its last word, as both write into one file")
+    wait_until(lambda: "ready after_s" in first.log, 5, "its last word, as both write into one file")
     before = filters(lab.node_a)
     argv = options(lab, socket=str(lab.directory / "other.sock"), metrics_address="off")
     with launched(lab, *argv, "--cleanup") as second:
