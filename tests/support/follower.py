@@ -20,7 +20,6 @@ if TYPE_CHECKING:
 
     from tests.support.namespaces import Namespace
 
-_SCHED_CLS = 3
 _MARK, _HASH = 8, 68
 """Offsets in struct __sk_buff."""
 
@@ -145,4 +144,4 @@ def _op(code: int, target: int = 0, source: int = 0, offset: int = 0, *, immedia
 
 
 def _load(code: bytes) -> int:
-    return load_program("follower", _SCHED_CLS, "GPL", code)
+    return load_program("follower", libbpf.PROG_TYPE_SCHED_CLS, "GPL", code)

@@ -14,7 +14,7 @@ import struct
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Self
 
-from lazymesh.datapath.libbpf import TestRunOpts, checked, library, load_program
+from lazymesh.datapath.libbpf import PROG_TYPE_SCHED_CLS, TestRunOpts, checked, library, load_program
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -26,7 +26,6 @@ TC_ACT_UNSPEC = -1
 TC_ACT_SHOT = 2
 """The packet is dropped."""
 
-_PROG_TYPE_SCHED_CLS = 3
 
 _TUNSETIFF = 0x4004_54CA
 _IFF_TAP, _IFF_NO_PI, _IFF_VNET_HDR = 0x0002, 0x1000, 0x4000
@@ -163,7 +162,7 @@ def _open_tap() -> int:
 def load_empty_program() -> int:
     """Return the cheapest TC program there is, ``return TC_ACT_UNSPEC``: the zero of every measurement."""
     code = _instruction(0xB7, immediate=TC_ACT_UNSPEC) + _instruction(0x95)
-    return load_program("lm_test", _PROG_TYPE_SCHED_CLS, "GPL", code)
+    return load_program("lm_test", PROG_TYPE_SCHED_CLS, "GPL", code)
 
 
 def _instruction(

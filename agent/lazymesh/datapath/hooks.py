@@ -371,9 +371,8 @@ def has_metadata(link: Any) -> bool:
     """Tell whether a link message's device is a tunnel whose packets have their tunnel beside them, not in them."""
     info = link.get_attr("IFLA_LINKINFO")
     data = info.get_attr("IFLA_INFO_DATA") if info else None
-    attributes = (
-        data.get("attrs", ()) if isinstance(data, dict) else ()
-    )  # of kinds that pyroute2 does not know: text
+    # Of kinds that pyroute2 does not know it is text.
+    attributes = data.get("attrs", ()) if isinstance(data, dict) else ()
     return any(name.endswith("_COLLECT_METADATA") and value not in (None, 0) for name, value in attributes)
 
 

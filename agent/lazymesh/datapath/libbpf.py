@@ -181,8 +181,7 @@ _TCX_INGRESS = 46
 _BPF_F_BEFORE = 1 << 3
 """Without a program to stand before: at the head."""
 _INSTRUCTION_SIZE = 8
-_SCHED_CLS = 3
-"""BPF_PROG_TYPE_SCHED_CLS."""
+PROG_TYPE_SCHED_CLS = 3
 _CHAIN_MOST = 64
 """BPF_MPROG_MAX: no chain is longer."""
 
@@ -312,7 +311,7 @@ def load_idle() -> int:
     """Load a TC program that leaves every packet to the next one; return its file descriptor."""
     # r0 = -1 (TC_ACT_UNSPEC); exit
     code = struct.pack("=BBhi", 0xB7, 0, 0, -1) + struct.pack("=BBhi", 0x95, 0, 0, 0)
-    return load_program("lm_idle", _SCHED_CLS, "Dual BSD/GPL", code)
+    return load_program("lm_idle", PROG_TYPE_SCHED_CLS, "Dual BSD/GPL", code)
 
 
 class TestRunOpts(ctypes.Structure):

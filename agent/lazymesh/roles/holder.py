@@ -213,9 +213,8 @@ class Holder:
     def _forget_interfaces(self) -> None:
         """Close the accounts of interfaces that are gone: pods come and go, and there is room for so many only."""
         keys = [key for key, _ in self._interfaces.items()]
-        here = {
-            index for index, _ in socket.if_nameindex()
-        }  # after that: what came in between has no account yet
+        # After that: what came in between has no account yet.
+        here = {index for index, _ in socket.if_nameindex()}
         self._interfaces.delete_many([key for key in keys if int.from_bytes(key, sys.byteorder) not in here])
 
     def _end(self) -> None:

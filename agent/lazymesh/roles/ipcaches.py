@@ -89,7 +89,6 @@ class OwnIpcache:
                 "Cilium has an ipcache of its own on this node, and nothing is resolved for it: restart this agent with"
                 " --datapath cilium (auto chooses only once, at the start)"
             )
-
         if self._ipcache.max_entries != self._size:
             yield (
                 f"the ipcache was made for {self._ipcache.max_entries} entries and keeps them: --ipcache-size"

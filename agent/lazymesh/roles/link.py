@@ -122,9 +122,8 @@ class ClusterLink:
         self._failure: asyncio.Future[None] | None = None
         self._rewatch: asyncio.TimerHandle | None = None
         self._said = OncePer(QUIET_S)
-        self._owner_complete = self._remote is None
-        """Whether the owner's store may be believed; where it is read through no cache, ``_complete`` sees to that."""
-        self._awaits_owner = False
+        self._owner_complete = True
+        """Whether the owner's own store, behind a cache, may be believed; while not, somebody looks at it."""
         self._primary.on_crash = self.fail
         if self._remote is not None:
             self._remote.on_crash = self.fail
@@ -394,9 +393,8 @@ class ClusterLink:
 
     def _await_owner(self, remote: EtcdClient, *, again: bool) -> None:
         """Believe the owner's store once it is complete, and read everything again if it is another one."""
-        self._owner_complete = False
-        if not self._awaits_owner:
-            self._awaits_owner = True
+        if self._owner_complete:
+            self._owner_complete = False
             self._start(self._look_at_owner(remote, again=again))
 
     async def _look_at_owner(self, remote: EtcdClient, *, again: bool) -> None:
@@ -407,7 +405,6 @@ class ClusterLink:
                 self._owner_complete = missing is None and epoch == remote.epoch
             if not self._owner_complete:
                 await asyncio.sleep(RETRY_S)
-        self._awaits_owner = False
         if again:
             self._reset()
 
