@@ -357,6 +357,36 @@ async def test_reader_receives_exactly_what_was_signalled(mesh: Bench) -> None:
     assert all(batches)
 
 
+async def test_signals_that_follow_several_wait_a_moment_and_come_together(
+    mesh: Bench, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What follows a lone one does not: of a flood, many share a wake-up, and nobody else waits for any."""
+    monkeypatch.setattr(signals_module, "EACH_S", 1.0)
+    monkeypatch.setattr(signals_module, "REST_S", 1.0)
+    mesh.configure(**UNLIMITED)
+    batches: list[int] = []
+    reader = SignalReader(mesh.datapath.signals, lambda signals: batches.append(len(signals.addresses)))
+    reader.start()
+
+    async def sent(first: int, count: int) -> float:
+        began, before = time.monotonic(), len(batches)
+        send_to_many(mesh, 0, range(first, first + count))
+        await eventually(lambda: len(batches) > before)
+        return time.monotonic() - began
+
+    try:
+        at_once = [await sent(number, 1) for number in range(3)] + [await sent(10, 2)]
+        late = await sent(20, 5)
+        reader.pause(True)
+        send_to_many(mesh, 0, range(30, 37))
+        reader.pause(False)
+        await eventually(lambda: len(batches) == 6)
+    finally:
+        reader.close()
+    assert batches == [1, 1, 1, 2, 5, 7]
+    assert max(at_once) < 0.9 < late
+
+
 async def test_closed_reader_leaves_the_kernel_without_one(mesh: Bench) -> None:
     """Signals after it count as lost, and a second reader takes over where it stopped."""
     received: list[Address] = []

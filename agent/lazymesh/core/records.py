@@ -10,6 +10,7 @@ clusters.py.
 
 from __future__ import annotations
 
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import lru_cache
 from ipaddress import IPv4Network, IPv6Address, IPv6Network, ip_address
@@ -21,7 +22,7 @@ from lazymesh.core.keys import address_text
 from lazymesh.core.model import Entry, Reason, with_tunnel_flags
 
 if TYPE_CHECKING:
-    from collections.abc import Container
+    from collections.abc import Container, Sequence
 
     from lazymesh.core.model import Address, Network
 
@@ -159,6 +160,27 @@ def decode_pair(value: bytes, address: Address) -> IpRecord:
         _refuse(f"wrong key form: IP is {pair.IP[:64]!r}")
     if pair.Mask is not None:
         _refuse("wrong key form: Mask under the key of a single address")
+    return _record_of(pair)
+
+
+def decode_pairs(values: Sequence[bytes], addresses: Sequence[Address]) -> list[IpRecord | RecordError]:
+    """Return of each what ``decode_pair`` returns or raises: in less time if all are good, which they mostly are."""
+    if max(map(len, values), default=0) <= MAX_VALUE:
+        with suppress(RecordError, ValueError, RecursionError):
+            pairs = list(map(_PAIR.decode, values))
+            if [(pair.IP, pair.Mask) for pair in pairs] == [(address_text(each), None) for each in addresses]:
+                return list(map(_record_of, pairs))
+    return list(map(_pair_or_error, values, addresses))
+
+
+def _pair_or_error(value: bytes, address: Address) -> IpRecord | RecordError:
+    try:
+        return decode_pair(value, address)
+    except RecordError as error:
+        return error
+
+
+def _record_of(pair: _Pair) -> IpRecord:
     scope = pair.SyncScope or pair.syncScope
     # The cache must not keep a stranger's long texts alive.
     if len(pair.HostIP) > _MAX_ADDRESS_TEXT or len(scope) > _MAX_SCOPE:

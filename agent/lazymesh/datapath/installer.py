@@ -152,23 +152,30 @@ class Installer:
         """
         if not self._honours_noexist or len(self._maps) > 1 or self.crowded:
             return [self.install(*each) for each in installs]
-        fresh = [each for each in installs if each[0] not in self._owned]
+        owned = self._owned
+        fresh = [each for each in installs if each[0] not in owned]
         try:
-            all_inserted = self._write(fresh)
+            inserted = self._write(fresh)
         except DatapathError:  # one by one it will show for whom there is room
             return [self.install(*each) for each in installs]
-        stand = {each[0]: each for each in compress(fresh, all_inserted)}
-        self._owned.update(stand)
-        self._beside -= stand.keys()
+        stand = fresh if all(inserted) else list(compress(fresh, inserted))
+        addresses = [each[0] for each in stand]
+        owned.update(zip(addresses, stand, strict=True))
+        self._beside.difference_update(addresses)
         if len(stand) == len(installs):
             return [None] * len(installs)
-        return [None if each[0] in stand else self.install(*each) for each in installs]
+        settled = set(addresses)
+        return [None if each[0] in settled else self.install(*each) for each in installs]
 
     def _write(self, fresh: Sequence[Installed]) -> list[bool]:
-        lines = [(abi.pack_address_key(address), entry, number) for address, entry, number in fresh]
+        pack = abi.pack_address_key
+        lines = [(pack(address), entry, number) for address, entry, number in fresh]
         if self._writer is not None and len(lines) > FEW:
-            stand = zip(fresh, self._writer.write(lines), strict=True)
-            return [self._stands_as_written(*each) if known is None else known for each, known in stand]
+            stand = self._writer.write(lines)
+            return [
+                self._stands_as_written(*each) if known is None else known
+                for each, known in zip(fresh, stand, strict=True)
+            ]
         self._journal.write_many(lines)
         return self._main.insert_many(lines)
 

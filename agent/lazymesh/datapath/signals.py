@@ -23,6 +23,10 @@ AT_ONCE = 256
 ROOM = 65_536
 """Signals that may wait here, some 6 MB: a burst is taken out of the rings much faster than it is resolved."""
 CROWDED, RELIEVED = ROOM * 3 // 4, ROOM // 4
+EACH_S = 30e-6
+"""What a signal may take: after several that took less, the rest of the time is waited, at most REST_S. So a lone miss
+waits for nothing, and in a flood few wake-ups have many signals: each of 250 costs half of what each of ten does."""
+REST_S = 0.002
 
 
 class SignalReader:
@@ -46,6 +50,7 @@ class SignalReader:
         self._waiting: deque[bytes] = deque()
         self._buffer = PerfBuffer(events, RING_PAGES, self._waiting.extend)
         self._loop: asyncio.AbstractEventLoop | None = None
+        self._resting: asyncio.TimerHandle | None = None
         self._paused = False
 
     def start(self) -> None:
@@ -63,30 +68,48 @@ class SignalReader:
     def close(self) -> None:
         """Stop reading; signals from now on count as lost in the kernel."""
         if self._loop is not None:
+            self._end_rest()
             self._loop.remove_reader(self._buffer.fd)
             self._loop = None
         self._buffer.close()
 
     def _drain(self) -> None:
-        if self._loop is None:
+        loop = self._loop
+        if loop is None:
             return
+        self._end_rest()
         # What finds no room stays in the rings, and what finds none there is lost and counted by the kernel.
         room = ROOM - len(self._waiting)
         more = room > 0 and self._buffer.consume(room)
         self._tell_whether_crowded()
+        began, handed = loop.time(), 0
         if not self._paused and self._waiting:
-            self._hand_over()
+            handed = self._hand_over()
             more = more or bool(self._waiting)
         if more:  # the kernel has told already that there is something
-            self._loop.call_soon(self._drain)
+            loop.call_soon(self._drain)
+        elif handed > 1:
+            self._rest(min(began + handed * EACH_S - loop.time(), REST_S))
 
-    def _hand_over(self) -> None:
+    def _rest(self, seconds: float) -> None:
+        if seconds > 0 and self._loop is not None:
+            self._loop.remove_reader(self._buffer.fd)
+            self._resting = self._loop.call_later(seconds, self._drain)
+
+    def _end_rest(self) -> None:
+        if self._resting is not None and self._loop is not None:
+            self._resting.cancel()
+            self._resting = None
+            self._loop.add_reader(self._buffer.fd, self._drain)
+
+    def _hand_over(self) -> int:
         waiting = self._waiting
         records = [waiting.popleft() for _ in range(min(AT_ONCE, len(waiting)))]
         signals = abi.unpack_signals(records)
         self.invalid += len(records) - len(signals.addresses)
         if signals.addresses:
             self._on_signals(signals)
+        return len(records)
 
     def _tell_whether_crowded(self) -> None:
         waiting = len(self._waiting)

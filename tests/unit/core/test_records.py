@@ -20,6 +20,7 @@ from lazymesh.core.records import (
     decode_identity,
     decode_node,
     decode_pair,
+    decode_pairs,
     entry_of,
 )
 
@@ -119,6 +120,20 @@ def test_pairs_that_we_would_not_act_on_are_malformed(value: bytes, detail: str)
     assert detail in caught.value.detail
     assert len(caught.value.detail) < 250
     assert caught.value.detail.isprintable()
+    before, refused, behind = decode_pairs([GOLDEN_PAIR, value, GOLDEN_PAIR], [POD] * 3)
+    assert before == behind == decode_pair(GOLDEN_PAIR, POD), "a bad record is nobody else's fault"
+    assert isinstance(refused, RecordError)
+    assert refused.detail == caught.value.detail
+
+
+def test_pairs_that_are_read_together_are_each_their_address_own() -> None:
+    """Two records that changed places are two of another's."""
+    there = parse_address("10.244.1.80")
+    values = [pair(ID=7), pair(IP="10.244.1.80", ID=8)]
+    assert decode_pairs(values, [POD, there]) == [decode_pair(values[0], POD), decode_pair(values[1], there)]
+    swapped = decode_pairs(values[::-1], [POD, there])
+    assert all(isinstance(each, RecordError) for each in swapped)
+    assert decode_pairs([], []) == []
 
 
 @pytest.mark.parametrize(

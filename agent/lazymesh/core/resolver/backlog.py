@@ -50,20 +50,23 @@ class Backlog:
         if lane is None:
             lane = link.lanes[spaces] = Lane()
         before = lane.misses.count
+        waiting: list[Tracked] = []
         for tracked in some:
             in_flight = reading.get(tracked.address)
-            if in_flight is not None:
+            if in_flight is None:
+                tracked.fetch = Fetch.QUEUED
+                tracked.wants = spaces
+                waiting.append(tracked)
+            else:
                 tracked.fetch = Fetch.READING
                 tracked.wants = in_flight or spaces
-                continue
-            tracked.fetch = Fetch.QUEUED
-            tracked.wants = spaces
-            if urgent:
-                lane.misses.add(tracked)
-            elif tracked.address in link.unproven:
-                lane.proofs.add(tracked)
-            else:
-                lane.checks.add(tracked)
+        if urgent:
+            lane.misses.add(waiting)
+        elif link.unproven:
+            lane.proofs.add([each for each in waiting if each.address in link.unproven])
+            lane.checks.add([each for each in waiting if each.address not in link.unproven])
+        else:
+            lane.checks.add(waiting)
         if lane:
             (self.busy if link.state is LinkState.READY else self._parked)[link.name] = link
         link.missed += lane.misses.count - before
@@ -161,10 +164,11 @@ class Backlog:
         for tracked in some:
             tracked.fetch = Fetch.READING
             tracked.wants = spaces
-            link.reading[tracked.address] = spaces
+        addresses = tuple([tracked.address for tracked in some])
+        link.reading.update(dict.fromkeys(addresses, spaces))
         link.in_flight += 1
         link.breaker.sent()
-        return Read(link.name, spaces, tuple([tracked.address for tracked in some]), whole)
+        return Read(link.name, spaces, addresses, whole)
 
     def _stays_busy(self, link: Link) -> bool:
         """Tell whether something still waits for the cluster; if not, it is busy no more."""

@@ -1,4 +1,4 @@
-"""May this record become an entry here? Pure judgement of one record, no memory of earlier ones.
+"""May this record become an entry here? Pure judgement of records, no memory of earlier ones.
 
 The order of the checks is the order of suspicion: can it be read, may its cluster say this at all, is it
 meant for this region, are its identity's labels known here (an entry with an unknown identity matches no
@@ -12,10 +12,10 @@ from typing import TYPE_CHECKING
 
 from lazymesh.core.identities import check_identity
 from lazymesh.core.model import Reason
-from lazymesh.core.records import REGIONAL, IpRecord, RecordError, decode_pair
+from lazymesh.core.records import REGIONAL, IpRecord, RecordError, decode_pairs
 
 if TYPE_CHECKING:
-    from collections.abc import Container
+    from collections.abc import Container, Sequence
 
     from lazymesh.core.clusters import ClusterInfo, ClusterTable
     from lazymesh.core.model import Address
@@ -31,10 +31,6 @@ class Refusal:
     """The identity that it names; 0 when it could not be read."""
 
 
-Judged = dict[int, tuple[IpRecord, "IpRecord | Refusal"]]
-"""Records by their object's id, which is nobody else's as long as the object is here, with the verdicts on them."""
-
-
 @dataclass(slots=True)
 class Judge:
     """What records are held against; the owner exchanges ``table`` when another one is in force."""
@@ -47,24 +43,24 @@ class Judge:
     here: Container[Address] = ()
     """This node's own addresses; the shell's, too."""
 
-    def verdict(
-        self, value: bytes, address: Address, cluster: ClusterInfo, judged: Judged
-    ) -> IpRecord | Refusal:
-        """Return the record if it may be installed, else why not.
+    def verdicts(
+        self, values: Sequence[bytes], addresses: Sequence[Address], cluster: ClusterInfo
+    ) -> list[IpRecord | Refusal]:
+        """Return each record if it may be installed, else why not; they are one cluster's.
 
-        judged: what was judged at this very moment, of this cluster. Pods of one node come together, and their records
-        are equal but for the address: they are judged once.
+        Pods of one node come together, and their records are equal but for the address: they are judged once.
         """
-        try:
-            record = decode_pair(value, address)
-        except RecordError as error:
-            return Refusal(error.reason, error.detail)
-        known = judged.get(id(record))
-        if known is None:
-            known = judged[id(record)] = record, self._verdict(record, cluster)
-        return known[1]
+        records = decode_pairs(values, addresses)
+        numbers = list(map(id, records))  # nobody else's while the record is here
+        judged = {
+            number: self._verdict(record, cluster)
+            for number, record in dict(zip(numbers, records, strict=True)).items()
+        }
+        return [judged[number] for number in numbers]
 
-    def _verdict(self, record: IpRecord, cluster: ClusterInfo) -> IpRecord | Refusal:
+    def _verdict(self, record: IpRecord | RecordError, cluster: ClusterInfo) -> IpRecord | Refusal:
+        if isinstance(record, RecordError):
+            return Refusal(record.reason, record.detail)
         forged = check_identity(record.identity, cluster.identities)
         if forged is not None:
             return Refusal(Reason.FORGED, forged, record.identity)

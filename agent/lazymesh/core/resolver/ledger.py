@@ -43,18 +43,19 @@ class Ledger:
         """Enter the entry of these addresses, as the most recently used ones, and the identity that they depend on."""
         identity, owned = entry.identity, self._owned
         named = self._named.setdefault(identity, {})
+        before = len(owned)
         for tracked in some:
             address = tracked.address
-            if tracked.entry is None:
-                self.room -= 1
-            else:
+            owned[address] = tracked
+            if tracked.entry is not None:
                 owned.move_to_end(address)
             tracked.entry = entry
-            owned[address] = tracked
             if tracked.identity != identity:
-                self.name(tracked, 0)
+                if tracked.identity:
+                    self.name(tracked, 0)
                 tracked.identity = identity
                 named[address] = tracked
+        self.room -= len(owned) - before
 
     def disown(self, tracked: Tracked) -> None:
         """Strike the entry out."""

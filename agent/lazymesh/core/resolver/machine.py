@@ -104,14 +104,15 @@ class Resolver:
         known = self._moves.tracked
         fresh: dict[Address, float | None] = {}
         for address, at in zip(event.addresses, event.at, strict=True):
-            tracked = known.get(address)
-            if tracked is not None and tracked.phase is Phase.ABSENT and tracked.expires <= now:
+            if address not in known:
+                fresh.setdefault(address, at)
+                continue
+            tracked = known[address]
+            if tracked.phase is Phase.ABSENT and tracked.expires <= now:
                 self._moves.forget(tracked)
                 fresh[address] = at
-            elif tracked is not None:
+            else:
                 self._missed_again(tracked, at, now)
-            elif address not in fresh:
-                fresh[address] = at
         if fresh:
             self._resolve(fresh, now)
 

@@ -22,10 +22,8 @@ if TYPE_CHECKING:
 
     from lazymesh.core.clusters import ClusterInfo
     from lazymesh.core.model import Address, Entry, Space
-    from lazymesh.core.records import IpRecord
     from lazymesh.core.resolver.admission import Admission
     from lazymesh.core.resolver.backlog import Backlog
-    from lazymesh.core.resolver.judge import Judged
     from lazymesh.core.resolver.ledger import Ledger
     from lazymesh.core.resolver.negatives import Negatives
     from lazymesh.core.resolver.tracked import Link
@@ -120,34 +118,38 @@ class Moves:
 
     def settle_all(self, some: Sequence[Tracked], link: Link, cluster: ClusterInfo, now: float) -> None:
         """Do the same for addresses of one cluster, of which some group has answered."""
-        unanswered = self._ledger.unanswered
-        wanted: dict[int, tuple[IpRecord, Entry, list[Tracked]]] = {}
-        """By the record's id: who is to get its entry."""
-        judged: Judged = {}
+        values: list[bytes] = []
+        published: list[Tracked] = []
         for tracked in some:
-            if tracked.link is not link:
-                continue  # another one of these has pushed it out of the budget
             tracked.withdrawn = False
             value = tracked.newest()
-            if value is None:
+            if value is not None:
+                values.append(value)
+                published.append(tracked)
+            elif tracked.link is link:  # else another one of these has pushed it out of what is remembered
                 self._settle_without_record(tracked, cluster, now)
-                continue
-            verdict = self._judge.verdict(value, tracked.address, cluster, judged)
+        verdicts = self._judge.verdicts(values, [tracked.address for tracked in published], cluster)
+        unanswered = self._ledger.unanswered
+        wanted: dict[int, tuple[Entry, list[Tracked]]] = {}
+        """By the record's id: who is to get its entry."""
+        for tracked, verdict in zip(published, verdicts, strict=True):
+            if tracked.link is not link:
+                continue  # as above
             if isinstance(verdict, Refusal):
                 self._ledger.name(tracked, verdict.identity)
                 self.refuse(tracked, verdict.reason, verdict.detail, now)
-            elif tracked.address in unanswered:
+            elif unanswered and tracked.address in unanswered:
                 tracked.again = True
             else:
                 known = wanted.get(id(verdict))
                 if known is None:
-                    known = wanted[id(verdict)] = (verdict, entry_of(verdict, self._judge.here), [])
-                if tracked.entry != known[1]:
+                    known = wanted[id(verdict)] = (entry_of(verdict, self._judge.here), [])
+                if tracked.entry is None or tracked.entry != known[0]:
                     if tracked.phase is Phase.ABSENT:
                         self._negatives.remove(tracked)
                         tracked.move(Phase.RESOLVING)
-                    known[2].append(tracked)
-        for _, entry, wanting in wanted.values():
+                    known[1].append(tracked)
+        for entry, wanting in wanted.values():
             self._install(wanting, entry, cluster, now)
 
     def _settle_without_record(self, tracked: Tracked, cluster: ClusterInfo, now: float) -> None:
@@ -194,37 +196,33 @@ class Moves:
         self, addresses: Sequence[Address], errors: Sequence[Reason | None], now: float
     ) -> None:
         """Take the outcomes of Installs, and then whatever came while they were unanswered."""
+        self._ledger.unanswered.difference_update(addresses)
         arrived: list[Tracked] = []
-        for address, error in zip(addresses, errors, strict=True):
-            self._ledger.unanswered.discard(address)
-            tracked = self.tracked.get(address)
+        again: list[Tracked] = []
+        for tracked, error in zip(map(self.tracked.get, addresses), errors, strict=True):
             if tracked is None:
                 continue
-            # Without an entry it was evicted behind the Install's back: the outcome has no meaning any more.
-            if tracked.entry is not None:
-                if error is None and tracked.phase is Phase.RESOLVING:
-                    tracked.move(Phase.INSTALLED)
-                    arrived.append(tracked)
-                elif error is None:
-                    self._installed_again(tracked)
-                elif error is Reason.TAKEN:
-                    self.report(tracked, "installed", None, "by the map's owner")
-                    self.give_away(tracked)
-                    continue
-                else:
-                    self.refuse(tracked, error, "", now)
             if tracked.again:
-                # It is told that it arrived before it is told what has become of it since.
-                self._report_arrived(arrived)
                 tracked.again = False
-                self.settle(tracked, now)
-        self._report_arrived(arrived)
-
-    def _report_arrived(self, arrived: list[Tracked]) -> None:
-        """Tell of addresses that have their first entry, and forget that it is to be told."""
+                again.append(tracked)
+            # Without an entry it was evicted behind the Install's back: the outcome has no meaning any more.
+            if tracked.entry is None:
+                continue
+            if error is None and tracked.phase is Phase.RESOLVING:
+                tracked.move(Phase.INSTALLED)
+                arrived.append(tracked)
+            elif error is None:
+                self._installed_again(tracked)
+            elif error is Reason.TAKEN:
+                self.report(tracked, "installed", None, "by the map's owner")
+                self.give_away(tracked)
+            else:
+                self.refuse(tracked, error, "", now)
         for _, some in groupby(arrived, attrgetter("link")):
             self._report(list(some), "installed", None)
-        arrived.clear()
+        # They are told that they arrived before they are told what has become of them since.
+        for tracked in again:
+            self.settle(tracked, now)
 
     def _installed_again(self, tracked: Tracked) -> None:
         if tracked.missed_at is None:

@@ -125,8 +125,9 @@ class Tracked(Struct, eq=False):
         """
         best, at, spaces = None, -1, self.spaces
         for state in self.known:
-            if state.as_of > at and state.value is not None and state.space in spaces:
-                best, at = state.value, state.as_of
+            value = state.value
+            if value is not None and state.as_of > at and state.space in spaces:
+                best, at = value, state.as_of
         return best
 
     def forget_states(self) -> None:

@@ -18,6 +18,8 @@ from itertools import chain, islice
 from typing import TYPE_CHECKING, Generic, Protocol, TypeVar
 
 if TYPE_CHECKING:
+    from collections.abc import Collection
+
     from lazymesh.core.model import Address
 
 
@@ -57,15 +59,17 @@ class Waiting(Generic[_T]):
         self.count = 0
         """How many there are; for others to read only. (An attribute, as it is asked for often.)"""
 
-    def add(self, one: _T) -> None:
-        """Have an address wait, which does not yet."""
-        address = one.address
-        group = address[:-1]
-        members = self._groups.get(group)
-        if members is None:
-            members = self._groups[group] = {}
-        members[address] = one
-        self.count += 1
+    def add(self, some: Collection[_T]) -> None:
+        """Have addresses wait, which do not yet."""
+        groups = self._groups
+        for one in some:
+            address = one.address
+            group = address[:-1]
+            members = groups.get(group)
+            if members is None:
+                members = groups[group] = {}
+            members[address] = one
+        self.count += len(some)
 
     def remove(self, address: Address) -> bool:
         """Have an address wait no more; tell whether it did."""
@@ -88,8 +92,7 @@ class Waiting(Generic[_T]):
     def move_to(self, other: Waiting[_T]) -> None:
         """Have all of them wait there instead."""
         for members in self._groups.values():
-            for one in members.values():
-                other.add(one)
+            other.add(members.values())
         self._groups.clear()
         self.count = 0
 

@@ -6,7 +6,7 @@ from hypothesis import strategies as st
 
 from lazymesh.core.model import Reason
 from lazymesh.core.records import IpRecord
-from lazymesh.core.resolver.judge import Judge, Judged, Refusal
+from lazymesh.core.resolver.judge import Judge, Refusal
 from tests.support.playbook import B1, B2, NODE, OTHER_NODE, WEB, WEB_OF_C, info, mesh, record
 
 FAR_NODE = "172.18.0.66"
@@ -33,7 +33,7 @@ BAD = {
 @pytest.mark.parametrize("value", GOOD.values(), ids=GOOD)
 def test_a_good_record_is_returned_decoded(value: bytes) -> None:
     """What may be installed comes back as a record."""
-    verdict = Judge(TABLE, {WEB}, "north").verdict(value, B1, info("b"), {})
+    (verdict,) = Judge(TABLE, {WEB}, "north").verdicts([value], [B1], info("b"))
     assert isinstance(verdict, IpRecord)
     assert verdict.identity == WEB
 
@@ -41,7 +41,7 @@ def test_a_good_record_is_returned_decoded(value: bytes) -> None:
 @pytest.mark.parametrize(("value", "reason", "identity"), BAD.values(), ids=BAD)
 def test_a_bad_record_is_refused_with_its_reason(value: bytes, reason: Reason, identity: int) -> None:
     """The identity is named as far as it could be read: the address may be waiting for it."""
-    verdict = Judge(TABLE, {WEB}, "north").verdict(value, B1, info("b"), {})
+    (verdict,) = Judge(TABLE, {WEB}, "north").verdicts([value], [B1], info("b"))
     assert isinstance(verdict, Refusal)
     assert (verdict.reason, verdict.identity) == (reason, identity)
 
@@ -49,15 +49,13 @@ def test_a_bad_record_is_refused_with_its_reason(value: bytes, reason: Reason, i
 def test_a_node_that_does_not_know_its_region_is_in_every_scope() -> None:
     """Scope saves traffic; without knowledge nothing is saved and nobody is cut off."""
     regional = BAD["regional from another region"][0]
-    verdict = Judge(TABLE, {WEB}, None).verdict(regional, B1, info("b"), {})
+    (verdict,) = Judge(TABLE, {WEB}, None).verdicts([regional], [B1], info("b"))
     assert isinstance(verdict, IpRecord)
 
 
 @given(st.lists(st.sampled_from([*GOOD.values(), *(value for value, *_ in BAD.values())])))
 def test_records_that_are_judged_together_are_judged_as_each_alone(values: list[bytes]) -> None:
-    """Whatever stands beside them: equal ones are judged once, and bad ones are nobody else's fault."""
+    """Whatever stands beside them: bad ones are nobody else's fault."""
     judge, cluster = Judge(TABLE, {WEB}, "north"), info("b")
-    alone = [judge.verdict(value, B1, cluster, {}) for value in values]
-    judged: Judged = {}
-    assert [judge.verdict(value, B1, cluster, judged) for value in values] == alone
-    assert len(judged) <= len(set(values))
+    alone = [verdict for value in values for verdict in judge.verdicts([value], [B1], cluster)]
+    assert judge.verdicts(values, [B1] * len(values), cluster) == alone

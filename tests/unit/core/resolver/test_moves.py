@@ -261,7 +261,7 @@ def test_a_batch_larger_than_the_budget_leaves_its_last_ones() -> None:
 
 
 def test_room_is_made_of_an_entry_whose_result_comes_with_it() -> None:
-    """It stands in the map, though nobody has said so yet: it is taken out of there, too."""
+    """It is told first that it stands in the map, and then taken out of there."""
     story = sent(limits=Limits(owned=1)) >> put(B1, 11, record(B1, MAIL)) >> IdentityGone(WEB)
     story = story << evict(B1, "unknown-identity")
     story = story << report(B1, "absent", Reason.UNKNOWN_IDENTITY, missed_at=0.0)
@@ -269,8 +269,9 @@ def test_room_is_made_of_an_entry_whose_result_comes_with_it() -> None:
     (
         story
         >> stands(B1, B2)
+        << report(B2, "installed", missed_at=0.0)
         << evict(B2, "budget")
-        << report(B2, "evicted", detail="budget", missed_at=0.0)
+        << report(B2, "evicted", detail="budget")
         << unwatch(B2)
         << install(B1, entry(MAIL))
     ).end()

@@ -20,7 +20,7 @@ def waiting_for(*addresses: str) -> Waiting[Tracked]:
     """Return these, in this order."""
     waiting: Waiting[Tracked] = Waiting()
     for address in addresses:
-        waiting.add(Tracked(parse_address(address), ()))
+        waiting.add([Tracked(parse_address(address), ())])
     return waiting
 
 
@@ -90,7 +90,7 @@ class Row(RuleBasedStateMachine):
     def comes(self, address: Address) -> None:
         """One more waits."""
         if address not in self.model:
-            self.waiting.add(Tracked(address, ()))
+            self.waiting.add([Tracked(address, ())])
             self.model.append(address)
 
     @rule(address=ADDRESSES)
@@ -150,9 +150,9 @@ def test_a_lane_is_emptied_in_fair_parts(
     """Oldest first, misses before checks."""
     lane: Lane[Tracked] = Lane()
     for n in range(misses):
-        lane.misses.add(Tracked(bytes([n]), ()))
+        lane.misses.add([Tracked(bytes([n]), ())])
     for n in range(checks):
-        lane.checks.add(Tracked(bytes([100 + n]), ()))
+        lane.checks.add([Tracked(bytes([100 + n]), ())])
     numbers = [tracked.address[0] for tracked in lane.take(room, None, with_checks=with_checks).taken()]
     assert numbers == [*range(taken[0]), *range(100, 100 + taken[1])]
     assert len(lane) == misses + checks - sum(taken)
@@ -163,9 +163,9 @@ def test_checks_go_whole_alone_only(misses: int, whole: int) -> None:
     """A packet would wait for what is read with its address."""
     lane: Lane[Tracked] = Lane()
     for n in range(misses):
-        lane.misses.add(Tracked(bytes([10, 2, 9, n]), ()))
+        lane.misses.add([Tracked(bytes([10, 2, 9, n]), ())])
     for n in range(200):
-        lane.checks.add(Tracked(bytes([10, 2, 1, n]), ()))
+        lane.checks.add([Tracked(bytes([10, 2, 1, n]), ())])
     batch = lane.take(64, 64, with_checks=True)
     assert len(batch.whole) == whole
     assert len(batch.taken()) == (200 if whole else 64)
