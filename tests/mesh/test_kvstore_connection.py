@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import shutil
+from dataclasses import replace
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import pytest
@@ -18,7 +20,6 @@ from tests.support.etcd import Authority, EtcdServer, EtcdSettings, Pair, Role, 
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
-    from pathlib import Path
 
 QUICK = Options(transport=Transport(dial_timeout_s=2), backoff=BackoffLimits(0.05, 0.2))
 
@@ -165,6 +166,23 @@ async def test_rotated_certificate_is_used_by_the_next_connection(
         await eventually(lambda: "expired" in (client.info.last_error or ""))
         install(authority.issue("remote"))
         await client.wait_connected()
+        assert await client.get(b"cilium/state/none") is None
+
+
+@pytest.mark.parametrize("kind", ["native", "grpcio"])
+async def test_files_of_a_cluster_with_its_own_certificate_are_found_beside_its_configuration(
+    etcd: EtcdServer, authority: Authority, tmp_path: Path, kind: str
+) -> None:
+    """As Cilium's Secret has them, which is mounted elsewhere than the configuration says."""
+    pair = authority.issue("remote")
+    for ending, path in {"-ca.crt": authority.cert, ".crt": pair.cert, ".key": pair.key}.items():
+        shutil.copy(path, tmp_path / f"b.etcd-client{ending}")
+    elsewhere = Path("/var/lib/cilium/clustermesh/b.etcd-client")
+    words = config_of(
+        etcd.url, Path(f"{elsewhere}-ca.crt"), Pair(Path(f"{elsewhere}.crt"), Path(f"{elsewhere}.key"))
+    )
+    config = replace(words, source=str(tmp_path / "b"))
+    async with EtcdClient(config, replace(QUICK, transport=Transport(kind=kind))) as client:
         assert await client.get(b"cilium/state/none") is None
 
 

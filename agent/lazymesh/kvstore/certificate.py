@@ -13,6 +13,7 @@ import contextlib
 import ssl
 from dataclasses import dataclass
 from datetime import UTC, datetime
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
@@ -29,6 +30,18 @@ class CertificateFacts:
     common_name: str
     """The etcd user it stands for."""
     not_after: datetime
+
+
+def end_of_certificate(config: EtcdConfig) -> tuple[str, datetime] | None:
+    """Return the client certificate's file and when it ends, as it is now; None if there is none that can be read."""
+    path = config.with_files_at_hand().cert_file
+    if path is None:
+        return None
+    try:
+        facts = certificate_facts(Path(path).read_bytes())
+    except OSError:
+        return None
+    return None if facts is None else (path, facts.not_after)
 
 
 def certificate_facts(pem: bytes) -> CertificateFacts | None:
@@ -84,6 +97,7 @@ async def handshake_failure(
     endpoint: Endpoint, config: EtcdConfig, timeout_s: float
 ) -> HandshakeFailure | None:
     """Try one handshake and return why it fails; None when TLS is not what fails."""
+    config = config.with_files_at_hand()
     try:
         context = client_context(config)
     except (OSError, ssl.SSLError) as exc:
@@ -98,6 +112,7 @@ async def handshake_failure(
 
 def client_context(config: EtcdConfig) -> ssl.SSLContext:
     """Return what a client speaks TLS with, from the files as they are now; OSError, ssl's too, if they do not fit."""
+    config = config.with_files_at_hand()
     context = ssl.create_default_context(cafile=config.ca_file)
     # Go's servers, and Cilium's certificates, are not that strict.
     context.verify_flags &= ~ssl.VERIFY_X509_STRICT

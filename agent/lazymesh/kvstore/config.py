@@ -9,7 +9,8 @@ from __future__ import annotations
 
 import ipaddress
 import re
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
@@ -69,6 +70,24 @@ class EtcdConfig:
     def tls(self) -> bool:
         """True when every endpoint is spoken to over TLS (they are never mixed)."""
         return self.endpoints[0].scheme == "https"
+
+    def with_files_at_hand(self) -> EtcdConfig:
+        """Return it with each TLS file where it is at this moment: where it is named, or else beside the configuration.
+
+        Cilium's charts (1.18 to 1.20) name the files of a cluster that has a certificate of its own by the directory
+        where Cilium's pods have them, and put them into the Secret of the configuration, which is mounted elsewhere
+        here.
+        """
+        at_hand = partial(_at_hand, Path(self.source))
+        ca_file, cert_file, key_file = map(at_hand, (self.ca_file, self.cert_file, self.key_file))
+        return replace(self, ca_file=ca_file, cert_file=cert_file, key_file=key_file)
+
+
+def _at_hand(source: Path, path: str | None) -> str | None:
+    if path is None or Path(path).exists():
+        return path
+    beside = source.with_name(Path(path).name) if source.name and Path(path).name else None
+    return str(beside) if beside is not None and beside.exists() else path
 
 
 class _Words(yaml.BaseLoader):

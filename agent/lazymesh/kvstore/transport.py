@@ -46,8 +46,9 @@ class TlsFiles:
 
 def read_tls_files(config: EtcdConfig) -> TlsFiles:
     """Read what the configuration names; KvstoreError (certificate) names the file that cannot be read."""
+    named = config.with_files_at_hand()
     return TlsFiles(
-        *(_read(path, config.source) for path in (config.ca_file, config.cert_file, config.key_file))
+        *(_read(path, config.source) for path in (named.ca_file, named.cert_file, named.key_file))
     )
 
 

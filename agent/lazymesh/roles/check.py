@@ -187,6 +187,7 @@ def _layout(bpffs: Path) -> str:
 
 
 def _certificates(cluster: str, config: EtcdConfig) -> Iterator[Finding]:
+    config = config.with_files_at_hand()
     for path in (config.ca_file, config.cert_file, config.key_file):
         if path is not None and not os.access(path, os.R_OK):
             yield Finding(f"certificate {cluster}", "fail", f"cannot read {path}, named in {config.source}")

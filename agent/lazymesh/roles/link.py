@@ -93,6 +93,11 @@ class LinkConfig:
     remote: EtcdConfig | None = None
     transport: str = "native"
 
+    @property
+    def stores(self) -> tuple[EtcdConfig, ...]:
+        """All that is read."""
+        return (self.primary,) if self.remote is None else (self.primary, self.remote)
+
 
 class ClusterLink:
     """Runs one cluster; ``state`` is for people: connecting, incomplete, listing, ready, silent, refused, crashed."""

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 from lazymesh import __version__
 from lazymesh.core.model import Direction, Reason
 from lazymesh.datapath.maps import OnMiss
+from lazymesh.kvstore.certificate import end_of_certificate
 from lazymesh.roles import logs
 
 if TYPE_CHECKING:
@@ -327,12 +328,24 @@ def export(metrics: Metrics, status: Status, control: ControlServer, log: AuditL
         "lazymesh_records_refused", "Node, identity and cluster-config records refused", ("target_cluster", "kind"),
         lambda: list(_refused(status)),
     )  # fmt: skip
+    metrics.collect_gauge(
+        "lazymesh_certificate_expiration_timestamp_seconds", "When a client certificate for etcd ends", ("file",),
+        lambda: list(certificates_of(status)),
+    )  # fmt: skip
     for name, text, read in (
         ("lazymesh_open_windows", "Open windows closed so far", lambda: log.windows_total),
         ("lazymesh_open_window_packets", "Packets that went through as world", lambda: log.packets_total),
         ("lazymesh_open_window_seconds", "Time that addresses were open as world", lambda: log.seconds_total),
     ):
         metrics.collect_counter(name, text, (), lambda read=read: [((), read())])  # type: ignore[misc]
+
+
+def certificates_of(status: Status) -> Iterator[Sample]:
+    """Yield each file once: behind a cache all clusters have the same."""
+    stores = {store for link in status.parts.mesh.links.values() for store in link.config.stores}
+    ends = {end_of_certificate(store) for store in stores}
+    for path, not_after in (end for end in ends if end is not None):
+        yield (path,), not_after.timestamp()
 
 
 def _refused(status: Status) -> Iterator[Sample]:

@@ -11,7 +11,12 @@ from typing import TYPE_CHECKING
 
 import pytest
 
-from lazymesh.kvstore.certificate import CertificateFacts, certificate_facts, handshake_failure
+from lazymesh.kvstore.certificate import (
+    CertificateFacts,
+    certificate_facts,
+    end_of_certificate,
+    handshake_failure,
+)
 from lazymesh.kvstore.config import parse_config
 from tests.support.etcd import Authority
 
@@ -52,6 +57,18 @@ def test_file_without_certificate_has_no_facts() -> None:
     """A key in the place of a certificate, for one."""
     assert certificate_facts(b"") is None
     assert certificate_facts(b"-----BEGIN CERTIFICATE-----\nAAAA\n-----END CERTIFICATE-----") is None
+
+
+def test_end_of_a_certificate_is_that_of_the_file_as_it_is_now(tmp_path: Path) -> None:
+    """A file that is not there, or is none, has no end; nor has a store that takes everybody."""
+    words = f"endpoints: ['https://x:1']\ncert-file: {tmp_path}/a.crt\nkey-file: {tmp_path}/a.key\n"
+    config = parse_config(words, str(tmp_path / "b"))
+    assert end_of_certificate(config) is None
+    (tmp_path / "a.crt").write_bytes(REMOTE)
+    assert end_of_certificate(config) == (f"{tmp_path}/a.crt", datetime(2036, 11, 18, 6, 9, 25, tzinfo=UTC))
+    (tmp_path / "a.crt").write_bytes(REMOTE[:200])
+    assert end_of_certificate(config) is None
+    assert end_of_certificate(parse_config("endpoints: ['http://x:1']", "b")) is None
 
 
 async def test_refused_certificate_leaves_no_error_that_nobody_has_fetched(tmp_path: Path) -> None:

@@ -111,6 +111,33 @@ def test_wrong_file_is_told_in_one_line_with_its_name(text: str, words: str) -> 
     assert "\n" not in line
 
 
+def test_tls_files_that_are_not_where_they_are_named_are_taken_from_beside_the_configuration(
+    tmp_path: Path,
+) -> None:
+    """Decided anew each time: they come and go, and where they are named goes first."""
+    here, there = tmp_path / "secret", tmp_path / "clustermesh"
+    here.mkdir()
+    there.mkdir()
+    named = [there / f"b.etcd-client{ending}" for ending in ("-ca.crt", ".crt", ".key")]
+    ca, cert, key = named
+    words = f"endpoints: ['https://b:1']\ntrusted-ca-file: {ca}\ncert-file: {cert}\nkey-file: {key}\n"
+    config = parse_config(words, str(here / "b"))
+
+    def at_hand() -> list[str | None]:
+        found = config.with_files_at_hand()
+        return [found.ca_file, found.cert_file, found.key_file]
+
+    assert at_hand() == list(map(str, named)), "none of them anywhere: errors say what is named"
+    beside = [here / path.name for path in named]
+    for path in beside:
+        path.touch()
+    assert at_hand() == list(map(str, beside))
+    ca.touch()
+    assert at_hand() == list(map(str, [ca, *beside[1:]]))
+    plain = parse_config("endpoints: ['http://b:1']", str(here / "b"))
+    assert plain.with_files_at_hand() == plain
+
+
 def test_file_is_loaded_and_an_unreadable_one_is_named(tmp_path: Path) -> None:
     """Absent and binary files are the user's to correct."""
     path = tmp_path / "b"

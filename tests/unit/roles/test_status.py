@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import asyncio
+import time
 from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any, cast
 
 from lazymesh.core.model import Reason
-from lazymesh.roles.status import Parts, Status
+from lazymesh.kvstore.config import parse_config
+from lazymesh.roles.link import LinkConfig
+from lazymesh.roles.status import Parts, Status, certificates_of
+from tests.support.etcd import Authority
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -143,6 +147,23 @@ def test_store_that_does_not_come_back_has_its_latest_reason() -> None:
     assert status({"b": silent})._cluster("b")["problem"] == "the certificate has expired"
     back = link("ready", last_error="the certificate has expired")
     assert list(status({"b": back})._wrong()) == []
+
+
+def test_each_client_certificate_is_shown_once_however_many_clusters_have_it(tmp_path: Path) -> None:
+    """Behind a cache that is all of them; what cannot be read has no series, and status says why."""
+    pair = Authority(tmp_path / "ca").issue("remote")
+    words = "endpoints: ['https://{host}:1']\ncert-file: {cert}\nkey-file: {key}\n"
+    stores = [
+        parse_config(words.format(host=host, cert=cert, key=pair.key), str(tmp_path / host))
+        for host, cert in (("b", pair.cert), ("c", pair.cert), ("d", tmp_path / "none"))
+    ]
+    links = {
+        "b": SimpleNamespace(config=LinkConfig("b", stores[0])),
+        "c": SimpleNamespace(config=LinkConfig("c", stores[1], stores[2])),
+    }
+    (((path,), end),) = certificates_of(status(links))
+    assert path == str(pair.cert)
+    assert 0 < end - time.time() < 3 * 86_400
 
 
 def test_line_of_a_cluster_names_its_store() -> None:
