@@ -231,6 +231,8 @@ class Wire:
         exchange = self.exchanges.get(stream) or self._exchange(stream)
         if exchange is None:
             return
+        if not exchange.head:
+            raise ProtocolError("a response without a head")
         exchange.uncredited += len(payload)
         self._messages(exchange, _without_padding(payload) if flags & PADDED else payload)
         if exchange.ended:

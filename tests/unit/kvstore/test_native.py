@@ -126,6 +126,36 @@ def ask(channel: NativeChannel, call: UnaryCall = CALL) -> asyncio.Future[bytes 
     return future
 
 
+async def test_the_response_is_the_outcome_and_its_trailers_are_waited_for_by_nobody() -> None:
+    """Whatever comes behind it: who has failed sends no response."""
+    before, body, trailers = answer(1, b"here").partition(message(b"here"))
+    for behind in (trailers, frame(wire.RST_STREAM, 0, 1, struct.pack(">I", 8)), None):
+        async with met() as (channel, server):
+            call = ask(channel)
+            assert await server.call() == 1
+            server.say(before + body)
+            assert await call == b"here"
+            assert len(channel._calls) == 1
+            if behind is None:
+                await channel.close()
+            else:
+                server.say(behind)
+            await eventually(lambda: not channel._calls)
+            assert channel.lost == ("the connection was closed" if behind is None else None)
+
+
+async def test_trailers_that_never_come_are_given_up_at_the_deadline() -> None:
+    """The server may have only so many calls at a time, and this is still one; nobody is told of it."""
+    async with met() as (channel, server):
+        call = ask(channel, CALL._replace(timeout_s=0.2))
+        assert await server.call() == 1
+        before, body, _ = answer(1, b"here").partition(message(b"here"))
+        server.say(before + body)
+        assert await call == b"here"
+        await server.until(wire.RST_STREAM)
+        await eventually(lambda: not channel._calls)
+
+
 async def test_calls_overtake_each_other() -> None:
     """Each gets its own answer."""
     async with met() as (channel, server):

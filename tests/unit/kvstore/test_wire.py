@@ -189,7 +189,11 @@ def feed_all(connection: Wire, order: list[bytes]) -> None:
         (HELLO + frame(wire.DATA, 0, 2, b"x"), "none of ours"),
         (HELLO + frame(wire.DATA, 0, 99, b"x"), "none of ours"),
         (HELLO + frame(wire.PUSH_PROMISE, 4, 1, bytes(4)), "nobody asked for"),
-        (HELLO + frame(wire.DATA, wire.PADDED, 1, b"\x09xx"), "padding"),
+        (HELLO + frame(wire.DATA, 0, 1, b"x"), "without a head"),
+        (
+            HELLO + frame(wire.HEADERS, 4, 1, OK_HEAD) + frame(wire.DATA, wire.PADDED, 1, b"\x09xx"),
+            "padding",
+        ),
         (HELLO + frame(wire.HEADERS, 0, 1, OK_HEAD) + frame(wire.PING, 0, 0, bytes(8)), "does not go on"),
         (HELLO + frame(wire.CONTINUATION, 4, 1, OK_HEAD), "a continuation of nothing"),
         (HELLO + frame(wire.HEADERS, 4, 1, b"\xff\xff\xff\xff\xff"), "cannot be read"),
