@@ -290,8 +290,8 @@ class Resolver:
         # What is not watched comes from a watch given up meanwhile, perhaps of a store that no longer is.
         if state.space not in tracked.watched or not tracked.learn(state):
             return
-        gone = tracked.phase is Phase.INSTALLED and tracked.newest() is None
-        if gone and self._may_have_moved(tracked, tracked.link, now):
+        gone = tracked.entry is not None and tracked.newest() is None
+        if gone and tracked.phase is Phase.INSTALLED and self._may_have_moved(tracked, tracked.link, now):
             tracked.withdrawn = True
             if tracked.fetch is Fetch.IDLE:
                 self._moves.read(tracked, tracked.spaces)

@@ -220,6 +220,24 @@ def test_a_record_deleted_from_the_cache_is_evicted_and_then_asked_of_the_owner(
     ).end()
 
 
+def test_a_record_deleted_from_the_cache_before_its_entry_is_said_to_stand_is_evicted_all_the_same() -> None:
+    """Whatever becomes of the owner's read: nothing would ever look at the entry again."""
+    (
+        cached_play()
+        >> miss(B1)
+        << read(B1, spaces=CACHE)
+        >> cache_answered(10, {B1: record(B1)})
+        << install(B1)
+        << watch(B1, 10, Space.CACHED)
+        >> deleted(B1, 11, Space.CACHED)
+        << evict(B1, "deleted")
+        << report(B1, "absent", Reason.NOT_FOUND, missed_at=0.0)
+        << read(B1)
+        >> failed(B1, kind="timeout")
+        >> stands(B1)
+    ).end()
+
+
 NOT_INSTALLABLE = {
     "garbage": (b"{", Reason.MALFORMED),
     "another address's record": (record(B2), Reason.MALFORMED),
