@@ -15,8 +15,10 @@ from tests.support.node import (
     connect,
     identity_of,
     launched,
+    metric,
     missed_until,
     options,
+    status,
     wait_identity,
 )
 
@@ -74,6 +76,9 @@ def test_owner_is_asked_for_what_the_cache_does_not_have(lab: Lab, cached: Neigh
         assert wait_identity(lab, pull_only, OTHER_IDENTITY) < 1
         # The owner's store goes: what came from it stands, what the cache holds resolves as ever.
         lab.etcd.kill()
+        wait_until(lambda: cluster(lab, "b")["ownerProblem"], 5, "the owner's store missed")
+        assert cluster(lab, "b")["state"] == "ready"
+        assert metric(agent, "lazymesh_owner_ready", target_cluster="b") == 0
         assert connect(lab.pods[0].namespace, mirrored) is not None
         cached.publish(remote_address(14), SERVER_IDENTITY)
         missed_until(lab, remote_address(14), SERVER_IDENTITY)
@@ -81,6 +86,43 @@ def test_owner_is_asked_for_what_the_cache_does_not_have(lab: Lab, cached: Neigh
         lab.etcd.start()
         lab.withdraw(pull_only)
         wait_identity(lab, pull_only, None, 40)
+        assert status(lab)["wrong"] == []
+        assert metric(agent, "lazymesh_owner_ready", target_cluster="b") == 1
+
+
+NOWHERE = "endpoints: ['https://127.0.0.1:1']\ntrusted-ca-file: /nowhere/ca.crt\n"
+
+
+@pytest.mark.parametrize(
+    ("text", "problem"),
+    [
+        ("endpoints: ['http://b.mesh.invalid:2379']\n", "b.mesh.invalid"),
+        ("endpoints: ['http://127.0.0.1:1']\n", "127.0.0.1:1"),
+        (NOWHERE, "/nowhere/ca.crt"),
+    ],
+    ids=["unresolvable", "nobody there", "no such certificate"],
+)
+def test_owners_store_that_cannot_be_reached_is_told(
+    lab: Lab, cached: Neighbour, text: str, problem: str
+) -> None:
+    """The cache alone looks as well as ever, and what only the owner has is not resolved."""
+    direct = lab.directory / "direct"
+    direct.mkdir(exist_ok=True)
+    (direct / "b").write_text(text)
+    cached.join()
+    with launched(lab, *options(lab), "--remote-config", str(direct)) as agent:
+        agent.wait_ready()
+        wait_until(lambda: problem in (cluster(lab, "b")["ownerProblem"] or ""), 5, "the reason")
+        with Misses(lab.socket) as misses:
+            event = misses.provoke(lab.pods[0].namespace, remote_address(15))
+        assert (event["outcome"], event["reason"]) == ("failed", "read-failed")
+        (wrong,) = status(lab)["wrong"]
+        assert wrong.startswith("cluster b: its own store is not followed: ")
+        assert problem in wrong
+        assert metric(agent, "lazymesh_owner_ready", target_cluster="b") == 0
+        assert metric(agent, "lazymesh_cluster_ready", target_cluster="b") == 1
+        assert agent.log.count("the owner's store is not followed") == 1
+        assert lab.cli("status", check=False).returncode == 1
 
 
 def test_incomplete_cache_is_waited_for(lab: Lab, cached: Neighbour) -> None:

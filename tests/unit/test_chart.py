@@ -295,8 +295,8 @@ def test_slow_is_what_is_longer_than_packets_are_held(milliseconds: float) -> No
 
 
 def test_store_that_is_down_is_one_alert_whatever_the_number_of_nodes() -> None:
-    """Neither node nor pod are left of what LazymeshClusterNotReady and LazymeshNoClusters count."""
+    """Neither node nor pod are left of what alerts about a store count."""
     alerts = {each["name"]: each for each in yaml.safe_load((CHART / "alerts.yaml").read_text())["alerts"]}
-    for name in ("LazymeshClusterNotReady", "LazymeshNoClusters"):
+    for name in ("LazymeshClusterNotReady", "LazymeshOwnerNotReady", "LazymeshNoClusters"):
         assert alerts[name]["expr"].startswith("count without (node, instance")
         assert "{{ $value }} nodes" in alerts[name]["summary"]

@@ -113,7 +113,7 @@ class ClusterLink:
         self.nodes_prefix = b""
         self.identities_prefix = b""
         self.read_problem: str | None = None
-        """Why the last read of addresses failed, None when it did not."""
+        """Why the last read of addresses failed, None when it did not, or owner_problem says it."""
         self.refused_total: dict[str, int] = {"node": 0, "identity": 0, "cluster-config": 0}
         self._observer = observer
         options = Options(transport=Transport(kind=config.transport))
@@ -129,6 +129,8 @@ class ClusterLink:
         self._said = OncePer(QUIET_S)
         self._owner_complete = True
         """Whether the owner's own store, behind a cache, may be believed; while not, somebody looks at it."""
+        self._owner_lacks = "it was not looked at yet"
+        """Why it may not, as of the last look."""
         self._primary.on_crash = self.fail
         if self._remote is not None:
             self._remote.on_crash = self.fail
@@ -152,6 +154,15 @@ class ClusterLink:
     def sizes(self) -> tuple[int, int]:
         """Numbers of nodes and identities told so far."""
         return (len(self._followers[0]), len(self._followers[1])) if self._followers else (0, 0)
+
+    @property
+    def owner_problem(self) -> str | None:
+        """Why the owner's own store, behind a cache, is not followed; None when it is, or was not given."""
+        if self._remote is None:
+            return None
+        info = self._remote.info
+        lacks = None if self._owner_complete else self._owner_lacks
+        return lacks if info.endpoint else info.last_error or lacks or "it does not answer"
 
     async def run(self) -> None:
         """Keep the link until cancelled; what raises in a callback of ours is raised here."""
@@ -200,14 +211,16 @@ class ClusterLink:
         reads = Reads(keys.ip_keys(command.spaces, apart, self.name), whole)
         client = self._client_of(command.spaces[0])
         if client is self._remote and not self._owner_complete:
-            error = KvstoreError(f"the store of {self.name} itself is not complete yet", "unavailable")
+            why = f"the store of {self.name} itself is not followed: {self.owner_problem}"
+            error = KvstoreError(why, "unavailable")
             asyncio.get_running_loop().call_soon(self._on_read, command, error)
         else:
             client.read_soon(reads, READ_TIMEOUT_S, partial(self._on_read, command))
 
     def _on_read(self, command: events.Read, outcome: Values | KvstoreError) -> None:
         if isinstance(outcome, KvstoreError):
-            self.read_problem = str(outcome)
+            if self._client_of(command.spaces[0]) is not self._remote or not self.owner_problem:
+                self.read_problem = str(outcome)
             if command.whole and self._said("whole", asyncio.get_running_loop().time()):
                 log.warning("a /24 could not be read whole", cluster=self.name, error=str(outcome))
             failed = events.ReadFailed(self.name, command.addresses, outcome.kind, bool(command.whole))
@@ -393,7 +406,9 @@ class ClusterLink:
             self._stale.set()
 
     def _on_remote_event(self, event: ClientEvent) -> None:
-        if isinstance(event, Connected) and event.reset and self._remote is not None:
+        if not isinstance(event, Connected):
+            log.warning("the owner's store is silent", cluster=self.name, error=str(event.error))
+        elif event.reset and self._remote is not None:
             self._await_owner(self._remote, again=True)
 
     def _await_owner(self, remote: EtcdClient, *, again: bool) -> None:
@@ -403,13 +418,26 @@ class ClusterLink:
             self._start(self._look_at_owner(remote, again=again))
 
     async def _look_at_owner(self, remote: EtcdClient, *, again: bool) -> None:
+        told = False
         while not self._owner_complete:
-            with contextlib.suppress(KvstoreError, RecordError):
+            try:
                 epoch = remote.epoch
                 missing = (await self._describe(remote)).missing
                 self._owner_complete = missing is None and epoch == remote.epoch
+                self._owner_lacks = missing or "it was replaced while it was looked at"
+            except KvstoreError as exc:
+                self._owner_lacks = str(exc)
+            except RecordError as exc:
+                self._owner_lacks = f"its cluster-config is {exc}"
             if not self._owner_complete:
+                if not told:
+                    log.warning(
+                        "the owner's store is not followed", cluster=self.name, problem=self._owner_lacks
+                    )
+                told = True
                 await asyncio.sleep(RETRY_S)
+        if told:
+            log.info("the owner's store is followed", cluster=self.name)
         if again:
             self._reset()
 

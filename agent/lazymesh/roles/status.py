@@ -132,6 +132,7 @@ class Status:
             "state": link.state if link else "refused",
             "problem": (link and (problem_of(link) or link.read_problem))
             or self.parts.mesh.file_errors.get(name),
+            "ownerProblem": link.owner_problem if link else None,
             "nodes": nodes,
             "identities": identities,
             "staleEntries": self.parts.resolver.stale.get(name, 0),
@@ -184,6 +185,8 @@ class Status:
                 yield f"cluster {name} is {link.state}{kept}: {problem_of(link) or 'not listed yet'}"
             elif link.read_problem:
                 yield f"cluster {name}: the last read failed: {link.read_problem}"
+            if link.owner_problem:
+                yield f"cluster {name}: its own store is not followed: {link.owner_problem}"
         for name, error in sorted(self.parts.mesh.file_errors.items()):
             yield f"cluster {name}: {error}"
 
@@ -315,6 +318,14 @@ def export(metrics: Metrics, status: Status, control: ControlServer, log: AuditL
         "lazymesh_cluster_ready", "1 while the cluster's nodes and identities are listed and followed",
         ("target_cluster",),
         lambda: [((name,), float(link.state == "ready")) for name, link in status.parts.mesh.links.items()],
+    )  # fmt: skip
+    metrics.collect_gauge(
+        "lazymesh_owner_ready", "1 while the cluster's own store, behind a cache, is followed", ("target_cluster",),
+        lambda: [
+            ((name,), float(link.owner_problem is None))
+            for name, link in status.parts.mesh.links.items()
+            if link.config.remote is not None
+        ],
     )  # fmt: skip
     metrics.collect_counter(
         "lazymesh_store_reconnects", "Reconnects to a cluster's store", ("target_cluster",),

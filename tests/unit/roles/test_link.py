@@ -6,12 +6,13 @@ import asyncio
 from typing import TYPE_CHECKING, Any, cast
 
 import pytest
+from structlog.testing import capture_logs
 
 from lazymesh.core import events, keys
 from lazymesh.core.model import Space, parse_address
 from lazymesh.errors import KvstoreError
 from lazymesh.kvstore.config import parse_config
-from lazymesh.kvstore.model import Change, Connected, KeyValue, ReadResult, Values, WatchLoss
+from lazymesh.kvstore.model import Change, ClientInfo, Connected, KeyValue, ReadResult, Values, WatchLoss
 from lazymesh.roles import link as module
 from lazymesh.roles.link import ClusterLink, LinkConfig
 from tests.support.etcd import eventually
@@ -48,7 +49,14 @@ class FakeClient:
         self.watches = FakeWatches()
         self.asked: Reads | None = None
         self.epoch = 0
+        self.last_error: str | None = None
         self.on_crash: object = None
+
+    @property
+    def info(self) -> ClientInfo:
+        """Say whether it is reached: while ``last_error`` is set, it is not."""
+        endpoint = None if self.last_error else "http://x:1"
+        return ClientInfo(endpoint, 7, "3.5", 7, self.epoch, None, 0, self.last_error)
 
     def read_soon(self, reads: Reads, timeout: float, on_done: Any) -> None:
         """Read, and answer a moment later."""
@@ -337,13 +345,65 @@ async def test_owners_store_is_believed_only_when_it_is_complete(owned: Owned) -
     owned.link.read(READ)
     await settle()
     assert owned.observer.told == [events.ReadFailed("b", (IP,), "unavailable")]
-    assert owned.link.read_problem == "the store of b itself is not complete yet"
+    assert owned.link.owner_problem == "no cluster-config in its store yet"
     owned.link.read(events.Read("b", (Space.CACHED,), (IP,)))
     owned.describe()
     await eventually(lambda: owned.link._owner_complete)
+    assert owned.link.owner_problem is None
     owned.link.read(READ)
     await settle()
     assert [type(event) for event in owned.observer.told[1:]] == [events.Answered, events.Answered]
+
+
+@pytest.mark.parametrize(
+    ("error", "config", "problem"),
+    [
+        (KvstoreError("no such host"), None, "no such host"),
+        (KvstoreError("user 'x' may not read it", "permission"), None, "user 'x' may not read it"),
+        (None, b"{", "its cluster-config is malformed"),
+        (None, b'{"id":2,"capabilities":{"syncedCanaries":true}}', "no cilium/synced/b/"),
+    ],
+)
+async def test_owners_store_that_is_not_followed_says_why(
+    owned: Owned, error: KvstoreError | None, config: bytes | None, problem: str
+) -> None:
+    """Once in the log, however often it is looked at; a read that fails for it has nothing to add."""
+    owned.owner.error = error
+    if config is not None:
+        owned.owner.data[keys.cluster_config_key("b")] = config
+    with capture_logs() as logs:
+        owned.link._await_owner(cast("Any", owned.owner), again=False)
+        await eventually(lambda: problem in (owned.link.owner_problem or ""))
+        owned.link.read(READ)
+        await asyncio.sleep(0.05)
+        owned.owner.error = None
+        owned.describe()
+        await eventually(lambda: owned.link.owner_problem is None)
+        await eventually(lambda: not owned.link._tasks)
+    assert owned.observer.told == [events.ReadFailed("b", (IP,), "unavailable")]
+    assert owned.link.read_problem is None
+    assert [each["event"] for each in logs] == [
+        "the owner's store is not followed",
+        "the owner's store is followed",
+    ]
+    assert problem in logs[0]["problem"]
+
+
+async def test_owners_store_that_goes_says_why_it_does_not_come_back(owned: Owned) -> None:
+    """The latest reason: by now its name may be gone, too. Without one there is nothing to tell."""
+    owned.describe()
+    owned.link._await_owner(cast("Any", owned.owner), again=False)
+    await eventually(lambda: owned.link._owner_complete)
+    for error in ("the connection was lost", "no such host"):
+        owned.owner.last_error = error
+        assert owned.link.owner_problem == error
+    owned.owner.error = KvstoreError("no such host")
+    owned.link.read(READ)
+    await settle()
+    assert owned.link.read_problem is None
+    owned.owner.last_error = None
+    assert owned.link.owner_problem is None
+    assert Stage().link.owner_problem is None
 
 
 async def test_owners_store_that_is_replaced_again_and_again_is_asked_by_one(owned: Owned) -> None:

@@ -24,6 +24,7 @@ def link(
     problem: str | None = None,
     read_problem: str | None = None,
     last_error: str | None = None,
+    owner_problem: str | None = None,
 ) -> Any:
     """Return what status looks at of a link; last_error: there is no connection, for this reason."""
     endpoint = None if last_error else "e"
@@ -32,7 +33,7 @@ def link(
     )
     return SimpleNamespace(
         state=state, tried=tried, problem=problem, read_problem=read_problem, sizes=(1, 2),
-        watched_keys=3, watched_ranges=1,
+        owner_problem=owner_problem, watched_keys=3, watched_ranges=1,
         client=SimpleNamespace(info=info),
     )  # fmt: skip
 
@@ -99,7 +100,7 @@ def test_everything_that_is_wrong_is_a_line() -> None:
             {
                 "b": link("silent", problem="gone"),
                 "c": link("connecting"),
-                "d": link("ready", read_problem="denied"),
+                "d": link("ready", read_problem="denied", owner_problem="no such host"),
             },
             file_errors={"e": "not YAML"},
             problem="no space",
@@ -134,6 +135,7 @@ def test_everything_that_is_wrong_is_a_line() -> None:
         "cluster b is silent (7 entries are served as they were last known): gone",
         "cluster c is connecting: not listed yet",
         "cluster d: the last read failed: denied",
+        "cluster d: its own store is not followed: no such host",
         "cluster e: not YAML",
     ]
     assert list(status({}, nobody="nobody to ask")._wrong()) == ["nobody to ask"]
@@ -175,5 +177,8 @@ def test_line_of_a_cluster_names_its_store() -> None:
         1,
         None,
     )
+    assert shown["ownerProblem"] is None
+    cut_off = status({"b": link("ready", owner_problem="no such host")})._cluster("b")
+    assert (cut_off["state"], cut_off["ownerProblem"]) == ("ready", "no such host")
     refused = status({}, file_errors={"b": "not YAML"})._cluster("b")
     assert (refused["state"], refused["problem"], refused["endpoint"]) == ("refused", "not YAML", None)
