@@ -60,7 +60,8 @@ class ReadFailed(Struct, frozen=True):
     cluster: str
     addresses: tuple[Address, ...]
     kind: str
-    """KvstoreError.kind: unavailable, timeout, permission, certificate, protocol, exhausted."""
+    """KvstoreError.kind: unavailable, timeout, permission, certificate, protocol, exhausted. Or ``owner``: the owner's
+    own store, behind a cache, is not followed, which says nothing of the cache."""
     whole: bool = False
     """Some /24 was read whole."""
 

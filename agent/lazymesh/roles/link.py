@@ -219,12 +219,14 @@ class ClusterLink:
 
     def _on_read(self, command: events.Read, outcome: Values | KvstoreError) -> None:
         if isinstance(outcome, KvstoreError):
-            if self._client_of(command.spaces[0]) is not self._remote or not self.owner_problem:
+            kind = outcome.kind
+            if self._client_of(command.spaces[0]) is self._remote and self.owner_problem:
+                kind = "owner"
+            else:
                 self.read_problem = str(outcome)
             if command.whole and self._said("whole", asyncio.get_running_loop().time()):
                 log.warning("a /24 could not be read whole", cluster=self.name, error=str(outcome))
-            failed = events.ReadFailed(self.name, command.addresses, outcome.kind, bool(command.whole))
-            self._tell(failed)
+            self._tell(events.ReadFailed(self.name, command.addresses, kind, bool(command.whole)))
         else:
             self.read_problem = None
             self._tell(

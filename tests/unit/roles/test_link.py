@@ -344,7 +344,7 @@ async def test_owners_store_is_believed_only_when_it_is_complete(owned: Owned) -
     owned.link._await_owner(cast("Any", owned.owner), again=False)
     owned.link.read(READ)
     await settle()
-    assert owned.observer.told == [events.ReadFailed("b", (IP,), "unavailable")]
+    assert owned.observer.told == [events.ReadFailed("b", (IP,), "owner")]
     assert owned.link.owner_problem == "no cluster-config in its store yet"
     owned.link.read(events.Read("b", (Space.CACHED,), (IP,)))
     owned.describe()
@@ -380,7 +380,7 @@ async def test_owners_store_that_is_not_followed_says_why(
         owned.describe()
         await eventually(lambda: owned.link.owner_problem is None)
         await eventually(lambda: not owned.link._tasks)
-    assert owned.observer.told == [events.ReadFailed("b", (IP,), "unavailable")]
+    assert owned.observer.told == [events.ReadFailed("b", (IP,), "owner")]
     assert owned.link.read_problem is None
     assert [each["event"] for each in logs] == [
         "the owner's store is not followed",
@@ -400,9 +400,14 @@ async def test_owners_store_that_goes_says_why_it_does_not_come_back(owned: Owne
     owned.owner.error = KvstoreError("no such host")
     owned.link.read(READ)
     await settle()
+    assert owned.observer.told == [events.ReadFailed("b", (IP,), "owner")]
     assert owned.link.read_problem is None
     owned.owner.last_error = None
     assert owned.link.owner_problem is None
+    owned.link.read(READ)
+    await settle()
+    assert owned.observer.told[1:] == [events.ReadFailed("b", (IP,), "unavailable")]
+    assert owned.link.read_problem == "no such host"
     assert Stage().link.owner_problem is None
 
 

@@ -41,6 +41,9 @@ if TYPE_CHECKING:
 _APART = frozenset({"exhausted", "permission"})
 """Why a /24 could not be read that may not stand against its addresses alone."""
 
+_WELL = frozenset({"permission", "owner"})
+"""Of these the store that is followed is well: it is our certificate that is not, or the owner's own behind a cache."""
+
 
 def _no_jitter() -> float:
     return 1.0
@@ -256,8 +259,8 @@ class Resolver:
         if failure.whole and failure.kind in _APART:
             self._read_apart(link, failure, now)
             return
-        if failure.kind == "permission":
-            link.breaker.succeeded()  # the store is well; it is our certificate that is not
+        if failure.kind in _WELL:
+            link.breaker.succeeded()
         else:
             link.breaker.failed(now)
         for tracked in self._land(link, failure.addresses):

@@ -414,13 +414,13 @@ def test_an_entry_to_be_verified_is_a_try_as_good_as_a_miss() -> None:
     assert story.resolver.clusters["b"].breaker == "closed"
 
 
-@pytest.mark.parametrize("kind", ["unavailable", "timeout", "certificate", "protocol", "permission"])
-def test_every_failure_opens_the_breaker_but_a_refused_permission(kind: str) -> None:
-    """A store that refuses is well; asking it less would not help."""
+@pytest.mark.parametrize("kind", ["unavailable", "timeout", "certificate", "protocol", "permission", "owner"])
+def test_every_failure_opens_the_breaker_but_of_a_store_that_is_well(kind: str) -> None:
+    """Asking it less would not help: it refuses, or it is a cache, and the owner's own store is not followed."""
     story = play(limits=FRAIL)
     said: list[Command] = []
     for address in (B1, B2):
         story.tell(miss(address))
         said += story.tell(failed(address, kind=kind))
     assert said == [report(a, "failed", Reason.READ_FAILED, missed_at=0.0, detail=kind) for a in (B1, B2)]
-    assert story.resolver.clusters["b"].breaker == ("closed" if kind == "permission" else "open")
+    assert story.resolver.clusters["b"].breaker == ("closed" if kind in ("permission", "owner") else "open")

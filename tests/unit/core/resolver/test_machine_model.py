@@ -315,7 +315,7 @@ class World(RuleBasedStateMachine):
         if told:
             self.feed(Changed(name, told[which % len(told)]))
 
-    @rule(name=clusters, kind=st.sampled_from(["timeout", "permission", "exhausted"]))
+    @rule(name=clusters, kind=st.sampled_from(["timeout", "permission", "owner", "exhausted"]))
     def read_fails(self, name: str, kind: str) -> None:
         """The store does not answer, or refuses."""
         cluster = self.clusters[name]
