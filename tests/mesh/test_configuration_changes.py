@@ -84,6 +84,18 @@ def test_file_that_cannot_be_read_keeps_the_cluster_that_runs(lab: Lab, agent: A
     wait_until(lambda: status(lab)["wrong"] == [], 5, "nothing wrong any more")
 
 
+def test_cluster_whose_file_was_never_good_is_counted_as_not_ready(lab: Lab, agent: AgentProcess) -> None:
+    """Without a sample there would be nothing to alert on."""
+    (lab.config / "c").write_text("endpoints: [")
+    wait_until(lambda: cluster(lab, "c").get("state") == "refused", 5, "cluster c refused")
+    page = agent.get("/metrics")
+    assert 'lazymesh_cluster_ready{target_cluster="b"} 1.0' in page
+    assert 'lazymesh_cluster_ready{target_cluster="c"} 0.0' in page
+    (lab.config / "c").unlink()
+    wait_until(lambda: not cluster(lab, "c"), 5, "cluster c gone")
+    assert 'target_cluster="c"' not in agent.get("/metrics")
+
+
 def test_new_endpoint_with_other_records_replaces_the_old_ones(lab: Lab, agent: AgentProcess) -> None:
     """The file leads to another etcd of the same cluster: what only the old one told is forgotten."""
     old, both = remote_address(4), remote_address(5)

@@ -317,7 +317,7 @@ def export(metrics: Metrics, status: Status, control: ControlServer, log: AuditL
     metrics.collect_gauge(
         "lazymesh_cluster_ready", "1 while the cluster's nodes and identities are listed and followed",
         ("target_cluster",),
-        lambda: [((name,), float(link.state == "ready")) for name, link in status.parts.mesh.links.items()],
+        lambda: list(_ready(status)),
     )  # fmt: skip
     metrics.collect_gauge(
         "lazymesh_owner_ready", "1 while the cluster's own store, behind a cache, is followed", ("target_cluster",),
@@ -357,6 +357,13 @@ def certificates_of(status: Status) -> Iterator[Sample]:
     ends = {end_of_certificate(store) for store in stores}
     for path, not_after in (end for end in ends if end is not None):
         yield (path,), not_after.timestamp()
+
+
+def _ready(status: Status) -> Iterator[Sample]:
+    mesh = status.parts.mesh
+    for name in sorted({*mesh.links, *mesh.file_errors}):
+        # A cluster whose file is refused from the start has no link.
+        yield (name,), float(name in mesh.links and mesh.links[name].state == "ready")
 
 
 def _refused(status: Status) -> Iterator[Sample]:
