@@ -99,8 +99,9 @@ NOWHERE = "endpoints: ['https://127.0.0.1:1']\ntrusted-ca-file: /nowhere/ca.crt\
         ("endpoints: ['http://b.mesh.invalid:2379']\n", "b.mesh.invalid"),
         ("endpoints: ['http://127.0.0.1:1']\n", "127.0.0.1:1"),
         (NOWHERE, "/nowhere/ca.crt"),
+        ("endpoints: [", "not YAML"),
     ],
-    ids=["unresolvable", "nobody there", "no such certificate"],
+    ids=["unresolvable", "nobody there", "no such certificate", "no file of any use"],
 )
 def test_owners_store_that_cannot_be_reached_is_told(
     lab: Lab, cached: Neighbour, text: str, problem: str
@@ -123,6 +124,30 @@ def test_owners_store_that_cannot_be_reached_is_told(
         assert metric(agent, "lazymesh_cluster_ready", target_cluster="b") == 1
         assert agent.log.count("the owner's store is not followed") == 1
         assert lab.cli("status", check=False).returncode == 1
+
+
+def test_what_came_from_the_owner_outlives_a_file_that_is_spoiled(lab: Lab, cached: Neighbour) -> None:
+    """An agent that starts anew cannot ask the owner, and the cache's silence about a pod is no farewell."""
+    direct = lab.directory / "direct"
+    direct.mkdir(exist_ok=True)
+    (direct / "b").write_text(f"endpoints:\n- {lab.etcd.url}\n")
+    cached.join()
+    pull_only, mirrored = remote_address(16), remote_address(17)
+    lab.publish(pull_only, space="ondemand")
+    words = [*options(lab), "--remote-config", str(direct)]
+    with launched(lab, *words) as agent:
+        agent.wait_ready()
+        missed_until(lab, pull_only, SERVER_IDENTITY)
+    (direct / "b").write_text("endpoints: [")
+    with launched(lab, *words) as agent:
+        agent.wait_ready()
+        cached.publish(mirrored, SERVER_IDENTITY)
+        missed_until(lab, mirrored, SERVER_IDENTITY)
+        wait_until(lambda: cluster(lab, "b")["staleEntries"] == 1, 5, "the owner's entry in doubt")
+        assert identity_of(lab, pull_only) == SERVER_IDENTITY
+        (direct / "b").write_text(f"endpoints:\n- {lab.etcd.url}\n")
+        wait_until(lambda: not cluster(lab, "b")["staleEntries"], 15, "the owner's entry confirmed")
+        assert status(lab)["wrong"] == []
 
 
 def test_incomplete_cache_is_waited_for(lab: Lab, cached: Neighbour) -> None:

@@ -68,15 +68,13 @@ def _parse(path: Path, content: bytes) -> ClusterFile:
 
 
 def check_directories(clustermesh_config: Path, remote_config: Path | None) -> None:
-    """Read the directories once before anything is started: SettingsError for one of which nothing can be used.
+    """Read the directories once before anything is started: SettingsError for one that cannot be read, or no cluster.
 
-    One cluster's file that is bad is that cluster's problem alone, now as later.
+    One cluster's file that is bad is that cluster's problem alone, now as later; and the caches do without owners.
     """
-    for option, directory in (
-        ("--clustermesh-config", clustermesh_config),
-        ("--remote-config", remote_config),
-    ):
-        files = read_directory(directory, option) if directory else {}
-        errors = [f"cluster {name}: {file.error}" for name, file in files.items() if file.error is not None]
-        if errors and len(errors) == len(files):
-            raise SettingsError(errors[0])
+    files = read_directory(clustermesh_config, "--clustermesh-config")
+    errors = [f"cluster {name}: {file.error}" for name, file in files.items() if file.error is not None]
+    if errors and len(errors) == len(files):
+        raise SettingsError(errors[0])
+    if remote_config is not None:
+        read_directory(remote_config, "--remote-config")

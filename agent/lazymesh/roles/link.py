@@ -85,18 +85,25 @@ class LinkConfig:
 
     primary: Cilium's own configuration, of the cluster's store or of the local cache.
     remote: direct access to the cluster's store, if given apart.
+    remote_error: why that cannot be used as it was given; then remote is None.
     transport: what carries the calls, native or grpcio.
     """
 
     name: str
     primary: EtcdConfig
     remote: EtcdConfig | None = None
+    remote_error: str | None = None
     transport: str = "native"
 
     @property
     def stores(self) -> tuple[EtcdConfig, ...]:
         """All that is read."""
         return (self.primary,) if self.remote is None else (self.primary, self.remote)
+
+    @property
+    def names_owner(self) -> bool:
+        """Tell whether direct access was given, were it of no use."""
+        return self.remote is not None or self.remote_error is not None
 
 
 class ClusterLink:
@@ -127,8 +134,10 @@ class ClusterLink:
         self._failure: asyncio.Future[None] | None = None
         self._rewatch: asyncio.TimerHandle | None = None
         self._said = OncePer(QUIET_S)
-        self._owner_complete = True
-        """Whether the owner's own store, behind a cache, may be believed; while not, somebody looks at it."""
+        self._cached = False
+        """The primary store is a local cache."""
+        self._owner_complete = config.remote_error is None
+        """Whether the owner's own store, behind a cache, may be believed; while not, it is looked at, if it can be."""
         self._owner_lacks = "it was not looked at yet"
         """Why it may not, as of the last look."""
         self._primary.on_crash = self.fail
@@ -159,7 +168,7 @@ class ClusterLink:
     def owner_problem(self) -> str | None:
         """Why the owner's own store, behind a cache, is not followed; None when it is, or was not given."""
         if self._remote is None:
-            return None
+            return self.config.remote_error
         info = self._remote.info
         lacks = None if self._owner_complete else self._owner_lacks
         return lacks if info.endpoint else info.last_error or lacks or "it does not answer"
@@ -210,7 +219,7 @@ class ClusterLink:
             whole.append(Whole(prefixes, keys.own_texts(some)))
         reads = Reads(keys.ip_keys(command.spaces, apart, self.name), whole)
         client = self._client_of(command.spaces[0])
-        if client is self._remote and not self._owner_complete:
+        if not self._owner_complete and self._is_for_owner(command):
             why = f"the store of {self.name} itself is not followed: {self.owner_problem}"
             error = KvstoreError(why, "unavailable")
             asyncio.get_running_loop().call_soon(self._on_read, command, error)
@@ -220,7 +229,7 @@ class ClusterLink:
     def _on_read(self, command: events.Read, outcome: Values | KvstoreError) -> None:
         if isinstance(outcome, KvstoreError):
             kind = outcome.kind
-            if self._client_of(command.spaces[0]) is self._remote and self.owner_problem:
+            if self._is_for_owner(command) and self.owner_problem:
                 kind = "owner"
             else:
                 self.read_problem = str(outcome)
@@ -280,6 +289,10 @@ class ClusterLink:
     def _client_of(self, space: Space) -> EtcdClient:
         return self._primary if space is Space.CACHED or self._remote is None else self._remote
 
+    def _is_for_owner(self, command: events.Read) -> bool:
+        """Tell whether a read is for the owner's own store, apart from the primary one."""
+        return command.spaces[0] is not Space.CACHED and (self._cached or self._remote is not None)
+
     def _key_watches(self, space: Space) -> KeyWatches:
         watches, prefix = self._client_of(space).watches, keys.ip_prefix(space, self.name)
         return KeyWatches(watches, prefix, partial(self._on_key_changed, space), self._on_keys_lost)
@@ -290,6 +303,7 @@ class ClusterLink:
         """Return how the store describes itself, at which revision; None when it is not complete, or refused."""
         try:
             config, revision, missing = await self._describe(self._primary)
+            self._cached = config.cached if config else self._cached
             refusal = self._observer.on_config(self, config, self._spaces(config)) if config else None
         except KvstoreError as exc:
             self._fall_silent(exc)
@@ -324,7 +338,8 @@ class ClusterLink:
     def _spaces(self, config: ClusterConfig) -> tuple[tuple[Space, ...], ...]:
         if not config.cached:
             return DIRECT
-        return ((Space.CACHED,), *DIRECT) if self._remote else ((Space.CACHED,),)
+        # An owner that cannot be asked is as good as down: what the cache does not have may be there all the same.
+        return ((Space.CACHED,), *DIRECT) if self.config.names_owner else ((Space.CACHED,),)
 
     def _wait_for(self, problem: str) -> None:
         self.tried = True

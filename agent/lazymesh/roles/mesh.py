@@ -158,15 +158,20 @@ class Mesh:
 
     def _configure(self, name: str, pair: tuple[ClusterFile, ClusterFile | None]) -> None:
         file, remote = pair
-        error = file.error or (remote.error if remote else None)
+        owner, owner_error = (remote.config, remote.error) if remote else (None, None)
+        running = self.links.get(name)
+        both = running is not None and running.config.primary == file.config and running.config.remote
+        error = file.error or (owner_error if both else None)
         if error or file.config is None:
             # Perhaps half written: a link that runs is worth more than an order that cannot be read.
             self.file_errors[name] = error or "no configuration"
             log.error("cluster configuration refused", cluster=name, error=error, kept=name in self.links)
             return
         self.file_errors.pop(name, None)
-        owner = remote.config if remote else None
-        self._start(LinkConfig(name, file.config, owner, self._settings.etcd_transport))
+        if owner_error:
+            # The cache does without the owner, and no link is lost that follows both.
+            log.error("the owner's store is not followed", cluster=name, problem=owner_error)
+        self._start(LinkConfig(name, file.config, owner, owner_error, self._settings.etcd_transport))
         log.info("cluster configured", cluster=name)
 
     def _start(self, config: LinkConfig) -> None:

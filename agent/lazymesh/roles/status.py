@@ -324,7 +324,7 @@ def export(metrics: Metrics, status: Status, control: ControlServer, log: AuditL
         lambda: [
             ((name,), float(link.owner_problem is None))
             for name, link in status.parts.mesh.links.items()
-            if link.config.remote is not None
+            if link.config.names_owner
         ],
     )  # fmt: skip
     metrics.collect_counter(

@@ -54,6 +54,14 @@ def test_file_that_cannot_be_used_says_why(tmp_path: Path, content: bytes) -> No
         check_directories(tmp_path, None)
 
 
+def test_owners_files_that_cannot_be_used_end_no_agent(tmp_path: Path) -> None:
+    """Not even all of them: the caches, which are described elsewhere, do without."""
+    for name, text in (("caches", GOOD), ("direct", "endpoints: [")):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "b").write_text(text)
+    check_directories(tmp_path / "caches", tmp_path / "direct")
+
+
 def test_name_that_is_no_text_costs_the_others_nothing(tmp_path: Path) -> None:
     """It could neither be a key nor be shown."""
     (tmp_path / "c").write_text(GOOD)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import json
 from typing import TYPE_CHECKING, Any, cast
 
 import pytest
@@ -409,6 +410,28 @@ async def test_owners_store_that_goes_says_why_it_does_not_come_back(owned: Owne
     assert owned.observer.told[1:] == [events.ReadFailed("b", (IP,), "unavailable")]
     assert owned.link.read_problem == "no such host"
     assert Stage().link.owner_problem is None
+
+
+@pytest.mark.parametrize("cached", [True, False])
+async def test_owner_that_cannot_be_asked_at_all_is_as_good_as_down(stage: Stage, cached: bool) -> None:
+    """Behind a cache, which would else deny that the owner has what it has not; a store that is no cache is asked."""
+    primary = parse_config("endpoints: ['http://x:1']", "b")
+    link = ClusterLink(LinkConfig("b", primary, remote_error="not YAML"), cast("Any", stage.observer))
+    spaces: list[tuple[tuple[Space, ...], ...]] = []
+    stage.observer.on_config = lambda *told: spaces.append(told[2])  # type: ignore[method-assign, func-returns-value]
+    description = {"id": 2, "capabilities": {"maxConnectedClusters": 255, "cached": cached}}
+    cast("FakeClient", link.client).data[keys.cluster_config_key("b")] = json.dumps(description).encode()
+    assert await link._complete() is not None
+    assert spaces == [((Space.CACHED,), *module.DIRECT) if cached else module.DIRECT]
+    link.read(READ)
+    await settle()
+    (event,) = stage.observer.told
+    assert event == (
+        events.ReadFailed("b", (IP,), "owner")
+        if cached
+        else events.Answered("b", READ.spaces, READ.addresses, (None, None), 7)
+    )
+    assert (link.owner_problem, link.read_problem) == ("not YAML", None)
 
 
 async def test_owners_store_that_is_replaced_again_and_again_is_asked_by_one(owned: Owned) -> None:

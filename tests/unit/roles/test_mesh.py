@@ -202,6 +202,32 @@ async def test_file_that_cannot_be_used_keeps_the_link(stage: Stage) -> None:
     assert stage.mesh.file_errors == {}
 
 
+async def test_owners_file_that_cannot_be_used_costs_the_cache_nothing(stage: Stage) -> None:
+    """The cluster runs without it; only a link that follows both is kept, and the complaint stands as above."""
+    direct = stage.directory / "direct"
+    direct.mkdir()
+    stage.mesh._settings = replace(stage.mesh._settings, remote_config=direct)
+
+    def owner(text: str) -> tuple[bool, str | None, str | None]:
+        (direct / "b").write_text(text)
+        stage.look()
+        config = stage.link.config
+        return config.remote is not None, config.remote_error, stage.mesh.file_errors.get("b")
+
+    followed, problem, refused = owner("endpoints: [")
+    assert "not YAML" in (problem or "")
+    assert (followed, refused) == (False, None)
+    assert owner(FILE) == (True, None, None)
+    link = stage.link
+    followed, problem, refused = owner("endpoints: [")
+    assert stage.link is link
+    assert "not YAML" in (refused or "")
+    (stage.directory / "b").write_text(FILE.replace(":1'", ":2'"))
+    followed, problem, refused = owner("endpoints: [")
+    assert "not YAML" in (problem or "")
+    assert (followed, refused) == (False, None), "the cache has moved, and is followed there"
+
+
 async def test_replaced_link_has_no_last_word(stage: Stage) -> None:
     """What it still tells is of a store that is not the cluster's any more."""
     stage.join()
