@@ -220,6 +220,7 @@ def test_deleted_pins_are_told_and_the_next_agent_starts_afresh(lab: Lab) -> Non
         lab.publish(remote_address(51))
         assert connect(lab.pods[0].namespace, remote_address(51)) is not None
         wait_until(lambda: "pins are gone" in " ".join(status(lab)["wrong"]), 5, "a word about it")
+        assert metric(agent, "lazymesh_problems") == 1
         with Sender(lab.pods[0].namespace, Pulse(KNOWN, [])) as sender:
             agent.kill()
             with launched(lab, *options(lab), "--cleanup") as fresh:
@@ -227,6 +228,7 @@ def test_deleted_pins_are_told_and_the_next_agent_starts_afresh(lab: Lab) -> Non
                 know(lab)
                 fates = sender.stop()
                 assert status(lab)["wrong"] == []
+                assert metric(fresh, "lazymesh_problems") == 0
     print(f"pins deleted, agent killed and started again: {fates.lost} of {len(fates.flows)} packets lost")
 
 

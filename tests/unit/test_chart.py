@@ -294,9 +294,9 @@ def test_slow_is_what_is_longer_than_packets_are_held(milliseconds: float) -> No
     assert f"holdTimeout ({milliseconds} ms)" in slow["annotations"]["summary"]
 
 
-def test_store_that_is_down_is_one_alert_whatever_the_number_of_nodes() -> None:
-    """Neither node nor pod are left of what alerts about a store count."""
+def test_what_is_wrong_everywhere_is_one_alert_whatever_the_number_of_nodes() -> None:
+    """A store that is down, for one: neither node nor pod are left of what is counted."""
     alerts = {each["name"]: each for each in yaml.safe_load((CHART / "alerts.yaml").read_text())["alerts"]}
-    for name in ("LazymeshClusterNotReady", "LazymeshOwnerNotReady", "LazymeshNoClusters"):
+    for name in ("LazymeshClusterNotReady", "LazymeshOwnerNotReady", "LazymeshNoClusters", "LazymeshProblem"):
         assert alerts[name]["expr"].startswith("count without (node, instance")
         assert "{{ $value }} nodes" in alerts[name]["summary"]

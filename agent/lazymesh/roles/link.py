@@ -46,6 +46,9 @@ RETRY_S = 0.5
 REWATCH_S = 1.0
 """Lost key watches are collected for this long before the cluster's addresses are read again."""
 
+READ_PROBLEM_S = 600.0
+"""Why a read failed is told for so long: on a quiet node none may follow for hours that succeeds."""
+
 QUIET_S = 60.0
 """What goes wrong with many reads alike is logged once in this time."""
 
@@ -119,8 +122,6 @@ class ClusterLink:
         """The first attempt to reach it is over, well or ill."""
         self.nodes_prefix = b""
         self.identities_prefix = b""
-        self.read_problem: str | None = None
-        """Why the last read of addresses failed, None when it did not, or owner_problem says it."""
         self.refused_total: dict[str, int] = {"node": 0, "identity": 0, "cluster-config": 0}
         self._observer = observer
         options = Options(transport=Transport(kind=config.transport))
@@ -134,6 +135,8 @@ class ClusterLink:
         self._failure: asyncio.Future[None] | None = None
         self._rewatch: asyncio.TimerHandle | None = None
         self._said = OncePer(QUIET_S)
+        self._read_failed: tuple[str, float] | None = None
+        """Why the last read of addresses failed, and when; None when it did not, or owner_problem says it."""
         self._cached = False
         """The primary store is a local cache."""
         self._owner_complete = config.remote_error is None
@@ -163,6 +166,14 @@ class ClusterLink:
     def sizes(self) -> tuple[int, int]:
         """Numbers of nodes and identities told so far."""
         return (len(self._followers[0]), len(self._followers[1])) if self._followers else (0, 0)
+
+    @property
+    def read_problem(self) -> str | None:
+        """Why the last read of addresses failed, None when it did not, or that is long ago."""
+        if self._read_failed is None:
+            return None
+        why, at = self._read_failed
+        return why if asyncio.get_running_loop().time() < at + READ_PROBLEM_S else None
 
     @property
     def owner_problem(self) -> str | None:
@@ -232,12 +243,12 @@ class ClusterLink:
             if self._is_for_owner(command) and self.owner_problem:
                 kind = "owner"
             else:
-                self.read_problem = str(outcome)
+                self._read_failed = str(outcome), asyncio.get_running_loop().time()
             if command.whole and self._said("whole", asyncio.get_running_loop().time()):
                 log.warning("a /24 could not be read whole", cluster=self.name, error=str(outcome))
             self._tell(events.ReadFailed(self.name, command.addresses, kind, bool(command.whole)))
         else:
-            self.read_problem = None
+            self._read_failed = None
             self._tell(
                 events.Answered(
                     self.name, command.spaces, command.addresses, outcome.values, outcome.revision

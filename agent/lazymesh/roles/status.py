@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 from lazymesh import __version__
 from lazymesh.core.model import Direction, Reason
 from lazymesh.datapath.maps import OnMiss
+from lazymesh.errors import LazymeshError
 from lazymesh.kvstore.certificate import end_of_certificate
 from lazymesh.roles import logs
 
@@ -146,6 +147,16 @@ class Status:
             "reconnects": client.reconnects if client else 0,
         }
 
+    def problems(self) -> int:
+        """Count what is wrong; what cannot be told counts as one more, for who scrapes must get an answer."""
+        count = 0
+        try:
+            for _ in self._wrong():
+                count += 1
+        except (OSError, ValueError, LazymeshError):
+            count += 1
+        return count
+
     def _wrong(self) -> Iterator[str]:
         if not self.parts.follower.attached:
             yield "no interface carries the program: does --interface match any?"
@@ -185,8 +196,8 @@ class Status:
                 yield f"cluster {name} is {link.state}{kept}: {problem_of(link) or 'not listed yet'}"
             elif link.read_problem:
                 yield f"cluster {name}: the last read failed: {link.read_problem}"
-            if link.owner_problem:
-                yield f"cluster {name}: its own store is not followed: {link.owner_problem}"
+            if owner_problem := link.owner_problem:
+                yield f"cluster {name}: its own store is not followed: {owner_problem}"
         for name, error in sorted(self.parts.mesh.file_errors.items()):
             yield f"cluster {name}: {error}"
 
@@ -310,6 +321,10 @@ def export(metrics: Metrics, status: Status, control: ControlServer, log: AuditL
     metrics.collect_counter(
         "lazymesh_stream_lines_dropped", "Lines not sent to a `lazymesh misses` that reads too slowly", (),
         lambda: [((), control.dropped)],
+    )  # fmt: skip
+    metrics.collect_gauge(
+        "lazymesh_problems", "Lines of `lazymesh status` that say what is wrong", (),
+        lambda: [((), status.problems())],
     )  # fmt: skip
     metrics.collect_gauge(
         "lazymesh_clusters", "Clusters that are followed", (), lambda: [((), len(status.parts.mesh.links))]

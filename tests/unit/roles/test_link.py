@@ -195,6 +195,18 @@ async def test_failed_read_is_answered_and_shown_until_one_succeeds(stage: Stage
     assert stage.link.read_problem is None
 
 
+async def test_failed_read_is_told_no_more_after_a_while(
+    stage: Stage, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """On a quiet node no other may come for hours, and nothing is wrong meanwhile."""
+    monkeypatch.setattr(module, "READ_PROBLEM_S", 0.05)
+    stage.store.error = KvstoreError("no answer in 5 s", "timeout")
+    stage.link.read(READ)
+    await settle()
+    assert stage.link.read_problem == "no answer in 5 s"
+    await eventually(lambda: stage.link.read_problem is None)
+
+
 async def test_exception_of_ours_ends_the_link_and_not_the_watches(stage: Stage) -> None:
     """The hub that calls is shared by all watches of the store."""
 

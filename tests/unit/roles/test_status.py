@@ -8,6 +8,7 @@ from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any, cast
 
 from lazymesh.core.model import Reason
+from lazymesh.errors import DatapathError
 from lazymesh.kvstore.config import parse_config
 from lazymesh.roles.link import LinkConfig
 from lazymesh.roles.status import Parts, Status, certificates_of
@@ -140,6 +141,21 @@ def test_everything_that_is_wrong_is_a_line() -> None:
     ]
     assert list(status({}, nobody="nobody to ask")._wrong()) == ["nobody to ask"]
     assert "no interface carries the program" in next(status({}, attached=False)._wrong())
+
+
+def test_lines_of_what_is_wrong_are_counted_for_whoever_scrapes() -> None:
+    """Also where they cannot all be told: a metric that fails would take all others with it."""
+    assert status({"b": link("ready")}).problems() == 0
+    several = {"b": link("silent", problem="gone"), "c": link("ready", owner_problem="no such host")}
+    assert status(several, muted=True).problems() == 3
+    spoiled = status(several, muted=True)
+
+    def fail(**_: object) -> list[str]:
+        raise DatapathError("cannot look")
+
+    spoiled.parts.datapath.pins.missing = fail  # type: ignore[method-assign]
+    assert spoiled.problems() == 1
+    assert status({}, attached=False, nobody="nobody to ask").problems() == 2
 
 
 def test_store_that_does_not_come_back_has_its_latest_reason() -> None:
