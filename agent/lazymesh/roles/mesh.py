@@ -71,12 +71,16 @@ class Mesh:
         self._leftovers: set[Network] = set()
         """CIDRs in the kernel that an earlier life of the agent put there, and nobody claims so far."""
         self._files: dict[str, tuple[ClusterFile, ClusterFile | None]] = {}
+        self._direct: dict[str, ClusterFile] = {}
+        """What was in the directory of direct access at the last look."""
         self._missing: set[str] = set()
         """Clusters that were not there at the last look: a file may be in the middle of being written."""
         self._tasks: dict[str, asyncio.Task[None]] = {}
         self._complained = OncePer(COMPLAIN_EVERY_S)
         self._refusals: dict[str, OncePer] = {}
         """By cluster: one that floods us with nonsense silences itself alone."""
+        self.unread: str | None = None
+        """Why the directories could not be read at the last look: what was in them before is still followed."""
         self.problem: str | None = None
         """Why the pod CIDRs in the kernel are not those of ``table``, None when they are."""
         self._described = False
@@ -123,7 +127,9 @@ class Mesh:
             while True:
                 try:
                     self._reconcile(self._read())
+                    self.unread = None
                 except SettingsError as exc:
+                    self.unread = str(exc)
                     if self._complained("directory", time.monotonic()):
                         log.error("clustermesh directory", error=str(exc))
                 await asyncio.sleep(LOOK_EVERY_S)
@@ -136,7 +142,9 @@ class Mesh:
 
     def _read(self) -> dict[str, tuple[ClusterFile, ClusterFile | None]]:
         files = read_directory(self._settings.clustermesh_config)
-        remote = read_directory(self._settings.remote_config) if self._settings.remote_config else {}
+        direct = read_directory(self._settings.remote_config) if self._settings.remote_config else {}
+        # As to clusters: what is not there at one look alone is being written.
+        remote, self._direct = self._direct | direct, direct
         self._described = files.pop(self._settings.cluster_name, None) is not None
         return {name: (file, remote.get(name)) for name, file in files.items()}
 

@@ -185,6 +185,8 @@ class Status:
     def _about_clusters(self) -> Iterator[str]:
         if self.parts.mesh.problem:
             yield f"the pod CIDRs in force are out of date: {self.parts.mesh.problem}"
+        if self.parts.mesh.unread:
+            yield f"clusters are followed as they were last described: {self.parts.mesh.unread}"
         if self.parts.mesh.nobody:
             yield self.parts.mesh.nobody
         for name in sorted(self.parts.mesh.unknown_owners):

@@ -219,6 +219,8 @@ async def test_owners_file_that_cannot_be_used_costs_the_cache_nothing(stage: St
     assert (followed, refused) == (False, None)
     assert owner(FILE) == (True, None, None)
     link = stage.link
+    assert owner("") == owner(FILE) == (True, None, None)
+    assert stage.link is link, "it was being written"
     followed, problem, refused = owner("endpoints: [")
     assert stage.link is link
     assert "not YAML" in (refused or "")
@@ -226,6 +228,23 @@ async def test_owners_file_that_cannot_be_used_costs_the_cache_nothing(stage: St
     followed, problem, refused = owner("endpoints: [")
     assert "not YAML" in (problem or "")
     assert (followed, refused) == (False, None), "the cache has moved, and is followed there"
+
+
+async def test_directory_that_cannot_be_read_is_told_until_it_can(
+    stage: Stage, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its clusters are followed as before, and nobody would notice that no other comes or goes."""
+    monkeypatch.setattr(module, "LOOK_EVERY_S", 0.01)
+    direct = stage.directory / "direct"
+    stage.mesh._settings = replace(stage.mesh._settings, remote_config=direct)
+    running = asyncio.create_task(stage.mesh.run())
+    await eventually(lambda: stage.mesh.unread)
+    assert stage.mesh.unread == f"cannot read the clustermesh directory {direct}: No such file or directory"
+    assert stage.mesh.links.keys() == {"b"}
+    direct.mkdir()
+    await eventually(lambda: stage.mesh.unread is None)
+    running.cancel()
+    await asyncio.gather(running, return_exceptions=True)
 
 
 async def test_replaced_link_has_no_last_word(stage: Stage) -> None:

@@ -51,6 +51,7 @@ def status(links: dict[str, Any], *, attached: bool = True, **mesh: Any) -> Stat
             links=links,
             file_errors=mesh.get("file_errors", {}),
             problem=mesh.get("problem"),
+            unread=mesh.get("unread"),
             nobody=mesh.get("nobody"),
             unknown_owners=mesh.get("unknown_owners", set()),
             table=SimpleNamespace(cluster=lambda _: None),
@@ -105,6 +106,7 @@ def test_everything_that_is_wrong_is_a_line() -> None:
             },
             file_errors={"e": "not YAML"},
             problem="no space",
+            unread="cannot read it",
             unknown_owners={"z", "y"},
             muted=True,
             admitted=0.25,
@@ -131,6 +133,7 @@ def test_everything_that_is_wrong_is_a_line() -> None:
             " can select them: `lazymesh misses` names them"
         ),
         "the pod CIDRs in force are out of date: no space",
+        "clusters are followed as they were last described: cannot read it",
         "--mesh-cidr names cluster y, which is not described: nobody can be asked for its addresses",
         "--mesh-cidr names cluster z, which is not described: nobody can be asked for its addresses",
         "cluster b is silent (7 entries are served as they were last known): gone",
