@@ -167,6 +167,7 @@ class Mesh:
     def _configure(self, name: str, pair: tuple[ClusterFile, ClusterFile | None]) -> None:
         file, remote = pair
         owner, owner_error = (remote.config, remote.error) if remote else (None, None)
+        # Without the owner a cache is followed all the same, but no link is given up for that which follows both.
         running = self.links.get(name)
         both = running is not None and running.config.primary == file.config and running.config.remote
         error = file.error or (owner_error if both else None)
@@ -177,7 +178,6 @@ class Mesh:
             return
         self.file_errors.pop(name, None)
         if owner_error:
-            # The cache does without the owner, and no link is lost that follows both.
             log.error("the owner's store is not followed", cluster=name, problem=owner_error)
         self._start(LinkConfig(name, file.config, owner, owner_error, self._settings.etcd_transport))
         log.info("cluster configured", cluster=name)
