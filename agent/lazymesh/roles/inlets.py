@@ -47,19 +47,21 @@ class Inbox:
 
     def __init__(self) -> None:
         self._driver: Driver | None = None
-        self._waiting: list[events.Event] = []
+        self._waiting: dict[events.Event, None] = {}
+        """Each once, where it came last: a Cilium may be waited for for days, while stores come and go."""
 
     def feed(self, event: events.Event) -> None:
         """Pass an event on, now or later."""
         if self._driver is not None:
             self._driver.feed(event)
         elif isinstance(event, _TO_BE_KEPT):
-            self._waiting.append(event)
+            self._waiting.pop(event, None)
+            self._waiting[event] = None
 
     def connect(self, driver: Driver, mesh: Mesh) -> None:
         """Tell a driver that knows nothing yet; the identities are the mesh's own, which it sees."""
         self._driver = driver
         driver.feed(events.TableChanged(mesh.table))
-        waiting, self._waiting = self._waiting, []
+        waiting, self._waiting = self._waiting, {}
         for event in waiting:
             driver.feed(event)

@@ -40,6 +40,27 @@ def test_what_the_mesh_tells_before_there_is_a_driver_is_told_to_it() -> None:
     ]
 
 
+def test_stores_that_come_and_go_while_there_is_no_driver_cost_no_more_than_the_clusters() -> None:
+    """A Cilium may be waited for for days; how a cluster ended is what counts."""
+    told: list[events.Event] = []
+    inbox = Inbox()
+    for _ in range(1_000):
+        for event in (events.ClusterSilent("b"), events.StoreReset("b"), events.ClusterReady("b")):
+            inbox.feed(event)
+    inbox.feed(events.ClusterReady("c"))
+    inbox.feed(events.ClusterSilent("b"))
+    table = MeshState().table()
+    inbox.connect(
+        cast("Driver", SimpleNamespace(feed=told.append)), cast("Mesh", SimpleNamespace(table=table))
+    )
+    assert told[1:] == [
+        events.StoreReset("b"),
+        events.ClusterReady("b"),
+        events.ClusterReady("c"),
+        events.ClusterSilent("b"),
+    ]
+
+
 def test_what_is_let_in_is_told_to_the_kernel_and_what_waits_to_its_reader() -> None:
     """There may be no reader yet: then nothing is handed over anyway."""
     told: list[tuple[str, object]] = []
