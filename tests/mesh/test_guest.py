@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import time
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -12,6 +13,7 @@ from lazymesh.datapath import abi
 from tests.support.cilium import Cilium
 from tests.support.etcd import wait_until
 from tests.support.lab import (
+    METRICS_PORT,
     NODE_A,
     NODE_B,
     OTHER_IDENTITY,
@@ -25,6 +27,7 @@ from tests.support.node import (
     beside_cilium,
     connect,
     dump,
+    http_status,
     launched,
     metric,
     options,
@@ -281,8 +284,35 @@ def test_agent_waits_for_a_cilium_that_starts_later(lab: Lab) -> None:
         assert waiting.stop() == 0
     with launched(lab, *words, "--cleanup") as waiting:
         wait_until(lambda: "waiting for Cilium" in waiting.log, 30, "the agent to wait")
-        with Cilium(lab) as cilium:
+        with Misses(lab.socket) as misses, Cilium(lab) as cilium:
             waiting.wait_ready()
+            assert misses.provoke(lab.pods[0].namespace, peer)["outcome"] == "installed"
             assert connect(lab.pods[0].namespace, peer) is not None
             assert peer in cilium.entries()
             waiting.stop()
+
+
+def test_agent_that_waits_for_cilium_is_alive_and_says_so(lab: Lab) -> None:
+    """Else a new node's kubelet would kill it again and again, and nobody could ask why."""
+    what = f"waiting for Cilium to pin its ipcache in {lab.bpffs}/tc/globals"
+    with launched(lab, *options(lab, datapath="cilium", policy=None), "--cleanup") as waiting:
+        wait_until(lambda: "waiting for Cilium" in waiting.log, 30, "the agent to wait")
+        assert http_status(lab.node_a, METRICS_PORT, "/healthz") == (200, "ok\n")
+        assert http_status(lab.node_a, METRICS_PORT, "/readyz") == (503, f"{what}\n")
+        assert "lazymesh_build_info" in waiting.get("/metrics")
+        screen = lab.cli("status", check=False)
+        assert screen.returncode == 1
+        assert f"Not ready: {what}\nWRONG: nothing is resolved before Cilium" in screen.stdout
+        answer = json.loads(lab.cli("status", "-o", "json", check=False).stdout)
+        assert (answer["ready"], answer["notReady"], len(answer["wrong"])) == (False, what, 1)
+        for words in (["audit"], ["config", "on-miss", "pass"]):
+            refusal = lab.cli(*words, check=False)
+            assert (refusal.returncode, refusal.stderr) == (
+                3,
+                f"lazymesh: the agent is still starting: {what}\n",
+            )
+        with Cilium(lab):
+            waiting.wait_ready()
+            assert status(lab)["wrong"] == []
+            assert metric(waiting, "lazymesh_interfaces_attached") == 3
+            assert waiting.stop() == 0

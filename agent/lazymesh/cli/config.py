@@ -8,7 +8,6 @@ import click
 
 from lazymesh.cli.options import SettingsCommand, socket_option
 from lazymesh.cli.output import print_words
-from lazymesh.errors import LazymeshError
 from lazymesh.roles.control import ask
 
 if TYPE_CHECKING:
@@ -26,8 +25,6 @@ def config() -> None:
 def on_miss(action: str, socket: Path) -> None:
     """Say what becomes of a missed packet from now on: hold, pass or drop."""
     answer = next(ask(socket, "on-miss", action=action))
-    if "error" in answer:
-        raise LazymeshError(answer["error"])
     click.echo(f"on miss: {answer['onMiss']}")
     if action == "hold" and answer["problem"]:
         print_words(f"Nothing is held, missed packets are passed on: {answer['problem']}")

@@ -29,10 +29,22 @@ def status(socket: Path, output: str) -> None:
 
 
 def _show(answer: dict[str, Any]) -> None:
-    datapath, entries, queue = answer["datapath"], answer["entries"], answer["queue"]
     click.echo(
         f"lazymesh {answer['version']}, up {answer['uptimeSeconds']:.0f} s, cluster {answer['cluster']}"
     )
+    if "datapath" in answer:  # an agent that is still starting has none
+        _show_parts(answer)
+    click.echo("")
+    if answer["notReady"]:
+        click.echo(f"Not ready: {answer['notReady']}")
+    for line in answer["wrong"]:
+        click.echo(f"WRONG: {line}")
+    if not answer["wrong"]:
+        click.echo("Nothing is wrong.")
+
+
+def _show_parts(answer: dict[str, Any]) -> None:
+    datapath, entries, queue = answer["datapath"], answer["entries"], answer["queue"]
     interfaces = (
         ", ".join(f"{name} ({direction})" for name, direction in datapath["interfaces"].items()) or "none"
     )
@@ -70,10 +82,3 @@ def _show(answer: dict[str, Any]) -> None:
         ("PACKETS", *counters),
         [(name, *(counters[d][name] for d in counters)) for name in counters["egress"]],
     )
-    click.echo("")
-    if answer["notReady"]:
-        click.echo(f"Not ready: {answer['notReady']}")
-    for line in answer["wrong"]:
-        click.echo(f"WRONG: {line}")
-    if not answer["wrong"]:
-        click.echo("Nothing is wrong.")

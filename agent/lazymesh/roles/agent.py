@@ -50,7 +50,7 @@ from lazymesh.roles.holding import Holding, HoldSettings
 from lazymesh.roles.inlets import Inbox, Valve
 from lazymesh.roles.ipcaches import OwnIpcache
 from lazymesh.roles.mesh import Mesh
-from lazymesh.roles.status import Parts, Status, export
+from lazymesh.roles.status import Parts, Starting, Status, export
 from lazymesh.settings import CILIUM_INTERFACES
 from lazymesh.tasks import together
 
@@ -137,6 +137,7 @@ class Agent:
         self._attached = False
         """We have attached to everything that was there."""
         self._unexpected = 0
+        self._status: Starting | Status
         self._adopted: list[tuple[Address, Entry, int]] = []
         self._started = time.monotonic()
 
@@ -218,13 +219,15 @@ class Agent:
     ) -> None:
         self._configure(datapath)
         async with contextlib.AsyncExitStack() as stack:
-            ipcaches = await self._open_ipcaches(datapath, stack)
+            starting = Starting(self._settings, self._started)
+            control = await self._listen(starting, stack)
+            ipcaches = await self._open_ipcaches(datapath, starting, stack)
             parts = self._assemble(datapath, ipcaches, mesh, inbox, stack)
             driver, holding = parts.driver, parts.holding
             auditor = Auditor(datapath.windows, self._allows(engine), parts.resolver)
             driver.release, driver.released = holding.answer, holding.flush
             driver.installed = auditor.installed
-            status = await self._show(parts, auditor, stack)
+            status = self._show(parts, auditor, control)
             parts.reader.start()
             stack.callback(lambda: setattr(self, "_attached", parts.attached.is_set()))
             self._touched = True
@@ -301,11 +304,30 @@ class Agent:
             self._started,
         )
 
-    async def _show(self, parts: Parts, auditor: Auditor, stack: contextlib.AsyncExitStack) -> Status:
-        """Let people and Prometheus look at the parts, by the control socket and by HTTP."""
-        settings, status = self._settings, Status(parts)
-        control = ControlServer(
-            settings.socket,
+    async def _listen(self, starting: Starting, stack: contextlib.AsyncExitStack) -> ControlServer:
+        """Answer people, the kubelet and Prometheus, by the control socket and by HTTP.
+
+        Before anything is waited for: an agent that does not answer is taken for dead, and killed.
+        """
+        settings, self._status = self._settings, starting
+        answers = {"status": lambda _request: starting.describe()}
+        answers |= dict.fromkeys(("audit", "on-miss", "stale"), starting.refuse)
+        control = ControlServer(settings.socket, answers)
+        await control.start()
+        stack.push_async_callback(control.close)
+        if settings.metrics_address is not None:
+            server = HttpServer(settings.metrics_address, self._metrics, self._not_ready)
+            await server.start()
+            stack.push_async_callback(server.close)
+        return control
+
+    def _not_ready(self) -> str | None:
+        return self._status.not_ready()
+
+    def _show(self, parts: Parts, auditor: Auditor, control: ControlServer) -> Status:
+        """Let them look at the parts."""
+        status = self._status = Status(parts)
+        control.use(
             {
                 "status": lambda _request: status.describe(),
                 "stale": lambda _request: {
@@ -324,12 +346,6 @@ class Agent:
             "lazymesh_unexpected_errors", "Errors that nobody expected; each is in the log", (),
             lambda: [((), self._unexpected)],
         )  # fmt: skip
-        await control.start()
-        stack.push_async_callback(control.close)
-        if settings.metrics_address is not None:
-            server = HttpServer(settings.metrics_address, self._metrics, status.not_ready)
-            await server.start()
-            stack.push_async_callback(server.close)
         return status
 
     def _allows(self, engine: PolicyEngine | None) -> Allows | None:
@@ -338,7 +354,9 @@ class Agent:
             return engine.verdict
         return None if self._settings.datapath.mode == "cilium" else lambda _direction, _identity: True
 
-    async def _open_ipcaches(self, datapath: Datapath, stack: contextlib.AsyncExitStack) -> NodeIpcaches:
+    async def _open_ipcaches(
+        self, datapath: Datapath, starting: Starting, stack: contextlib.AsyncExitStack
+    ) -> NodeIpcaches:
         """Put the ipcache in force that entries go to: our own, or Cilium's."""
         settings = self._settings.datapath
         if settings.mode == "standalone":
@@ -351,7 +369,7 @@ class Agent:
         )  # of an earlier life, which had no Cilium beside it
         node = await stack.enter_async_context(NodeView(self._selection))
         guest = GuestIpcaches(settings.bpffs, datapath, node)
-        await guest.open()
+        await guest.open(starting.wait_for_cilium)
         if settings.attach == "clsact" and node.tcx_in_use:
             raise DatapathError(
                 "Cilium is attached by tcx here, and deletes clsact filters of others: leave out --attach clsact"

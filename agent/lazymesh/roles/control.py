@@ -68,6 +68,12 @@ class ControlServer:
             with contextlib.suppress(FileNotFoundError):
                 self._path.unlink()
 
+    def use(self, answers: Mapping[str, Answer], streaming: Callable[[bool], None]) -> None:
+        """Answer with these from now on; who streams misses already goes on with it."""
+        self._answers, self._streaming = answers, streaming
+        if self._streams:
+            streaming(True)
+
     def publish(self, line: dict[str, Any]) -> None:
         """Send one object to everyone who streams misses."""
         text = json.dumps(line)
@@ -137,7 +143,10 @@ async def read_request(reader: asyncio.StreamReader) -> dict[str, Any] | None:
 
 
 def ask(path: Path, what: str, **arguments: object) -> Iterator[dict[str, Any]]:
-    """Ask the agent behind a socket; yields its answer, or the objects of a stream as they come: one at least."""
+    """Ask the agent behind a socket; yields its answer, or the objects of a stream as they come: one at least.
+
+    LazymeshError when nobody answers, or with the words of an agent that cannot.
+    """
     with socket.socket(socket.AF_UNIX) as sock:
         try:
             sock.connect(str(path))
@@ -153,7 +162,10 @@ def ask(path: Path, what: str, **arguments: object) -> Iterator[dict[str, Any]]:
             with sock.makefile("r", encoding="utf-8") as lines:
                 for line in lines:
                     answered = True
-                    yield json.loads(line)
+                    answer = json.loads(line)
+                    if "error" in answer:
+                        raise LazymeshError(answer["error"])
+                    yield answer
         except (OSError, ValueError) as exc:
             raise LazymeshError(
                 f"the agent behind {path} broke off in the middle of its answer: {exc}"

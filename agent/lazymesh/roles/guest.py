@@ -98,22 +98,22 @@ class GuestIpcaches:
         """The one that Cilium's agent writes, then those that its programs still read."""
         return tuple(self._maps)
 
-    async def open(self) -> None:
-        """Wait until Cilium has pinned its map, and put it in force; DatapathError for a layout that we do not know."""
+    async def open(self, on_wait: Callable[[Path], None]) -> None:
+        """Wait until Cilium has pinned its map, and put it in force; DatapathError for a layout that we do not know.
+
+        on_wait is told, once, where the pin is waited for.
+        """
         await self._learn_addresses()
-        waiting = False
+        directory, waiting = pins_directory(self._bpffs), False
         while not pinned_ipcaches(self._bpffs):
             if not waiting:
-                log.warning(
-                    "waiting for Cilium to pin its ipcache", directory=str(pins_directory(self._bpffs))
-                )
+                log.warning("waiting for Cilium to pin its ipcache", directory=str(directory))
+                on_wait(directory)
             waiting = True
             await asyncio.sleep(1)
         await self._look()
         if not self._maps:
-            raise DatapathError(
-                f"no ipcache is pinned in {pins_directory(self._bpffs)} any more: is Cilium leaving?"
-            )
+            raise DatapathError(f"no ipcache is pinned in {directory} any more: is Cilium leaving?")
 
     def connect(self, installer: Installer, driver: Driver, resolver: Resolver, mesh: Mesh) -> None:
         """Let entries be written."""

@@ -16,6 +16,7 @@ from lazymesh.roles import logs
 if TYPE_CHECKING:
     import asyncio
     from collections.abc import Iterator
+    from pathlib import Path
 
     from lazymesh.core.audit import AuditLog
     from lazymesh.core.resolver import Limits, Resolver
@@ -54,6 +55,36 @@ class Parts:
     started: float
 
 
+class Starting:
+    """What is told of an agent that has no parts to look at yet."""
+
+    def __init__(self, settings: AgentSettings, started: float) -> None:
+        self._settings = settings
+        self._started = started
+        self._waits_for = "programs are not attached yet"
+        self._wrong: list[str] = []
+
+    def wait_for_cilium(self, directory: Path) -> None:
+        """Say that Cilium has to come first."""
+        self._waits_for = f"waiting for Cilium to pin its ipcache in {directory}"
+        self._wrong.append(
+            "nothing is resolved before Cilium has pinned its ipcache: does its agent start on this node, with the BPF"
+            " file system of --bpffs?"
+        )
+
+    def not_ready(self) -> str:
+        """Return what readiness waits for."""
+        return self._waits_for
+
+    def describe(self) -> dict[str, Any]:
+        """Return what there is by now of ``lazymesh status``."""
+        return _head(self._settings, self._started, self._waits_for) | {"wrong": self._wrong}
+
+    def refuse(self, _request: dict[str, Any]) -> dict[str, Any]:
+        """Answer what only the parts could."""
+        return {"error": f"the agent is still starting: {self._waits_for}"}
+
+
 class Status:
     """Looks at the parts; owns and changes nothing."""
 
@@ -78,14 +109,9 @@ class Status:
 
     def describe(self) -> dict[str, Any]:
         """Return the one screen of ``lazymesh status`` as an object."""
-        settings, counts, not_ready = self.parts.settings, self.parts.resolver.counts, self.not_ready()
+        settings, counts = self.parts.settings, self.parts.resolver.counts
         views = self.parts.resolver.clusters
-        return {
-            "version": __version__,
-            "uptimeSeconds": round(time.monotonic() - self.parts.started, 3),
-            "cluster": settings.mesh.cluster_name,
-            "ready": not_ready is None,
-            "notReady": not_ready,
+        return _head(settings, self.parts.started, self.not_ready()) | {
             "datapath": {
                 "mode": self.parts.ipcaches.mode,
                 "shadow": settings.shadow,
@@ -214,6 +240,16 @@ class Status:
                 f"{full} addresses have no entry because the ipcache map is full: `lazymesh ipcache list` shows whose"
                 " entries those are"
             )
+
+
+def _head(settings: AgentSettings, started: float, not_ready: str | None) -> dict[str, Any]:
+    return {
+        "version": __version__,
+        "uptimeSeconds": round(time.monotonic() - started, 3),
+        "cluster": settings.mesh.cluster_name,
+        "ready": not_ready is None,
+        "notReady": not_ready,
+    }
 
 
 def problem_of(link: ClusterLink) -> str | None:

@@ -8,7 +8,6 @@ import pytest
 from click.testing import CliRunner
 
 from lazymesh.cli import config as module
-from lazymesh.errors import LazymeshError
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -41,14 +40,6 @@ def test_holding_that_is_impossible_is_said_so(monkeypatch: pytest.MonkeyPatch) 
     result = CliRunner().invoke(module.config, ["on-miss", "hold"])
     assert result.exit_code == 0
     assert "Nothing is held, missed packets are passed on: cannot open /dev/net/tun" in result.output
-
-
-def test_refusal_of_the_agent_is_shown(monkeypatch: pytest.MonkeyPatch) -> None:
-    """In its own words; the command was well formed."""
-    answer_with(monkeypatch, {"error": "in shadow mode missed packets are always passed on"})
-    refusal = CliRunner().invoke(module.config, ["on-miss", "hold"]).exception
-    assert isinstance(refusal, LazymeshError)
-    assert (str(refusal), refusal.exit_code) == ("in shadow mode missed packets are always passed on", 3)
 
 
 def test_other_actions_are_wrong_usage(monkeypatch: pytest.MonkeyPatch) -> None:

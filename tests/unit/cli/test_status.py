@@ -69,6 +69,25 @@ def test_nothing_wrong_exits_0(monkeypatch: pytest.MonkeyPatch) -> None:
     assert (result.exit_code, json.loads(result.output)) == (0, ANSWER | {"wrong": []})
 
 
+def test_agent_that_has_no_parts_yet_has_a_screen_all_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What it waits for, and what that means."""
+    head = {key: ANSWER[key] for key in ("version", "uptimeSeconds", "cluster")}
+    starting = head | {"ready": False, "notReady": "waiting for Cilium", "wrong": ["nothing is resolved"]}
+    monkeypatch.setattr(module, "ask", lambda *_: iter([starting]))
+    result = CliRunner().invoke(module.status)
+    assert (result.exit_code, result.output.splitlines()) == (
+        1,
+        [
+            "lazymesh 0.1.0, up 62 s, cluster a",
+            "",
+            "Not ready: waiting for Cilium",
+            "WRONG: nothing is resolved",
+        ],
+    )
+    report = CliRunner().invoke(module.status, ["-o", "json"])
+    assert (report.exit_code, json.loads(report.output)) == (1, starting)
+
+
 def test_what_readiness_waits_for_is_shown(monkeypatch: pytest.MonkeyPatch) -> None:
     """It is no fault, so the exit code does not change."""
     marked = {"wrong": [], "ready": False, "notReady": "marked to be uninstalled"}

@@ -79,6 +79,37 @@ async def test_stream_is_shared_and_told_when_somebody_listens(served: Served) -
     assert served.streaming == [True, True, False]
 
 
+async def test_stream_that_began_before_there_were_misses_goes_on(served: Served) -> None:
+    """An agent answers people while it waits for Cilium; what it is asked from then on, its parts answer."""
+    reader, writer = await served.open(b'{"ask": "misses"}\n')
+    assert await line(reader) == {"streaming": "misses"}
+    told: list[bool] = []
+    served.server.use({"status": lambda _: {"ready": False}}, told.append)
+    assert told == [True]
+    assert await asyncio.to_thread(lambda: list(ask(served.path, "status"))) == [{"ready": False}]
+    served.server.publish({"address": "10.2.0.5"})
+    assert await line(reader) == {"address": "10.2.0.5"}
+    writer.close()
+    await eventually(lambda: told == [True, False])
+    assert served.streaming == [True]
+
+
+async def test_nobody_who_streams_no_misses_has_them_switched_on(served: Served) -> None:
+    """They cost each miss a line."""
+    told: list[bool] = []
+    served.server.use({}, told.append)
+    assert told == []
+
+
+async def test_refusal_of_the_agent_is_an_error_in_its_own_words(served: Served) -> None:
+    """The command was well formed."""
+    words = "in shadow mode missed packets are always passed on"
+    served.server.use({"on-miss": lambda _: {"error": words}}, served.streaming.append)
+    with pytest.raises(LazymeshError, match=words) as refusal:
+        await asyncio.to_thread(lambda: list(ask(served.path, "on-miss")))
+    assert refusal.value.exit_code == 3
+
+
 async def test_reader_that_is_too_slow_loses_lines_and_they_are_counted(
     served: Served, monkeypatch: pytest.MonkeyPatch
 ) -> None:

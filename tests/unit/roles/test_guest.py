@@ -89,7 +89,7 @@ async def following(node: Node) -> AsyncIterator[GuestIpcaches]:
     pins = SimpleNamespace(linked=set)
     datapath = cast("Datapath", SimpleNamespace(views=SimpleNamespace(show=node.show), pins=pins))
     guest = GuestIpcaches(Path("/sys/fs/bpf"), datapath, cast("NodeView", node))
-    await guest.open()
+    await guest.open(lambda _: None)
     task = asyncio.create_task(guest.run())
     try:
         yield guest

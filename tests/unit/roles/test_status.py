@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import time
+from pathlib import Path
 from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any, cast
 
@@ -11,11 +12,11 @@ from lazymesh.core.model import Reason
 from lazymesh.errors import DatapathError
 from lazymesh.kvstore.config import parse_config
 from lazymesh.roles.link import LinkConfig
-from lazymesh.roles.status import Parts, Status, certificates_of
+from lazymesh.roles.status import Parts, Starting, Status, certificates_of
 from tests.support.etcd import Authority
 
 if TYPE_CHECKING:
-    from pathlib import Path
+    from lazymesh.settings import AgentSettings
 
 
 def link(
@@ -83,6 +84,19 @@ def test_ready_when_attached_and_every_cluster_was_tried() -> None:
     }
     assert status(waiting).not_ready() == "clusters not listed yet: b, c"
     assert status({"b": link("silent"), "c": link("ready")}).not_ready() is None
+
+
+def test_agent_without_parts_says_what_it_waits_for() -> None:
+    """For a moment the programs; Cilium for as long as it takes, which somebody may have to look into."""
+    settings = SimpleNamespace(mesh=SimpleNamespace(cluster_name="a"))
+    starting = Starting(cast("AgentSettings", settings), time.monotonic() - 7)
+    assert (starting.not_ready(), starting.describe()["wrong"]) == ("programs are not attached yet", [])
+    starting.wait_for_cilium(Path("/bpf/tc/globals"))
+    answer = starting.describe()
+    assert (answer["cluster"], answer["ready"], round(answer["uptimeSeconds"])) == ("a", False, 7)
+    assert answer["notReady"] == "waiting for Cilium to pin its ipcache in /bpf/tc/globals"
+    assert "does its agent start on this node" in answer["wrong"][0]
+    assert answer["notReady"] in starting.refuse({"ask": "audit"})["error"]
 
 
 def test_marked_to_be_uninstalled_is_not_ready(tmp_path: Path) -> None:
