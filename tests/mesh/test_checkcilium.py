@@ -29,9 +29,9 @@ def lab() -> Iterator[Lab]:
         yield built
 
 
-def findings(lab: Lab) -> dict[str, tuple[str, str]]:
+def findings(lab: Lab, *more: str) -> dict[str, tuple[str, str]]:
     """Return verdict and text by name."""
-    report = lab.cli("check", "--clustermesh-config", str(lab.config), "-o", "json", check=False)
+    report = lab.cli("check", "--clustermesh-config", str(lab.config), "-o", "json", *more, check=False)
     return {one["name"]: (one["verdict"], one["text"]) for one in json.loads(report.stdout)["findings"]}
 
 
@@ -40,6 +40,16 @@ def test_node_without_cilium(lab: Lab) -> None:
     verdict, text = findings(lab)["cilium"]
     assert verdict == "ok"
     assert "lazymesh brings its own" in text
+
+
+def test_node_without_the_cilium_that_the_agent_insists_on(lab: Lab) -> None:
+    """Said by whoever knows the agent's options; what is told of a Cilium that is there does not depend on it."""
+    verdict, text = findings(lab, "--datapath", "cilium")["cilium"]
+    assert verdict == "fail"
+    assert text.startswith(f"no ipcache of Cilium's in {lab.bpffs}/tc/globals, for which the agent waits")
+    assert findings(lab, "--datapath", "standalone") == findings(lab)
+    with Cilium(lab):
+        assert findings(lab, "--datapath", "cilium") == findings(lab)
 
 
 def test_healthy_node(agent: Cilium, lab: Lab) -> None:

@@ -69,6 +69,7 @@ def pod(
         if each["name"] != "tmp"
     )
     env = {each["name"]: each["value"] for each in spec.get("env", ())}
+    env["LAZYMESH_DATAPATH"] = config["datapath"]  # the environment has the last word
     return Container(image, lab.directory / "containers", capabilities, mounts, env), spec["args"]
 
 

@@ -169,11 +169,16 @@ def test_options_are_the_agents_own() -> None:
 @pytest.mark.parametrize(
     ("values", "told"),
     [
-        ({}, {"remote_config": Path("/var/lib/lazymesh/kvstoremesh")}),
-        ({"clustermesh": {"kvstoremeshSecret": ""}}, {}),
+        ({}, {"datapath": "cilium", "remote_config": Path("/var/lib/lazymesh/kvstoremesh")}),
+        ({"datapath": "auto", "clustermesh": {"kvstoremeshSecret": ""}}, {}),
         (
-            {"bpffs": "/run/bpf", "interfaces": ["veth+", "eth1"], "clustermesh": {"kvstoremeshSecret": ""}},
-            {"bpffs": Path("/run/bpf"), "interface": ("veth+", "eth1")},
+            STANDALONE
+            | {
+                "bpffs": "/run/bpf",
+                "interfaces": ["veth+", "eth1"],
+                "clustermesh": {"kvstoremeshSecret": ""},
+            },
+            {"datapath": "standalone", "bpffs": Path("/run/bpf"), "interface": ("veth+", "eth1")},
         ),
     ],
 )

@@ -8,6 +8,7 @@ from typing import Any
 import click
 
 from lazymesh.cli.options import (
+    DATAPATHS,
     PATH,
     Milliseconds,
     Period,
@@ -34,7 +35,7 @@ from lazymesh.settings import (
 @config_option
 @click.option(
     "--datapath",
-    type=click.Choice(["auto", "standalone", "cilium"]),
+    type=DATAPATHS,
     default="auto",
     show_default=True,
     help="standalone: an ipcache of our own. cilium: that of the Cilium agent here. auto: Cilium's, if there is any.",

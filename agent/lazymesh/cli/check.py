@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import asyncio
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import click
 
-from lazymesh.cli.options import PATH, SettingsCommand, bpffs_option
+from lazymesh.cli.options import DATAPATHS, PATH, SettingsCommand, bpffs_option
 from lazymesh.cli.output import output_option, print_json
 from lazymesh.roles.check import check_node
 from lazymesh.roles.logs import configure_logging
@@ -15,7 +15,6 @@ from lazymesh.settings import CILIUM_INTERFACES, DEFAULT_CLUSTERMESH_CONFIG
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator
-    from pathlib import Path
 
     from lazymesh.roles.finding import Finding
 
@@ -41,19 +40,22 @@ _MARKS = {"ok": ("ok", "green"), "warn": ("WARN", "yellow"), "fail": ("FAIL", "r
     metavar="IF",
     help="The agent's interfaces.",
 )
+@click.option(
+    "--datapath",
+    type=DATAPATHS,
+    default="auto",
+    show_default=True,
+    help="The agent's; with cilium there must be one.",
+)
 @output_option
-def check(
-    bpffs: Path,
-    clustermesh_config: Path,
-    remote_config: Path | None,
-    interface: tuple[str, ...],
-    output: str,
-) -> None:
+def check(output: str, **options: Any) -> None:
     """Check kernel, headers, bcc, bpffs, Cilium, etcd and certificates. Exit 3 if a needed part is missing."""
     configure_logging("text", "error")  # what is wrong is told by the findings
-    directories = {"--clustermesh-config": clustermesh_config}
-    directories |= {"--remote-config": remote_config} if remote_config else {}
-    if asyncio.run(_run(check_node(bpffs, directories, interface), output)):
+    directories = {"--clustermesh-config": options["clustermesh_config"]}
+    if options["remote_config"] is not None:
+        directories["--remote-config"] = options["remote_config"]
+    findings = check_node(options["bpffs"], directories, options["interface"], options["datapath"])
+    if asyncio.run(_run(findings, output)):
         raise SystemExit(3)
 
 

@@ -55,6 +55,9 @@ class Milliseconds(click.ParamType[float]):
         return number
 
 
+DATAPATHS = click.Choice(["auto", "standalone", "cilium"])
+
+
 class SettingsCommand(click.Command):
     """A command whose every option may come from ``LAZYMESH_<OPTION>``."""
 

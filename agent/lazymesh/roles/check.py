@@ -41,7 +41,10 @@ STORES_AT_A_TIME = 16
 
 
 async def check_node(
-    bpffs: Path, directories: dict[str, Path], interfaces: tuple[str, ...] = CILIUM_INTERFACES
+    bpffs: Path,
+    directories: dict[str, Path],
+    interfaces: tuple[str, ...] = CILIUM_INTERFACES,
+    datapath: str = "auto",
 ) -> AsyncIterator[Finding]:
     """Yield a finding for every need: first the node's, then those of a Cilium on it, then each cluster's.
 
@@ -52,7 +55,7 @@ async def check_node(
     yield _found("capabilities", lambda: ", ".join(check_capabilities()))
     yield _found("bpffs", lambda: _bpffs(bpffs))
     yield _found("map layout", lambda: _layout(bpffs))
-    async for finding in check_cilium(bpffs, interfaces):
+    async for finding in check_cilium(bpffs, interfaces, datapath):
         yield finding
     room = asyncio.Semaphore(STORES_AT_A_TIME)
     found = [each for option, path in directories.items() for each in _clusters(path, option, room)]

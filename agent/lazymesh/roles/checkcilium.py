@@ -23,7 +23,9 @@ _STARTING = (
 )
 
 
-async def check_cilium(bpffs: Path, interfaces: tuple[str, ...]) -> AsyncIterator[Finding]:
+async def check_cilium(
+    bpffs: Path, interfaces: tuple[str, ...], datapath: str = "auto"
+) -> AsyncIterator[Finding]:
     """Yield findings on Cilium's maps, its programs, and ours beside them; one if there is no Cilium."""
     try:
         pinned = pinned_ipcaches(bpffs)
@@ -44,9 +46,16 @@ async def check_cilium(bpffs: Path, interfaces: tuple[str, ...]) -> AsyncIterato
         for finding in _maps(pinned, read):
             yield finding
     else:
-        yield Finding(
-            "cilium", "ok", f"no ipcache of Cilium's in {pins_directory(bpffs)}: lazymesh brings its own"
-        )
+        none = f"no ipcache of Cilium's in {pins_directory(bpffs)}"
+        if datapath == "cilium":
+            yield Finding(
+                "cilium",
+                "fail",
+                f"{none}, for which the agent waits: does Cilium's start here, with this BPF file system?"
+                " --datapath standalone does without",
+            )
+        else:
+            yield Finding("cilium", "ok", f"{none}: lazymesh brings its own")
     for finding in _order(chains, tcx_in_use=node.tcx_in_use):
         yield finding
 

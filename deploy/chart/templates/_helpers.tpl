@@ -24,6 +24,9 @@ app.kubernetes.io/managed-by: {{ .Release.Service }}
 
 {{- /* What `lazymesh check` and other commands have to know that are run in the pod: they do not read the agent's file. */ -}}
 {{- define "lazymesh.env" -}}
+{{- if ne .Values.datapath "auto" }}
+- {name: LAZYMESH_DATAPATH, value: {{ .Values.datapath }}}
+{{- end }}
 {{- if ne .Values.bpffs "/sys/fs/bpf" }}
 - {name: LAZYMESH_BPFFS, value: {{ .Values.bpffs | quote }}}
 {{- end }}
