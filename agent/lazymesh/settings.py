@@ -53,7 +53,14 @@ class MeshSettings:
             )
         if not 0 <= self.cluster_id <= self.max_connected_clusters:
             raise SettingsError(
-                f"--cluster-id {self.cluster_id}: must lie in 0..{self.max_connected_clusters}"
+                f"--cluster-id {self.cluster_id}: must lie in 1..{self.max_connected_clusters}"
+            )
+        # What they are when nobody gives them: another cluster with our id would not be refused then, nor a file that
+        # describes our own cluster be passed over.
+        if self.cluster_name == "default" or self.cluster_id == 0:
+            raise SettingsError(
+                "--cluster-name and --cluster-id: no cluster of a mesh is called default or has the id 0; give what"
+                " Cilium's ConfigMap, cilium-config, has as cluster-name and cluster-id"
             )
         owners: dict[Network, str] = {}
         for name, network in self.mesh_cidrs:

@@ -27,6 +27,15 @@ def test_cluster_id_outside_of_the_mesh_is_refused(number: int, most: int) -> No
     MeshSettings("a", most, most)
 
 
+@pytest.mark.parametrize(("name", "number"), [("default", 0), ("default", 1), ("a", 0)])
+def test_cluster_that_is_in_no_mesh_is_refused(name: str, number: int) -> None:
+    """In the chart's words: another one with our id could not be told from us."""
+    with pytest.raises(
+        SettingsError, match=r"--cluster-name and --cluster-id: .*; give what Cilium's ConfigMap"
+    ):
+        MeshSettings(name, number)
+
+
 def test_one_cidr_for_two_clusters_is_refused() -> None:
     """Whose addresses those are nobody could say."""
     network = ipaddress.ip_network("10.2.0.0/16")

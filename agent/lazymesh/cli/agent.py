@@ -75,8 +75,10 @@ from lazymesh.settings import (
     metavar="DIR",
     help="The same for direct access to the owners' etcds, where the other leads to a kvstoremesh cache.",
 )
-@click.option("--cluster-name", default="default", show_default=True, help="Our own cluster's name.")
-@click.option("--cluster-id", type=int, default=0, show_default=True, help="Our own cluster's id.")
+@click.option(
+    "--cluster-name", default="default", help="Our own cluster's name, to be given, as Cilium has it."
+)
+@click.option("--cluster-id", type=int, default=0, help="Our own cluster's id, in the same way.")
 @click.option(
     "--max-connected-clusters",
     type=click.Choice(["255", "511"]),

@@ -18,6 +18,9 @@ if TYPE_CHECKING:
     from lazymesh.settings import AgentSettings
 
 
+MEMBER = ("--cluster-name", "a", "--cluster-id", "1")
+
+
 class Caught:
     """Runs the command with a role that only takes the settings."""
 
@@ -27,8 +30,8 @@ class Caught:
         monkeypatch.setattr("lazymesh.cli.agent.configure_logging", lambda *_: None)
 
     def run(self, *argv: str, env: dict[str, str] | None = None) -> Result:
-        """Run it."""
-        return CliRunner().invoke(agent, argv, env=env)
+        """Run it as a member of a mesh."""
+        return CliRunner().invoke(agent, [*MEMBER, *argv], env=env)
 
 
 @pytest.fixture
