@@ -122,7 +122,7 @@ class AgentSettings:
     cleanup: bool = False
     """Leave no pin, filter or entry behind when stopped."""
     uninstall_mark: Path | None = None
-    """While this file is there the agent is not ready, and stopped it does as ``cleanup``."""
+    """While it is there and does not say ``false`` the agent is not ready, and stopped it does as ``cleanup``."""
     socket: Path = DEFAULT_SOCKET
     metrics_address: tuple[str, int] | None = field(default=None)
 

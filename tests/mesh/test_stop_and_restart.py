@@ -107,6 +107,17 @@ def test_with_cleanup_nothing_of_ours_is_left(lab: Lab, number: signal.Signals) 
     assert connect(lab.pods[0].namespace, remote_address(1)) is not None, "no policy any more"
 
 
+@pytest.mark.parametrize(("text", "stays"), [("true", False), ("false", True)])
+def test_agent_that_is_marked_when_it_is_stopped_leaves_nothing(lab: Lab, text: str, stays: bool) -> None:
+    """The word comes while it runs; one that was taken back is none."""
+    mark = lab.directory / "uninstall"
+    agent = lab.start_agent("--uninstall-mark", str(mark))
+    installed(lab, 0)
+    mark.write_text(text)
+    assert agent.stop() == 0
+    assert [bool(pins(lab)), bool(filters(lab.node_a))] == [stays, stays]
+
+
 @pytest.mark.parametrize("end", ["stop", "kill"])
 def test_without_cleanup_traffic_goes_on_with_the_agent_dead(lab: Lab, end: str) -> None:
     """Known peers keep working, old connections and new ones, and policy goes on; unknown ones wait."""

@@ -173,8 +173,8 @@ from lazymesh.settings import (
     type=PATH,
     default=None,
     metavar="FILE",
-    help="The same while this file exists: so a whole cluster's agents can be told. Until then such an agent is not"
-    " ready.",
+    help="The same while this file exists, unless it is empty or says 'false': so a whole cluster's agents can be told."
+    " Such an agent is not ready.",
 )
 @bpffs_option
 @socket_option

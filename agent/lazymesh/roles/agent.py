@@ -40,6 +40,7 @@ from lazymesh.datapath.program import MeshMaps, load
 from lazymesh.datapath.signals import SignalReader
 from lazymesh.errors import DatapathError, LazymeshError, SettingsError
 from lazymesh.metrics import HttpServer, Metrics
+from lazymesh.roles.announce import is_marked
 from lazymesh.roles.auditing import Auditor
 from lazymesh.roles.configdir import check_directories
 from lazymesh.roles.control import ControlServer
@@ -205,8 +206,7 @@ class Agent:
     def _leaves_nothing(self) -> bool:
         if self._refused:
             return False
-        mark = self._settings.uninstall_mark
-        marked = mark is not None and mark.exists()
+        marked = is_marked(self._settings.uninstall_mark)
         return self._settings.cleanup or marked or (self._fresh and not self._attached)
 
     async def _serve(

@@ -14,11 +14,14 @@ from lazymesh.errors import LazymeshError
 
 if TYPE_CHECKING:
     from collections.abc import Callable
+    from pathlib import Path
 
     from lazymesh.kube.api import Pod
 
 MARK = "uninstall"
 """The key, and so the name of the file in the pods."""
+TAKEN_BACK = (b"", b"false")
+"""What the file says when the word does not count any more."""
 REFRESH_S = 120.0
 """A kubelet has brought a changed ConfigMap to its pods by then."""
 LOOK_EVERY_S = 2.0
@@ -43,6 +46,14 @@ class Api(Protocol):
 
 
 _TIME = Time()
+
+
+def is_marked(mark: Path | None) -> bool:
+    """Tell whether the word has come to this node, by the agent's ``--uninstall-mark``, and was not taken back."""
+    try:
+        return mark is not None and mark.read_bytes().strip().lower() not in TAKEN_BACK
+    except OSError:  # mostly: there is none
+        return False
 
 
 def announce(api: Api, configmap: str, selector: str, timeout_s: float, clock: Time = _TIME) -> int:

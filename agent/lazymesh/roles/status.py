@@ -12,6 +12,7 @@ from lazymesh.datapath.maps import OnMiss
 from lazymesh.errors import LazymeshError
 from lazymesh.kvstore.certificate import end_of_certificate
 from lazymesh.roles import logs
+from lazymesh.roles.announce import is_marked
 
 if TYPE_CHECKING:
     import asyncio
@@ -97,8 +98,7 @@ class Status:
             return "programs are not attached yet"
         if self.parts.holding.state == "starting":
             return "the holder is not up yet"
-        mark = self.parts.settings.uninstall_mark
-        if mark is not None and mark.exists():
+        if is_marked(self.parts.settings.uninstall_mark):
             return "marked to be uninstalled: stopped, it leaves nothing behind"
         waiting = [name for name, link in self.parts.mesh.links.items() if not link.tried]
         return f"clusters not listed yet: {', '.join(sorted(waiting))}" if waiting else None

@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
 
 import pytest
 
 from lazymesh.errors import LazymeshError
 from lazymesh.kube.api import Pod
-from lazymesh.roles.announce import REFRESH_S, Time, announce
+from lazymesh.roles.announce import REFRESH_S, Time, announce, is_marked
+
+if TYPE_CHECKING:
+    from pathlib import Path
 
 
 @dataclass
@@ -71,3 +75,16 @@ def test_cluster_without_agents_is_done_at_once() -> None:
     cluster = Cluster({})
     assert cluster.announce() == 0
     assert cluster.now == 0
+
+
+@pytest.mark.parametrize(
+    ("text", "marked"),
+    [("true", True), ("true\n", True), ("false", False), ("False\n", False), ("", False), (None, False)],
+)
+def test_word_counts_until_it_is_taken_back(tmp_path: Path, text: str | None, marked: bool) -> None:
+    """By taking the key out, or as people do who set it to the opposite."""
+    mark = tmp_path / "uninstall"
+    if text is not None:
+        mark.write_text(text)
+    assert is_marked(mark) is marked
+    assert is_marked(None) is False

@@ -104,8 +104,10 @@ def test_marked_to_be_uninstalled_is_not_ready(tmp_path: Path) -> None:
     mark = tmp_path / "uninstall"
     marked = status({"b": link("ready")}, mark=mark)
     assert marked.not_ready() is None
-    mark.touch()
+    mark.write_text("true")
     assert marked.not_ready() == "marked to be uninstalled: stopped, it leaves nothing behind"
+    mark.write_text("false")
+    assert marked.not_ready() is None
 
 
 def test_everything_that_is_wrong_is_a_line() -> None:
