@@ -79,6 +79,26 @@ def test_uninstall_in_the_middle_of_a_restart(agent: Cilium, lab: Lab) -> None:
     assert peer not in agent.entries()
 
 
+def test_agent_that_is_stopped_while_it_starts_takes_out_what_its_last_life_has_left(
+    agent: Cilium, lab: Lab
+) -> None:
+    """It has not looked at these entries yet, and without pins nobody would look after them."""
+    peer = remote_address(30)
+    lab.publish(peer)
+    before, pinned, attached = dump(agent.pin), pins(lab), filters(lab.node_a)
+    words = options(lab, datapath="cilium", policy=None, program_cache="off")
+    with launched(lab, *words) as first:
+        first.wait_ready()
+        assert connect(lab.pods[0].namespace, peer) is not None
+        first.kill()
+    assert dump(agent.pin) != before
+    with launched(lab, *words, "--cleanup") as second:
+        wait_until(lambda: "starting " in second.log, 30, "it to begin to compile")
+        assert second.stop() == 0
+        assert "attached " not in second.log, "it was stopped before it had come far"
+    assert (dump(agent.pin), pins(lab), filters(lab.node_a)) == (before, pinned, attached)
+
+
 def test_standalone_agent_takes_out_what_its_life_beside_cilium_has_left(agent: Cilium, lab: Lab) -> None:
     """Nobody would look after these entries any more."""
     peer = remote_address(20)

@@ -52,6 +52,7 @@ from lazymesh.roles.inlets import Inbox, Valve
 from lazymesh.roles.ipcaches import OwnIpcache
 from lazymesh.roles.mesh import Mesh
 from lazymesh.roles.status import Parts, Starting, Status, export
+from lazymesh.roles.uninstall import take_out_everywhere
 from lazymesh.settings import CILIUM_INTERFACES
 from lazymesh.tasks import together
 
@@ -261,7 +262,6 @@ class Agent:
             shared=ipcaches.shared,
             writer=datapath.writer,
         )
-        stack.callback(lambda: ipcaches.leave(installer) if self._leaves_nothing else None)
         judge = Judge(mesh.table, mesh.identities, settings.mesh.region, ipcaches.here)
         resolver = Resolver(limits, judge, random.random)
         shadow = Shadow(ipcaches) if settings.shadow else None
@@ -483,6 +483,11 @@ class Agent:
             try:
                 interfaces = await detach_everywhere(pins)
             except LazymeshError as exc:
+                log.error("clean-up", error=str(exc))
+            # Also an earlier life's, which this one may not have got to look at.
+            try:
+                await take_out_everywhere(self._settings.datapath.bpffs)
+            except (LazymeshError, OSError) as exc:
                 log.error("clean-up", error=str(exc))
         pins.remove()
         if interfaces:

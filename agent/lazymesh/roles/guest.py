@@ -189,11 +189,6 @@ class GuestIpcaches:
             lambda: [((), self._used)],
         )
 
-    def leave(self, installer: Installer) -> None:
-        """Take every entry of ours out again."""
-        for address in installer.owned_addresses():
-            installer.evict(address)
-
     # --- which maps ---------------------------------------------------------------------------------------------------
 
     async def _look_on(self) -> None:

@@ -53,9 +53,6 @@ class NodeIpcaches(Protocol):
     def export(self, metrics: Metrics) -> None:
         """Register what is counted."""
 
-    def leave(self, installer: Installer) -> None:
-        """Take every entry of ours out: the agent is to leave nothing behind."""
-
 
 class OwnIpcache:
     """One map, and nobody else's."""
@@ -101,9 +98,6 @@ class OwnIpcache:
 
     def export(self, metrics: Metrics) -> None:
         """There is nothing to count."""
-
-    def leave(self, installer: Installer) -> None:
-        """The map goes with its pin, and its entries with it."""
 
 
 def describe_map(ipcache: IpcacheMap, role: str) -> dict[str, Any]:

@@ -38,8 +38,13 @@ async def uninstall(bpffs: Path) -> Removed:
     with alone(*([pins.directory] if there else ())):
         # Programs first: who detached, holds nothing back that nobody resolves any more.
         interfaces = await detach_everywhere(pins)
-        # While a Cilium agent starts, programs read maps without a pin, and ours stand in these, too.
-        async with NodeView(InterfaceSelection(("+",))) as node:
-            entries = take_out_ours(bpffs, await node.ipcaches())
+        entries = await take_out_everywhere(bpffs)
         pins.remove()
     return Removed(entries, tuple(interfaces), there)
+
+
+async def take_out_everywhere(bpffs: Path) -> int:
+    """Delete every entry of ours from Cilium's ipcaches; return how many there were."""
+    # While a Cilium agent starts, programs read maps without a pin, and ours stand in these, too.
+    async with NodeView(InterfaceSelection(("+",))) as node:
+        return take_out_ours(bpffs, await node.ipcaches())
