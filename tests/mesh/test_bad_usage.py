@@ -188,6 +188,12 @@ def test_nothing_to_attach_to(lab: Lab) -> None:
     assert "--interface" in agent_refused(lab, 2, interface=None, uplink=None)
 
 
+@pytest.mark.parametrize("option", ["interface", "uplink"])
+def test_policy_that_could_judge_one_direction_only(lab: Lab, option: str) -> None:
+    """The other's rules would count for nothing, and answers would be denied that nobody saw asked for."""
+    assert f"--policy needs --{option} (for example" in agent_refused(lab, 2, **{option: None})
+
+
 def test_clustermesh_directory_that_is_not_there(lab: Lab) -> None:
     """It says which option names another."""
     line = agent_refused(lab, 2, clustermesh_config=str(lab.directory / "nowhere"))

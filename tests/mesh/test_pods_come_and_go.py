@@ -117,3 +117,15 @@ def test_interfaces_that_are_not_selected_are_left_alone(lab: Lab, agent: AgentP
     assert [word for word in filters(node) if word.startswith(("lx:", "lxd:", "q:"))] == []
     assert "lo" not in json.dumps(status(lab)["datapath"]["interfaces"])
     node.ip(["link del lx", "link del lxclast"])
+
+
+def test_node_whose_pods_are_seen_by_no_program_is_told(lab: Lab, agent: AgentProcess) -> None:
+    """The uplink's alone would judge half of what the policy is about."""
+    (pod,) = lab.pods
+    assert status(lab)["wrong"] == []
+    lab.unplug(pod)
+    wait_until(lambda: status(lab)["wrong"] != [], 5, "it to be told")
+    (line,) = status(lab)["wrong"]
+    assert line.startswith("no pod's interface carries the program")
+    lab.plug(pod)
+    wait_until(lambda: status(lab)["wrong"] == [], 5, "a pod again")

@@ -41,7 +41,7 @@ OTHERS: dict[str, tuple[Any, dict[str, Any]]] = {
     "staleLimit": ("90s", {}),
     "ipcacheSize": (100_000, {}),
     "etcdTransport": ("grpcio", {}),
-    "policy": (POLICY, STANDALONE),
+    "policy": (POLICY, STANDALONE | {"uplinks": ["eth0"]}),
     "log.format": ("text", {}),
     "log.level": ("debug", {}),
     "clustermesh.secret": ("mesh", {}),

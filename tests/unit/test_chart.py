@@ -113,6 +113,17 @@ def test_cluster_that_is_in_no_mesh_is_refused(values: dict[str, Any]) -> None:
 
 
 @needs_helm
+@pytest.mark.parametrize("given", [{"interfaces": ["lxc+"]}, {"uplinks": ["eth0"]}])
+def test_policy_that_could_judge_one_direction_only_is_refused(given: dict[str, Any]) -> None:
+    """As by the agent, which enforces nothing in the shadow."""
+    values = {"datapath": "standalone", "policy": POLICY} | given
+    done = helm(values)
+    assert done.returncode != 0
+    assert "policy: needs interfaces and uplinks" in done.stderr
+    rendered(values | {"shadow": True})
+
+
+@needs_helm
 def test_id_of_a_mesh_of_511_is_accepted() -> None:
     """And prefixes of every length, of both families."""
     cidrs = ["b=10.2.0.0/16", "c=0.0.0.0/0", "d=10.2.0.1/32", "e=fd00::/64", "f=::/0", "g=fd00::1/128"]

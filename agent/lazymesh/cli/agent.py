@@ -131,7 +131,7 @@ from lazymesh.settings import (
     type=PATH,
     default=None,
     metavar="FILE",
-    help="CiliumClusterwideNetworkPolicy documents to enforce.",
+    help="CiliumClusterwideNetworkPolicy documents to enforce, which takes --interface and --uplink.",
 )
 @click.option(
     "--signal-rate",

@@ -116,7 +116,14 @@ def _read_policy(settings: AgentSettings) -> tuple[Policy | None, str]:
         text = settings.policy.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as exc:
         raise SettingsError(f"cannot read the policy {settings.policy}: {exc}") from exc
-    return parse_policy(text, str(settings.policy)), text
+    policy, wanted = parse_policy(text, str(settings.policy)), settings.datapath
+    if policy.enforced and not settings.shadow and not (wanted.interfaces and wanted.uplinks):
+        missing = "--uplink (for example eth0)" if wanted.interfaces else "--interface (for example 'lxc+')"
+        raise SettingsError(
+            f"--policy needs {missing}, too: what comes in is judged at uplinks and what goes out at pods' interfaces,"
+            " and answers pass that both have seen asked for"
+        )
+    return policy, text
 
 
 class Agent:

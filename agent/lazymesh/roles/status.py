@@ -184,8 +184,16 @@ class Status:
         return count
 
     def _wrong(self) -> Iterator[str]:
-        if not self.parts.follower.attached:
+        wanted, carried = self.parts.settings.datapath, self.parts.follower.attached.values()
+        if not carried:
             yield "no interface carries the program: does --interface match any?"
+        elif wanted.uplinks and Direction.INGRESS not in carried:
+            yield "no uplink carries the program, what comes in is not seen and not judged: does --uplink match any?"
+        elif wanted.interfaces and Direction.EGRESS not in carried:
+            yield (
+                "no pod's interface carries the program, what pods send is not seen and not judged: does --interface"
+                " match any?"
+            )
         for name in self.parts.follower.behind:
             yield f"another program insists on being ahead of ours on {name}: what it decides we never see"
         yield from self.parts.ipcaches.problems()

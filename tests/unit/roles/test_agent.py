@@ -15,11 +15,31 @@ from tests.support.lab import POLICY
 if TYPE_CHECKING:
     from pathlib import Path
 
+ALL = """\
+apiVersion: cilium.io/v2
+kind: CiliumClusterwideNetworkPolicy
+metadata:
+  name: all
+spec:
+  endpointSelector: {}
+  egress:
+    - toEntities: [all]
+"""
 
-def settings(tmp_path: Path, *, policy: Path | None = None, interface: str = "lxc+") -> AgentSettings:
+
+def settings(
+    tmp_path: Path,
+    *,
+    policy: Path | None = None,
+    interface: str = "lxc+",
+    uplinks: tuple[str, ...] = (),
+    shadow: bool = False,
+) -> AgentSettings:
     """Return the settings of an agent on an empty directory."""
     mesh = MeshSettings("a", 1, clustermesh_config=tmp_path)
-    return AgentSettings(mesh, DatapathSettings(tmp_path, (interface,)), policy=policy)
+    return AgentSettings(
+        mesh, DatapathSettings(tmp_path, (interface,), uplinks), policy=policy, shadow=shadow
+    )
 
 
 def test_root_is_asked_for_first(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
@@ -46,10 +66,19 @@ def test_policy_and_its_text_are_read(tmp_path: Path) -> None:
     """The text tells a restart whether the policy is the same."""
     path = tmp_path / "policy.yaml"
     path.write_text(POLICY)
-    policy, text = module._read_policy(settings(tmp_path, policy=path))
+    policy, text = module._read_policy(settings(tmp_path, policy=path, uplinks=("eth0",)))
     assert policy is not None
     assert text == POLICY
     assert module._read_policy(settings(tmp_path)) == (None, "")
+
+
+def test_policy_that_enforces_nothing_needs_no_uplink(tmp_path: Path) -> None:
+    """Nor does one in the shadow; test_bad_usage.py has those that do."""
+    path = tmp_path / "policy.yaml"
+    path.write_text(POLICY)
+    assert module._read_policy(settings(tmp_path, policy=path, shadow=True))[1] == POLICY
+    path.write_text(ALL)
+    assert module._read_policy(settings(tmp_path, policy=path))[1] == ALL
 
 
 def test_interface_named_exactly_must_exist(tmp_path: Path) -> None:

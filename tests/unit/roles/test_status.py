@@ -8,7 +8,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any, cast
 
-from lazymesh.core.model import Reason
+from lazymesh.core.model import Direction, Reason
 from lazymesh.errors import DatapathError
 from lazymesh.kvstore.config import parse_config
 from lazymesh.roles.link import LinkConfig
@@ -46,7 +46,10 @@ def status(links: dict[str, Any], *, attached: bool = True, **mesh: Any) -> Stat
     if attached:
         event.set()
     parts = SimpleNamespace(
-        settings=SimpleNamespace(uninstall_mark=mesh.get("mark")),
+        settings=SimpleNamespace(
+            uninstall_mark=mesh.get("mark"),
+            datapath=SimpleNamespace(interfaces=("lxc+",), uplinks=mesh.get("uplinks", ())),
+        ),
         attached=event,
         mesh=SimpleNamespace(
             links=links,
@@ -57,7 +60,9 @@ def status(links: dict[str, Any], *, attached: bool = True, **mesh: Any) -> Stat
             unknown_owners=mesh.get("unknown_owners", set()),
             table=SimpleNamespace(cluster=lambda _: None),
         ),
-        follower=SimpleNamespace(attached={"lxc0": 0} if attached else {}, behind=[]),
+        follower=SimpleNamespace(
+            attached=mesh.get("carried", {"lxc0": Direction.EGRESS}) if attached else {}, behind=[]
+        ),
         reader=SimpleNamespace(crowded=mesh.get("muted", False)),
         holding=SimpleNamespace(state=mesh.get("holding", "on"), problem=None),
         resolver=SimpleNamespace(
@@ -175,6 +180,17 @@ def test_lines_of_what_is_wrong_are_counted_for_whoever_scrapes() -> None:
     spoiled.parts.datapath.pins.missing = fail  # type: ignore[method-assign]
     assert spoiled.problems() == 1
     assert status({}, attached=False, nobody="nobody to ask").problems() == 2
+
+
+def test_direction_that_was_asked_for_and_is_seen_nowhere_is_wrong() -> None:
+    """A pattern that matches nothing, or the other's interfaces; an uplink need not be asked for."""
+    pod, uplink = {"lxc0": Direction.EGRESS}, {"eth0": Direction.INGRESS}
+    assert list(status({}, carried=pod)._wrong()) == []
+    assert list(status({}, carried=pod | uplink, uplinks=("eth+",))._wrong()) == []
+    (line,) = status({}, carried=pod, uplinks=("nosuch+",))._wrong()
+    assert line.startswith("no uplink carries the program, what comes in is not seen")
+    (line,) = status({}, carried=uplink, uplinks=("eth+",))._wrong()
+    assert line.startswith("no pod's interface carries the program, what pods send is not seen")
 
 
 def test_store_that_does_not_come_back_has_its_latest_reason() -> None:
