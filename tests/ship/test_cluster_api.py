@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import subprocess
+from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
@@ -40,6 +41,7 @@ if TYPE_CHECKING:
 pytestmark = pytest.mark.needs("Kubernetes", "helm")
 
 JOB = "lazymesh-uninstall"
+AGENT = "lazymesh-agent"
 SYSTEM = "/api/v1/namespaces/kube-system"
 COMBINATIONS: dict[str, dict[str, Any]] = {
     "shadow": {"shadow": True},
@@ -266,7 +268,7 @@ def rules(cluster: Cluster, account: str) -> list[Any]:
 
 @pytest.fixture
 def announcer(cluster: Cluster) -> Iterator[list[dict[str, Any]]]:
-    """What the Job has to do with, but for agents, of which there are none; yields the objects of its rights."""
+    """What the Job has to do with, one agent's pod among it; yields the objects of its rights."""
     objects = rendered({})
     rights = [
         each
@@ -274,10 +276,28 @@ def announcer(cluster: Cluster) -> Iterator[list[dict[str, Any]]]:
         if each["metadata"]["name"] == JOB
     ]
     rest = [each for each in of_kind(objects, "ConfigMap", "ServiceAccount") if each not in rights]
-    apply(cluster, [*rights, *rest])
+    labels = {"app.kubernetes.io/instance": "lazymesh", "app.kubernetes.io/component": "agent"}
+    pod = {
+        "apiVersion": "v1",
+        "kind": "Pod",
+        "metadata": {"name": AGENT, "namespace": "kube-system", "labels": labels},
+        "spec": {"containers": [{"name": "agent", "image": "x"}]},
+    }
+    apply(cluster, [*rights, *rest, pod])
+    report(cluster, ready=True)
     yield rights
-    gone = cluster.run("kubectl", "delete", "--filename=-", text=yaml.safe_dump_all([*rights, *rest]))
+    gone = cluster.run("kubectl", "delete", "--filename=-", text=yaml.safe_dump_all([*rights, *rest, pod]))
     assert gone.returncode == 0, gone.stderr
+
+
+def report(cluster: Cluster, *, ready: bool) -> None:
+    """Say of the agent's container, as its kubelet would, that it runs, and whether it is ready."""
+    home = f"{SYSTEM}/pods/{AGENT}"
+    now = {"running": {"startedAt": "2026-01-01T00:00:00Z"}}
+    words = {"name": "agent", "image": "x", "imageID": "x", "restartCount": 0, "containerID": "crun://1"}
+    pod = cluster.get(home)
+    pod["status"]["containerStatuses"] = [words | {"ready": ready, "state": now}]
+    cluster.replace(f"{home}/status", pod)
 
 
 def announce(cluster: Cluster, image: Path, directory: Path) -> subprocess.CompletedProcess[str]:
@@ -305,10 +325,14 @@ def announce(cluster: Cluster, image: Path, directory: Path) -> subprocess.Compl
 def test_job_is_allowed_what_it_does_and_nothing_else(cluster: Cluster, image: Path, tmp_path: Path) -> None:
     """What it asks for is what its role names; and by the API's own word there is no more."""
     before = cluster.audited()
-    done = announce(cluster, image, tmp_path)
+    with ThreadPoolExecutor() as pool:
+        running = pool.submit(announce, cluster, image, tmp_path)
+        told = f"{SYSTEM}/configmaps/lazymesh"
+        wait_until(lambda: cluster.get(told)["data"].get("uninstall") == "true", 30, "the word")
+        report(cluster, ready=False)
+        done = running.result()
     assert (done.returncode, done.stderr) == (0, "")
-    assert done.stdout == "Agents:   0 clean up when they are stopped\n"
-    assert cluster.get(f"{SYSTEM}/configmaps/lazymesh")["data"]["uninstall"] == "true"
+    assert done.stdout == "Agents:   1 clean up when they are stopped\n"
     assert cluster.asked_by(JOB, before) == {("list", "pods", ""), ("patch", "configmaps", "lazymesh")}
     everybody = rules(cluster, "default")
     assert [rule for rule in rules(cluster, JOB) if rule not in everybody] == [

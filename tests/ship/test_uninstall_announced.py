@@ -77,17 +77,21 @@ class Api:
                 (self.volume / key).write_text(value)
             return {}
         if method == "GET" and path.startswith(f"{base}/pods?"):
-            ready = "True"
+            ready = True
             try:
                 self.agent.get("/readyz")
             except RuntimeError:
-                ready = "False"
+                ready = False
             return {
                 "items": [
                     {
                         "metadata": {"name": "lazymesh-x"},
                         "spec": {"nodeName": "a"},
-                        "status": {"conditions": [{"type": "Ready", "status": ready}]},
+                        "status": {
+                            "containerStatuses": [
+                                {"containerID": "crun://1", "ready": ready, "state": {"running": {}}}
+                            ]
+                        },
                     }
                 ]
             }

@@ -152,6 +152,7 @@ class Kubelet:
             "containerStatuses": [
                 {
                     "name": container["name"],
+                    "containerID": f"crun://{pod['metadata']['uid']}-{mine.restarts}",
                     "image": container["image"],
                     "imageID": container["image"],
                     "ready": ready,

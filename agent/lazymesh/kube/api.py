@@ -27,7 +27,11 @@ class Pod:
 
     name: str
     node: str
+    """Empty before it has one."""
     ready: bool
+    """As its own probe says; the pod's condition says no, too, of a node that nobody hears of."""
+    container: str
+    """Its id, another one after each restart; empty while it does not run."""
 
 
 class KubeApi:
@@ -65,17 +69,7 @@ class KubeApi:
         """Return the pods that have these labels."""
         query = urllib.parse.urlencode({"labelSelector": selector})
         found: list[dict[str, Any]] = self._ask("GET", f"pods?{query}")["items"]
-        return [
-            Pod(
-                item["metadata"]["name"],
-                item.get("spec", {}).get("nodeName", ""),
-                any(
-                    each["type"] == "Ready" and each["status"] == "True"
-                    for each in item.get("status", {}).get("conditions", ())
-                ),
-            )
-            for item in found
-        ]
+        return [_pod(item) for item in found]
 
     def _ask(self, method: str, path: str, body: object = None) -> dict[str, Any]:
         request = urllib.request.Request(  # noqa: S310 (https, by construction)
@@ -94,3 +88,14 @@ class KubeApi:
             raise LazymeshError(f"{self._url} refused {method} {path}: {exc.code} {exc.reason}") from exc
         except (OSError, http.client.HTTPException, ValueError) as exc:
             raise LazymeshError(f"{self._url} does not answer {method} {path}: {exc}") from exc
+
+
+def _pod(item: dict[str, Any]) -> Pod:
+    containers = item.get("status", {}).get("containerStatuses", ())
+    running = all("running" in each.get("state", {}) for each in containers)
+    return Pod(
+        item["metadata"]["name"],
+        item.get("spec", {}).get("nodeName", ""),
+        any(each["ready"] for each in containers),
+        " ".join(each.get("containerID", "") for each in containers) if running else "",
+    )

@@ -59,21 +59,45 @@ def is_marked(mark: Path | None) -> bool:
 def announce(api: Api, configmap: str, selector: str, timeout_s: float, clock: Time = _TIME) -> int:
     """Return how many agents will clean up; LazymeshError names the nodes of which it is not known after the time.
 
-    An agent that was not ready before cannot show that it has heard; it is given the time in which it must have.
+    An agent has heard that was ready and is not any more. One that was never seen ready, or not since it was started
+    again, cannot show it: it is given the time in which it must have. One that does not run cannot clean up.
     """
-    silent = {pod.name for pod in api.pods(selector) if not pod.ready}
+    unsure = _agents(api, selector)
+    shown = {pod.container for pod in unsure if pod.ready}
     api.set_config(configmap, {MARK: "true"})
     began = clock.now()
+    since: dict[str, float] = {}
     while True:
-        pods = api.pods(selector)
-        deaf = [pod for pod in pods if pod.ready]
         waited = clock.now() - began
-        if not deaf and (waited >= REFRESH_S or not any(pod.name in silent for pod in pods)):
-            return len(pods)
+        try:
+            pods, failed = _agents(api, selector), ""
+        except LazymeshError as exc:  # the next look may succeed
+            failed = f" (the last look at them failed: {exc})"
+        else:
+            shown |= {pod.container for pod in pods if pod.ready}
+            since = {pod.container: since.get(pod.container, waited) for pod in pods if pod.container}
+            sure = {name for name in since if name in shown or waited - since[name] >= REFRESH_S}
+            unsure = [pod for pod in pods if pod.ready or pod.container not in sure]
+            if not unsure:
+                return len(pods)
         if waited >= timeout_s:
-            nodes = ", ".join(sorted(pod.node for pod in deaf)) or "those whose agents are not ready"
+            nodes = ", ".join(sorted(map(_describe, unsure)))
             raise LazymeshError(
                 f"after {waited:.0f} s it is not known that these nodes will be cleaned up: {nodes}; look at their"
-                " agents, or run `lazymesh uninstall` there afterwards"
+                f" agents, or run `lazymesh uninstall` there afterwards{failed}"
             )
         clock.sleep(LOOK_EVERY_S)
+
+
+def _agents(api: Api, selector: str) -> list[Pod]:
+    """Return the agents' pods; to have told nobody is no success, since nodes may carry what agents have left."""
+    pods = api.pods(selector)
+    if not pods:
+        raise LazymeshError(
+            f"no pod has the labels {selector}, so nobody can be told: where agents were, run `lazymesh uninstall`"
+        )
+    return pods
+
+
+def _describe(pod: Pod) -> str:
+    return (pod.node or f"that of {pod.name}") + ("" if pod.container else " (its agent does not run)")

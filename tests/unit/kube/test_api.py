@@ -8,10 +8,11 @@ from typing import TYPE_CHECKING
 import pytest
 
 from lazymesh.errors import LazymeshError
-from lazymesh.kube.api import KubeApi
+from lazymesh.kube.api import KubeApi, Pod
 
 if TYPE_CHECKING:
     from pathlib import Path
+    from typing import Any
 
 
 @pytest.fixture
@@ -43,3 +44,31 @@ def test_api_that_does_not_answer_is_named(account: Path) -> None:
     assert api.namespace == "kube-system"
     with pytest.raises(LazymeshError, match=r"https://127.0.0.1:1 does not answer PATCH configmaps/x"):
         api.set_config("x", {"a": "b"})
+
+
+RUNNING = {"containerID": "containerd://1", "ready": True, "state": {"running": {}}}
+
+
+@pytest.mark.parametrize(
+    ("status", "ready", "container"),
+    [
+        ({}, False, ""),
+        ({"containerStatuses": [RUNNING]}, True, "containerd://1"),
+        ({"containerStatuses": [RUNNING | {"ready": False}]}, False, "containerd://1"),
+        ({"containerStatuses": [RUNNING | {"ready": False, "state": {"waiting": {}}}]}, False, ""),
+        (
+            {"conditions": [{"type": "Ready", "status": "False"}], "containerStatuses": [RUNNING]},
+            True,
+            "containerd://1",
+        ),
+    ],
+    ids=["pending", "ready", "not ready", "crashed", "of a node that is not heard of"],
+)
+def test_pod_is_as_its_container_is(
+    account: Path, monkeypatch: pytest.MonkeyPatch, status: dict[str, Any], ready: bool, container: str
+) -> None:
+    """The condition is somebody else's word: of a node that is away it says no, and the agent may be well."""
+    item = {"metadata": {"name": "x"}, "spec": {"nodeName": "a"}, "status": status}
+    api = KubeApi("https://127.0.0.1:1", account)
+    monkeypatch.setattr(api, "_ask", lambda *_: {"items": [item]})
+    assert api.pods("a=b") == [Pod("x", "a", ready, container)]
