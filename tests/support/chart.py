@@ -82,7 +82,6 @@ OTHERS: dict[str, tuple[Any, dict[str, Any]]] = {
 WRONG: list[dict[str, Any]] = [
     {"datapath": "magic"},
     {"datapath": "standalone"},
-    {"policy": POLICY},
     STANDALONE | {"policy": "x"},
     {"cluster": {"name": "Not A Name"}},
     {"cluster": {"id": -1}},
@@ -96,6 +95,8 @@ WRONG: list[dict[str, Any]] = [
     {"meshCIDRs": ["b=fd00::/129"]},
     {"onMiss": "wait"},
     {"holdTimeout": 0},
+    {"staleLimit": ""},
+    {"staleLimit": "30m1h"},
     {"shadow": "yes"},
     {"privileged": None},
     {"metrics": {"port": 0}},

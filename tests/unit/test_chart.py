@@ -50,6 +50,13 @@ def leaves(values: dict[str, Any], known: set[str], prefix: str = "") -> Iterato
             yield path
 
 
+def config(objects: list[dict[str, Any]]) -> dict[str, Any]:
+    """Return the agent's options."""
+    (found,) = [each for each in objects if each["kind"] == "ConfigMap"]
+    options: dict[str, Any] = yaml.safe_load(found["data"]["config.yaml"])
+    return options
+
+
 def validate(objects: list[dict[str, Any]], versions: tuple[str, ...] = KUBERNETES) -> None:
     """Check objects against Kubernetes' published schemas, and the operator's by our own; an unknown field is wrong."""
     own = json.loads(SCHEMAS.read_text())
@@ -104,12 +111,54 @@ def test_wrong_value_is_refused(values: dict[str, Any]) -> None:
 
 
 @needs_helm
-@pytest.mark.parametrize("values", [{"id": 0}, {"name": "default"}])
-def test_cluster_that_is_in_no_mesh_is_refused(values: dict[str, Any]) -> None:
-    """Which is what the defaults are: one line says what is to be given."""
-    done = helm({"cluster": values})
+@pytest.mark.parametrize(
+    ("values", "said"),
+    [
+        ({"cluster": {"id": 0}}, "no cluster of a mesh is called default or has the id 0; give what"),
+        ({"cluster": {"name": "default"}}, "no cluster of a mesh is called default or has the id 0;"),
+        ({"policy": POLICY}, "policy: lazymesh enforces one of its own where there is no Cilium"),
+        ({"policy": POLICY, "datapath": "auto"}, "policy: lazymesh enforces one of its own where"),
+        (merged(MONITORED, "metrics.host", "127.0.0.1"), "Prometheus cannot scrape 127.0.0.1"),
+        (merged(MONITORED, "metrics.host", "::1"), "Prometheus cannot scrape ::1"),
+    ],
+)
+def test_values_that_cannot_work_together_are_refused(values: dict[str, Any], said: str) -> None:
+    """In words that say what to do; a cluster that is in no mesh is what the defaults are."""
+    done = helm(values)
     assert done.returncode != 0
-    assert "no cluster of a mesh is called default or has the id 0; give what" in done.stderr
+    assert said in done.stderr
+
+
+@needs_helm
+@pytest.mark.parametrize("period", ["90s", "1h30m", "7d", "1d2h3m4s"])
+def test_periods_are_the_agents_own(period: str) -> None:
+    """What `lazymesh agent --help` recommends is a value, too."""
+    assert config(rendered({"staleLimit": period}))["stale-limit"] == period
+
+
+def numbers(schema: dict[str, Any], values: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, int]]:
+    """Yield the paths of all numbers among the values, with the largest that each may be: two millions, unless less."""
+    for key, value in values.items():
+        rule = schema["properties"].get(key, {})
+        if isinstance(value, dict) and "properties" in rule:
+            yield from numbers(rule, value, f"{prefix}{key}.")
+        elif isinstance(value, int) and not isinstance(value, bool):
+            yield f"{prefix}{key}", max(rule["enum"]) if "enum" in rule else rule.get("maximum", 2_000_000)
+
+
+@needs_helm
+def test_large_numbers_stay_numbers() -> None:
+    """To Helm those of a file are floats, and in a template a million becomes 1e+06, which no option takes."""
+    schema = json.loads((CHART / "values.schema.json").read_text())
+    found = dict(numbers(schema, defaults()))
+    assert {"signalRate", "ipcacheSize", "uninstall.timeout", "cluster.id"} <= set(found)
+    values: dict[str, Any] = {}
+    for path, largest in found.items():
+        values = merged(values, path, largest)
+    objects = rendered(values)
+    assert "e+" not in json.dumps(objects)
+    validate(objects, KUBERNETES[1:2])
+    assert config(objects)["signal-rate"] == config(objects)["ipcache-size"] == 2_000_000
 
 
 @needs_helm
@@ -141,9 +190,7 @@ def test_probes_go_where_the_agent_listens(listening: str, asked: str) -> None:
     (pod,) = [each["spec"]["template"]["spec"] for each in objects if each["kind"] == "DaemonSet"]
     probes = [value for key, value in pod["containers"][0].items() if key.endswith("Probe")]
     assert [probe["httpGet"]["host"] for probe in probes] == [asked] * 3
-    (config,) = [each for each in objects if each["kind"] == "ConfigMap"]
-    address = yaml.safe_load(config["data"]["config.yaml"])["metrics-address"]
-    assert parse_host_port(address) == (listening, defaults()["metrics"]["port"])
+    assert parse_host_port(config(objects)["metrics-address"]) == (listening, defaults()["metrics"]["port"])
 
 
 @needs_helm
@@ -166,10 +213,7 @@ def test_pod_without_privileges_is_confined(version: str) -> None:
 def test_options_are_the_agents_own() -> None:
     """The ConfigMap has no option that the agent does not have, and all that a value exists for."""
     values = STANDALONE | {"uplinks": ["eth0"], "policy": POLICY, "meshCIDRs": ["b=10.2.0.0/16"]}
-    (config,) = [
-        each for each in rendered(merged(values, "cluster.region", "eu")) if each["kind"] == "ConfigMap"
-    ]
-    options = yaml.safe_load(config["data"]["config.yaml"])
+    options = config(rendered(merged(values, "cluster.region", "eu")))
     known = {param.opts[0].removeprefix("--") for param in agent.params}
     assert set(options) <= known
     # The rest is given by the pod itself, or of no use in one.
@@ -205,8 +249,7 @@ def test_commands_in_the_pod_know_what_the_agent_knows(
     for name, value in env.items():
         monkeypatch.setenv(name, value)
     assert check.make_context("check", []).params == before | told
-    (config,) = [each for each in objects if each["kind"] == "ConfigMap"]
-    options = yaml.safe_load(config["data"]["config.yaml"])
+    options = config(objects)
     for name, value in told.items():
         ours = options[name.replace("_", "-")]
         assert ours == (list(value) if isinstance(value, tuple) else str(value))
