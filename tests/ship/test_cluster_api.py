@@ -152,6 +152,19 @@ def test_release_goes_from_any_values_to_any(cluster: Cluster) -> None:
     assert ours(cluster) == []
 
 
+@pytest.mark.usefixtures("_no_release")
+def test_what_is_left_of_the_job_goes_whether_or_not_helm_has_left_it(cluster: Cluster) -> None:
+    """Helm 3.19 and later delete the hooks that succeeded when a later one fails, those before leave them all."""
+    (text,) = [text for _, text in blocks("run no hooks")]
+    for kinds in ((), ("Job",), ("ServiceAccount", "Role", "RoleBinding", "Job")):
+        helm(cluster, "install", "lazymesh", str(CHART), values={"cluster": MEMBER})
+        left = [each for each in of_kind(rendered({}), *kinds) if each["metadata"]["name"] == JOB]
+        if left:
+            apply(cluster, left)
+        shell(text, cluster.node.command(), cluster.environment)
+        wait_until(lambda: ours(cluster) == [], what="nothing left")
+
+
 EARLIER = "6683aca"
 """Its chart has values of the agent not that are there now."""
 

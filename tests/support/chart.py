@@ -76,6 +76,7 @@ OTHERS: dict[str, tuple[Any, dict[str, Any]]] = {
     "serviceAccount.annotations": ({"note": "x"}, {}),
     "uninstall.enabled": (False, {}),
     "uninstall.timeout": (10, {}),
+    "uninstall.tolerations": ([{"key": "dedicated", "operator": "Exists"}], {}),
 }
 """For each value another one than the default, and what has to be set for it to matter."""
 

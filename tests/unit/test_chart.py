@@ -293,6 +293,21 @@ def test_account_may_do_nothing() -> None:
     assert not [each for each in objects if each["kind"].startswith("Cluster")]
 
 
+HELM_WAITS_S = 300
+"""What `helm uninstall` does if nobody says otherwise."""
+
+
+@needs_helm
+def test_job_goes_to_a_node_that_lives_and_ends_before_helm_has_waited_enough() -> None:
+    """What tolerates nothing is put on no node that is gone; and what cannot start is no reason to wait."""
+    (job,) = [each["spec"] for each in rendered({}) if each["kind"] == "Job"]
+    assert defaults()["tolerations"], "the agents run on every node"
+    pod = job["template"]["spec"]
+    assert "tolerations" not in pod
+    assert pod["containers"][0]["resources"]["requests"].keys() == {"cpu", "memory"}
+    assert defaults()["uninstall"]["timeout"] + 30 <= job["activeDeadlineSeconds"] < HELM_WAITS_S
+
+
 @needs_helm
 def test_plain_manifests_are_the_charts(tmp_path: Path) -> None:
     """scripts/manifests has been run since the chart changed."""
