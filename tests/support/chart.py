@@ -22,6 +22,7 @@ MONITORED: dict[str, Any] = {"metrics": {"podMonitor": True, "rules": True, "das
 OTHERS: dict[str, tuple[Any, dict[str, Any]]] = {
     "image.repository": ("elsewhere/lazymesh", {}),
     "image.tag": ("9.9.9", {}),
+    "image.digest": (f"sha256:{'f' * 64}", {}),
     "image.pullPolicy": ("Always", {}),
     "image.pullSecrets": ([{"name": "regcred"}], {}),
     "cluster.name": ("b", {}),
@@ -84,6 +85,7 @@ WRONG: list[dict[str, Any]] = [
     {"datapath": "magic"},
     {"datapath": "standalone"},
     STANDALONE | {"policy": "x"},
+    {"image": {"digest": "latest"}},
     {"cluster": {"name": "Not A Name"}},
     {"cluster": {"id": -1}},
     {"cluster": {"id": 256}},

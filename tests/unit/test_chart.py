@@ -120,6 +120,7 @@ def test_wrong_value_is_refused(values: dict[str, Any]) -> None:
         ({"policy": POLICY, "datapath": "auto"}, "policy: lazymesh enforces one of its own where"),
         (merged(MONITORED, "metrics.host", "127.0.0.1"), "Prometheus cannot scrape 127.0.0.1"),
         (merged(MONITORED, "metrics.host", "::1"), "Prometheus cannot scrape ::1"),
+        ({"image": {"tag": "9", "digest": f"sha256:{'f' * 64}"}}, "give one of them"),
     ],
 )
 def test_values_that_cannot_work_together_are_refused(values: dict[str, Any], said: str) -> None:
@@ -276,6 +277,26 @@ def test_secrets_are_mounted_as_ciliums_agent_mounts_them() -> None:
     }
     (mount,) = [each for each in pod["containers"][0]["volumeMounts"] if each["name"] == "clustermesh"]
     assert (mount["mountPath"], mount["readOnly"]) == ("/var/lib/cilium/clustermesh", True)
+
+
+@needs_helm
+@pytest.mark.parametrize(("on_miss", "needed"), [("hold", True), ("pass", False), ("drop", False)])
+def test_device_of_holding_is_asked_for_where_packets_are_held(on_miss: str, needed: bool) -> None:
+    """A node that has none gets no pod up that asks for it."""
+    objects = rendered({"onMiss": on_miss})
+    (pod,) = [each["spec"]["template"]["spec"] for each in objects if each["kind"] == "DaemonSet"]
+    names = {each["name"] for each in pod["volumes"]}
+    assert ("tun" in names) == needed
+    assert names == {each["name"] for each in pod["containers"][0]["volumeMounts"]}
+
+
+@needs_helm
+def test_image_is_named_by_its_digest_where_one_is_given() -> None:
+    """The agent's and the Job's alike."""
+    digest = f"sha256:{'0123456789abcdef' * 4}"
+    objects = rendered({"image": {"repository": "x/lazymesh", "digest": digest}})
+    pods = [each["spec"]["template"]["spec"] for each in objects if each["kind"] in {"DaemonSet", "Job"}]
+    assert [pod["containers"][0]["image"] for pod in pods] == [f"x/lazymesh@{digest}"] * 2
 
 
 @needs_helm

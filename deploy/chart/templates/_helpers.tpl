@@ -15,7 +15,14 @@ app.kubernetes.io/managed-by: {{ .Release.Service }}
 {{- end -}}
 
 {{- define "lazymesh.image" -}}
+{{- with .Values.image.digest -}}
+{{- if $.Values.image.tag }}
+{{- fail "image.tag, image.digest: give one of them, and set the other to nothing; a tag would count for nothing beside a digest" }}
+{{- end -}}
+{{ $.Values.image.repository }}@{{ . }}
+{{- else -}}
 {{ .Values.image.repository }}:{{ .Values.image.tag | default .Chart.AppVersion }}
+{{- end -}}
 {{- end -}}
 
 {{- define "lazymesh.account" -}}
