@@ -165,6 +165,46 @@ def test_what_is_left_of_the_job_goes_whether_or_not_helm_has_left_it(cluster: C
         wait_until(lambda: ours(cluster) == [], what="nothing left")
 
 
+ALIASES = [{"ip": "192.0.2.7", "hostnames": ["b.mesh.cilium.io"]}]
+
+
+@pytest.mark.parametrize(
+    ("having", "without"),
+    [("Deployment", "DaemonSet"), ("DaemonSet", "Deployment"), ("DaemonSet", ""), ("", "DaemonSet")],
+    ids=["kvstoremesh", "no kvstoremesh", "no clustermesh-apiserver", "no addresses"],
+)
+@pytest.mark.usefixtures("_no_release")
+def test_addresses_of_other_clusters_are_copied_from_where_cilium_has_them(
+    cluster: Cluster, having: str, without: str
+) -> None:
+    """As its charts of 1.18 and 1.19 render them: in one of two places, or nowhere."""
+    ciliums = [cilium(kind, kind == having) for kind in (having, without) if kind]
+    helm(cluster, "install", "lazymesh", str(CHART), values={"cluster": MEMBER})
+    (text,) = [text for _, text in blocks("run aliases")]
+    apply(cluster, ciliums)
+    try:
+        shell(text, cluster.node.command(), cluster.environment)
+    finally:
+        cluster.run("kubectl", "delete", "--filename=-", text=yaml.safe_dump_all(ciliums))
+    found = daemonset(cluster)["spec"]["template"]["spec"].get("hostAliases")
+    assert found == (ALIASES if having else None)
+
+
+def cilium(kind: str, aliases: bool) -> dict[str, Any]:
+    """Return as much of Cilium's DaemonSet, or of clustermesh-apiserver's Deployment, as is looked at."""
+    name = {"DaemonSet": "cilium", "Deployment": "clustermesh-apiserver"}[kind]
+    spec = {"containers": [{"name": "it", "image": "x"}]} | ({"hostAliases": ALIASES} if aliases else {})
+    return {
+        "apiVersion": "apps/v1",
+        "kind": kind,
+        "metadata": {"name": name, "namespace": "kube-system"},
+        "spec": {
+            "selector": {"matchLabels": {"k8s-app": name}},
+            "template": {"metadata": {"labels": {"k8s-app": name}}, "spec": spec},
+        },
+    }
+
+
 EARLIER = "6683aca"
 """Its chart has values of the agent not that are there now."""
 

@@ -1,7 +1,7 @@
 """What docs/ has people type works: every shell block marked as runnable is run, as it stands.
 
 ``sh run``: in a checkout. ``sh run node``: on a node whose agent runs. ``sh run node stopped``: with the agent killed.
-Those that need a cluster are run by test_cluster_life.py.
+Those that need a cluster are run by test_cluster_life.py and test_cluster_api.py.
 """
 
 from __future__ import annotations
@@ -33,9 +33,10 @@ def lab() -> Iterator[Lab]:
 
 
 def test_no_block_is_marked_for_nobody() -> None:
-    """Each mark is run by a test of this file, or of test_cluster_life.py."""
+    """Each mark is run by a test of this file, or of those with a cluster."""
     here = {"run", "run node", "run node stopped"}
-    assert marks() == here | {"run cluster", "run helm", "run kubectl", "run keep", "run no hooks"}
+    theirs = {f"run {mark}" for mark in ("cluster", "helm", "kubectl", "keep", "no hooks", "aliases")}
+    assert marks() == here | theirs
 
 
 @pytest.mark.needs("helm")

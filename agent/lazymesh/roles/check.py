@@ -36,6 +36,8 @@ if TYPE_CHECKING:
 OLDEST_KERNEL = (5, 10)
 EXPIRY_WARNING = timedelta(days=30)
 ETCD_TIMEOUT_S = 5.0
+CILIUM_NAMES = ".mesh.cilium.io"
+"""What Cilium calls the stores of clusters that are given by their addresses; no DNS knows it."""
 STORES_AT_A_TIME = 16
 """Those that do not answer would otherwise be waited for one after the other."""
 
@@ -220,11 +222,25 @@ async def _store(cluster: str, config: EtcdConfig, room: asyncio.Semaphore) -> F
             async with asyncio.timeout(ETCD_TIMEOUT_S):
                 return await _ask_store(name, cluster, client)
         except KvstoreError as exc:
-            return Finding(name, "fail", str(exc))
+            text = str(exc)
         except TimeoutError:
-            return Finding(
-                name, "fail", f"no answer in {ETCD_TIMEOUT_S:.0f} s: {client.info.last_error or 'silence'}"
-            )
+            text = f"no answer in {ETCD_TIMEOUT_S:.0f} s: {client.info.last_error or 'silence'}"
+        return Finding(name, "fail", text + await _about_names(config))
+
+
+async def _about_names(config: EtcdConfig) -> str:
+    """Say what to do about a name that only the pods know to which Cilium's chart gives it as a host alias."""
+    for endpoint in config.endpoints:
+        if endpoint.address is None and endpoint.host.endswith(CILIUM_NAMES):
+            try:
+                async with asyncio.timeout(ETCD_TIMEOUT_S):
+                    await asyncio.get_running_loop().getaddrinfo(endpoint.host, endpoint.port)
+            except OSError:  # a TimeoutError is one, too
+                return (
+                    f"; {endpoint.host} has no address here: Cilium's chart gives such names to its own pods, give them"
+                    " to this one by the value clustermesh.hostAliases (docs/install.md)"
+                )
+    return ""
 
 
 async def _ask_store(name: str, cluster: str, client: EtcdClient) -> Finding:

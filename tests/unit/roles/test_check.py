@@ -5,8 +5,9 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import os
+import socket
 import time
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import pytest
 
@@ -97,6 +98,39 @@ async def test_directory_without_clusters(tmp_path: Path, option: str, verdict: 
     found = {f.name: f async for f in check.check_node(tmp_path, {option: tmp_path})}
     assert found["clustermesh"].verdict == verdict
     assert f"{tmp_path} describes no cluster" in found["clustermesh"].text
+
+
+ALIASES = "cilium-host-aliases: [{{hostname: b.mesh.cilium.io, ips: [127.0.0.1]}}]"
+NAMELESS = "b.mesh.cilium.io has no address here"
+
+
+@pytest.mark.parametrize(
+    ("words", "known", "hinted"),
+    [
+        ("endpoints: ['https://b.mesh.cilium.io:{port}']", False, True),
+        ("endpoints: ['https://b.mesh.cilium.io:{port}']", True, False),
+        ("endpoints: ['https://b.example:{port}']", False, False),
+        (f"endpoints: ['https://b.mesh.cilium.io:{{port}}']\n{ALIASES}", False, False),
+    ],
+    ids=["no alias", "alias of the pod", "another name", "alias of the file"],
+)
+async def test_name_that_only_ciliums_pods_know_is_told_with_the_value_that_helps(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, words: str, known: bool, hinted: bool
+) -> None:
+    """Whoever has an address and does not answer is another matter, and so is a name that we know nothing of."""
+    ours = socket.getaddrinfo
+
+    def resolve(host: str, *rest: Any, **named: Any) -> Any:
+        if host.endswith((".io", ".example")) and not known:
+            raise socket.gaierror(socket.EAI_NONAME, "Name or service not known")
+        return ours("127.0.0.1", *rest, **named)
+
+    monkeypatch.setattr(socket, "getaddrinfo", resolve)
+    (tmp_path / "b").write_text(words.format(port=free_port()))
+    found = {f.name: f async for f in check.check_node(tmp_path, {"--clustermesh-config": tmp_path})}
+    assert found["cluster b"].verdict == "fail"
+    assert (NAMELESS in found["cluster b"].text) == hinted
+    assert ("clustermesh.hostAliases" in found["cluster b"].text) == hinted
 
 
 class Silence:
