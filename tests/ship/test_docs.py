@@ -51,7 +51,7 @@ def test_blocks_of_a_node_run(lab: Lab) -> None:
     env = {
         "LAZYMESH_BPFFS": str(lab.bpffs),
         "LAZYMESH_SOCKET": str(lab.socket),
-        "CLUSTERMESH": str(lab.config),
+        "LAZYMESH_CLUSTERMESH_CONFIG": str(lab.config),
     }
     with_agent, without = blocks("run node"), blocks("run node stopped")
     assert with_agent

@@ -14,8 +14,24 @@ from click.core import ParameterSource
 from lazymesh.errors import SettingsError
 from lazymesh.settings import DEFAULT_BPFFS, DEFAULT_SOCKET
 
-PATH = click.Path(path_type=Path, readable=False)
-"""Whether it may be read is for those to say who read it, and who know what for: click would call it wrong usage."""
+
+class SomePath(click.Path):
+    """A path that may be there or not; nothing is none, which pathlib would take for the directory where we are.
+
+    Whether it may be read is for those to say who read it, and who know what for: click would call it wrong usage.
+    """
+
+    def __init__(self, *, dir_okay: bool = True) -> None:
+        super().__init__(path_type=Path, readable=False, dir_okay=dir_okay)
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
+        """Return the path."""
+        if value == "":
+            self.fail("'' is no path: name one, or leave the option out", param, ctx)
+        return super().convert(value, param, ctx)
+
+
+PATH = SomePath()
 
 
 class Period(click.ParamType[float]):
@@ -136,7 +152,7 @@ def _word(path: Path, option: click.Parameter, value: object) -> str:
 
 config_option = click.option(
     "--config",
-    type=click.Path(path_type=Path, dir_okay=False, readable=False),
+    type=SomePath(dir_okay=False),
     is_eager=True,
     expose_value=False,
     callback=_read_config,

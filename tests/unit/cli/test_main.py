@@ -3,12 +3,17 @@
 from __future__ import annotations
 
 import json
+from typing import TYPE_CHECKING
 
 import click
 import pytest
+from click.testing import CliRunner
 
 from lazymesh.cli import main as main_module
 from lazymesh.errors import DatapathError, LazymeshError, SettingsError
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
 
 
 def exits(monkeypatch: pytest.MonkeyPatch, error: BaseException) -> int:
@@ -54,3 +59,32 @@ def test_commands_are_found_by_name_and_only_then_imported() -> None:
         assert command.name == name
         assert json.dumps(command.help)
     assert main_module.cli.get_command(context, "frobnicate") is None
+
+
+def path_options(command: click.Command, *words: str) -> Iterator[tuple[str, ...]]:
+    """Yield the words that lead to each option that takes a path, of a command and those below it."""
+    if isinstance(command, click.Group):
+        context = click.Context(command)
+        for name in command.list_commands(context):
+            below = command.get_command(context, name)
+            assert below is not None
+            yield from path_options(below, *words, name)
+    for param in command.params:
+        if isinstance(param, click.Option) and isinstance(param.type, click.Path):
+            yield *words, param.opts[0]
+
+
+PATHS = sorted(path_options(main_module.cli))
+
+
+@pytest.mark.parametrize("words", PATHS, ids=" ".join)
+def test_nothing_is_no_path(words: tuple[str, ...]) -> None:
+    """A variable of the shell that is not set: nobody has meant the directory where we are."""
+    done = CliRunner().invoke(main_module.cli, [*words, ""])
+    assert done.exit_code == 2
+    assert f"Invalid value for '{words[-1]}': '' is no path" in done.output
+
+
+def test_paths_are_where_they_were_looked_for() -> None:
+    """Of the command itself, and of those in groups."""
+    assert {("status", "--socket"), ("ipcache", "get", "--bpffs"), ("agent", "--config")} <= set(PATHS)
