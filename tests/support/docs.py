@@ -31,8 +31,8 @@ def blocks(mark: str) -> list[tuple[str, str]]:
     ]
 
 
-def shell(text: str, prefix: list[str], env: Mapping[str, str]) -> None:
-    """Run a block; its output is in the error."""
+def shell(text: str, prefix: list[str], env: Mapping[str, str]) -> str:
+    """Run a block and return what it says; that is in the error, too."""
     path = f"{Path(sys.executable).parent}:{env.get('PATH', os.environ['PATH'])}"
     done = subprocess.run(
         [*prefix, "bash", "-euo", "pipefail", "-c", text],
@@ -44,3 +44,4 @@ def shell(text: str, prefix: list[str], env: Mapping[str, str]) -> None:
         timeout=100,
     )
     assert done.returncode == 0, f"{done.stdout}\n{done.stderr}"
+    return done.stdout

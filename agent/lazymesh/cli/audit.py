@@ -27,7 +27,9 @@ if TYPE_CHECKING:
 def audit(since: float, socket: Path, output: str) -> None:
     """List every open window: when, how long, how much, and what policy says of the peer now that it is known.
 
-    The record is the agent's, of 10,000 windows at most: it begins when that was started, or later.
+    The record is the agent's, of 10,000 windows at most: it begins when that was started, or later. VERDICT is that of
+    the agent's own --policy, and `allowed` without one; beside Cilium it is always `unknown`, as Cilium's policy cannot
+    be asked.
     """
     answer = next(ask(socket, "audit", since=since))
     if output == "json":

@@ -96,3 +96,9 @@ def test_people_are_told_how_far_back_the_record_goes(
     result = CliRunner().invoke(module.audit, [])
     assert f"Recorded since {SINCE}" in result.stderr
     assert ("Nothing went through unresolved." in result.stderr) is (not windows)
+
+
+def test_help_tells_whose_verdict_it_is() -> None:
+    """Nobody is to wait for one that cannot be had."""
+    words = " ".join(CliRunner().invoke(module.audit, ["--help"]).output.split())
+    assert "beside Cilium it is always `unknown`" in words
