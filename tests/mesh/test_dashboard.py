@@ -1,4 +1,4 @@
-"""Dashboard and alerts ask for what a running agent really exports: names, labels and their values."""
+"""Dashboard and alerts ask for what a running agent really exports, docs/metrics.md has it: names, labels, values."""
 
 from __future__ import annotations
 
@@ -33,6 +33,40 @@ def page() -> Iterator[str]:
     """Scrape an agent that exports everything: beside Cilium, and in shadow mode."""
     with Lab(pods=1) as lab, Cilium(lab), beside_cilium(lab, "--shadow") as agent:
         yield agent.get("/metrics")
+
+
+METRICS = Path(__file__).parents[2] / "docs" / "metrics.md"
+NOT_YET = {
+    "lazymesh_problems",
+    "lazymesh_owner_ready",
+    "lazymesh_certificate_expiration_timestamp_seconds",
+}
+"""Told in docs/metrics.md while they are being made."""
+IN_FULL = {
+    ("lazymesh_addresses", "state"),
+    ("lazymesh_admission_cuts_total", "cause"),
+    ("lazymesh_packets_total", "verdict"),
+    ("lazymesh_held_packets_total", "fate"),
+    ("lazymesh_released_packets_total", "cause"),
+}
+"""Labels of which every value is exported from the start."""
+
+
+def documented() -> dict[str, set[str]]:
+    """Return the metrics of docs/metrics.md with their labels."""
+    rows = re.findall(r"^\| `((?:lazymesh|cilium)_[a-z_]+)` \|([^|]*)\|", METRICS.read_text(), re.MULTILINE)
+    assert len(dict(rows)) == len(rows), "one row for each"
+    return {name: set(re.findall(r"`([a-z_]+)`", labels)) for name, labels in rows}
+
+
+def documented_values() -> dict[tuple[str, str], set[str]]:
+    """Return the values of docs/metrics.md by metric and label."""
+    found = re.findall(
+        r"^### `(\w+)` of `(\w+)`\n(.*?)(?=^#|\Z)", METRICS.read_text(), re.MULTILINE | re.DOTALL
+    )
+    return {
+        (name, label): set(re.findall(r"^\| `(.*?)` \|", text, re.MULTILINE)) for label, name, text in found
+    }
 
 
 def queries() -> dict[str, str]:
@@ -94,3 +128,34 @@ def test_query_finds_something(page: str, name: str) -> None:
             assert label in labels | OF_PROMETHEUS | {"target_cluster", "kind"}, (
                 f"nothing is labelled {label}"
             )
+
+
+def exported(page: str) -> dict[str, dict[str, set[str]]]:
+    """Return what is exported under names of ours, without what the library adds to each."""
+    return {
+        name: labels
+        for name, labels in values(page).items()
+        if name.startswith(("lazymesh_", "cilium_")) and not name.endswith(("_created", "_bucket"))
+    }
+
+
+def test_every_metric_is_told_in_the_docs(page: str) -> None:
+    """With its labels; and none is told of that nobody exports."""
+    told, found = documented(), exported(page)
+    missing = found.keys() - told.keys()
+    assert not missing, f"docs/metrics.md has no row for {', '.join(sorted(missing))}"
+    invented = told.keys() - found.keys() - NOT_YET
+    assert not invented, f"docs/metrics.md has a row for {', '.join(sorted(invented))}, which nobody exports"
+    for name, labels in found.items():
+        assert not labels.keys() - told[name] - {"le"}, f"docs/metrics.md: {name} has {', '.join(labels)}"
+
+
+def test_every_value_of_a_label_is_told_in_the_docs(page: str) -> None:
+    """Fates, causes and verdicts are what the kernel's counters are called: nobody guesses what they mean."""
+    told, found = documented_values(), exported(page)
+    assert told.keys() >= IN_FULL
+    for (name, label), known in told.items():
+        seen = found[name].get(label, set())
+        assert not seen - known, f"docs/metrics.md: {label} of {name} lacks {', '.join(sorted(seen - known))}"
+        if (name, label) in IN_FULL:
+            assert seen == known, f"docs/metrics.md: {label} of {name} has {', '.join(sorted(known - seen))}"
