@@ -28,7 +28,7 @@ from tests.support.chart import (
     merged,
     rendered,
 )
-from tests.support.container import Container, Mount
+from tests.support.container import Container, Mount, manifest
 from tests.support.docs import blocks, shell
 from tests.support.etcd import wait_until
 from tests.support.kubernetes import BUILT, PORT, Cluster
@@ -302,6 +302,25 @@ def test_namespace_has_to_admit_privileged_pods(cluster: Cluster, values: dict[s
         if status == 403:
             assert f'violates PodSecurity "{level}:latest"' in answer["message"]
         assert cluster.call("POST", pods, job)[0] == 201
+
+
+def test_what_monitors_comes_from_the_chart_without_a_release(cluster: Cluster) -> None:
+    """As it would be of one: it finds the pods of the plain manifests."""
+    (text,) = [text for _, text in blocks("run monitoring")]
+    try:
+        shell(text, cluster.node.command(), cluster.environment)
+        made = ours(cluster)
+        monitor = cluster.get("/apis/monitoring.coreos.com/v1/namespaces/kube-system/podmonitors/lazymesh")
+    finally:
+        shell(text.replace("apply", "delete"), cluster.node.command(), cluster.environment)
+    assert sorted(made) == [
+        "configmap/lazymesh-dashboard",
+        "podmonitor.monitoring.coreos.com/lazymesh",
+        "prometheusrule.monitoring.coreos.com/lazymesh",
+    ]
+    wanted = monitor["spec"]["selector"]["matchLabels"].items()
+    assert wanted <= manifest("DaemonSet")["spec"]["template"]["metadata"]["labels"].items()
+    assert ours(cluster) == []
 
 
 def rules(cluster: Cluster, account: str) -> list[Any]:

@@ -38,7 +38,9 @@ def lab() -> Iterator[Lab]:
 def test_no_block_is_marked_for_nobody() -> None:
     """Each mark is run by a test of this file, or of those with a cluster."""
     here = {"run", "run node", "run node stopped", "run pods"}
-    theirs = {f"run {mark}" for mark in ("cluster", "helm", "kubectl", "keep", "no hooks", "aliases")}
+    theirs = {
+        f"run {mark}" for mark in ("cluster", "helm", "kubectl", "keep", "no hooks", "aliases", "monitoring")
+    }
     assert marks() == here | theirs
 
 
