@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING
 
 import pytest
 
-from tests.support.docs import blocks, marks, shell
+from tests.support.docs import ROOT, blocks, marks, shell
 from tests.support.etcd import wait_until
 from tests.support.lab import Lab, remote_address
 from tests.support.node import connect, is_alive, pins
@@ -47,8 +47,8 @@ def test_no_block_is_marked_for_nobody() -> None:
 @pytest.mark.needs("helm")
 @pytest.mark.parametrize(("page", "text"), blocks("run"))
 def test_block_of_a_checkout_runs(image: Path, page: str, text: str) -> None:
-    """From a clone, with nothing else at hand."""
-    shell(text, [], {})
+    """From a clone, with Helm and nothing else at hand."""
+    shell(text, [], {"PATH": f"{ROOT / '.cache' / 'bin'}:{os.environ['PATH']}"})
 
 
 KUBECTL = """#!/bin/sh

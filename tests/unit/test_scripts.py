@@ -30,10 +30,26 @@ def help_of(directory: Path, name: str, *words: str) -> str:
     return done.stdout
 
 
-@pytest.mark.parametrize("words", [["real-cilium"], ["real-cilium", "1.19.5"], ["manifests"], ["kubernetes"]])
+@pytest.mark.parametrize(
+    "words",
+    [
+        *(["real-cilium"], ["real-cilium", "1.19.5"], ["manifests"]),
+        *(["kubernetes"], ["setup"], ["check"], ["helm"]),
+    ],
+    ids=" ".join,
+)
 def test_help_is_all_that_it_does(words: list[str], tmp_path: Path) -> None:
     """Half an hour of building is not what was asked for."""
-    assert f"\nUsage: scripts/{words[0]} " in help_of(tmp_path, *words)
+    assert re.search(rf"^Usage: scripts/{words[0]}\b", help_of(tmp_path, *words), re.MULTILINE)
+
+
+@pytest.mark.parametrize("script", ["setup", "check"])
+@pytest.mark.parametrize("word", ["--nope", "agent"])
+def test_word_that_a_script_does_not_know_is_told(script: str, word: str) -> None:
+    """Who wanted something else of it is not to take what it does for that."""
+    done = run(SCRIPTS / script, word)
+    told = f"{script}: takes no arguments, not {word}; see scripts/{script} --help\n"
+    assert (done.returncode, done.stdout, done.stderr) == (2, "", told)
 
 
 def test_help_of_real_cilium_has_every_option(tmp_path: Path) -> None:
