@@ -6,6 +6,7 @@ import json
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -59,6 +60,28 @@ def test_runs_as_it_is(image: Path, tmp_path: Path) -> None:
     wrong = {name for name, each in findings.items() if each["verdict"] == "fail"}
     assert wrong == {"bpffs"}, findings
     assert findings["headers"]["text"].startswith("/usr/lib/lazymesh/modules/")
+
+
+@pytest.mark.needs("earlier versions")
+def test_image_says_what_it_was_made_from(image: Path) -> None:
+    """Its version, and the commit, by which somebody finds the sources of what runs on a node."""
+    archive = image.parent / "lazymesh.tar"
+
+    def read(name: str) -> Any:
+        words = ["tar", "-xOf", archive, name]
+        return json.loads(subprocess.run(words, check=True, capture_output=True).stdout)
+
+    def blob(described: dict[str, Any]) -> Any:
+        return read(f"blobs/{described['digest'].replace(':', '/')}")
+
+    (described,) = read("index.json")["manifests"]
+    labels = blob(blob(described)["config"])["config"]["Labels"]
+    told = {name.removeprefix("org.opencontainers.image."): value for name, value in labels.items()}
+    assert told["version"] == __version__
+    commit = told["revision"].removesuffix("-dirty")
+    known = ["git", "-C", ROOT, "merge-base", "--is-ancestor", commit, "HEAD"]
+    assert subprocess.run(known, check=False).returncode == 0, told["revision"]
+    assert "@" not in told["source"].partition("://")[2], "nobody's password"
 
 
 def test_archive_is_what_runtimes_load(image: Path) -> None:
