@@ -25,7 +25,7 @@ from lazymesh.core import keys
 from lazymesh.core.clusters import ClusterInfo, MeshState
 from lazymesh.core.identities import check_identity, check_labels, identity_range
 from lazymesh.core.model import EntryFlag, Space
-from lazymesh.core.policy import PolicyEngine
+from lazymesh.core.policy import PolicyEngine, with_any_source
 from lazymesh.core.policyfile import parse_policy
 from lazymesh.core.records import (
     RecordError,
@@ -119,7 +119,7 @@ def identity(data: bytes) -> None:
     text = "".join(f"{key}={value};" for key, value in labels.items())
     assert decode_identity(text.encode()) == labels
     refusal = check_labels(labels, "b")
-    assert (refusal is None) == (labels.get("k8s:io.cilium.k8s.policy.cluster") == "b")
+    assert refusal is not None or with_any_source(labels)["any:io.cilium.k8s.policy.cluster"] == "b"
     engine = PolicyEngine(_POLICY)
     engine.upsert(131_073, labels)
     engine.remove(131_073)
@@ -538,7 +538,12 @@ TARGETS: dict[str, Target] = {
     "pair": Target(pair, tuple(_pair_seeds())),
     "node": Target(node, tuple(_node_seeds())),
     "identity": Target(
-        identity, (b"k8s:app=web;k8s:io.cilium.k8s.policy.cluster=b;", b"any:env=a;k8s:tier=;b:=x;:;\xff")
+        identity,
+        (
+            b"k8s:app=web;k8s:io.cilium.k8s.policy.cluster=b;",
+            b"any:env=a;k8s:tier=;b:=x;:;\xff",
+            b"a:io.cilium.k8s.policy.cluster=a;k8s:io.cilium.k8s.policy.cluster=b;",
+        ),
     ),
     "cluster-config": Target(
         cluster_config,

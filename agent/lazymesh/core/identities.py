@@ -24,7 +24,8 @@ SCOPE_LOCAL = 0x01
 FIRST_ALLOCATED = 256
 """Everything below is reserved, well-known or fixed by the user of one cluster."""
 
-CLUSTER_LABEL = "k8s:io.cilium.k8s.policy.cluster"
+_CLUSTER = "io.cilium.k8s.policy.cluster"
+CLUSTER_LABEL = f"k8s:{_CLUSTER}"
 
 _BITS = 24
 _CLUSTER_BITS = {255: 8, 511: 9}
@@ -76,12 +77,17 @@ def check_identity(identity: int, of: IdentityRange) -> str | None:
 def check_labels(labels: Mapping[str, str], cluster: str) -> str | None:
     """Return why these labels must not be believed of an identity of the cluster; None if they may be.
 
-    Cilium demands the cluster's own name in them: without it a peer could dress up as a pod of somebody else.
+    Cilium demands the cluster's own name in them: without it a peer could dress up as a pod of somebody else. So it
+    could with the same label from a second source, since a selector without a source looks at all of them.
     """
     claimed = labels.get(CLUSTER_LABEL)
-    if claimed == cluster:
-        return None
-    return "no cluster label" if claimed is None else f"labels of cluster {claimed[:64]!r}"
+    if claimed is None:
+        return "no cluster label"
+    if claimed != cluster:
+        return f"labels of cluster {claimed[:64]!r}"
+    if sum([key.partition(":")[2] == _CLUSTER for key in labels]) > 1:
+        return "a second cluster label"
+    return None
 
 
 def _shift(max_connected_clusters: int) -> int:

@@ -253,7 +253,8 @@ def decode_identity(value: bytes) -> Labels:
 def _label(label: str) -> tuple[str, str]:
     key, _, value = label.partition("=")
     source, _, name = key.partition(":")
-    if not source or not name:
+    # Selectors mean every source by "any"; no label comes from there.
+    if not source or not name or source == "any":
         _refuse(f"label {label[:64]!r}")
     return key, value
 

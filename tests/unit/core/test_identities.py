@@ -99,7 +99,14 @@ def test_world_has_a_number_in_single_stack_and_two_in_dual_stack() -> None:
             {"k8s:io.cilium.k8s.policy.cluster": "a"}, "labels of cluster 'a'", id="another cluster's"
         ),
         pytest.param({"k8s:app": "x"}, "no cluster label", id="none"),
-        pytest.param({"any:io.cilium.k8s.policy.cluster": "b"}, "no cluster label", id="from another source"),
+        pytest.param(
+            {"container:io.cilium.k8s.policy.cluster": "b"}, "no cluster label", id="from another source"
+        ),
+        pytest.param(
+            {"container:io.cilium.k8s.policy.cluster": "a", "k8s:io.cilium.k8s.policy.cluster": "b"},
+            "a second cluster label",
+            id="its own name, and another's from another source",
+        ),
     ],
 )
 def test_an_identity_must_carry_the_name_of_its_cluster(labels: dict[str, str], why: str | None) -> None:

@@ -331,14 +331,14 @@ def test_an_identity_is_a_string_of_labels() -> None:
     """The golden value of the reference, an empty value and a value with an equals sign."""
     value = (
         b"k8s:app=baz;k8s:io.cilium.k8s.policy.cluster=cluster3;k8s:io.kubernetes.pod.namespace=bar;"
-        b"k8s:noval=;any:x=a=b;"
+        b"k8s:noval=;container:x=a=b;"
     )
     assert decode_identity(value) == {
         "k8s:app": "baz",
         "k8s:io.cilium.k8s.policy.cluster": "cluster3",
         "k8s:io.kubernetes.pod.namespace": "bar",
         "k8s:noval": "",
-        "any:x": "a=b",
+        "container:x": "a=b",
     }
 
 
@@ -350,6 +350,7 @@ def test_an_identity_is_a_string_of_labels() -> None:
         pytest.param(b"app=baz;", "label 'app=baz'", id="no source"),
         pytest.param(b":app=baz;", "label", id="empty source"),
         pytest.param(b"k8s:=baz;", "label", id="empty key"),
+        pytest.param(b"any:app=baz;", "label 'any:app=baz'", id="the source that stands for all of them"),
         pytest.param(b"k8s:app=a;k8s:app=b;", "label", id="one label with two values"),
         pytest.param(b"k8s:app=\xff;", "UTF-8", id="not UTF-8"),
         pytest.param(b"k8s:app=" + b"x" * 65536, "bytes", id="over 64 KiB"),
