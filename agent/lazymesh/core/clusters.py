@@ -2,9 +2,10 @@
 
 A cluster claims the pod CIDRs of its node records, and those that the operator gives it with ``--mesh-cidr``
 (for platforms whose nodes have none); what the operator gives to a cluster is that cluster's, whatever nodes of
-others claim. Else an address has exactly one owner if every CIDR around it is claimed by the same cluster; if two
-clusters claim it, at whatever prefix lengths, it is ambiguous and nobody is asked: a wrong owner would mean a wrong
-identity, so the longer prefix gets no benefit of the doubt (requirements R17).
+others claim, and nobody is asked while it is not joined. Else an address has exactly one owner if every CIDR around
+it is claimed by the same cluster; if two clusters claim it, at whatever prefix lengths, it is ambiguous and nobody is
+asked: a wrong owner would mean a wrong identity, so the longer prefix gets no benefit of the doubt (requirements
+R17).
 
 :class:`MeshState` follows the node records one by one; :class:`ClusterTable` is what it looks like at one
 moment, immutable, for the resolver. Decoding records is left to records.py, reading them and writing the
@@ -43,8 +44,9 @@ MOST_ADDRESSES = 40_000
 _WIDEST = {4: 8, 6: 32}
 """Bits. No node has more addresses for its pods; one that says so would make everybody's ambiguous."""
 
-AMBIGUOUS = 0
-"""Cluster id that stands for "claimed by several"; no cluster of a mesh has it."""
+NOBODY = 0
+"""Cluster id where there is nobody to ask: claimed by several, or given to a cluster that is not joined; no cluster of
+a mesh has it."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -93,7 +95,10 @@ class ClusterTable:
         }
 
     def owners(self, address: Address) -> tuple[str, ...]:
-        """Return the names of the clusters that claim the address: none, one, or several if ambiguous."""
+        """Return the names of the clusters that claim the address: none, one, or several if ambiguous.
+
+        One to which the operator gave it need not be joined.
+        """
         value = int.from_bytes(address)
         for shift, prefixes in self._search[len(address)]:
             names = prefixes.get(value >> shift)
@@ -102,7 +107,7 @@ class ClusterTable:
         return ()
 
     def cluster(self, name: str) -> ClusterInfo | None:
-        """Return the cluster of this name; every name that ``owners`` returns has one."""
+        """Return the cluster of this name; None if it is not joined."""
         return self._clusters.get(name)
 
     def by_id(self, cluster_id: int) -> ClusterInfo | None:
@@ -115,7 +120,7 @@ class ClusterTable:
         return regions[0] if len(regions) == 1 else None
 
     def mesh_cidrs(self) -> Iterator[tuple[Network, int]]:
-        """Yield every claimed CIDR with its cluster id, or AMBIGUOUS.
+        """Yield every claimed CIDR with its cluster id, or NOBODY.
 
         A longest-prefix match over them answers as ``owners`` does.
         """
@@ -137,7 +142,8 @@ class ClusterTable:
         return CidrChanges(tuple(written), tuple(deleted))
 
     def _id_of(self, names: tuple[str, ...]) -> int:
-        return self._clusters[names[0]].cluster_id if len(names) == 1 else AMBIGUOUS
+        cluster = self._clusters.get(names[0]) if len(names) == 1 else None
+        return cluster.cluster_id if cluster else NOBODY
 
 
 class _Node(NamedTuple):
@@ -186,8 +192,8 @@ class _Claims(Generic[_K]):
 class MeshState:
     """The clusters and their nodes as they come and go; the end state does not depend on the order of events.
 
-    ``local_id`` is this node's own cluster id, ``explicit`` the CIDRs of ``--mesh-cidr``: each counts as long
-    as its cluster is joined, since nothing can be asked of a cluster whose id is not known.
+    ``local_id`` is this node's own cluster id, ``explicit`` the CIDRs of ``--mesh-cidr``, which count whether or not
+    their clusters are joined: else one that is down would leave its addresses to whoever claims them.
     """
 
     def __init__(self, local_id: int = 0, explicit: Iterable[tuple[str, Network]] = ()) -> None:
@@ -204,6 +210,8 @@ class MeshState:
         self._regions: _Claims[Address] = _Claims()
         self._touched: dict[_Length, set[int]] = defaultdict(set)
         self._table: ClusterTable | None = None
+        for cluster, prefix in self._explicit:
+            self._claim_all(cluster, (prefix,))
 
     def join(self, info: ClusterInfo) -> str | None:
         """Take the cluster in, or take its new description; return why not, if it is refused.
@@ -220,17 +228,15 @@ class MeshState:
             return f"cluster id {info.cluster_id} is that of {taken}"
         if not known:
             self._nodes[info.name] = {}
-            self._claim_all(info.name, self._explicit_of(info.name))
         self._clusters[info.name] = info
         self._table = None
         return None
 
     def leave(self, cluster: str) -> None:
-        """Forget the cluster, its nodes and its CIDRs."""
+        """Forget the cluster, its nodes and their CIDRs."""
         if self._clusters.pop(cluster, None):
             for node in self._nodes.pop(cluster).values():
                 self._forget(cluster, node)
-            self._unclaim_all(cluster, self._explicit_of(cluster))
             self._table = None
 
     def upsert_node(self, node: NodeRecord) -> str | None:
@@ -275,9 +281,6 @@ class MeshState:
             levels = {length: dict(prefixes) for length, prefixes in self._owners.items()}
             self._table = ClusterTable(dict(self._clusters), levels, dict(self._regions.names))
         return self._table
-
-    def _explicit_of(self, cluster: str) -> Iterator[_Prefix]:
-        return (prefix for name, prefix in self._explicit if name == cluster)
 
     def _holder_of(self, cluster_id: int, but: str) -> str | None:
         if cluster_id == self._local_id:
@@ -362,7 +365,7 @@ class MeshState:
             name
             for name, ((size, bits), first) in self._explicit
             if size == length[0] and bits <= length[1] and value >> length[1] - bits == first
-        } & self._clusters.keys()
+        }
         if names:  # the operator's word, which no record of another cluster makes ambiguous
             return tuple(sorted(names))
         names.update(self._claims[length].names[value])

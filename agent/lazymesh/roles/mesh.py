@@ -66,8 +66,8 @@ class Mesh:
         self._enforcement = enforcement
         self._feed = feed
         self._state = MeshState(settings.cluster_id, settings.mesh_cidrs)
-        self.table = self._state.table()
-        self._by_hand: frozenset[Network] = frozenset(network for _, network in settings.mesh_cidrs)
+        self.table = MeshState().table()
+        """What is in force; the operator's CIDRs are once ``run`` has written them."""
         self._leftovers: set[Network] = set()
         """CIDRs in the kernel that an earlier life of the agent put there, and nobody claims so far."""
         self._files: dict[str, tuple[ClusterFile, ClusterFile | None]] = {}
@@ -120,8 +120,7 @@ class Mesh:
 
     async def run(self) -> None:
         """Follow the configuration directories until cancelled."""
-        self._leftovers = set(self._cidrs.items()) - self._by_hand
-        self._cidrs.apply([(network, 0) for network in self._by_hand], ())
+        self._leftovers = set(self._cidrs.items())
         self._refresh_table()
         try:
             while True:
@@ -401,12 +400,7 @@ class Mesh:
         if table is self.table:
             return
         changes = table.changes_since(self.table)
-        # A CIDR given by hand stays mesh traffic while its cluster cannot be reached: policy holds for it.
-        orphaned = [(network, 0) for network in changes.deleted if network in self._by_hand]
-        self._cidrs.apply(
-            [*changes.written, *orphaned],
-            [network for network in changes.deleted if network not in self._by_hand],
-        )
+        self._cidrs.apply(changes.written, changes.deleted)
         self._leftovers.difference_update(network for network, _ in changes.written)
         self.table, self.problem = table, None
         self._feed(events.TableChanged(table))

@@ -67,7 +67,7 @@ class FakeCidrs(dict[Network, int]):
 
     def items(self) -> Any:
         """Return a copy, as reading a map does."""
-        return dict(super().items()).items()
+        return dict(super().items())
 
 
 class FakePolicyMap:
@@ -84,11 +84,12 @@ class FakePolicyMap:
 class Stage:
     """A mesh whose directory and links a test plays with."""
 
-    def __init__(self, directory: Path) -> None:
+    def __init__(self, directory: Path, *by_hand: tuple[str, str]) -> None:
         self.directory = directory
         self.cidrs = FakeCidrs()
         self.told: list[events.Event] = []
-        settings = MeshSettings("a", 1, clustermesh_config=directory)
+        given = tuple((name, ipaddress.ip_network(cidr)) for name, cidr in by_hand)
+        settings = MeshSettings("a", 1, clustermesh_config=directory, mesh_cidrs=given)
         enforcement = Enforcement(cast("Any", FakePolicyMap()), None, keep=False)
         self.mesh = Mesh(settings, cast("MeshCidrs", self.cidrs), enforcement, self.told.append)
 
@@ -173,6 +174,27 @@ async def test_cidrs_by_hand_of_a_cluster_that_nobody_described_are_named(stage:
     given = tuple((name, ipaddress.ip_network(f"10.{n}.0.0/16")) for n, name in enumerate(("bb", "b")))
     stage.mesh._settings = replace(stage.mesh._settings, mesh_cidrs=given)
     assert stage.mesh.unknown_owners == {"bb"}
+
+
+async def test_cidrs_by_hand_are_mesh_traffic_from_the_start_to_the_end(
+    stage: Stage, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also with nobody to ask: policy holds for them. What an earlier life left goes when all are listed."""
+    given, left = ipaddress.ip_network("10.7.0.0/16"), ipaddress.ip_network("10.8.0.0/16")
+    monkeypatch.setattr(module, "LOOK_EVERY_S", 0.01)
+    stage = Stage(tmp_path, ("b", str(given)))
+    stage.cidrs.update({given: 2, left: 3})
+    following = asyncio.create_task(stage.mesh.run())
+    await eventually(lambda: stage.cidrs == {given: 0, left: 3})
+    await eventually(lambda: "b" in stage.mesh.links)
+    assert stage.join() is None
+    assert stage.cidrs == {given: 2, left: 3}
+    cast("Any", stage.link).state = "ready"
+    await eventually(lambda: stage.cidrs == {given: 2})
+    (stage.directory / "b").unlink()
+    await eventually(lambda: stage.cidrs == {given: 0})
+    following.cancel()
+    await asyncio.gather(following, return_exceptions=True)
 
 
 async def test_file_that_is_empty_for_a_moment_is_no_farewell(stage: Stage) -> None:

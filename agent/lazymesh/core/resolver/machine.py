@@ -32,6 +32,7 @@ from lazymesh.core.resolver.views import AddressView, ClusterView, view_of_addre
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable
 
+    from lazymesh.core.clusters import ClusterInfo
     from lazymesh.core.model import Address, Space
     from lazymesh.core.resolver.judge import Judge
     from lazymesh.core.resolver.limits import Limits
@@ -147,7 +148,7 @@ class Resolver:
             self._resolve_with(owners, some, now)
 
     def _resolve_with(self, owners: tuple[str, ...], missed: dict[Address, float | None], now: float) -> None:
-        cluster = self._judge.table.cluster(owners[0]) if len(owners) == 1 else None
+        cluster = self._asked(owners)
         link = self._lifecycle.link(cluster.name) if cluster is not None else None
         begun = self._moves.begin(missed, owners, link)
         if cluster is None or link is None:
@@ -163,6 +164,10 @@ class Resolver:
             return
         for tracked in begun:
             self._moves.refuse(tracked, refusal, "", now)
+
+    def _asked(self, owners: tuple[str, ...]) -> ClusterInfo | None:
+        """Return the one cluster that can be asked for an address with these owners."""
+        return self._judge.table.cluster(owners[0]) if len(owners) == 1 else None
 
     def _missed_though_installed(self, tracked: Tracked, at: float, now: float) -> None:
         self._ledger.touch(tracked)
@@ -316,9 +321,12 @@ class Resolver:
         missed: dict[Address, float | None] = {}
         for tracked in list(self._moves.tracked.values()):
             owners = event.table.owners(tracked.address)
-            if owners == tracked.owners or self._moves.tracked.get(tracked.address) is not tracked:
+            asked = self._asked(owners)
+            # What the operator gave is its cluster's before that has joined, and when it has left.
+            same = owners == tracked.owners and (not owners or (asked is None) == (tracked.link is None))
+            if same or self._moves.tracked.get(tracked.address) is not tracked:
                 continue  # or another address of this very table has pushed it out of what is remembered
-            if tracked.link is not None and owners == (tracked.link.name,):
+            if tracked.link is not None and asked is not None and asked.name == tracked.link.name:
                 tracked.owners = owners  # adopted before its cluster's nodes were listed
             elif tracked.waiting:
                 missed[tracked.address] = tracked.missed_at
@@ -467,5 +475,5 @@ class Resolver:
 
 
 def _unowned(owners: tuple[str, ...]) -> Reason:
-    """Return why these owners are not the one cluster it takes; for an address that changed hands, too."""
+    """Return why these owners are not the one joined cluster it takes; for an address that changed hands, too."""
     return Reason.AMBIGUOUS if len(owners) > 1 else Reason.NO_CLUSTER

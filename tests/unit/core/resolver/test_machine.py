@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 
 from lazymesh.core.events import (
     Adopted,
+    ClusterGone,
     ClusterReady,
     ClusterSilent,
     Command,
@@ -594,6 +595,31 @@ def test_a_stranger_that_gets_an_owner_is_resolved_by_the_next_miss() -> None:
     ).end()
 
 
+def test_an_address_given_to_a_cluster_that_is_away_is_resolved_by_the_next_miss_once_it_joins() -> None:
+    """Nobody else is asked meanwhile."""
+    (
+        Play(table=mesh([info("c")]))
+        >> miss(B1)
+        << report(B1, "absent", Reason.NO_CLUSTER, missed_at=0.0, cluster=None)
+        >> TableChanged(mesh([info("c")]))
+        >> TableChanged(mesh())
+        >> ClusterReady("b")
+        >> miss(B1, at=1.0)
+        << read(B1)
+    ).end()
+
+
+def test_a_miss_of_a_cluster_that_has_left_is_answered_when_the_table_says_so() -> None:
+    """The table may follow later, and the address stays its own by the operator's word."""
+    (
+        play()
+        >> ClusterGone("b")
+        >> miss(B1, at=1.0)
+        >> TableChanged(mesh([info("c")]))
+        << report(B1, "absent", Reason.NO_CLUSTER, missed_at=1.0, cluster=None)
+    ).end()
+
+
 def test_a_miss_under_way_follows_its_address_to_the_new_owner() -> None:
     """It is asked again there, and still reported once, from the first miss on; the old answer means nothing."""
     (
@@ -744,6 +770,16 @@ def test_an_entry_that_cannot_be_ours_any_more_is_not_adopted(
         >> Adopted(address, entry(), cluster)
         << evict(address, why)
         << report(address, "evicted", detail=why, cluster=cluster)
+    ).end()
+
+
+def test_an_entry_of_one_cluster_is_not_adopted_where_the_operator_gave_the_address_to_another() -> None:
+    """Also while that one is away: an earlier life may not have had the operator's word."""
+    (
+        Play(table=mesh([info("c")]))
+        >> Adopted(B1, entry(), "c")
+        << evict(B1, "no-cluster")
+        << report(B1, "evicted", detail="no-cluster", cluster="c")
     ).end()
 
 
