@@ -385,7 +385,7 @@ def test_every_option_by_environment() -> None:
 
 
 def test_every_option_by_config_file() -> None:
-    """The same in YAML: lists, numbers and booleans as YAML has them."""
+    """The same in YAML: lists, and words."""
     with Lab(pods=1) as other:
         path = other.directory / "agent.yaml"
         path.write_text(
@@ -432,7 +432,7 @@ def ready(lab: Lab) -> bool:
 
 
 def test_metrics_can_be_switched_off_in_yaml_too() -> None:
-    """YAML takes a bare off for a boolean."""
+    """YAML would take a bare off for a boolean."""
     with Lab(pods=1) as other:
         path = other.directory / "agent.yaml"
         path.write_text("metrics-address: off\n")

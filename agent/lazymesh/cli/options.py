@@ -8,9 +8,9 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 import click
-import yaml
 from click.core import ParameterSource
 
+from lazymesh.core.words import read_words
 from lazymesh.errors import SettingsError
 from lazymesh.settings import DEFAULT_BPFFS, DEFAULT_SOCKET
 
@@ -112,11 +112,11 @@ def _read_config(ctx: click.Context, me: click.Parameter, path: Path | None) -> 
     if path is None:
         return
     try:
-        content = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
+        content = read_words(path.read_text(encoding="utf-8"), once=True) or {}
     except OSError as exc:
         raise SettingsError(f"--config {path}: {exc.strerror}") from exc
-    except (yaml.YAMLError, UnicodeDecodeError) as exc:
-        raise SettingsError(f"--config {path}: not YAML: {' '.join(str(exc).split())}") from exc
+    except ValueError as exc:
+        raise SettingsError(f"--config {path}: {exc}") from exc
     if not isinstance(content, dict):
         raise SettingsError(f"--config {path}: expected `option: value` lines")
     options = {param.opts[0].removeprefix("--"): param for param in ctx.command.params if param is not me}
@@ -135,18 +135,14 @@ def _read_config(ctx: click.Context, me: click.Parameter, path: Path | None) -> 
 
 def _as_words(path: Path, option: click.Parameter, value: object) -> object:
     """Return a YAML value as the command line would have it: words, several only where several are taken."""
-    if isinstance(option, click.Option) and option.is_flag and isinstance(value, bool):
-        return value
     if isinstance(value, list) and option.multiple:
         return [_word(path, option, item) for item in value]
     return [_word(path, option, value)] if option.multiple else _word(path, option, value)
 
 
 def _word(path: Path, option: click.Parameter, value: object) -> str:
-    if isinstance(value, bool):  # YAML takes a bare off for one
-        return "on" if value else "off"
-    if isinstance(value, str | int | float):
-        return str(value)
+    if isinstance(value, str):
+        return value
     raise SettingsError(f"--config {path}: {option.opts[0].removeprefix('--')} takes one word, not {value!r}")
 
 

@@ -51,6 +51,8 @@ def parse_policy(text: str, file: str) -> Policy:
         line, reason = error.problem_mark.line + 1 if error.problem_mark else 1, f"not YAML: {error.problem}"
     except RecursionError:
         line, reason = 1, "nested too deeply"
+    except (ValueError, OverflowError) as error:  # of numbers in escapes and directives
+        line, reason = 1, f"not YAML: {error}"
     raise SettingsError(f"{file}:{line}: {' '.join(reason.split())}")
 
 

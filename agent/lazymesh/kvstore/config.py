@@ -8,15 +8,13 @@ directory. TLS files are only named here: they are read when a connection is mad
 from __future__ import annotations
 
 import ipaddress
-import re
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
-import yaml
-
+from lazymesh.core.words import read_words
 from lazymesh.errors import SettingsError
 
 
@@ -90,15 +88,6 @@ def _at_hand(source: Path, path: str | None) -> str | None:
     return str(beside) if beside is not None and beside.exists() else path
 
 
-class _Words(yaml.BaseLoader):
-    """Takes every word as the text it is, but for null: no date, number or tag that could not be made out."""
-
-
-_NULL = "tag:yaml.org,2002:null"
-_Words.add_implicit_resolver(_NULL, re.compile("~|null|Null|NULL|"), ["~", "n", "N", ""])
-_Words.add_constructor(_NULL, lambda _loader, _node: None)
-
-
 def load_config(path: str | Path) -> EtcdConfig:
     """Read and check one configuration file; SettingsError says what to change in it."""
     try:
@@ -138,16 +127,9 @@ def parse_config(text: str, source: str) -> EtcdConfig:
 
 def _mapping(text: str, source: str) -> dict[str, Any]:
     try:
-        words = yaml.load(text, _Words)  # noqa: S506 (it makes texts, lists and mappings of texts)
-    except RecursionError as exc:
-        raise SettingsError(f"{source}: nested too deeply; an etcd client configuration is wanted") from exc
-    except yaml.YAMLError as exc:
-        mark = getattr(exc, "problem_mark", None)
-        line = f"line {mark.line + 1}: " if mark else ""
-        problem = getattr(exc, "problem", None) or "malformed"
-        raise SettingsError(
-            f"{source}: {line}not YAML ({problem}); an etcd client configuration is wanted"
-        ) from exc
+        words = read_words(text)
+    except ValueError as exc:
+        raise SettingsError(f"{source}: {exc}; an etcd client configuration is wanted") from exc
     if not isinstance(words, dict):
         raise SettingsError(f"{source}: not a mapping; an etcd client configuration starts with 'endpoints:'")
     return words

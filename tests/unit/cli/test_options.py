@@ -49,6 +49,9 @@ def run(
         ("size: 511", {"size": "511"}),
         ("address: off", {"address": "off"}),
         ("address: 9968", {"address": "9968"}),
+        ("address: no", {"address": "no"}),
+        ("address: 010", {"address": "010"}),
+        ("address: 2024-13-45", {"address": "2024-13-45"}),
         ("number: 7\nshadow: yes", {"number": 7, "shadow": True}),
         ("shadow: false", {"shadow": False}),
         ("address:", {"address": "here"}),
@@ -58,7 +61,7 @@ def run(
 def test_yaml_value_is_taken_as_the_word_it_stands_for(
     tmp_path: Path, text: str, expected: dict[str, Any]
 ) -> None:
-    """Numbers, booleans and lists are YAML's business, not the user's."""
+    """What YAML takes for numbers, dates and truths is its business, not the user's."""
     seen, result = run(tmp_path / "c.yaml", text)
     assert result.exception is None, result.output
     assert seen.items() >= expected.items()
@@ -78,10 +81,14 @@ def test_command_line_beats_environment_beats_file(tmp_path: Path) -> None:
         ("config: x", "no option is called 'config'"),
         ("17: x", "no option is called '17'"),
         ("[1]", "expected `option: value` lines"),
-        ("a: [", "not YAML"),
+        ("a: [", "line 1: not YAML"),
+        ("[" * 2_000, "nested too deeply"),
+        ('address: "\\UFFFFFFFF"', "not YAML"),
+        ("address: a\nnumber: 1\naddress: b", "line 3: not YAML ('address' occurs twice)"),
         ("address: [a]", "address takes one word"),
         ("interface: [{}]", "interface takes one word"),
         ("address: {a: b}", "address takes one word"),
+        ("{[a]: b}", "line 1: not YAML"),
     ],
 )
 def test_file_that_makes_no_sense_is_refused(tmp_path: Path, text: str, words: str) -> None:

@@ -138,6 +138,9 @@ def test_documents_and_specs_are_a_union() -> None:
         pytest.param("a: [\n", 2, "not YAML", id="YAML that ends too early"),
         pytest.param("a: b\n\x07\n", 2, "not YAML", id="a control character"),
         pytest.param("[" * 3000, 1, "nested too deeply", id="nested beyond all measure"),
+        pytest.param('a: "\\U00110000"', 1, "not YAML", id="a character that there is not"),
+        pytest.param('a: "\\UFFFFFFFF"', 1, "not YAML", id="a character beyond all numbers"),
+        pytest.param("%YAML " + "1" * 5000 + ".1\n--- {}", 1, "not YAML", id="a version beyond all numbers"),
         pytest.param("- a\n", 1, "a policy must be a mapping", id="a list"),
         pytest.param("kind: x\nkind: y\n", 2, "'kind' occurs twice in a policy", id="a key twice"),
         pytest.param("1: x\n", 1, "a key of a policy must be a text", id="a key that is a number"),
@@ -285,6 +288,9 @@ PIECES = st.sampled_from(
         "toEndpoints",
         "matchLabels",
         "---\n",
+        "%YAML 1.1\n",
+        '"\\U00110000"',
+        '"\\UFFFFFFFF"',
         HEAD,
     ]
 )

@@ -158,6 +158,7 @@ def test_file_is_loaded_and_an_unreadable_one_is_named(tmp_path: Path) -> None:
         "password: 2001-99-99",
         "password: !!int ''",
         "password: 1:99",
+        "password: nobody",
         "password: " + "1" * 5_000,
     ],
 )
@@ -180,8 +181,20 @@ def test_a_password_is_the_text_that_it_is(words: str) -> None:
         ("endpoints: ['http://b:2379']\ncilium-host-aliases: [x]", "wants 'hostname'"),
         ("a: &a [x, x]\nendpoints: [*a]", "no endpoints"),
         ("endpoints: [~]", "no endpoints"),
+        ('endpoints: ["\\U00110000"]', "not YAML"),
+        ('endpoints: ["\\UFFFFFFFF"]', "not YAML"),
+        ("%YAML " + "1" * 5_000 + ".1\n--- {}", "not YAML"),
     ],
-    ids=["deep", "a number of aliases", "an alias that is a word", "a list of lists", "nothing"],
+    ids=[
+        "deep",
+        "a number of aliases",
+        "an alias that is a word",
+        "a list of lists",
+        "nothing",
+        "a character that there is not",
+        "a character beyond all numbers",
+        "a version beyond all numbers",
+    ],
 )
 def test_words_of_the_wrong_shape_are_refused_in_one_line(text: str, said: str) -> None:
     """A file that cannot be used must cost its cluster, never the agent."""
