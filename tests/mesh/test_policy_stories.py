@@ -2,20 +2,24 @@
 
 from __future__ import annotations
 
+import contextlib
 import itertools
+import struct
 from typing import TYPE_CHECKING
 
 import pytest
 
 from tests.support.etcd import wait_until
-from tests.support.lab import OTHER_IDENTITY, SERVER_IDENTITY, Lab, remote_address
+from tests.support.lab import METRICS_PORT, OTHER_IDENTITY, SERVER_IDENTITY, Lab, remote_address
 from tests.support.node import (
     Talk,
     connect,
+    http_status,
     identity_of,
     launched,
     options,
     packets,
+    raw_entries,
     send_udp,
     wait_identity,
 )
@@ -91,6 +95,11 @@ def known(lab: Lab, identity: int, family: int = 4) -> str:
     send_udp(lab.pods[0].namespace, ip, 1)
     wait_identity(lab, ip, identity)
     return ip
+
+
+def may_be_reached(lab: Lab, identity: int) -> bool:
+    """Tell whether the kernel's policy map lets pods talk to an identity."""
+    return struct.pack("=II", identity, 0) in raw_entries(lab, "lm_policy")
 
 
 def reaches(lab: Lab, ip: str) -> bool:
@@ -224,3 +233,57 @@ def test_rights_of_an_earlier_life_do_not_outlast_new_labels() -> None:
         assert identity_of(own, ip) == RELABELLED
         assert not reaches(own, ip)
         assert reaches(own, server)
+
+
+def test_policy_that_only_looks_different_takes_no_rights() -> None:
+    """A comment more, while the cluster's store is away: nobody could be judged anew."""
+    with Lab(pods=1) as own:
+        own.set_policy(POLICY)
+        agent = own.start_agent()
+        server = known(own, SERVER_IDENTITY)
+        agent.stop()
+        own.etcd.stop()
+        own.set_policy("# a comment\n" + POLICY)
+        own.start_agent()
+        assert reaches(own, server)
+
+
+def test_rights_of_a_policy_that_was_only_tried_do_not_outlive_it() -> None:
+    """Its agent dies before its programs are loaded, and the one with the old policy finds no store."""
+    with Lab(pods=1) as own:
+        own.set_policy(POLICY)
+        agent = own.start_agent()
+        other = known(own, OTHER_IDENTITY)
+        assert not reaches(own, other)
+        agent.stop()
+        tried = own.directory / "tried.yaml"
+        tried.write_text(POLICY.replace("k8s:app: server", "k8s:app: other"), encoding="ascii")
+        words = options(own, policy=str(tried))
+        with launched(own, *words, env={"LAZYMESH_PROGRAM_CACHE": "off"}) as second:
+            wait_until(lambda: may_be_reached(own, OTHER_IDENTITY), 60, "rights by the policy that is tried")
+            second.kill()
+        own.etcd.stop()
+        own.start_agent()
+        assert not may_be_reached(own, OTHER_IDENTITY)
+        assert not reaches(own, other)
+
+
+def test_policy_that_is_taken_away_denies_nobody_on_its_way() -> None:
+    """From its agent's last moment to the next agent's first, with the programs to be compiled in between."""
+    with Lab(pods=1) as own:
+        own.set_policy(POLICY)
+        agent = own.start_agent()
+        server = known(own, SERVER_IDENTITY)
+        assert reaches(own, server)
+        denied = packets(agent, "policy_deny")
+        agent.stop()
+
+        def send_until_ready() -> bool:
+            send_udp(own.pods[0].namespace, server, 1)
+            with contextlib.suppress(OSError):
+                return http_status(own.node_a, METRICS_PORT, "/readyz")[0] == 200
+            return False
+
+        with launched(own, *options(own, policy=None), env={"LAZYMESH_PROGRAM_CACHE": "off"}) as second:
+            wait_until(send_until_ready, 60, "ready")
+            assert packets(second, "policy_deny") == denied

@@ -11,6 +11,7 @@ kernel's map to the shell.
 from __future__ import annotations
 
 import enum
+import hashlib
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import TYPE_CHECKING
@@ -134,6 +135,20 @@ class Policy:
     def enforced(self) -> frozenset[Direction]:
         """The directions in which somebody is denied, so that the kernel must look at its policy map."""
         return frozenset(d for d in Direction if self.of(d).enforced and not self.of(d).allow_all)
+
+    @property
+    def tag(self) -> int:
+        """What the policy says as a number of 64 bits, never 0: the same for every order, and in every process."""
+        said = repr([_said(self.of(direction)) for direction in Direction])
+        return int.from_bytes(hashlib.sha256(said.encode()).digest()[:8]) or 1
+
+
+def _said(rules: Rules) -> tuple[object, ...]:
+    selectors = {
+        tuple(sorted((one.key, one.operator.value, *sorted(one.values)) for one in selector.requirements))
+        for selector in rules.selectors
+    }
+    return rules.enforced, rules.allow_all, rules.allow_world, sorted(selectors)
 
 
 @dataclass(frozen=True, slots=True)

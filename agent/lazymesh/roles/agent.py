@@ -16,7 +16,6 @@ import random
 import signal
 import socket
 import time
-import zlib
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
@@ -81,11 +80,11 @@ def run_agent(settings: AgentSettings) -> None:
         )
     settings = _with_mode(settings)
     check_capabilities()
-    policy, text = _read_policy(settings)
+    policy = _read_policy(settings)
     check_directories(settings.mesh.clustermesh_config, settings.mesh.remote_config)
     # Left alone, glibc raises that size with each block that is freed, and the heap keeps what a long listing took.
     ctypes.CDLL(None).mallopt(M_MMAP_THRESHOLD, OWN_PAGES_FROM)
-    agent = Agent(settings, policy, zlib.crc32(text.encode()))
+    agent = Agent(settings, policy)
     # A storm makes objects by the hundred thousand, none of them garbage, and looking through them was a fifth of its
     # work; what is there by now stays, and is looked through no more.
     gc.collect()
@@ -109,9 +108,9 @@ def _with_mode(settings: AgentSettings) -> AgentSettings:
     return replace(settings, datapath=datapath)
 
 
-def _read_policy(settings: AgentSettings) -> tuple[Policy | None, str]:
+def _read_policy(settings: AgentSettings) -> Policy | None:
     if settings.policy is None:
-        return None, ""
+        return None
     try:
         text = settings.policy.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as exc:
@@ -123,17 +122,18 @@ def _read_policy(settings: AgentSettings) -> tuple[Policy | None, str]:
             f"--policy needs {missing}, too: what comes in is judged at uplinks and what goes out at pods' interfaces,"
             " and answers pass that both have seen asked for"
         )
-    return policy, text
+    return policy
 
 
 class Agent:
     """One life of the node agent."""
 
-    def __init__(self, settings: AgentSettings, policy: Policy | None, policy_tag: int) -> None:
+    def __init__(self, settings: AgentSettings, policy: Policy | None) -> None:
         self._settings = settings
         self._selection = InterfaceSelection(settings.datapath.interfaces, settings.datapath.uplinks)
         self._policy = policy
-        self._policy_tag = policy_tag
+        self._policy_tag = policy.tag if policy else 0
+        self._enforced = policy.enforced if policy and not settings.shadow else frozenset()
         self._metrics = Metrics()
         self._stop = asyncio.Event()
         self._failure: Exception | None = None
@@ -191,7 +191,7 @@ class Agent:
     async def _load_and_serve(self, pins: Pins, maps: MeshMaps) -> None:
         """Load, and follow the mesh meanwhile: to compile takes as long as to list a large one."""
         engine = PolicyEngine(self._policy) if self._policy else None
-        enforcement = Enforcement(maps.policy, engine, maps.config.read().policy_tag == self._policy_tag)
+        enforcement = self._enforcement(maps, engine)
         inbox = Inbox()
         mesh = Mesh(self._settings.mesh, maps.cidrs, enforcement, inbox.feed)
         following = asyncio.create_task(mesh.run(), name="mesh")
@@ -209,6 +209,17 @@ class Agent:
         finally:
             following.cancel()
             await asyncio.gather(following, return_exceptions=True)
+
+    def _enforcement(self, maps: MeshMaps, engine: PolicyEngine | None) -> Enforcement:
+        """Begin with what an earlier life has allowed if that was by this policy, or else with nothing."""
+        config = maps.config.read()
+        keep = engine is not None and config.policy_tag == self._policy_tag
+        if not keep:
+            # Whose the rights are that are written from now on is said once they are in force: we may die before. And
+            # what is not enforced any more must not be denied meanwhile, with the map empty.
+            enforced = sum(1 << direction for direction in self._enforced)
+            maps.config.change(policy_tag=0, enforced=config.enforced & enforced)
+        return Enforcement(maps.policy, engine, keep)
 
     @property
     def _leaves_nothing(self) -> bool:
@@ -419,7 +430,7 @@ class Agent:
                 global_rate=10 * settings.signal_rate,
                 on_miss=on_miss,
                 remember=self._may_remember(on_miss),
-                enforced=self._policy.enforced if self._policy and not shadow else frozenset(),
+                enforced=self._enforced,
                 policy_tag=self._policy_tag,
             )
         )

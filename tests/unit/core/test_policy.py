@@ -196,3 +196,43 @@ def test_changes_add_up_to_the_verdicts(policy: Policy, steps: list[tuple[object
             for identity in (2, WEB, API, DB):
                 passes = direction not in engine.enforced or (direction, identity) in kernel
                 assert engine.verdict(direction, identity) is passes
+
+
+WEB_OR_API = Policy(Rules(True, selectors=(app("web", "api"), Selector((condition("k8s:tier"),)))))
+
+
+@pytest.mark.parametrize(
+    ("other", "same"),
+    [
+        pytest.param(
+            Policy(Rules(True, selectors=(Selector((condition("k8s:tier"),)), app("api", "web")))),
+            True,
+            id="in another order",
+        ),
+        pytest.param(WEB_OR_API | WEB_OR_API, True, id="said twice"),
+        pytest.param(Policy(ingress=WEB_OR_API.egress), False, id="in the other direction"),
+        pytest.param(WEB_OR_API | Policy(Rules(allow_world=True)), False, id="and the world"),
+        pytest.param(WEB_OR_API | Policy(Rules(allow_all=True)), False, id="and all"),
+        pytest.param(Policy(Rules(True, selectors=(app("web", "api"),))), False, id="a selector less"),
+        pytest.param(
+            Policy(Rules(True, selectors=(app("web"), app("api"), Selector((condition("k8s:tier"),))))),
+            False,
+            id="in other words",
+        ),
+        pytest.param(
+            Policy(Rules(True, selectors=(app("web", "api"), Selector((condition("k8s:tier", "NotIn"),))))),
+            False,
+            id="with another operator",
+        ),
+        pytest.param(Policy(), False, id="nothing"),
+    ],
+)
+def test_a_tag_tells_whether_a_policy_says_the_same(other: Policy, same: bool) -> None:
+    """Over a restart: rights by another policy must not stay, those by the same one must."""
+    assert (other.tag == WEB_OR_API.tag) is same
+    assert 0 < other.tag < 1 << 64
+
+
+def test_a_tag_is_the_same_in_every_process() -> None:
+    """And in the next version: else an upgrade denies everybody until all clusters are listed."""
+    assert WEB_OR_API.tag == 0x748A24787D4C828A
