@@ -12,7 +12,9 @@ import pytest
 from structlog.testing import capture_logs
 
 from lazymesh.core import events
-from lazymesh.core.model import Network, Space
+from lazymesh.core.model import Direction, Network, Space
+from lazymesh.core.policy import PolicyEngine
+from lazymesh.core.policyfile import parse_policy
 from lazymesh.core.records import ClusterConfig
 from lazymesh.errors import DatapathError
 from lazymesh.kvstore.model import Change
@@ -21,6 +23,7 @@ from lazymesh.roles.enforcement import Enforcement
 from lazymesh.roles.mesh import Mesh
 from lazymesh.settings import MeshSettings
 from tests.support.etcd import eventually
+from tests.support.lab import POLICY
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Iterable
@@ -28,6 +31,8 @@ if TYPE_CHECKING:
 
     from lazymesh.datapath.maps import MeshCidrs
     from lazymesh.roles.link import ClusterLink, LinkConfig
+
+    Right = tuple[Direction, int]
 
 FILE = "endpoints: ['http://127.0.0.1:1']\n"
 CONFIG = ClusterConfig(2, 255, cached=False, synced_canaries=True)
@@ -71,26 +76,35 @@ class FakeCidrs(dict[Network, int]):
 
 
 class FakePolicyMap:
-    """No policy, no map."""
+    """The rights of an earlier life; what is written is told, in one order with the events."""
 
-    def items(self) -> set[Any]:
-        """Return nothing."""
-        return set()
+    def __init__(self, rights: Iterable[Right], told: list[object]) -> None:
+        self.rights = set(rights)
+        self.told = told
 
-    def apply(self, *_: object) -> None:
-        """Take nothing."""
+    def items(self) -> set[Right]:
+        """Return everything that is allowed."""
+        return set(self.rights)
+
+    def apply(self, allow: Iterable[Right], revoke: Iterable[Right]) -> None:
+        """Take away, then add."""
+        for words, pairs in (("revoked", set(revoke)), ("allowed", set(allow))):
+            self.told += [(words, identity) for _, identity in sorted(pairs)]
+            self.rights = self.rights - pairs if words == "revoked" else self.rights | pairs
 
 
 class Stage:
     """A mesh whose directory and links a test plays with."""
 
-    def __init__(self, directory: Path, *by_hand: tuple[str, str]) -> None:
+    def __init__(self, directory: Path, *by_hand: tuple[str, str], rights: Iterable[Right] = ()) -> None:
         self.directory = directory
         self.cidrs = FakeCidrs()
-        self.told: list[events.Event] = []
+        self.told: list[object] = []
+        self.policy = FakePolicyMap(rights, self.told)
         given = tuple((name, ipaddress.ip_network(cidr)) for name, cidr in by_hand)
         settings = MeshSettings("a", 1, clustermesh_config=directory, mesh_cidrs=given)
-        enforcement = Enforcement(cast("Any", FakePolicyMap()), None, keep=False)
+        engine = PolicyEngine(parse_policy(POLICY, "p"))
+        enforcement = Enforcement(cast("Any", self.policy), engine, keep=True)
         self.mesh = Mesh(settings, cast("MeshCidrs", self.cidrs), enforcement, self.told.append)
 
     def look(self) -> None:
@@ -115,9 +129,9 @@ class Stage:
         value = json.dumps(record).encode() if cidr else None
         self.mesh.on_nodes(self.link, [Change(b"nodes/" + name.encode(), value, 1)])
 
-    def identity(self, number: int) -> None:
+    def identity(self, number: int, app: str = "x") -> None:
         """Have b's link tell of an identity."""
-        labels = b"k8s:app=x;k8s:io.cilium.k8s.policy.cluster=b;"
+        labels = f"k8s:app={app};k8s:io.cilium.k8s.policy.cluster=b;".encode()
         self.mesh.on_identities(self.link, [Change(b"ids/%d" % number, labels, 1)])
 
     def join(self) -> str | None:
@@ -348,6 +362,55 @@ async def test_only_what_an_identity_ended_as_in_a_batch_counts(stage: Stage, en
     back = Change(b"ids/131073", b"k8s:io.cilium.k8s.policy.cluster=b;", 3)
     stage.mesh.on_identities(stage.link, [gone, back] if ends == "known" else [back, gone])
     assert stage.mesh.identities == ({131_073} if ends == "known" else set())
+
+
+async def test_an_identity_has_its_rights_before_it_is_known_and_until_its_entries_are_gone(
+    stage: Stage,
+) -> None:
+    """Else an entry would be judged by rights that are not there, or the number's next owner inherits them."""
+    stage.join()
+    stage.told.clear()
+    stage.identity(131_073, "server")
+    assert stage.told == [("allowed", 131_073), events.IdentityKnown(131_073)]
+    stage.mesh.on_identities(stage.link, [Change(b"ids/131073", None, 2)])
+    assert stage.told[2:] == [events.IdentityGone(131_073), ("revoked", 131_073)]
+
+
+async def test_identities_of_a_cluster_under_another_id_are_others(stage: Stage) -> None:
+    """What its former numbers stood for is nobody's any more."""
+    stage.join()
+    stage.identity(131_073, "server")
+    stage.told.clear()
+    renumbered = ClusterConfig(7, 255, cached=False, synced_canaries=True)
+    assert stage.mesh.on_config(stage.link, renumbered, SPACES) is None
+    assert stage.mesh.identities == set()
+    gone, ended, revoked, *_ = stage.told
+    assert (gone, ended, revoked) == (
+        events.ClusterGone("b"),
+        events.IdentityGone(131_073),
+        ("revoked", 131_073),
+    )
+
+
+async def test_rights_of_an_earlier_life_go_with_the_listing_of_their_cluster(
+    stage: Stage, tmp_path: Path
+) -> None:
+    """Those of others may not be listed for long, or have a file that cannot be read: theirs stay until all are."""
+    mine, others = (Direction.EGRESS, 131_073), (Direction.EGRESS, 7 << 16)
+    (tmp_path / "c").write_text("endpoints: [", encoding="ascii")
+    stage = Stage(tmp_path, rights=[mine, others])
+    stage.look()
+    stage.join()
+    assert stage.policy.rights == {mine, others}
+    cast("Any", stage.link).state = "ready"
+    stage.mesh.on_listed(stage.link)
+    assert stage.policy.rights == {others}
+    stage.look()
+    assert stage.policy.rights == {others}
+    (tmp_path / "c").unlink()
+    stage.look_twice()
+    stage.look()
+    assert stage.policy.rights == set()
 
 
 async def test_refusals_are_told_of_once_and_for_each_cluster_by_itself(stage: Stage) -> None:
