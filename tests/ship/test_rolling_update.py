@@ -19,8 +19,9 @@ if TYPE_CHECKING:
 ROOT = Path(__file__).parents[2]
 pytestmark = pytest.mark.needs("earlier versions")
 
-PREVIOUS = "524985f"
-"""The version before this one: pins and journal of both go into each other."""
+PREVIOUS = "6ea4f65"
+"""A version before this one: pins and journal of both go into each other, and both tell a policy by what it says. Where
+one tells it by its text, rights are taken until all are listed."""
 OLDER = "cc98f12"
 """Its lm_config has another layout."""
 PEERS = 8

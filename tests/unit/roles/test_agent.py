@@ -71,7 +71,9 @@ def test_policy_is_read_if_there_is_one(tmp_path: Path) -> None:
     """From its file."""
     path = tmp_path / "policy.yaml"
     path.write_text(POLICY)
-    assert module._read_policy(settings(tmp_path, policy=path, uplinks=("eth0",))) == parse_policy(POLICY, "policy.yaml")
+    assert module._read_policy(settings(tmp_path, policy=path, uplinks=("eth0",))) == parse_policy(
+        POLICY, "policy.yaml"
+    )
     assert module._read_policy(settings(tmp_path)) is None
 
 
