@@ -134,9 +134,9 @@ def test_policy_that_enforces_nothing_needs_no_uplink(tmp_path: Path) -> None:
     """Nor does one in the shadow; test_bad_usage.py has those that do."""
     path = tmp_path / "policy.yaml"
     path.write_text(POLICY)
-    assert module._read_policy(settings(tmp_path, policy=path, shadow=True))[1] == POLICY
+    assert module._read_policy(settings(tmp_path, policy=path, shadow=True)) == parse_policy(POLICY, "p")
     path.write_text(ALL)
-    assert module._read_policy(settings(tmp_path, policy=path))[1] == ALL
+    assert module._read_policy(settings(tmp_path, policy=path)) == parse_policy(ALL, "p")
 
 
 def test_interface_named_exactly_must_exist(tmp_path: Path) -> None:
