@@ -8,7 +8,6 @@ the reader's hands, and an agent whose loop hangs does not answer /healthz.
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import os
 from bisect import bisect_right
 from itertools import accumulate
@@ -29,7 +28,9 @@ RESOLUTION_BUCKETS = (0.0002, 0.0005, 0.001, 0.002, 0.005, 0.01, 0.025, 0.05, 0.
 """Seconds: from a co-located etcd's answer to the read's time limit."""
 
 REQUEST_LIMIT_S = 5.0
-"""A client that has not finished its request after this long is hung up on."""
+"""A client that has not sent its request and taken the answer after this long is hung up on."""
+CONNECTIONS = 32
+"""So many at once; for one more the oldest is hung up on. A probe sends its request as it comes, and is answered."""
 _PLAIN = "text/plain; charset=utf-8"
 
 Sample = tuple[tuple[str, ...], float]
@@ -59,6 +60,11 @@ class Metrics:
         )
         self.outcomes = counter("lazymesh_resolutions", "Ends of resolutions", "outcome", "cached")
         self.evictions = counter("lazymesh_entries_evicted", "Entries of ours taken out, by why", "why")
+        self.hung_up = counter(
+            "lazymesh_http_connections_dropped",
+            "Connections of this server that were hung up on: too late with request or answer, or too many",
+            "why",
+        )
 
     def _counter(self, name: str, text: str, *labels: str) -> Counter:
         return Counter(name, text, labels, registry=self.registry)
@@ -148,14 +154,18 @@ class HttpServer:
     def __init__(self, address: tuple[str, int], metrics: Metrics, ready: Callable[[], str | None]) -> None:
         self._address = address
         self._registry = metrics.registry
+        self._hung_up = metrics.hung_up
         self._ready = ready
+        self._connections: dict[asyncio.WriteTransport, None] = {}
+        """In the order in which they came."""
         self._server: asyncio.Server | None = None
 
     async def start(self) -> None:
         """Listen; LazymeshError when the port is taken or the host is none of ours."""
         host, port = self._address
         try:
-            self._server = await asyncio.start_server(self._serve, host, port)
+            # The backlog is also what is accepted in one turn of the loop, before any of it can be hung up on.
+            self._server = await asyncio.start_server(self._serve, host, port, backlog=CONNECTIONS)
         except OSError as exc:
             # asyncio puts the address into strerror once more; a name that means nothing has no errno of its own.
             why = os.strerror(exc.errno) if exc.errno and exc.errno > 0 else exc.strerror
@@ -170,14 +180,31 @@ class HttpServer:
             self._server.close()
 
     async def _serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        # ValueError: a line longer than any of a request that we would answer.
-        with contextlib.suppress(OSError, ValueError), contextlib.closing(writer):
+        self._make_room()
+        transport = writer.transport
+        self._connections[transport] = None
+        transport.set_write_buffer_limits(0)  # what is drained is the kernel's, and closing waits for nobody
+        try:
             async with asyncio.timeout(REQUEST_LIMIT_S):
                 path, accept = await _request(reader)
                 status, kind, body = self._answer(path, accept)
                 head = f"HTTP/1.1 {status}\r\nContent-Type: {kind}\r\nContent-Length: {len(body)}\r\n"
                 writer.write(f"{head}Connection: close\r\n\r\n".encode() + body)
                 await writer.drain()
+        except TimeoutError:
+            self._hung_up.labels("late").inc()
+        except (OSError, ValueError):
+            pass  # the client left, or a line is longer than any of a request that we would answer
+        finally:
+            self._connections.pop(transport, None)
+            transport.abort()
+
+    def _make_room(self) -> None:
+        if len(self._connections) == CONNECTIONS:
+            oldest = next(iter(self._connections))
+            del self._connections[oldest]
+            oldest.abort()
+            self._hung_up.labels("crowded").inc()
 
     def _answer(self, path: str, accept: str) -> tuple[str, str, bytes]:
         if path == "/metrics":

@@ -91,6 +91,7 @@ def values(page: str) -> dict[str, dict[str, set[str]]]:
         (metrics.errors, "cilium_ipcache_miss_resolution_errors_total"),
         (metrics.outcomes, "lazymesh_resolutions_total"),
         (metrics.evictions, "lazymesh_entries_evicted_total"),
+        (metrics.hung_up, "lazymesh_http_connections_dropped_total"),
     ):
         for label in metric._labelnames:
             found.setdefault(name, {}).setdefault(label, set())

@@ -8,10 +8,10 @@ from typing import TYPE_CHECKING
 
 import pytest
 
-from lazymesh import __version__
+from lazymesh import __version__, metrics
 from lazymesh.errors import LazymeshError
-from lazymesh.metrics import HttpServer, Metrics
-from tests.support.etcd import free_port
+from lazymesh.metrics import CONNECTIONS, HttpServer, Metrics
+from tests.support.etcd import eventually, free_port
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator
@@ -26,10 +26,20 @@ class Served:
         self.port = free_port()
         self.server = HttpServer(("127.0.0.1", self.port), self.metrics, lambda: self.missing)
 
-    async def send(self, words: bytes) -> bytes:
-        """Send bytes as they are; return the whole answer."""
+    async def open(self, words: bytes) -> tuple[asyncio.StreamReader, asyncio.StreamWriter]:
+        """Connect and send bytes as they are."""
         reader, writer = await asyncio.open_connection("127.0.0.1", self.port)
         writer.write(words)
+        return reader, writer
+
+    def hung_up(self, why: str) -> float | None:
+        """Return how many were hung up on."""
+        name = "lazymesh_http_connections_dropped_total"
+        return self.metrics.registry.get_sample_value(name, {"why": why})
+
+    async def send(self, words: bytes) -> bytes:
+        """Send bytes as they are; return the whole answer."""
+        reader, writer = await self.open(words)
         writer.write_eof()
         answer = await reader.read()
         writer.close()
@@ -96,6 +106,56 @@ async def test_strange_requests_cost_nobody_anything(served: Served, words: byte
     assert (await served.get("/healthz"))[0] == 200
 
 
+@pytest.mark.parametrize("name", ["Accept", "accept", "ACCEPT"])
+async def test_form_of_the_metrics_is_what_the_client_accepts(served: Served, name: str) -> None:
+    """A header's name has no case."""
+    head = f"GET /metrics HTTP/1.1\r\n{name}: application/openmetrics-text; version=1.0.0\r\n\r\n"
+    answer = await served.send(head.encode())
+    assert b"Content-Type: application/openmetrics-text" in answer
+    assert answer.endswith(b"# EOF\n")
+
+
+@pytest.mark.parametrize("words", [b"", b"GET /healthz HTTP/1.1\r\n"])
+async def test_client_that_does_not_finish_its_request_is_hung_up_on(
+    served: Served, monkeypatch: pytest.MonkeyPatch, words: bytes
+) -> None:
+    """It would keep a descriptor for as long as it likes."""
+    monkeypatch.setattr(metrics, "REQUEST_LIMIT_S", 0.1)
+    reader, writer = await served.open(words)
+    assert await asyncio.wait_for(reader.read(), 10) == b""
+    assert served.hung_up("late") == 1
+    writer.close()
+
+
+async def test_client_that_does_not_take_its_answer_is_hung_up_on(
+    served: Served, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What the kernel does not take of it would stay in our memory for as long as the client likes."""
+    monkeypatch.setattr(metrics, "REQUEST_LIMIT_S", 0.1)
+    size = 32 << 20
+    served.metrics.collect_gauge("x_long", "x", ("word",), lambda: [(("x" * size,), 1)])
+    reader, writer = await served.open(b"GET /metrics HTTP/1.1\r\n\r\n")
+    await eventually(lambda: served.hung_up("late") == 1)
+    taken = 0
+    with contextlib.suppress(ConnectionError):
+        while part := await asyncio.wait_for(reader.read(1 << 20), 10):
+            taken += len(part)
+    assert taken < size
+    writer.close()
+
+
+async def test_idle_connections_are_few_and_in_nobodys_way(served: Served) -> None:
+    """For one too many the oldest goes: probes and scrapes are answered, however many others say nothing."""
+    idle = [await served.open(b"") for _ in range(3 * CONNECTIONS)]
+    assert (await served.get("/healthz"))[0] == 200
+    await eventually(lambda: sum(reader.at_eof() for reader, _ in idle) == 2 * CONNECTIONS + 1)
+    assert [reader.at_eof() for reader, _ in idle[-CONNECTIONS + 1 :]] == [False] * (CONNECTIONS - 1)
+    assert served.hung_up("crowded") == 2 * CONNECTIONS + 1
+    assert (await served.get("/healthz"))[0] == 200
+    for _, writer in idle:
+        writer.close()
+
+
 async def test_taken_port_is_one_line_that_says_what_to_do(served: Served) -> None:
     """Address, reason, option."""
     with pytest.raises(LazymeshError) as caught:
@@ -125,3 +185,12 @@ def test_durations_are_a_histogram_by_outcome() -> None:
     assert found == [1, 1, 2, 2, 3]
     assert sample("count") == 3
     assert sample("sum") == pytest.approx(60.0032)
+
+
+def test_what_came_before_its_miss_took_no_time() -> None:
+    """Clocks are read on two processors; such a duration counts, and takes nothing off the sum."""
+    metrics = Metrics()
+    metrics.duration.observe("installed", [0.5, -2.0, 0.25])
+    name, labels = "cilium_ipcache_miss_resolution_duration_seconds", {"outcome": "installed"}
+    assert metrics.registry.get_sample_value(f"{name}_sum", labels) == 0.75
+    assert metrics.registry.get_sample_value(f"{name}_count", labels) == 3
