@@ -22,6 +22,8 @@ if TYPE_CHECKING:
 Answer = Callable[[dict[str, Any]], dict[str, Any]]
 """Takes the request, returns the object to send."""
 
+ANSWER_LIMIT_S = 10.0
+"""An agent that has not begun to answer after this long is not waited for."""
 STREAM_BACKLOG = 10_000
 """Lines kept for a reader that is slower than the misses; beyond, the newest are dropped and counted."""
 
@@ -148,10 +150,13 @@ def ask(path: Path, what: str, **arguments: object) -> Iterator[dict[str, Any]]:
     LazymeshError when nobody answers, or with the words of an agent that cannot.
     """
     with socket.socket(socket.AF_UNIX) as sock:
+        sock.settimeout(ANSWER_LIMIT_S)
         try:
             sock.connect(str(path))
         except PermissionError as exc:
             raise LazymeshError(f"cannot reach the agent on {path}: that needs root") from exc
+        except BlockingIOError as exc:  # so many wait already that the kernel takes no more
+            raise _hangs(path) from exc
         except OSError as exc:
             raise LazymeshError(
                 f"no agent answers on {path} ({exc.strerror or exc}): start `lazymesh agent`, or name its --socket"
@@ -162,13 +167,23 @@ def ask(path: Path, what: str, **arguments: object) -> Iterator[dict[str, Any]]:
             with sock.makefile("r", encoding="utf-8") as lines:
                 for line in lines:
                     answered = True
+                    sock.settimeout(None)  # the next line of a stream comes when something happens
                     answer = json.loads(line)
                     if "error" in answer:
                         raise LazymeshError(answer["error"])
                     yield answer
+        except TimeoutError as exc:
+            raise _hangs(path) from exc
         except (OSError, ValueError) as exc:
             raise LazymeshError(
                 f"the agent behind {path} broke off in the middle of its answer: {exc}"
             ) from exc
         if not answered:
             raise LazymeshError(f"the agent behind {path} left without an answer: it is about to stop")
+
+
+def _hangs(path: Path) -> LazymeshError:
+    return LazymeshError(
+        f"the agent behind {path} does not answer: it hangs, or has no time; if that lasts, look into its log and"
+        " start it anew"
+    )

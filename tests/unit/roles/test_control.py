@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import json
+import socket
 from typing import TYPE_CHECKING, Any
 
 import pytest
@@ -155,3 +157,32 @@ async def test_agent_that_leaves_without_an_answer(tmp_path: Path) -> None:
     async with await asyncio.start_unix_server(leave, path):
         with pytest.raises(LazymeshError, match="without an answer"):
             await asyncio.to_thread(lambda: next(ask(path, "audit", since=60)))
+
+
+@pytest.mark.parametrize("waiting", [0, 1], ids=["first in the queue", "the queue is full"])
+def test_agent_that_hangs_is_not_waited_for(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, waiting: int
+) -> None:
+    """The kernel takes the connection and the question; somebody who looks whether all is well wants to know."""
+    monkeypatch.setattr(control, "ANSWER_LIMIT_S", 0.1)
+    path = tmp_path / "agent.sock"
+    with socket.socket(socket.AF_UNIX) as agent, contextlib.ExitStack() as others:
+        agent.bind(str(path))
+        agent.listen(0)
+        for _ in range(waiting):
+            others.enter_context(socket.socket(socket.AF_UNIX)).connect(str(path))
+        with pytest.raises(LazymeshError, match=r"agent\.sock does not answer: it hangs") as caught:
+            list(ask(path, "status"))
+        assert caught.value.exit_code == 3
+
+
+async def test_stream_that_has_begun_is_waited_for(served: Served, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its next line comes with the next miss, and that may be tomorrow."""
+    monkeypatch.setattr(control, "ANSWER_LIMIT_S", 1.0)
+    lines = ask(served.path, "misses")
+    assert await asyncio.to_thread(next, lines) == {"streaming": "misses"}
+    waiting = asyncio.create_task(asyncio.to_thread(next, lines))
+    await asyncio.sleep(1.3)
+    served.server.publish({"address": "10.2.0.5"})
+    assert await waiting == {"address": "10.2.0.5"}
+    lines.close()
