@@ -183,7 +183,8 @@ class HttpServer:
         self._make_room()
         transport = writer.transport
         self._connections[transport] = None
-        transport.set_write_buffer_limits(0)  # what is drained is the kernel's, and closing waits for nobody
+        # What is drained is the kernel's then, and closing waits for nobody.
+        transport.set_write_buffer_limits(0)
         try:
             async with asyncio.timeout(REQUEST_LIMIT_S):
                 path, accept = await _request(reader)

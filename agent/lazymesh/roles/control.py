@@ -22,8 +22,8 @@ if TYPE_CHECKING:
 Answer = Callable[[dict[str, Any]], dict[str, Any]]
 """Takes the request, returns the object to send."""
 
-ANSWER_LIMIT_S = 10.0
-"""An agent that has not begun to answer after this long is not waited for."""
+LIMIT_S = 10.0
+"""So long one side waits for the other: a command for its answer, the agent until it has asked and taken that."""
 STREAM_BACKLOG = 10_000
 """Lines kept for a reader that is slower than the misses; beyond, the newest are dropped and counted."""
 
@@ -47,15 +47,18 @@ class ControlServer:
         """Stream lines that a slow reader never got."""
 
     async def start(self) -> None:
-        """Listen; LazymeshError when somebody else does already, or the directory cannot be made."""
+        """Listen; LazymeshError when somebody else does already, or nobody can there."""
         try:
             self._path.parent.mkdir(parents=True, exist_ok=True)
             if await self._is_taken():
                 raise LazymeshError(
                     f"another agent listens on {self._path}: stop it, or choose another --socket"
                 )
-            with contextlib.suppress(FileNotFoundError):
-                self._path.unlink()
+            if self._path.exists() and not self._path.is_socket():
+                raise LazymeshError(
+                    f"cannot listen on {self._path}: what is there is no socket; remove it, or choose another --socket"
+                )
+            # What a dead agent has left is replaced: asyncio does so, if it is a socket.
             self._server = await asyncio.start_unix_server(self._serve, self._path)
             self._path.chmod(0o600)
         except OSError as exc:
@@ -94,29 +97,39 @@ class ControlServer:
         return True
 
     async def _serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        with contextlib.suppress(ConnectionError), contextlib.closing(writer):
-            request = await read_request(reader)
-            if request is not None and request.get("ask") == "misses":
-                await self._stream(reader, writer)
-            elif request is not None:
-                writer.write(json.dumps(self.answer(request)).encode() + b"\n")
-            await writer.drain()
+        # What is drained is the kernel's then, and closing waits for nobody.
+        writer.transport.set_write_buffer_limits(0)
+        try:
+            async with asyncio.timeout(LIMIT_S) as limit:
+                request = await read_request(reader)
+                if request is not None and request.get("ask") == "misses":
+                    limit.reschedule(None)
+                    await self._stream(reader, writer)
+                elif request is not None:
+                    writer.write(json.dumps(self._answer(request)).encode() + b"\n")
+                    await writer.drain()
+        except (ConnectionError, TimeoutError):
+            pass
+        finally:
+            writer.transport.abort()
 
-    def answer(self, request: dict[str, Any]) -> dict[str, Any]:
-        """Return the object that answers a request; words when it makes no sense."""
+    def _answer(self, request: dict[str, Any]) -> dict[str, Any]:
+        """Return the object that answers a request; words when it makes no sense, or cannot be answered."""
         answer = self._answers.get(str(request.get("ask")))
         if answer is None:
             return {"error": f"ask for misses, {', '.join(sorted(self._answers))}"}
         try:
             return answer(request)
-        except (ArithmeticError, LookupError, ValueError, TypeError) as exc:
+        except LazymeshError as exc:
+            return {"error": str(exc)}
+        except (ArithmeticError, AttributeError, LookupError, ValueError, TypeError) as exc:
             return {"error": f"the arguments of {request['ask']} make no sense: {exc}"}
 
     async def _stream(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         queue: asyncio.Queue[str] = asyncio.Queue(STREAM_BACKLOG)
         self._streams.add(queue)
         self._streaming(True)
-        gone = asyncio.create_task(reader.read())  # the reader never writes: this returns when it leaves
+        gone = asyncio.create_task(_left(reader))
         try:
             writer.write(b'{"streaming": "misses"}\n')
             while not gone.done():
@@ -132,6 +145,12 @@ class ControlServer:
             self._streams.discard(queue)
             if not self._streams:
                 self._streaming(False)
+
+
+async def _left(reader: asyncio.StreamReader) -> None:
+    """Return when the other side has left; what it says until then is of no interest, and not kept."""
+    while await reader.read(65_536):
+        pass
 
 
 async def read_request(reader: asyncio.StreamReader) -> dict[str, Any] | None:
@@ -150,7 +169,7 @@ def ask(path: Path, what: str, **arguments: object) -> Iterator[dict[str, Any]]:
     LazymeshError when nobody answers, or with the words of an agent that cannot.
     """
     with socket.socket(socket.AF_UNIX) as sock:
-        sock.settimeout(ANSWER_LIMIT_S)
+        sock.settimeout(LIMIT_S)
         try:
             sock.connect(str(path))
         except PermissionError as exc:

@@ -6,11 +6,12 @@ import asyncio
 import contextlib
 import json
 import socket
+import tracemalloc
 from typing import TYPE_CHECKING, Any
 
 import pytest
 
-from lazymesh.errors import LazymeshError
+from lazymesh.errors import DatapathError, LazymeshError
 from lazymesh.roles import control
 from lazymesh.roles.control import ControlServer, ask
 from tests.support.etcd import eventually
@@ -20,13 +21,27 @@ if TYPE_CHECKING:
     from pathlib import Path
 
 
+LONG = 32 << 20
+"""More than a socket's buffers hold."""
+
+
+def _refuse(_request: dict[str, Any]) -> dict[str, Any]:
+    raise DatapathError("cannot read the map: no memory")
+
+
 class Served:
     """A server, and what it reported."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
         self.streaming: list[bool] = []
-        self.server = ControlServer(path, {"status": lambda _: {"ready": True}}, self.streaming.append)
+        answers = {
+            "status": lambda _: {"ready": True},
+            "loud": lambda request: {"word": request["word"].upper()},
+            "broken": _refuse,
+            "long": lambda _: {"word": "x" * LONG},
+        }
+        self.server = ControlServer(path, answers, self.streaming.append)
 
     async def open(self, words: bytes) -> tuple[asyncio.StreamReader, asyncio.StreamWriter]:
         """Connect and send bytes."""
@@ -65,6 +80,80 @@ async def test_nonsense_is_answered_as_such(served: Served, words: bytes) -> Non
     reader, writer = await served.open(words)
     assert "error" in await line(reader)
     writer.close()
+
+
+@pytest.mark.parametrize(
+    ("request_", "error"),
+    [
+        ({"ask": "loud"}, "the arguments of loud make no sense: 'word'"),
+        (
+            {"ask": "loud", "word": None},
+            "the arguments of loud make no sense: 'NoneType' object has no attribute 'upper'",
+        ),
+        (
+            {"ask": "loud", "word": 5},
+            "the arguments of loud make no sense: 'int' object has no attribute 'upper'",
+        ),
+        ({"ask": "broken"}, "cannot read the map: no memory"),
+    ],
+)
+async def test_why_there_is_no_answer_is_the_answer(
+    served: Served, request_: dict[str, Any], error: str
+) -> None:
+    """And the command ends with it."""
+    reader, writer = await served.open(json.dumps(request_).encode() + b"\n")
+    assert await line(reader) == {"error": error}
+    writer.close()
+    what = request_.pop("ask")
+    with pytest.raises(LazymeshError) as caught:
+        await asyncio.to_thread(lambda: list(ask(served.path, what, **request_)))
+    assert str(caught.value) == error
+
+
+@pytest.mark.parametrize("words", [b"", b'{"ask": "status"'])
+async def test_who_does_not_finish_asking_is_hung_up_on(
+    served: Served, monkeypatch: pytest.MonkeyPatch, words: bytes
+) -> None:
+    """It would keep a descriptor for as long as it likes."""
+    monkeypatch.setattr(control, "LIMIT_S", 0.1)
+    reader, writer = await served.open(words)
+    assert await asyncio.wait_for(reader.read(), 10) == b""
+    writer.close()
+
+
+async def test_who_does_not_take_the_answer_is_hung_up_on(
+    served: Served, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It ends in the middle; before, it stayed in our memory."""
+    monkeypatch.setattr(control, "LIMIT_S", 0.5)
+    reader, writer = await served.open(b'{"ask": "long"}\n')
+    assert await asyncio.wait_for(reader.readexactly(10), 10) == b'{"word": "'
+    await asyncio.sleep(1)
+    with contextlib.suppress(ConnectionError):
+        assert len(await asyncio.wait_for(reader.read(), 10)) < LONG
+    writer.close()
+
+
+async def test_what_a_follower_of_the_stream_says_is_not_kept(
+    served: Served, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It is only listened to so that its leaving is heard; and the limit is not for it."""
+    monkeypatch.setattr(control, "LIMIT_S", 1.0)
+    tracemalloc.start()
+    try:
+        reader, writer = await served.open(b'{"ask": "misses"}\n')
+        assert await line(reader) == {"streaming": "misses"}
+        for _ in range(64):
+            writer.write(b"x" * (1 << 20))
+            await writer.drain()
+        assert tracemalloc.get_traced_memory()[1] < 16 << 20
+    finally:
+        tracemalloc.stop()
+    await asyncio.sleep(1.1)
+    served.server.publish({"address": "10.2.0.5"})
+    assert await line(reader) == {"address": "10.2.0.5"}
+    writer.close()
+    await eventually(lambda: served.streaming[-1:] == [False])
 
 
 async def test_stream_is_shared_and_told_when_somebody_listens(served: Served) -> None:
@@ -139,6 +228,17 @@ async def test_second_server_is_refused_and_a_dead_ones_socket_is_taken_over(ser
     await second.close()
 
 
+async def test_what_is_no_socket_is_not_replaced(tmp_path: Path) -> None:
+    """A file that somebody named by mistake is what it was, also after the agent has stopped."""
+    file = tmp_path / "precious"
+    file.write_text("data")
+    server = ControlServer(file, {})
+    with pytest.raises(LazymeshError, match="is no socket; remove it, or choose another --socket"):
+        await server.start()
+    await server.close()
+    assert file.read_text() == "data"
+
+
 def test_nobody_answers(tmp_path: Path) -> None:
     """A line for each way to be absent."""
     for path in (tmp_path / "none", tmp_path / ("x" * 200), tmp_path):
@@ -164,7 +264,7 @@ def test_agent_that_hangs_is_not_waited_for(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, waiting: int
 ) -> None:
     """The kernel takes the connection and the question; somebody who looks whether all is well wants to know."""
-    monkeypatch.setattr(control, "ANSWER_LIMIT_S", 0.1)
+    monkeypatch.setattr(control, "LIMIT_S", 0.1)
     path = tmp_path / "agent.sock"
     with socket.socket(socket.AF_UNIX) as agent, contextlib.ExitStack() as others:
         agent.bind(str(path))
@@ -178,7 +278,7 @@ def test_agent_that_hangs_is_not_waited_for(
 
 async def test_stream_that_has_begun_is_waited_for(served: Served, monkeypatch: pytest.MonkeyPatch) -> None:
     """Its next line comes with the next miss, and that may be tomorrow."""
-    monkeypatch.setattr(control, "ANSWER_LIMIT_S", 1.0)
+    monkeypatch.setattr(control, "LIMIT_S", 1.0)
     lines = ask(served.path, "misses")
     assert await asyncio.to_thread(next, lines) == {"streaming": "misses"}
     waiting = asyncio.create_task(asyncio.to_thread(next, lines))
