@@ -185,7 +185,8 @@ static __always_inline void rearm(const struct lm_packet *packet)
 }
 
 /* The open window: a packet of an address without an entry went on as world. */
-static __always_inline void note_window(struct __sk_buff *skb, const struct lm_packet *packet, int direction)
+static __always_inline void note_window(struct __sk_buff *skb, const struct lm_packet *packet, int direction,
+					struct lm_counters *counters)
 {
 	struct lm_dedup_key key = {};
 	struct lm_window fresh = {}, *window;
@@ -204,7 +205,9 @@ static __always_inline void note_window(struct __sk_buff *skb, const struct lm_p
 	fresh.packets = 1;
 	fresh.bytes = skb->len;
 	fresh.direction = direction;
-	lm_windows.update(&key, &fresh);
+	/* One that there is no room for counts as well: the agent learns by it that some are missing. */
+	if (lm_windows.insert(&key, &fresh) != -EEXIST)
+		counters->windows_opened++;
 }
 
 static __always_inline int handle(struct __sk_buff *skb, int direction)
@@ -287,7 +290,7 @@ static __always_inline int handle(struct __sk_buff *skb, int direction)
 	if (mesh && config->enforced)
 		verdict = judge(skb, &packet, direction, miss == MISS_NO ? identity : WORLD_ID, config, counters);
 	if (missed && verdict != TC_ACT_SHOT)
-		note_window(skb, &packet, direction);
+		note_window(skb, &packet, direction, counters);
 	return verdict;
 }
 

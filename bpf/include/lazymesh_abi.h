@@ -92,6 +92,7 @@ struct lm_counters {
 	__u64 policy_reply;    /* passed because it answers an allowed flow */
 	__u64 policy_fragment; /* later fragment of a packet whose first fragment was judged */
 	__u64 policy_deny;
+	__u64 windows_opened; /* no packets: elements that lm_windows was given */
 };
 
 /* Value of lm_mesh_cidrs, whose key is an ipcache_key: the pod CIDRs of the mesh. */
@@ -262,7 +263,7 @@ struct lm_holder_stats {
 
 _Static_assert(sizeof(struct ipcache_miss) == 40, "ipcache_miss has a hole");
 _Static_assert(sizeof(struct lm_config) == 104, "lm_config has a hole");
-_Static_assert(sizeof(struct lm_counters) == 120, "lm_counters has a hole");
+_Static_assert(sizeof(struct lm_counters) == 128, "lm_counters has a hole");
 _Static_assert(sizeof(struct lm_mesh_cidr) == 4, "lm_mesh_cidr has a hole");
 _Static_assert(sizeof(struct lm_dedup_key) == 20, "lm_dedup_key has a hole");
 _Static_assert(sizeof(struct lm_window) == 40, "lm_window has a hole");

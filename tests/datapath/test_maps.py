@@ -27,8 +27,10 @@ from lazymesh.datapath.maps import (
     View,
     kernel_honours_noexist,
     open_map,
+    window_of,
 )
 from lazymesh.errors import DatapathError, MapFullError
+from lazymesh.roles.auditing import Auditor
 from tests.datapath.conftest import key_of, network_of
 from tests.datapath.test_abi_layout import GOLDEN_ENTRIES, GOLDEN_KEYS, tool
 from tests.support import packets
@@ -39,6 +41,7 @@ from tests.support.packets import NODE_B, POD_B1, POD_B2, Flow, pod_of_b
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
 
+    from lazymesh.core.resolver import Resolver
     from tests.datapath.conftest import Bench
 
 HERE = Path("/a/pin")
@@ -418,6 +421,51 @@ class TestConfig:
         assert {name: getattr(found, name) for name in expected} == expected
 
 
+class TestWindows:
+    """What went through as world."""
+
+    @pytest.fixture
+    def passing(self, bench: Bench) -> Bench:
+        """Return a bench that passes on whatever misses."""
+        bench.mesh({"10.2.0.0/16": 2, "fd00:2::/64": 2})
+        bench.configure(on_miss=OnMiss.PASS, interface_rate=0, uplink_rate=0, global_rate=0)
+        return bench
+
+    def test_window_is_opened_once_by_whoever_comes_first(self, passing: Bench) -> None:
+        """Closed, its address opens another one."""
+        windows, counters = passing.datapath.windows, passing.datapath.counters
+        for _ in range(2):
+            for version in (4, 6):
+                passing.send(Direction.EGRESS, Flow(POD_B1, version=version).udp())
+            passing.send(Direction.INGRESS, Flow(POD_B2, Direction.INGRESS).udp())
+        assert (counters.windows_opened(), windows.count()) == (3, 3)
+        window = windows.take(B1)
+        assert window
+        assert window.packets == 2
+        passing.send(Direction.EGRESS, Flow(POD_B1).udp())
+        assert (counters.windows_opened(), windows.count()) == (4, 3)
+        assert {window_of(each).address for each in windows.elements()} == {B1, B2, POD_B1.address(6)}
+
+    def test_more_addresses_than_there_is_room_for_are_known_to_be_forgotten(self, passing: Bench) -> None:
+        """Each has let a packet through, and the audit does not claim to have them all."""
+        resolver = SimpleNamespace(describe=lambda _: None)
+        datapath = passing.datapath
+        auditor = Auditor(datapath.windows, datapath.counters, None, cast("Resolver", resolver))
+        began, count = auditor.log.complete_since, 18_000
+        frame = bytearray(Flow(POD_B1).udp())
+        at = frame.index(B1)
+        for number in range(count):
+            frame[at : at + 4] = bytes((10, 2, number >> 8, number & 255))
+            passing.send(Direction.EGRESS, bytes(frame))
+        told = auditor.describe(3600.0)["windows"]
+        assert len(told) <= 16_384
+        assert auditor.log.forgotten_total == count - len(told) > 0
+        assert auditor.log.complete_since > began
+        auditor.installed([bytes((10, 2, number >> 8, number & 255)) for number in range(count)])
+        auditor.describe(3600.0)
+        assert auditor.log.windows_total + auditor.log.forgotten_total == count
+
+
 class TestCounters:
     """What the programs counted."""
 
@@ -430,10 +478,10 @@ class TestCounters:
         bench.maps["lm_counters"].update((1).to_bytes(4, "little"), bytes(copies))
         found = bench.datapath.counters.read(Direction.INGRESS)
         cpus = len(copies)
-        expected = [
-            1_000 * cpus * (cpus - 1) // 2 + cpus * offset for offset in range(len(abi.Counters._fields_))
-        ]
-        assert [getattr(found, name) for name, _ in abi.Counters._fields_] == expected
+        *packets, _windows = (name for name, _ in abi.Counters._fields_)
+        expected = [1_000 * cpus * (cpus - 1) // 2 + cpus * offset for offset in range(len(packets) + 1)]
+        assert [getattr(found, name) for name in packets] == expected[:-1]
+        assert bench.datapath.counters.windows_opened() == expected[-1]
         assert bench.counts(Direction.EGRESS) == {}
 
     def test_packet_counts_where_it_ran(self, bench: Bench) -> None:

@@ -27,9 +27,9 @@ if TYPE_CHECKING:
 def audit(since: float, socket: Path, output: str) -> None:
     """List every open window: when, how long, how much, and what policy says of the peer now that it is known.
 
-    The record is the agent's, of 10,000 windows at most: it begins when that was started, or later. VERDICT is that of
-    the agent's own --policy, and `allowed` without one; beside Cilium it is always `unknown`, as Cilium's policy cannot
-    be asked.
+    The record is the agent's, of 10,000 windows at most, and the kernel's of some 16,000 that are open: it begins when
+    the agent was started, or later. VERDICT is that of the agent's own --policy, and `allowed` without one; beside
+    Cilium it is always `unknown`, as Cilium's policy cannot be asked.
     """
     answer = next(ask(socket, "audit", since=since))
     if output == "json":
@@ -40,7 +40,7 @@ def audit(since: float, socket: Path, output: str) -> None:
         _show(windows)
     else:
         print_words("Nothing went through unresolved.")
-    print_words(f"Recorded since {answer['recordedSince']}: what was closed before is forgotten.")
+    print_words(f"Recorded since {answer['recordedSince']}: what went through before may be forgotten.")
 
 
 def _show(windows: list[dict[str, Any]]) -> None:

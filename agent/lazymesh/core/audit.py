@@ -56,9 +56,13 @@ class AuditLog:
 
     complete_since: float = 0.0
     """Whose last packet came before that may not be remembered."""
+    gone_before: int = 0
+    """Windows that the kernel had opened, and that were not open any more, when the log was begun."""
     windows_total: int = 0
     packets_total: int = 0
     seconds_total: float = 0.0
+    forgotten_total: int = 0
+    """Windows that were not closed, but had to make room for others: what went through them is in no sum."""
     _findings: deque[Finding] = field(default_factory=lambda: deque(maxlen=KEEP))
 
     def close(self, finding: Finding) -> None:
@@ -69,6 +73,16 @@ class AuditLog:
         if len(self._findings) == KEEP:
             self.complete_since = max(self.complete_since, self._findings[0].window.last)
         self._findings.append(finding)
+
+    def compare(self, opened: int, open_now: int, now: float) -> None:
+        """Learn whether the kernel has forgotten any, from how many it has opened and then, a moment later, had open.
+
+        Never too many: what was opened in that moment only hides some, until next time.
+        """
+        forgotten = opened - self.gone_before - self.windows_total - open_now
+        if forgotten > self.forgotten_total:
+            self.forgotten_total = forgotten
+            self.complete_since = now
 
     def since(self, moment: float) -> Iterator[Finding]:
         """Yield what was still open at that moment, or later."""

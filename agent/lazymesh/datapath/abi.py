@@ -120,6 +120,7 @@ class Counters(ctypes.Structure):
             "policy_reply",
             "policy_fragment",
             "policy_deny",
+            "windows_opened",
         )
     )
 

@@ -433,20 +433,24 @@ class WindowMap:
         if raw is None:
             return None
         self._map.delete(key)
-        return _window(address, raw)
+        return window_of((key, raw))
 
     def is_empty(self) -> bool:
         """Tell whether no window is open."""
         return self._map.is_empty()
 
-    def items(self) -> Iterator[Window]:
-        """Yield the windows that are open."""
-        for key, raw in self._map.items():
-            yield _window(abi.address_of_dedup_key(key), raw)
+    def count(self) -> int:
+        """Return how many are open."""
+        return self._map.count()
+
+    def elements(self) -> list[tuple[bytes, bytes]]:
+        """Return the windows that are open, as window_of takes them: there may be thousands, and that takes longer."""
+        return list(self._map.items())
 
 
-def _window(address: Address, raw: bytes) -> Window:
-    found = abi.Window.from_buffer_copy(raw)
+def window_of(element: tuple[bytes, bytes]) -> Window:
+    """Return what an element of the map says."""
+    address, found = abi.address_of_dedup_key(element[0]), abi.Window.from_buffer_copy(element[1])
     direction = Direction(found.direction)
     return Window(address, direction, found.first_ns / 1e9, found.last_ns / 1e9, found.packets, found.bytes)
 
@@ -587,7 +591,7 @@ def _bucket(rate: int, burst: int) -> tuple[int, int]:
 
 @dataclass(frozen=True, slots=True)
 class PacketCounters:
-    """struct lm_counters of one direction, summed over CPUs; the C header says what each means."""
+    """The packets of struct lm_counters of one direction, summed over CPUs; the C header says what each means."""
 
     hit: int
     not_mesh: int
@@ -614,7 +618,14 @@ class CounterMap:
 
     def read(self, direction: Direction) -> PacketCounters:
         """Sum the copies of all CPUs."""
-        raw = self._map.lookup(int(direction).to_bytes(4, "little")) or b""
-        copies = (abi.Counters * possible_cpus()).from_buffer_copy(raw)
+        copies = self._copies(direction)
         names = [field.name for field in fields(PacketCounters)]
         return PacketCounters(**{name: sum(getattr(copy, name) for copy in copies) for name in names})
+
+    def windows_opened(self) -> int:
+        """Return how many windows were opened, in both directions, since this map was made."""
+        return sum(copy.windows_opened for direction in Direction for copy in self._copies(direction))
+
+    def _copies(self, direction: Direction) -> Iterable[abi.Counters]:
+        raw = self._map.lookup(int(direction).to_bytes(4, "little")) or b""
+        return (abi.Counters * possible_cpus()).from_buffer_copy(raw)

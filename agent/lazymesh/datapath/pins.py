@@ -68,7 +68,7 @@ def expected_layouts(ipcache_size: int) -> dict[str, MapLayout]:
         "lm_mesh_cidrs": MapLayout(libbpf.MAP_TYPE_LPM_TRIE, 24, 4, 131_072, lazy),
         JOURNAL: MapLayout(libbpf.MAP_TYPE_HASH, 24, 56, journal_size(ipcache_size), 0),
         "lm_config": MapLayout(libbpf.MAP_TYPE_ARRAY, 4, 104, 1, 0),
-        "lm_counters": MapLayout(libbpf.MAP_TYPE_PERCPU_ARRAY, 4, 120, 2, 0),
+        "lm_counters": MapLayout(libbpf.MAP_TYPE_PERCPU_ARRAY, 4, 128, 2, 0),
         "lm_dedup": MapLayout(libbpf.MAP_TYPE_LRU_HASH, 20, 8, 65_536, 0),
         "lm_recent": MapLayout(libbpf.MAP_TYPE_LRU_HASH, 20, 8, 16_384, 0),
         "lm_recent_tags": MapLayout(libbpf.MAP_TYPE_ARRAY, 4, 8, 8_192, 0),

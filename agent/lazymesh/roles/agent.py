@@ -243,7 +243,7 @@ class Agent:
             ipcaches = await self._open_ipcaches(datapath, starting, stack)
             parts = self._assemble(datapath, ipcaches, mesh, inbox, stack)
             driver, holding = parts.driver, parts.holding
-            auditor = Auditor(datapath.windows, self._allows(engine), parts.resolver)
+            auditor = Auditor(datapath.windows, datapath.counters, self._allows(engine), parts.resolver)
             driver.release, driver.released = holding.answer, holding.flush
             driver.installed = auditor.installed
             status = self._show(parts, auditor, control)

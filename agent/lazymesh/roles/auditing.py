@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from lazymesh.core.audit import AuditLog, Finding
 from lazymesh.core.model import format_address
+from lazymesh.datapath.maps import window_of
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -16,7 +17,7 @@ if TYPE_CHECKING:
     from lazymesh.core.audit import Window
     from lazymesh.core.model import Address, Direction
     from lazymesh.core.resolver import Resolver
-    from lazymesh.datapath.maps import WindowMap
+    from lazymesh.datapath.maps import CounterMap, WindowMap
 
     Allows = Callable[[Direction, int], bool]
 
@@ -33,9 +34,13 @@ class Auditor:
     allows: what policy says of a peer; None: somebody else decides that.
     """
 
-    def __init__(self, windows: WindowMap, allows: Allows | None, resolver: Resolver) -> None:
-        self.log = AuditLog(complete_since=time.monotonic())
+    def __init__(
+        self, windows: WindowMap, counters: CounterMap, allows: Allows | None, resolver: Resolver
+    ) -> None:
+        still_open = windows.count()
+        self.log = AuditLog(time.monotonic(), counters.windows_opened() - still_open)
         self._windows = windows
+        self._counters = counters
         self._allows = allows
         self._resolver = resolver
 
@@ -53,16 +58,23 @@ class Auditor:
         while True:
             await asyncio.sleep(LOOK_EVERY_S)
             idle = time.monotonic() - IDLE_S
-            self.installed([each.address for each in self._windows.items() if each.last < idle])
+            self.installed([each.address for each in map(window_of, self._look()) if each.last < idle])
 
     def describe(self, since_s: float) -> dict[str, Any]:
         """Return the findings of the last so many seconds, closed ones first, and since when there are all."""
         moment = time.monotonic() - since_s
         still_open = [
-            self._finding(each, open_=True) for each in self._windows.items() if each.last >= moment
+            self._finding(each, open_=True) for each in map(window_of, self._look()) if each.last >= moment
         ]
         windows = [_as_object(finding) for finding in (*self.log.since(moment), *still_open)]
         return {"windows": windows, "recordedSince": _as_date(self.log.complete_since)}
+
+    def _look(self) -> list[tuple[bytes, bytes]]:
+        """Return the windows that are open, and note whether others had to make room for them."""
+        opened = self._counters.windows_opened()
+        elements = self._windows.elements()
+        self.log.compare(opened, len(elements), time.monotonic())
+        return elements
 
     def _finding(self, window: Window, open_: bool) -> Finding:
         view = self._resolver.describe(window.address)

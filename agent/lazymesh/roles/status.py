@@ -406,6 +406,7 @@ def export(metrics: Metrics, status: Status, control: ControlServer, log: AuditL
     )  # fmt: skip
     for name, text, read in (
         ("lazymesh_open_windows", "Open windows closed so far", lambda: log.windows_total),
+        ("lazymesh_open_windows_forgotten", "Windows that made room for others", lambda: log.forgotten_total),
         ("lazymesh_open_window_packets", "Packets that went through as world", lambda: log.packets_total),
         ("lazymesh_open_window_seconds", "Time that addresses were open as world", lambda: log.seconds_total),
     ):

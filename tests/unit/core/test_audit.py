@@ -51,6 +51,22 @@ def test_details_are_bounded_and_sums_are_not() -> None:
     assert log.complete_since == 9
 
 
+def test_windows_are_closed_or_open_or_forgotten() -> None:
+    """What is opened while somebody counts the open ones hides some, and makes none up."""
+    log = AuditLog(complete_since=1.0, gone_before=100)
+    log.compare(opened=103, open_now=3, now=2.0)
+    log.close(finding())
+    log.compare(opened=103, open_now=2, now=3.0)
+    assert (log.forgotten_total, log.complete_since) == (0, 1.0)
+    log.compare(opened=110, open_now=7, now=4.0)
+    assert (log.forgotten_total, log.complete_since) == (2, 4.0)
+    log.compare(opened=111, open_now=9, now=5.0)
+    log.compare(opened=112, open_now=9, now=6.0)
+    assert (log.forgotten_total, log.complete_since) == (2, 4.0)
+    log.compare(opened=113, open_now=9, now=7.0)
+    assert (log.forgotten_total, log.complete_since) == (3, 7.0)
+
+
 def test_what_is_forgotten_ends_the_time_of_which_all_is_known() -> None:
     """Windows are not closed in the order of their last packets; and nothing is forgotten before there are many."""
     log = AuditLog(complete_since=100.0)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from datetime import UTC, datetime, timedelta
 from types import SimpleNamespace
 from typing import Any, cast
@@ -10,6 +11,7 @@ import pytest
 
 from lazymesh.core.audit import Window
 from lazymesh.core.model import Direction
+from lazymesh.datapath import abi
 from lazymesh.roles.auditing import MANY, Auditor
 
 A_LITTLE = timedelta(milliseconds=100)
@@ -17,28 +19,46 @@ A_LITTLE = timedelta(milliseconds=100)
 
 
 class Windows:
-    """Stands in for the kernel's map, and counts how often it is asked."""
+    """Stands in for the kernel's map and its counter, and counts how often it is asked."""
 
     def __init__(self, *open_for: bytes) -> None:
-        self.open = set(open_for)
+        self.open = dict.fromkeys(open_for, 2.0)
+        """By address: when its last packet came."""
+        self.opened = len(open_for)
         self.asked = 0
+
+    def add(self, addresses: list[bytes], last: float) -> None:
+        """Open some."""
+        self.open |= dict.fromkeys(addresses, last)
+        self.opened += len(addresses)
+
+    def windows_opened(self) -> int:
+        """Return how many there were, ever."""
+        return self.opened
 
     def is_empty(self) -> bool:
         """Tell whether there is none."""
         self.asked += 1
         return not self.open
 
-    def items(self) -> list[Window]:
-        """Show those of which no test has any."""
-        return []
+    def count(self) -> int:
+        """Return how many there are."""
+        return len(self.open)
+
+    def elements(self) -> list[tuple[bytes, bytes]]:
+        """Return them as the kernel has them."""
+        return [
+            (abi.pack_dedup_key(address), bytes(abi.Window(0, int(last * 1e9), 3, 400, 0, 0)))
+            for address, last in self.open.items()
+        ]
 
     def take(self, address: bytes) -> Window | None:
         """Close one."""
         self.asked += 1
         if address not in self.open:
             return None
-        self.open.remove(address)
-        return Window(address, Direction.EGRESS, 1.0, 2.0, 3, 400)
+        last = self.open.pop(address)
+        return Window(address, Direction.EGRESS, 0.0, last, 3, 400)
 
 
 def addresses(count: int) -> list[bytes]:
@@ -54,7 +74,7 @@ def test_a_window_is_closed_however_many_are_answered_with_its_address(count: in
     auditor = _auditor(windows)
     auditor.installed(answered)
     auditor.installed(answered)
-    assert windows.open == {b"\x0a\x03\0\0"}
+    assert list(windows.open) == [b"\x0a\x03\0\0"]
     assert (auditor.log.windows_total, auditor.log.packets_total) == (1, 3)
 
 
@@ -79,6 +99,28 @@ def test_record_begins_with_the_agent_and_says_so() -> None:
     assert abs(later - since - timedelta(seconds=60)) < A_LITTLE
 
 
+def test_windows_that_made_room_for_others_are_counted_and_end_the_complete_record() -> None:
+    """Of what went through them nobody knows; what was so before the agent began is not its own."""
+    windows = Windows(*addresses(10))
+    windows.opened += 7
+    auditor = _auditor(windows)
+    began = auditor.log.complete_since
+    windows.add(addresses(30)[10:], last=2.0)
+    auditor.installed(addresses(5))
+    auditor.describe(3600.0)
+    assert (auditor.log.forgotten_total, auditor.log.complete_since) == (0, began)
+    windows.open.popitem()
+    windows.open.popitem()
+    before = time.monotonic()
+    answer = auditor.describe(3600.0)
+    assert auditor.log.forgotten_total == 2
+    assert before <= auditor.log.complete_since <= time.monotonic()
+    assert datetime.fromisoformat(answer["recordedSince"]) > datetime.now(UTC) - timedelta(seconds=60)
+    later = auditor.log.complete_since
+    auditor.describe(3600.0)
+    assert (auditor.log.forgotten_total, auditor.log.complete_since) == (2, later)
+
+
 def _auditor(windows: Windows) -> Auditor:
     resolver = cast("Any", SimpleNamespace(describe=lambda _address: None))
-    return Auditor(cast("Any", windows), None, resolver)
+    return Auditor(cast("Any", windows), cast("Any", windows), None, resolver)
