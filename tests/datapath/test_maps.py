@@ -446,7 +446,9 @@ class TestWindows:
         assert (counters.windows_opened(), windows.count()) == (4, 3)
         assert {window_of(each).address for each in windows.elements()} == {B1, B2, POD_B1.address(6)}
 
-    def test_more_addresses_than_there_is_room_for_are_known_to_be_forgotten(self, passing: Bench) -> None:
+    async def test_more_addresses_than_there_is_room_for_are_known_to_be_forgotten(
+        self, passing: Bench
+    ) -> None:
         """Each has let a packet through, and the audit does not claim to have them all."""
         resolver = SimpleNamespace(describe=lambda _: None)
         datapath = passing.datapath
@@ -457,12 +459,12 @@ class TestWindows:
         for number in range(count):
             frame[at : at + 4] = bytes((10, 2, number >> 8, number & 255))
             passing.send(Direction.EGRESS, bytes(frame))
-        told = auditor.describe(3600.0)["windows"]
+        told = (await auditor.describe(3600.0))["windows"]
         assert len(told) <= 16_384
         assert auditor.log.forgotten_total == count - len(told) > 0
         assert auditor.log.complete_since > began
         auditor.installed([bytes((10, 2, number >> 8, number & 255)) for number in range(count)])
-        auditor.describe(3600.0)
+        await auditor.describe(3600.0)
         assert auditor.log.windows_total + auditor.log.forgotten_total == count
 
 

@@ -10,9 +10,10 @@ from typing import TYPE_CHECKING, Any
 from lazymesh.core.audit import AuditLog, Finding
 from lazymesh.core.model import format_address
 from lazymesh.datapath.maps import window_of
+from lazymesh.tasks import FairShare
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Sequence
+    from collections.abc import Callable, Iterator, Sequence
 
     from lazymesh.core.audit import Window
     from lazymesh.core.model import Address, Direction
@@ -20,6 +21,7 @@ if TYPE_CHECKING:
     from lazymesh.datapath.maps import CounterMap, WindowMap
 
     Allows = Callable[[Direction, int], bool]
+    Element = tuple[bytes, bytes]
 
 LOOK_EVERY_S = 5.0
 MANY = 64
@@ -57,19 +59,31 @@ class Auditor:
         """Close the windows of addresses that nobody talks to any more, until cancelled."""
         while True:
             await asyncio.sleep(LOOK_EVERY_S)
-            idle = time.monotonic() - IDLE_S
-            self.installed([each.address for each in map(window_of, self._look()) if each.last < idle])
+            await FairShare().work(self._look(), self._close_idle)
 
-    def describe(self, since_s: float) -> dict[str, Any]:
-        """Return the findings of the last so many seconds, closed ones first, and since when there are all."""
+    async def describe(self, since_s: float) -> dict[str, Any]:
+        """Return the findings of the last so many seconds, closed ones first, and since when there are all.
+
+        Those of one moment: what is closed while thousands are made into objects is shown as open.
+        """
         moment = time.monotonic() - since_s
-        still_open = [
-            self._finding(each, open_=True) for each in map(window_of, self._look()) if each.last >= moment
-        ]
-        windows = [_as_object(finding) for finding in (*self.log.since(moment), *still_open)]
-        return {"windows": windows, "recordedSince": _as_date(self.log.complete_since)}
+        still_open, closed = self._look(), list(self.log.since(moment))
+        recorded_since, share = _as_date(self.log.complete_since), FairShare()
+        windows: list[dict[str, Any]] = []
+        await share.work(closed, lambda some: windows.extend(map(_as_object, some)))
+        await share.work(still_open, lambda some: windows.extend(self._still_open(some, moment)))
+        return {"windows": windows, "recordedSince": recorded_since}
 
-    def _look(self) -> list[tuple[bytes, bytes]]:
+    def _close_idle(self, elements: Sequence[Element]) -> None:
+        idle = time.monotonic() - IDLE_S
+        self.installed([each.address for each in map(window_of, elements) if each.last < idle])
+
+    def _still_open(self, elements: Sequence[Element], moment: float) -> Iterator[dict[str, Any]]:
+        for window in map(window_of, elements):
+            if window.last >= moment:
+                yield _as_object(self._finding(window, open_=True))
+
+    def _look(self) -> list[Element]:
         """Return the windows that are open, and note whether others had to make room for them."""
         opened = self._counters.windows_opened()
         elements = self._windows.elements()

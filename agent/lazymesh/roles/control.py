@@ -10,17 +10,18 @@ import asyncio
 import contextlib
 import json
 import socket
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable
 from typing import TYPE_CHECKING, Any
 
 from lazymesh.errors import LazymeshError
+from lazymesh.tasks import FairShare
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping
     from pathlib import Path
 
-Answer = Callable[[dict[str, Any]], dict[str, Any]]
-"""Takes the request, returns the object to send."""
+Answer = Callable[[dict[str, Any]], dict[str, Any] | Awaitable[dict[str, Any]]]
+"""Takes the request, returns the object to send; one that takes long to make is awaited."""
 
 LIMIT_S = 10.0
 """So long one side waits for the other: a command for its answer, the agent until it has asked and taken that."""
@@ -106,20 +107,21 @@ class ControlServer:
                     limit.reschedule(None)
                     await self._stream(reader, writer)
                 elif request is not None:
-                    writer.write(json.dumps(self._answer(request)).encode() + b"\n")
+                    writer.write(await _encode(await self._answer(request)))
                     await writer.drain()
         except (ConnectionError, TimeoutError):
             pass
         finally:
             writer.transport.abort()
 
-    def _answer(self, request: dict[str, Any]) -> dict[str, Any]:
+    async def _answer(self, request: dict[str, Any]) -> dict[str, Any]:
         """Return the object that answers a request; words when it makes no sense, or cannot be answered."""
         answer = self._answers.get(str(request.get("ask")))
         if answer is None:
             return {"error": f"ask for misses, {', '.join(sorted(self._answers))}"}
         try:
-            return answer(request)
+            found = answer(request)
+            return found if isinstance(found, dict) else await found
         except LazymeshError as exc:
             return {"error": str(exc)}
         except (ArithmeticError, AttributeError, LookupError, ValueError, TypeError) as exc:
@@ -145,6 +147,21 @@ class ControlServer:
             self._streams.discard(queue)
             if not self._streams:
                 self._streaming(False)
+
+
+async def _encode(answer: dict[str, Any]) -> bytes:
+    """Return an object as a line of JSON; its lists may have thousands of elements, and are made in pieces."""
+    texts = []
+    for name, value in answer.items():
+        text = await _encode_list(value) if isinstance(value, list) else json.dumps(value)
+        texts.append(f"{json.dumps(name)}: {text}")
+    return f"{{{', '.join(texts)}}}\n".encode()
+
+
+async def _encode_list(values: list[Any]) -> str:
+    texts: list[str] = []
+    await FairShare().work(values, lambda some: texts.extend(map(json.dumps, some)))
+    return f"[{', '.join(texts)}]"
 
 
 async def _left(reader: asyncio.StreamReader) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import time
 from datetime import UTC, datetime, timedelta
 from types import SimpleNamespace
@@ -12,7 +13,9 @@ import pytest
 from lazymesh.core.audit import Window
 from lazymesh.core.model import Direction
 from lazymesh.datapath import abi
-from lazymesh.roles.auditing import MANY, Auditor
+from lazymesh.roles import auditing
+from lazymesh.roles.auditing import IDLE_S, MANY, Auditor
+from tests.support.etcd import eventually
 
 A_LITTLE = timedelta(milliseconds=100)
 """Dates are made of seconds since the start, and cut at milliseconds."""
@@ -85,21 +88,21 @@ def test_many_answers_are_looked_up_once_while_no_window_is_open() -> None:
     assert windows.asked == 1
 
 
-def test_record_begins_with_the_agent_and_says_so() -> None:
+async def test_record_begins_with_the_agent_and_says_so() -> None:
     """An hour asked for does not make it an hour old; what is forgotten makes it begin later."""
     windows = Windows()
     before = datetime.now(UTC)
     auditor = _auditor(windows)
-    answer = auditor.describe(3600.0)
+    answer = await auditor.describe(3600.0)
     assert answer["windows"] == []
     since = datetime.fromisoformat(answer["recordedSince"])
     assert before - A_LITTLE < since < datetime.now(UTC) + A_LITTLE
     auditor.log.complete_since += 60
-    later = datetime.fromisoformat(auditor.describe(3600.0)["recordedSince"])
+    later = datetime.fromisoformat((await auditor.describe(3600.0))["recordedSince"])
     assert abs(later - since - timedelta(seconds=60)) < A_LITTLE
 
 
-def test_windows_that_made_room_for_others_are_counted_and_end_the_complete_record() -> None:
+async def test_windows_that_made_room_for_others_are_counted_and_end_the_complete_record() -> None:
     """Of what went through them nobody knows; what was so before the agent began is not its own."""
     windows = Windows(*addresses(10))
     windows.opened += 7
@@ -107,18 +110,60 @@ def test_windows_that_made_room_for_others_are_counted_and_end_the_complete_reco
     began = auditor.log.complete_since
     windows.add(addresses(30)[10:], last=2.0)
     auditor.installed(addresses(5))
-    auditor.describe(3600.0)
+    await auditor.describe(3600.0)
     assert (auditor.log.forgotten_total, auditor.log.complete_since) == (0, began)
     windows.open.popitem()
     windows.open.popitem()
     before = time.monotonic()
-    answer = auditor.describe(3600.0)
+    answer = await auditor.describe(3600.0)
     assert auditor.log.forgotten_total == 2
     assert before <= auditor.log.complete_since <= time.monotonic()
     assert datetime.fromisoformat(answer["recordedSince"]) > datetime.now(UTC) - timedelta(seconds=60)
     later = auditor.log.complete_since
-    auditor.describe(3600.0)
+    await auditor.describe(3600.0)
     assert (auditor.log.forgotten_total, auditor.log.complete_since) == (2, later)
+
+
+async def test_windows_that_nobody_uses_are_closed(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Answered or not: they are in the sums and in the record then, and the others stay open."""
+    monkeypatch.setattr(auditing, "LOOK_EVERY_S", 0.01)
+    idle, used = addresses(3)[:2], addresses(3)[2:]
+    windows = Windows()
+    windows.add(idle, time.monotonic() - IDLE_S - 1)
+    windows.add(used, time.monotonic())
+    auditor = _auditor(windows)
+    running = asyncio.create_task(auditor.run())
+    await eventually(lambda: list(windows.open) == used)
+    running.cancel()
+    assert (auditor.log.windows_total, auditor.log.packets_total) == (2, 6)
+    found = (await auditor.describe(3600.0))["windows"]
+    assert [(each["address"], each["open"]) for each in found] == [
+        ("10.2.0.0", False),
+        ("10.2.0.1", False),
+        ("10.2.0.2", True),
+    ]
+
+
+async def test_thousands_of_windows_leave_others_half_of_the_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nothing is held any more when the agent has shown no sign of life for a tenth of a second."""
+    monkeypatch.setattr(auditing, "LOOK_EVERY_S", 0)
+    windows = Windows()
+    windows.add(addresses(16_000), time.monotonic() - IDLE_S - 1)
+    auditor, seen = _auditor(windows), []
+
+    async def other() -> None:
+        while True:
+            await asyncio.sleep(0)
+            seen.append(len(windows.open))
+
+    waiting = asyncio.create_task(other())
+    assert len((await auditor.describe(3600.0))["windows"]) == 16_000
+    assert len(seen) >= 10
+    running = asyncio.create_task(auditor.run())
+    await eventually(lambda: not windows.open)
+    running.cancel()
+    waiting.cancel()
+    assert len(set(seen) - {0, 16_000}) >= 10
 
 
 def _auditor(windows: Windows) -> Auditor:

@@ -29,6 +29,18 @@ def _refuse(_request: dict[str, Any]) -> dict[str, Any]:
     raise DatapathError("cannot read the map: no memory")
 
 
+MANY = {
+    "none": [],
+    "many": [{"n": number, "word": 'ä"\udcff'} for number in range(20_000)],
+    "ö": {"a": [None]},
+}
+
+
+async def _take_time(request: dict[str, Any]) -> dict[str, Any]:
+    await asyncio.sleep(0)
+    return {} if request.get("few") else MANY
+
+
 class Served:
     """A server, and what it reported."""
 
@@ -40,6 +52,7 @@ class Served:
             "loud": lambda request: {"word": request["word"].upper()},
             "broken": _refuse,
             "long": lambda _: {"word": "x" * LONG},
+            "many": _take_time,
         }
         self.server = ControlServer(path, answers, self.streaming.append)
 
@@ -108,6 +121,25 @@ async def test_why_there_is_no_answer_is_the_answer(
     with pytest.raises(LazymeshError) as caught:
         await asyncio.to_thread(lambda: list(ask(served.path, what, **request_)))
     assert str(caught.value) == error
+
+
+async def test_answer_of_thousands_leaves_others_half_of_the_time(served: Served) -> None:
+    """Nothing is held any more when the agent has shown no sign of life for a tenth of a second."""
+    turns = 0
+
+    async def other() -> None:
+        nonlocal turns
+        while True:
+            await asyncio.sleep(0.0001)
+            turns += 1
+
+    waiting = asyncio.create_task(other())
+    encoded = await control._encode(MANY)
+    waiting.cancel()
+    assert json.loads(encoded) == MANY
+    assert turns >= 3
+    assert await asyncio.to_thread(lambda: list(ask(served.path, "many"))) == [MANY]
+    assert await asyncio.to_thread(lambda: list(ask(served.path, "many", few=True))) == [{}]
 
 
 @pytest.mark.parametrize("words", [b"", b'{"ask": "status"'])
