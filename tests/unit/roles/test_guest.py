@@ -11,8 +11,10 @@ from typing import TYPE_CHECKING, Any, cast
 
 import pytest
 
+from lazymesh.core.ipcaches import ORPHAN_AFTER_S
 from lazymesh.datapath.maps import View
 from lazymesh.errors import DatapathError
+from lazymesh.metrics import Metrics
 from lazymesh.roles import guest as module
 from lazymesh.roles.guest import GuestIpcaches
 
@@ -126,6 +128,23 @@ async def test_map_that_could_not_be_put_in_force_is_tried_again(node: Node) -> 
         await until(lambda: not list(guest.problems()))
         assert node.shown == [[5], [9, 5]]
         assert guest.recreated_total == 1
+        metrics = Metrics()
+        guest.export(metrics)
+        assert metrics.registry.get_sample_value("lazymesh_ipcache_recreated_total") == 1
+
+
+async def test_pinned_map_that_nothing_reads_is_told(node: Node, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Until the programs have had the time to take it up it is a start like any other."""
+    node.read = frozenset({4})
+    async with following(node) as guest:
+        assert list(guest.problems()) == []
+        assert node.shown == [[5, 4]]
+        later = time.monotonic() + ORPHAN_AFTER_S + 1
+        monkeypatch.setattr(module, "time", SimpleNamespace(monotonic=lambda: later, time=time.time))
+        await until(lambda: node.shown[-1] == [4])
+        (line,) = guest.problems()
+        assert "nothing reads the pinned ipcache (map 5), Cilium's programs are on map 4" in line
+        assert [one["role"] for one in guest.describe()["maps"]] == ["read"]
 
 
 async def test_pin_that_stays_away_is_told(node: Node, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -8,14 +8,19 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any, cast
 
+import pytest
+
+from lazymesh.core.audit import AuditLog
 from lazymesh.core.model import Direction, Reason
 from lazymesh.errors import DatapathError
 from lazymesh.kvstore.config import parse_config
+from lazymesh.metrics import Metrics
 from lazymesh.roles.link import LinkConfig
-from lazymesh.roles.status import Parts, Starting, Status, certificates_of
+from lazymesh.roles.status import Parts, Starting, Status, certificates_of, export
 from tests.support.etcd import Authority
 
 if TYPE_CHECKING:
+    from lazymesh.roles.control import ControlServer
     from lazymesh.settings import AgentSettings
 
 
@@ -64,7 +69,8 @@ def status(links: dict[str, Any], *, attached: bool = True, **mesh: Any) -> Stat
             attached=mesh.get("carried", {"lxc0": Direction.EGRESS}) if attached else {}, behind=[]
         ),
         reader=SimpleNamespace(crowded=mesh.get("muted", False)),
-        holding=SimpleNamespace(state=mesh.get("holding", "on"), problem=None),
+        shadow=None,
+        holding=SimpleNamespace(state=mesh.get("holding", "on"), problem=None, answers_dropped=3),
         resolver=SimpleNamespace(
             clusters={},
             absent=mesh.get("absent", {}),
@@ -219,6 +225,22 @@ def test_each_client_certificate_is_shown_once_however_many_clusters_have_it(tmp
     assert 0 < end - time.time() < 3 * 86_400
 
 
+@pytest.mark.parametrize(
+    ("name", "count"),
+    [
+        ("lazymesh_hold_answers_dropped_total", 3),
+        ("lazymesh_stream_lines_dropped_total", 4),
+        ("lazymesh_open_windows_forgotten_total", 5),
+    ],
+)
+def test_what_gets_lost_is_exported(name: str, count: int) -> None:
+    """Each is counted where it happens, and read at the scrape."""
+    metrics, control = Metrics(), SimpleNamespace(dropped=4)
+    export(metrics, status({}), cast("ControlServer", control), AuditLog(forgotten_total=5))
+    (family,) = metrics.registry.restricted_registry([name]).collect()
+    assert [sample.value for sample in family.samples] == [count]
+
+
 def test_line_of_a_cluster_names_its_store() -> None:
     """And a cluster whose file is refused has a line too."""
     shown = status({"b": link("ready")})._cluster("b")
@@ -231,5 +253,6 @@ def test_line_of_a_cluster_names_its_store() -> None:
     assert shown["ownerProblem"] is None
     cut_off = status({"b": link("ready", owner_problem="no such host")})._cluster("b")
     assert (cut_off["state"], cut_off["ownerProblem"]) == ("ready", "no such host")
+    assert status({"b": link("ready")}, stale={"b": 7, "c": 9})._cluster("b")["staleEntries"] == 7
     refused = status({}, file_errors={"b": "not YAML"})._cluster("b")
     assert (refused["state"], refused["problem"], refused["endpoint"]) == ("refused", "not YAML", None)
