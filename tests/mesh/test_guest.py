@@ -263,6 +263,36 @@ def test_full_map_is_ciliums(lab: Lab) -> None:
         wait_until(lambda: connect(pod, peers[3], 0.5) is not None, 15, "new ones to come again")
 
 
+def test_full_map_is_ciliums_also_from_what_an_earlier_life_left(lab: Lab) -> None:
+    """Its cluster's store is down since: status counts such entries, and they go when room is scarce."""
+    pod, peers = lab.pods[0].namespace, [remote_address(85 + number) for number in range(3)]
+    lab.publish_many(peers)
+    words = options(lab, datapath="cilium", policy=None)
+    with Cilium(lab, max_entries=100) as cilium:
+        with launched(lab, *words) as first:
+            first.wait_ready()
+            for peer in peers:
+                assert connect(pod, peer) is not None
+            first.kill()
+        lab.etcd.kill()
+        with launched(lab, *words, "--cleanup") as ours:
+            ours.wait_ready()
+            shown = status(lab)
+            assert (shown["entries"]["owned"], shown["entries"]["stale"]) == (3, 3)
+            assert "3 entries are served as they were last known" in " ".join(shown["wrong"])
+            assert metric(ours, "lazymesh_entries_stale", target_cluster="id 2") == 3
+            assert connect(pod, peers[0]) is not None
+            cilium.upsert(peers[0])
+            room = 100 - len(cilium.entries())
+            cilium.upsert_many([f"10.2.9.{number}" for number in range(room)])
+            wait_until(lambda: not set(peers[1:]) & set(cilium.entries()), 15, "ours to go")
+            cilium.upsert_many(["10.2.8.1", "10.2.8.2"])
+            assert cilium.log == []
+            lab.etcd.start()
+            wait_until(lambda: status(lab)["clusters"][0]["state"] == "ready", 30, "the store to be back")
+            assert (status(lab)["entries"]["owned"], peers[0] in cilium.entries()) == (0, True)
+
+
 @pytest.mark.parametrize("layout", ["v1", "v2"])
 def test_pin_of_another_version_is_not_the_map(lab: Lab, layout: str) -> None:
     """A node that was upgraded, or went back, has both pins; programs tell which one counts."""

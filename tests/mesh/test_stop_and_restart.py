@@ -176,7 +176,7 @@ def test_restarted_agent_adopts_corrects_and_keeps(lab: Lab, end: str) -> None:
 
 
 def test_more_than_the_budget_of_earlier_lives_is_evicted_at_once(lab: Lab) -> None:
-    """Lives that ended before their clusters came back may have left two budgets; a third would find no room."""
+    """As many as fill the journal: the next life's own would find no room there."""
     with launched(lab, *options(lab), "--ipcache-size", "1000") as agent:
         agent.wait_ready()
         (known,) = installed(lab, 0)
@@ -215,13 +215,16 @@ def test_agent_that_starts_while_etcd_is_away_keeps_the_known_peers(lab: Lab) ->
     lab.withdraw(deleted)
     lab.etcd.kill()
     agent = lab.start_agent()
-    assert status(lab)["clusters"][0]["state"] == "silent"
+    shown = status(lab)
+    assert (shown["clusters"][0]["state"], shown["entries"]["stale"]) == ("silent", 2)
+    assert "2 entries are served as they were last known: their cluster (id 2)" in " ".join(shown["wrong"])
     assert set(entries(lab)) == {kept, deleted}
     assert connect(lab.pods[0].namespace, kept) is not None, "the policy map was kept too"
     lab.etcd.start()
     wait_identity(lab, deleted, None, 30)
     assert identity_of(lab, kept) == SERVER_IDENTITY
     assert connect(lab.pods[0].namespace, kept) is not None
+    wait_until(lambda: status(lab)["entries"]["stale"] == 0, 10, "confirmed entries")
     assert packets(agent, "policy_deny") >= 0
 
 

@@ -134,12 +134,16 @@ class InstallsEnded(Struct, frozen=True):
 
 
 class Adopted(Struct, frozen=True):
-    """An entry that an earlier life of this agent installed, found in the journal and in the map."""
+    """An entry of ours that the resolver has not asked for: of an earlier life, or lent to a new map."""
 
     address: Address
     entry: Entry
-    cluster: str | None
-    """None: no configured cluster has the journal's cluster id."""
+    cluster_id: int
+    """All that a journal tells of the cluster; it may be one that has not joined yet."""
+
+
+class AllListed(Struct, frozen=True):
+    """Every configured cluster has been listed: entries of a cluster that has not joined are nobody's."""
 
 
 class Lost(Struct, frozen=True):
@@ -179,6 +183,7 @@ Event = (
     | IdentityGone
     | InstallsEnded
     | Adopted
+    | AllListed
     | Lost
     | Used
     | Shrink

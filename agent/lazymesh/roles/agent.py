@@ -56,7 +56,6 @@ from lazymesh.settings import CILIUM_INTERFACES
 from lazymesh.tasks import together
 
 if TYPE_CHECKING:
-    from lazymesh.core.model import Address, Entry
     from lazymesh.core.policy import Policy
     from lazymesh.datapath.program import Datapath
     from lazymesh.roles.auditing import Allows
@@ -147,7 +146,6 @@ class Agent:
         """We have attached to everything that was there."""
         self._unexpected = 0
         self._status: Starting | Status
-        self._adopted: list[tuple[Address, Entry, int]] = []
         self._started = time.monotonic()
 
     async def run(self) -> None:
@@ -256,7 +254,6 @@ class Agent:
                 parts.follower.run(parts.attached),
                 self._tick(driver, status),
                 self._note_use(datapath, driver),
-                self._hand_out(mesh, driver, parts.limits),
                 holding.run(),
                 auditor.run(),
             )
@@ -292,12 +289,8 @@ class Agent:
                 " true: run `lazymesh uninstall` first"
             )
         if shadow is None:
-            adopted = list(installer.adopt())
-            self._adopted = adopted[:owned]
-            # An earlier life that did not get to hear of all clusters, and one before it: nobody knows who is in use.
-            for address, _, _ in adopted[owned:]:
-                installer.evict(address)
-                self._metrics.evictions.labels("budget").inc()
+            for each in list(installer.adopt()):
+                driver.feed(events.Adopted(*each))
             ipcaches.connect(installer, driver, resolver, mesh)
         inbox.connect(driver, mesh)
         holding = Holding(datapath, HoldControl(datapath.pins.directory), self._hold_settings())
@@ -474,25 +467,6 @@ class Agent:
             epoch = datapath.config.read().epoch
             datapath.config.change(epoch=(epoch + 1) % (1 << 32))
             driver.feed(events.Used(tuple(datapath.recent.of_epoch(epoch))))
-
-    async def _hand_out(self, mesh: Mesh, driver: Driver, limits: Limits) -> None:
-        """Give the journal's entries to the resolver as their clusters join; what nobody claims for long is evicted."""
-        deadline = time.monotonic() + limits.stale_after
-        while self._adopted:
-            late = time.monotonic() > deadline or (mesh.complete and mesh.settled)
-            waiting = []
-            for address, entry, cluster_id in self._adopted:
-                info = mesh.table.by_id(cluster_id)
-                if info is None and not late:
-                    waiting.append((address, entry, cluster_id))
-                else:
-                    driver.feed(events.Adopted(address, entry, info.name if info else None))
-            self._adopted = waiting
-            mesh.joined.clear()
-            with contextlib.suppress(TimeoutError):
-                async with asyncio.timeout(1.0):
-                    await mesh.joined.wait()
-        await asyncio.Event().wait()
 
     async def _clean_up(self, pins: Pins) -> None:
         """Leave the node as it was before us; filters that cannot be ours (another agent's, by its own pins) stay."""

@@ -16,7 +16,13 @@ if TYPE_CHECKING:
 
 log = structlog.get_logger()
 
-_TO_BE_KEPT = (events.ClusterReady, events.ClusterSilent, events.ClusterGone, events.StoreReset)
+_TO_BE_KEPT = (
+    events.ClusterReady,
+    events.ClusterSilent,
+    events.ClusterGone,
+    events.StoreReset,
+    events.AllListed,
+)
 """What the mesh tells before there is a resolver, and a resolver has to know."""
 
 

@@ -101,13 +101,13 @@ class Lender:
         known = self._known(address, old)
         if known is None:
             return None
-        entry, cluster, cluster_id = known
+        entry, cluster_id = known
         reason = self.installer.install(address, entry, cluster_id)
         if reason is None:
-            self.driver.feed(events.Adopted(address, entry, cluster))
+            self.driver.feed(events.Adopted(address, entry, cluster_id))
         return _fate("warmed", reason)
 
-    def _known(self, address: Address, old: Sequence[IpcacheMap]) -> tuple[Entry, str, int] | None:
+    def _known(self, address: Address, old: Sequence[IpcacheMap]) -> tuple[Entry, int] | None:
         """Return what the old maps say of a peer, and whose it is; None for what no cluster of the mesh would say."""
         owners = self.mesh.table.owners(address)
         info = self.mesh.table.cluster(owners[0]) if len(owners) == 1 else None
@@ -118,7 +118,7 @@ class Lender:
             if entry is None or not is_peer(entry.identity):
                 continue
             if entry.identity in info.identities and entry.identity in self.mesh.identities:
-                return with_tunnel_flags(entry), info.name, info.cluster_id
+                return with_tunnel_flags(entry), info.cluster_id
         return None
 
 

@@ -92,13 +92,6 @@ class Mesh:
         self._due: asyncio.TimerHandle | None = None
         self._table_took_s = 0.0
         self._swept = False
-        self.joined = asyncio.Event()
-        """Set whenever a cluster has joined; the agent hands out the journal's entries then."""
-
-    @property
-    def settled(self) -> bool:
-        """Every configured cluster has been listed, or was found unreachable."""
-        return all(link.tried for link in self.links.values())
 
     @property
     def complete(self) -> bool:
@@ -249,8 +242,6 @@ class Mesh:
         info = ClusterInfo(link.name, config.cluster_id, identity_range(config.cluster_id, ours), spaces)
         refusal = self._state.join(info)
         self._refresh_table()
-        if refusal is None:
-            self.joined.set()
         return refusal
 
     def on_nodes(self, link: ClusterLink, changes: Sequence[Change]) -> None:
@@ -412,3 +403,4 @@ class Mesh:
         self._cidrs.apply((), self._leftovers)
         self._leftovers.clear()
         self._enforcement.sweep()
+        self._feed(events.AllListed())

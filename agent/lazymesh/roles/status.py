@@ -236,6 +236,12 @@ class Status:
                 yield f"cluster {name}: its own store is not followed: {owner_problem}"
         for name, error in sorted(self.parts.mesh.file_errors.items()):
             yield f"cluster {name}: {error}"
+        for name, count in sorted(self.parts.resolver.stale.items()):
+            if name not in self.parts.mesh.links:
+                yield (
+                    f"{count} entries are served as they were last known: their cluster ({name}) has not joined since"
+                    " this agent started"
+                )
 
     def _about_maps(self) -> Iterator[str]:
         if missing := self.parts.datapath.pins.missing(own_ipcache=not self.parts.ipcaches.shared):

@@ -26,6 +26,7 @@ def test_what_the_mesh_tells_before_there_is_a_driver_is_told_to_it() -> None:
         events.IdentityKnown(131_073),
         events.ClusterReady("b"),
         events.ClusterSilent("b"),
+        events.AllListed(),
     ):
         inbox.feed(event)
     inbox.connect(
@@ -36,6 +37,7 @@ def test_what_the_mesh_tells_before_there_is_a_driver_is_told_to_it() -> None:
         events.TableChanged(table),
         events.ClusterReady("b"),
         events.ClusterSilent("b"),
+        events.AllListed(),
         events.IdentityKnown(131_074),
     ]
 

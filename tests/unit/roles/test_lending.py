@@ -87,7 +87,7 @@ def test_peer_is_lent_as_the_old_map_knew_it() -> None:
     node = Node()
     node.lend([B1], {B1: Entry(WEB, entry().tunnel_endpoint)})
     assert node.installs.put == {B1: (entry(), 2)}
-    assert node.told == [Adopted(B1, entry(), "b"), Used((B1,))]
+    assert node.told == [Adopted(B1, entry(), 2), Used((B1,))]
     assert node.lender.lent == {"warmed": 1}
 
 

@@ -166,6 +166,21 @@ async def test_cidrs_reach_the_kernel_and_the_resolver(stage: Stage) -> None:
     assert events.ClusterGone("b") in stage.told
 
 
+async def test_resolver_is_told_once_when_all_clusters_are_listed(stage: Stage) -> None:
+    """One whose file cannot be read may have entries of an earlier life, too."""
+    (stage.directory / "c").write_text("endpoints: [\n", encoding="ascii")
+    stage.look()
+    assert stage.join() is None
+    stage.link.state = "ready"
+    stage.mesh.on_listed(stage.link)
+    assert events.AllListed() not in stage.told
+    (stage.directory / "c").unlink()
+    for _ in range(2):
+        stage.look_twice()
+        stage.mesh.on_listed(stage.link)
+    assert stage.told.count(events.AllListed()) == 1
+
+
 async def test_agent_that_has_nobody_to_ask_says_so(stage: Stage) -> None:
     """A Secret of another name, or our own cluster's name for the peer's, would else be silence."""
     assert stage.mesh.nobody is None

@@ -137,7 +137,7 @@ def test_everything_that_is_wrong_is_a_line() -> None:
             unknown_owners={"z", "y"},
             muted=True,
             admitted=0.25,
-            stale={"b": 7},
+            stale={"b": 7, "id 9": 4},
             absent={Reason.UNKNOWN_IDENTITY: 3, Reason.NOT_FOUND: 5, Reason.MAP_FULL: 7},
             missing=["lm_owned", "lm_ipcache"],
             problems=("two maps",),
@@ -168,6 +168,7 @@ def test_everything_that_is_wrong_is_a_line() -> None:
         "cluster d: the last read failed: denied",
         "cluster d: its own store is not followed: no such host",
         "cluster e: not YAML",
+        "4 entries are served as they were last known: their cluster (id 9) has not joined since this agent started",
     ]
     assert list(status({}, nobody="nobody to ask")._wrong()) == ["nobody to ask"]
     assert "no interface carries the program" in next(status({}, attached=False)._wrong())

@@ -16,7 +16,7 @@ from lazymesh.core.resolver.tracked import Fetch, Link, LinkState
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-    from lazymesh.core.events import ClusterGone, ClusterReady, ClusterSilent, StoreReset
+    from lazymesh.core.events import AllListed, ClusterGone, ClusterReady, ClusterSilent, StoreReset
     from lazymesh.core.resolver.backlog import Backlog
     from lazymesh.core.resolver.breaker import Breaker
     from lazymesh.core.resolver.judge import Judge
@@ -32,6 +32,8 @@ class Lifecycle:
     ) -> None:
         """``breaker`` makes a new one for each cluster."""
         self.links: dict[str, Link] = {}
+        self._strangers: dict[int, Link] = {}
+        """By the id that the journal has: clusters that have entries of an earlier life, and have not joined so far."""
         self._breaker = breaker
         self._judge = judge
         self._backlog = backlog
@@ -44,6 +46,33 @@ class Lifecycle:
         if link is None:
             link = self.links[name] = Link(name, self._breaker())
         return link
+
+    def link_of_id(self, cluster_id: int) -> Link:
+        """Return the link of the cluster with this id, or what stands in for it until it joins."""
+        cluster = self._judge.table.by_id(cluster_id)
+        if cluster is not None:
+            return self.link(cluster.name)
+        if cluster_id not in self._strangers:
+            self._strangers[cluster_id] = Link(f"id {cluster_id}", self._breaker(), stranger=cluster_id)
+        return self._strangers[cluster_id]
+
+    def introduce(self) -> None:
+        """Give clusters that have joined the entries that an earlier life has left of them."""
+        for cluster_id, stranger in list(self._strangers.items()):
+            if (cluster := self._judge.table.by_id(cluster_id)) is not None:
+                link = self.link(cluster.name)
+                for tracked in stranger.members.values():
+                    tracked.link = link
+                link.members |= stranger.members
+                link.unproven |= stranger.unproven
+                del self._strangers[cluster_id]
+
+    def all_listed(self, _event: AllListed, _now: float) -> None:
+        """Evict what is of clusters that will not join any more."""
+        for stranger in self._strangers.values():
+            for tracked in list(stranger.members.values()):
+                self._moves.drop(tracked, "cluster-gone", Reason.NO_CLUSTER)
+        self._strangers.clear()
 
     def ready(self, event: ClusterReady, now: float) -> None:
         """Let go what waited for the cluster, and read again what is known of it; repeated: nothing new."""

@@ -83,6 +83,7 @@ class Resolver:
             ev.IdentityGone: self._identity_gone,
             ev.InstallsEnded: self._installs_ended,
             ev.Adopted: self._adopted,
+            ev.AllListed: self._lifecycle.all_listed,
             ev.Lost: self._lost,
             ev.Used: self._used,
             ev.Shrink: self._shrink,
@@ -318,6 +319,7 @@ class Resolver:
 
     def _table_changed(self, event: ev.TableChanged, now: float) -> None:
         self._judge.table = event.table
+        self._lifecycle.introduce()
         missed: dict[Address, float | None] = {}
         for tracked in list(self._moves.tracked.values()):
             owners = event.table.owners(tracked.address)
@@ -355,16 +357,15 @@ class Resolver:
 
     def _adopted(self, event: ev.Adopted, now: float) -> None:
         owners = self._judge.table.owners(event.address)
-        if event.cluster is None:
-            self._disclaim(event, "cluster-gone")
-        elif owners and owners != (event.cluster,):
-            self._disclaim(event, _unowned(owners).value)
+        link = self._lifecycle.link_of_id(event.cluster_id)
+        if owners and owners != (link.name,):
+            self._disclaim(event, link, _unowned(owners).value)
         elif event.address in self._moves.tracked:
             # Missed before we knew of it: what the miss leads to is newer than what an earlier life believed.
             if self._moves.tracked[event.address].entry is None:
-                self._disclaim(event, "expired")
+                self._disclaim(event, link, "expired")
         else:
-            self._adopt(event, owners, self._lifecycle.link(event.cluster), now)
+            self._adopt(event, owners, link, now)
 
     def _adopt(self, event: ev.Adopted, owners: tuple[str, ...], link: Link, now: float) -> None:
         self._moves.make_room()
@@ -377,9 +378,9 @@ class Resolver:
         if link.state is LinkState.READY and cluster is not None:
             self._moves.read(tracked, cluster.spaces[0])
 
-    def _disclaim(self, event: ev.Adopted, why: str) -> None:
+    def _disclaim(self, event: ev.Adopted, link: Link, why: str) -> None:
         self._moves.out.append(ev.Evict(event.address, why))
-        self._moves.out.append(ev.Report([event.address], event.cluster, "evicted", None, why, [None]))
+        self._moves.out.append(ev.Report([event.address], link.name, "evicted", None, why, [None]))
 
     def _lost(self, event: ev.Lost, _now: float) -> None:
         for address in event.addresses:

@@ -150,7 +150,7 @@ class Moves:
                         tracked.move(Phase.RESOLVING)
                     known[1].append(tracked)
         for entry, wanting in wanted.values():
-            self._install(wanting, entry, cluster, now)
+            self._install(wanting, entry, cluster.cluster_id, now)
 
     def _settle_without_record(self, tracked: Tracked, cluster: ClusterInfo, now: float) -> None:
         following = _group_after(cluster.spaces, tracked.spaces)
@@ -162,16 +162,18 @@ class Moves:
 
     def install(self, tracked: Tracked, entry: Entry, now: float) -> None:
         """Send an Install; room in the budget is made first."""
-        cluster = self._cluster(tracked)
+        link, cluster = tracked.link, self._cluster(tracked)
         if cluster is not None:
-            self._install([tracked], entry, cluster, now)
+            self._install([tracked], entry, cluster.cluster_id, now)
+        elif link is not None and link.stranger:
+            self._install([tracked], entry, link.stranger, now)
 
-    def _install(self, some: list[Tracked], entry: Entry, cluster: ClusterInfo, now: float) -> None:
+    def _install(self, some: list[Tracked], entry: Entry, cluster_id: int, now: float) -> None:
         """Do the same for addresses of one cluster; those that have no link were given up since they were chosen."""
         ledger = self._ledger
         if len(some) > max(1, ledger.room):
             for tracked in some:
-                self._install([tracked], entry, cluster, now)
+                self._install([tracked], entry, cluster_id, now)
             return
         some = [tracked for tracked in some if tracked.link is not None]
         if not some:
@@ -185,7 +187,7 @@ class Moves:
             ledger.doubt(some, now)
         addresses = [tracked.address for tracked in some]
         ledger.unanswered.update(addresses)
-        self.out.append(Install(addresses, entry, cluster.cluster_id))
+        self.out.append(Install(addresses, entry, cluster_id))
 
     def make_room(self) -> None:
         """Evict what must go before one more entry may come."""

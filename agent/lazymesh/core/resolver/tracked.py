@@ -156,6 +156,8 @@ class Link:
 
     name: str
     breaker: Breaker
+    stranger: int = 0
+    """The id of a cluster that has not joined in this life, and whose name nobody knows; 0: it is known by its name."""
     state: LinkState = LinkState.CONNECTING
     in_flight: int = 0
     """Transactions sent and not answered."""

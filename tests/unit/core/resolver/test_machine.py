@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 
 from lazymesh.core.events import (
     Adopted,
+    AllListed,
     ClusterGone,
     ClusterReady,
     ClusterSilent,
@@ -22,8 +23,10 @@ from lazymesh.core.events import (
     IdentityKnown,
     Install,
     KeyState,
+    Lost,
     Misses,
     Report,
+    Shrink,
     StoreReset,
     TableChanged,
     Watch,
@@ -35,6 +38,7 @@ from tests.support.playbook import (
     B1,
     B2,
     B3,
+    B4,
     B_V6,
     C1,
     CACHE,
@@ -659,7 +663,7 @@ def test_an_address_forgotten_for_another_of_the_same_table_is_left_in_peace() -
 
 def adopted() -> Play:
     """Return a play that begins with the entry B1 of an earlier life, in doubt."""
-    return Play() >> Adopted(B1, entry(), "b")
+    return Play() >> Adopted(B1, entry(), 2)
 
 
 def test_an_adopted_entry_is_verified_when_its_cluster_is_ready() -> None:
@@ -739,7 +743,7 @@ def test_an_adopted_entry_outlives_an_empty_cache() -> None:
     """Its record may be in the owner's store alone: the last group decides."""
     (
         Play(table=mesh([info("b", CACHE, DIRECT)], networks=[("b", "10.2.0.0/16")]))
-        >> Adopted(B1, entry(), "b")
+        >> Adopted(B1, entry(), 2)
         >> ClusterReady("b")
         << read(B1, spaces=CACHE)
         >> cache_answered(10, {B1: None})
@@ -757,19 +761,101 @@ def test_an_adopted_entry_whose_cluster_never_answers_expires() -> None:
 
 
 @pytest.mark.parametrize(
-    ("address", "cluster", "why"),
-    [(B1, None, "cluster-gone"), (C1, "b", "no-cluster"), (CLAIMED_TWICE, "b", "ambiguous")],
-    ids=["cluster not configured", "address of another cluster", "address of two clusters"],
+    ("address", "cluster_id", "why"),
+    [(C1, 2, "no-cluster"), (CLAIMED_TWICE, 2, "ambiguous"), (B1, 7, "no-cluster")],
+    ids=["address of another cluster", "address of two clusters", "and its own has not joined"],
 )
 def test_an_entry_that_cannot_be_ours_any_more_is_not_adopted(
-    address: bytes, cluster: str | None, why: str
+    address: bytes, cluster_id: int, why: str
 ) -> None:
     """What an earlier life installed may have lost its owner since."""
     (
         Play()
-        >> Adopted(address, entry(), cluster)
+        >> Adopted(address, entry(), cluster_id)
         << evict(address, why)
-        << report(address, "evicted", detail=why, cluster=cluster)
+        << report(address, "evicted", detail=why, cluster={2: "b", 7: "id 7"}[cluster_id])
+    ).end()
+
+
+ALONE = mesh([info("c")], networks=[])
+"""Cluster b has not joined: its store is down since this life began."""
+
+
+def stranded(*addresses: bytes) -> Play:
+    """Return a play in which cluster b is known by entries of an earlier life alone."""
+    story = Play(table=ALONE, limits=Limits(owned=3))
+    for address in addresses:
+        story = story >> Adopted(address, entry(), 2)
+    return story
+
+
+def gone(address: bytes, why: str) -> list[Command]:
+    """Return what takes such an entry out."""
+    return [evict(address, why), report(address, "evicted", detail=why, cluster="id 2")]
+
+
+def test_an_entry_of_a_cluster_that_has_not_joined_is_in_the_books() -> None:
+    """It is owned, in doubt, and told under the id, which is all that the journal has; it serves."""
+    resolver = stranded(B1, B2).resolver
+    assert (resolver.owned, resolver.stale, resolver.counts["installed"]) == (2, {"id 2": 2}, 2)
+    assert resolver.stale_addresses() == [B1, B2]
+    assert resolver.clusters.keys() == set(), "no cluster has been heard of"
+
+
+def test_an_entry_of_a_cluster_that_joins_is_its_own_from_then_on() -> None:
+    """Before its nodes are listed; and it is proven before anything else of the cluster is read."""
+    story = stranded(B1) >> TableChanged(mesh(networks=())) >> TableChanged(mesh())
+    assert story.resolver.stale == {"b": 1}
+    (
+        story
+        >> miss(B2)
+        >> ClusterReady("b")
+        << read(B1)
+        >> answered(10, {B1: record(B1)})
+        << watch(B1, 10)
+        << read(B2)
+    ).end()
+    assert story.resolver.stale == {}
+
+
+def test_an_entry_of_a_cluster_that_has_not_joined_goes_when_its_address_is_anothers() -> None:
+    """Also if that is known at the very moment at which it joins."""
+    claimed = [("c", "10.2.0.0/16")]
+    for table, cluster in ((mesh([info("c")], claimed), "id 2"), (mesh(networks=claimed), "b")):
+        (
+            stranded(B1)
+            >> TableChanged(table)
+            << evict(B1, "no-cluster")
+            << report(B1, "evicted", detail="no-cluster", cluster=cluster)
+        ).end()
+
+
+def test_an_entry_of_a_cluster_that_will_not_join_goes() -> None:
+    """All that are configured have been listed; not before, and nobody else's."""
+    story = stranded(B1) >> Adopted(C1, entry(WEB_OF_C), 3) >> ClusterReady("c") << read(C1, cluster="c")
+    (story >> AllListed() << gone(B1, "cluster-gone")).end()
+    assert story.resolver.owned == 1
+
+
+def test_an_entry_of_a_cluster_that_has_not_joined_goes_like_any_other() -> None:
+    """The budget is used up, room is scarce, the map's owner has its own, its time is over."""
+    story = stranded(B1, B2, B3) >> Adopted(B4, entry(), 2) << gone(B1, "budget")
+    story = story >> Shrink(1) << gone(B2, "crowded")
+    story = story >> Lost((B3,)) << report(B3, "taken-over", cluster="id 2")
+    (story.later(600) << gone(B4, "expired")).end()
+    assert story.resolver.owned == 0
+
+
+def test_an_entry_of_a_cluster_that_has_not_joined_is_put_back_when_it_vanishes() -> None:
+    """A peer that was well a moment ago most likely still is."""
+    story = stranded(B1)
+    story.now = 1.0
+    (
+        story
+        >> miss(B1, at=1.0)
+        << install(B1)
+        >> stands(B1)
+        << report(B1, "installed", missed_at=1.0, detail="the entry had vanished", cluster="id 2")
     ).end()
 
 
@@ -785,7 +871,7 @@ def test_an_entry_of_one_cluster_is_not_adopted_where_the_operator_gave_the_addr
 
 def test_an_entry_adopted_before_the_nodes_are_listed_stays_when_they_are() -> None:
     """At start the table knows no CIDR yet: that nobody owns the address means nothing then."""
-    story = Play(table=mesh(networks=())) >> Adopted(B1, entry(), "b") >> TableChanged(mesh())
+    story = Play(table=mesh(networks=())) >> Adopted(B1, entry(), 2) >> TableChanged(mesh())
     (story >> ClusterReady("b") << read(B1)).end()
 
 
@@ -795,13 +881,13 @@ def test_a_miss_that_came_before_the_adoption_wins() -> None:
         play()
         >> miss(B1)
         << read(B1)
-        >> Adopted(B1, entry(), "b")
+        >> Adopted(B1, entry(), 2)
         << evict(B1, "expired")
         << report(B1, "evicted", detail="expired")
         >> answered(10, {B1: record(B1)})
         << install(B1)
         << watch(B1, 10)
-        >> Adopted(B1, entry(), "b")
+        >> Adopted(B1, entry(), 2)
     ).end()
 
 
