@@ -13,8 +13,10 @@ from contextlib import asynccontextmanager
 from typing import TYPE_CHECKING, Any
 
 import pytest
+from pyroute2 import NetlinkError
 
 from lazymesh.core.model import Direction
+from lazymesh.datapath import interfaces as module
 from lazymesh.datapath import tap
 from lazymesh.datapath.hooks import has_metadata
 from lazymesh.datapath.interfaces import InterfaceFollower, InterfaceSelection
@@ -185,13 +187,14 @@ def test_exact_name_that_is_no_ethernet_is_an_error(loaded: Datapath, node: Name
 def test_pattern_that_matches_another_kind_passes_it_over(
     loaded: Datapath, node: Namespace, style: str
 ) -> None:
-    """A pattern names nobody, so nobody's kind is the user's mistake: counted, logged, not fatal."""
+    """A pattern names nobody, so nobody's kind is the user's mistake: counted, told, not fatal."""
     node.ip(veth("lxc1"))
 
     async def story() -> None:
         async with following(InterfaceFollower(loaded, InterfaceSelection(pods=("l+",)), style)) as follower:
             assert follower.attached == {"lxc1": EGRESS}
             assert follower.stats.attach_errors_total == 1
+            assert [name for name, _ in follower.failed] == ["lo"]
 
     inside(node, story)
 
@@ -255,6 +258,65 @@ def test_pod_that_goes_at_once_is_no_error(loaded: Datapath, node: Namespace, st
             await until(lambda: "lxc2" in follower.attached)
             assert follower.attached == {"lxc2": EGRESS}
             assert follower.stats.attach_errors_total == 0
+            assert follower.failed == []
+
+    inside(node, story)
+
+
+def test_interface_that_cannot_be_attached_to_is_told_as_long_as_it_is_there(
+    loaded: Datapath, node: Namespace, style: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Under its name, and is one error however often it is tried again; another name is another interface."""
+    monkeypatch.setattr(module, "LOOK_EVERY_S", 0.001)
+    why = "is no Ethernet interface, which is all that lazymesh can read so far"
+    tries: list[str] = []
+    consider = InterfaceFollower._bring_up_to_date
+
+    async def counted(self: InterfaceFollower, link: Any, strict: bool, again: bool) -> None:
+        tries.append(link.get("ifname"))
+        await consider(self, link, strict, again)
+
+    monkeypatch.setattr(InterfaceFollower, "_bring_up_to_date", counted)
+
+    async def story() -> None:
+        async with following(InterfaceFollower(loaded, PODS_ONLY, style)) as follower:
+            await make(node, "tuntap add lxc1 mode tun", "tuntap add lxc2 mode tun")
+            await until(lambda: len(follower.failed) == 2)
+            assert follower.failed == [(name, f"{name} {why}") for name in ("lxc1", "lxc2")]
+            tries.clear()
+            await until(lambda: tries.count("lxc1") > 2)
+            assert follower.stats.attach_errors_total == 2
+            await make(node, "link del lxc1", "link set lxc2 name other")
+            await until(lambda: follower.failed == [])
+            await make(node, "link set other name lxc3")
+            await until(lambda: follower.failed == [("lxc3", f"lxc3 {why}")])
+            assert follower.attached == {}
+
+    inside(node, story)
+
+
+def test_interface_that_could_not_be_attached_to_is_tried_again(
+    loaded: Datapath, node: Namespace, style: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Nobody tells when the reason is gone."""
+    monkeypatch.setattr(module, "LOOK_EVERY_S", 0.001)
+    refusing, attach = True, InterfaceFollower._attach
+
+    async def refused(self: InterfaceFollower, index: int, direction: Direction) -> None:
+        if refusing:
+            raise NetlinkError(errno.EPERM)
+        await attach(self, index, direction)
+
+    monkeypatch.setattr(InterfaceFollower, "_attach", refused)
+    node.ip(veth("lxc1"))
+
+    async def story() -> None:
+        nonlocal refusing
+        async with following(InterfaceFollower(loaded, PODS_ONLY, style)) as follower:
+            assert (follower.attached, follower.failed) == ({}, [("lxc1", "Operation not permitted")])
+            refusing = False
+            await until(lambda: "lxc1" in follower.attached)
+            assert follower.failed == []
 
     inside(node, story)
 
@@ -417,7 +479,7 @@ async def test_netkit_device_is_refused_by_name(loaded: Datapath) -> None:
     with pytest.raises(DatapathError, match="lxc7 is a netkit device"):
         await follower._consider(link, strict=True)
     await follower._consider(link, strict=False)
-    assert follower.stats.attach_errors_total == 2
+    assert follower.stats.attach_errors_total == 1
     assert follower.attached == {}
 
 

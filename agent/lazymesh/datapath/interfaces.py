@@ -33,7 +33,8 @@ log = structlog.get_logger()
 LOOK_EVERY_S = 0.5
 """Between looks at the order of tcx programs, of which the kernel says nothing by itself."""
 LOOK_TOLD = 20
-"""Filters, of which it tells, are looked at once in so many times: that is dear, and only for what went unheard."""
+"""Filters, of which it tells, are looked at once in so many times: that is dear, and only for what went unheard. As
+often it is tried again to attach to what could not be attached to."""
 INSIST_EVERY_S = 5.0
 """How often at most an interface's program is put back to the front."""
 _FILTER_EVENTS = ("RTM_NEWTFILTER", "RTM_DELTFILTER", "RTM_DELQDISC")
@@ -81,6 +82,14 @@ class _Attached:
 
 
 @dataclass(slots=True)
+class _Failed:
+    link: Any
+    """The kernel's last word about the interface: whatever changes, or that it goes, it tells."""
+    name: str
+    reason: str
+
+
+@dataclass(slots=True)
 class InterfaceStats:
     """What happened to interfaces so far."""
 
@@ -101,6 +110,8 @@ class InterfaceFollower:
     """tcx, clsact, or auto for the better one that the kernel has."""
     stats: InterfaceStats = field(default_factory=InterfaceStats)
     _attached: dict[int, _Attached] = field(default_factory=dict)
+    _failed: dict[int, _Failed] = field(default_factory=dict)
+    """Selected, but our program is not on it, or perhaps no more."""
     _ipr: AsyncIPRoute | None = None
     _hook: Hook | None = None
     _placing: asyncio.Lock = field(default_factory=asyncio.Lock)
@@ -120,6 +131,11 @@ class InterfaceFollower:
     def behind(self) -> list[str]:
         """Names of the interfaces on which somebody else insists on being first."""
         return sorted(item.name for item in self._attached.values() if item.behind)
+
+    @property
+    def failed(self) -> list[tuple[str, str]]:
+        """Names of the interfaces that are selected and cannot be attached to, and why."""
+        return sorted((item.name, item.reason) for item in self._failed.values())
 
     async def run(self, ready: asyncio.Event) -> None:
         """Attach to what is there, then follow the kernel's link messages for ever; sets ``ready`` after the first.
@@ -155,17 +171,15 @@ class InterfaceFollower:
                     continue
                 if event == "RTM_NEWLINK":
                     await self._consider(message, strict=False)
-                elif index not in self._attached:
-                    continue
-                elif event == "RTM_DELLINK":
+                elif event == "RTM_DELLINK" and (index in self._attached or index in self._failed):
                     await self._detach(index)
-                elif event in _FILTER_EVENTS:
+                elif event in _FILTER_EVENTS and index in self._attached:
                     await self._look_after(index, self._attached[index])
 
     async def _resync(self, strict: bool) -> None:
         links = [link async for link in await self._route.link("dump")]
         present = {link["index"] for link in links}
-        for gone in (self._attached.keys() | self.datapath.pins.linked()) - present:
+        for gone in (self._attached.keys() | self._failed.keys() | self.datapath.pins.linked()) - present:
             await self._detach(gone)
         names = {link.get("ifname") for link in links}
         for name in self.selection.exact_names() if strict else ():
@@ -196,6 +210,7 @@ class InterfaceFollower:
         elif known is not None:
             await self._take_off(index)
         if direction is None:
+            self._failed.pop(index, None)
             return
         try:
             if link["ifi_type"] != _ARPHRD_ETHER:
@@ -213,18 +228,27 @@ class InterfaceFollower:
                 )
             await self._attach(index, direction)
         except (DatapathError, NetlinkError) as exc:
-            if isinstance(exc, NetlinkError) and exc.code in (errno.ENODEV, errno.EINVAL) and not strict:
-                return  # it went away between its message and our answer
-            self.stats.attach_errors_total += 1
             if strict:
                 raise DatapathError(f"cannot attach to {name}: {exc}") from exc
-            log.warning("cannot attach", interface=name, error=str(exc))
+            self._note_failure(link, exc)
             return
+        self._failed.pop(index, None)
         if index in self._attached:
             return
         self._attached[index] = _Attached(name, direction)
         self.stats.attached_total += 1
         log.info("attached", interface=name, direction=direction.name.lower())
+
+    def _note_failure(self, link: Any, exc: DatapathError | NetlinkError) -> None:
+        """Keep what failed; count and log it once, unless the interface most likely has gone since it was told of."""
+        index, name, reason = link["index"], link.get("ifname"), str(exc.args[-1])
+        known = self._failed.get(index)
+        self._failed[index] = _Failed(link, name, reason)
+        if isinstance(exc, NetlinkError) and exc.code in (errno.ENODEV, errno.EINVAL):
+            return
+        if known is None or (known.name, known.reason) != (name, reason):
+            self.stats.attach_errors_total += 1
+            log.warning("cannot attach", interface=name, error=reason)
 
     async def _attach(self, index: int, direction: Direction) -> None:
         name, fd = self.datapath.program(direction)
@@ -240,6 +264,10 @@ class InterfaceFollower:
             for index, attached in list(self._attached.items()):
                 if not self._on.told or attached.behind or count % LOOK_TOLD == 0:
                     await self._look_after(index, attached)
+            for index in list(self._failed) if count % LOOK_TOLD == 0 else ():
+                async with self._placing:
+                    if index in self._failed:  # it may have gone while somebody else had the lock
+                        await self._bring_up_to_date(self._failed[index].link, strict=False, again=True)
 
     async def _look_after(self, index: int, attached: _Attached) -> None:
         try:
@@ -271,6 +299,7 @@ class InterfaceFollower:
 
     async def _take_off(self, index: int) -> None:
         self._attached.pop(index, None)
+        self._failed.pop(index, None)
         with contextlib.suppress(NetlinkError, OSError):  # the interface, or what was on it, is gone already
             await self._on.detach(index)
 

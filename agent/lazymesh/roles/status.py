@@ -194,6 +194,8 @@ class Status:
                 "no pod's interface carries the program, what pods send is not seen and not judged: does --interface"
                 " match any?"
             )
+        for name, reason in self.parts.follower.failed:
+            yield f"cannot attach to {name}: {reason}: its misses are not seen"
         for name in self.parts.follower.behind:
             yield f"another program insists on being ahead of ours on {name}: what it decides we never see"
         yield from self.parts.ipcaches.problems()

@@ -66,7 +66,9 @@ def status(links: dict[str, Any], *, attached: bool = True, **mesh: Any) -> Stat
             table=SimpleNamespace(cluster=lambda _: None),
         ),
         follower=SimpleNamespace(
-            attached=mesh.get("carried", {"lxc0": Direction.EGRESS}) if attached else {}, behind=[]
+            attached=mesh.get("carried", {"lxc0": Direction.EGRESS}) if attached else {},
+            behind=[],
+            failed=mesh.get("failed", []),
         ),
         reader=SimpleNamespace(crowded=mesh.get("muted", False)),
         shadow=None,
@@ -141,9 +143,11 @@ def test_everything_that_is_wrong_is_a_line() -> None:
             absent={Reason.UNKNOWN_IDENTITY: 3, Reason.NOT_FOUND: 5, Reason.MAP_FULL: 7},
             missing=["lm_owned", "lm_ipcache"],
             problems=("two maps",),
+            failed=[("lxc7", "no such luck")],
         )._wrong()
     )
     assert lines == [
+        "cannot attach to lxc7: no such luck: its misses are not seen",
         "two maps",
         (
             "2 pins are gone from /bpf, lm_owned among them: this agent goes on, commands and the next agent find"
