@@ -261,6 +261,29 @@ class TestNoRoom:
         world.close()
 
 
+def test_no_more_goes_in_than_there_was_room_for_when_the_map_was_counted(world: World) -> None:
+    """Until it is counted again, which is asked for; ours that go make room, those that are replaced take none."""
+    told: list[None] = []
+    installer = world.installer
+    installer.on_full = lambda: told.append(None)
+    installer.added_most = 2
+    first, second, third, fourth = (bytes([10, 2, 9, number]) for number in range(4))
+    for address in (first, second):
+        assert installer.install(address, OURS[0], CLUSTER) is None
+    assert installer.install(first, OURS[1], CLUSTER) is None
+    assert told == []
+    assert installer.install(third, OURS[0], CLUSTER) is Reason.MAP_FULL
+    assert (len(told), third in world.lines()) == (1, False)
+    assert installer.evict(first)
+    assert installer.install_many([(each, OURS[0], CLUSTER) for each in (third, fourth)]) == [
+        None,
+        Reason.MAP_FULL,
+    ]
+    installer.added_most = 3
+    assert installer.install_many([(fourth, OURS[0], CLUSTER)]) == [None]
+    assert installer.added == installer.owned == 3
+
+
 def _refuse(*_: object) -> bool:
     raise DatapathError("the kernel refused")
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import os
 import re
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 import pytest
@@ -131,6 +132,23 @@ def test_interrupted_batch_is_taken_up_again(opened: Map, monkeypatch: pytest.Mo
     listed = list(opened.items())
     assert dict(listed) == wanted
     assert len(listed) == 5_000
+
+
+@pytest.mark.parametrize("opened", [replace(TRIE, max_entries=5_000)], indirect=True, ids=["trie"])
+def test_count_that_cannot_be_is_none(opened: Map, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The kernel begins with a trie anew when the element goes at which it is: it gives the same ones again."""
+    wanted = elements(opened.layout.kind, 5_000)
+    opened.update_many(list(wanted.items()))
+    assert opened.count() == 5_000
+    batches = opened._batches
+
+    def while_they_go() -> Iterator[tuple[bytes, bytes, int]]:
+        for keys, values, count in batches():
+            yield keys, values, count
+            opened.delete(keys[8 * (count - 1) : 8 * count])
+
+    monkeypatch.setattr(opened, "_batches", while_they_go)
+    assert opened.count() is None
 
 
 @pytest.mark.parametrize("opened", [HASH], indirect=True, ids=["hash"])

@@ -29,8 +29,9 @@ FULL = 0.98
 """Never more than this, whatever has fitted before: two seconds of Cilium's fastest."""
 CILIUM_PER_S = 5_000
 """No agent adds more entries in a second: 3,900 were seen (cilium-live 6)."""
-ROOM_EVERY_S, ROOM_TIGHT_S = 60.0, 5.0
-"""Between counts of the map's entries: at most, and when it fills up."""
+ROOM_EVERY_S, ROOM_TIGHT_S = 60.0, 4.0
+"""From count to count of the map's entries: at most, and when it fills up. In four seconds, and one more for a count,
+Cilium cannot fill what is left of a map of its size beyond CROWDED."""
 
 
 def running_ipcache(pins: Collection[int], read: Collection[int]) -> int | None:
@@ -125,16 +126,27 @@ class Room:
         """Take note that the map is a new one."""
         self._fits, self._counted, self.crowded = max(self._fits, self._counted), 0, False
 
+    def looks_crowded(self, used: int, size: int) -> bool:
+        """Tell what a count would say."""
+        bar = int((ROOMY if self.crowded else CROWDED) * size)
+        return used >= bar and used > min(self._fits, FULL * size)
+
     def step(self, used: int, size: int) -> int:
         """Take a count; return how many entries are too many, all of which have to be ours."""
         if used <= self._counted and used > self._fits / 2:
             self._fits = 0
         self._counted = used
-        bar = int((ROOMY if self.crowded else CROWDED) * size)
-        self.crowded = used >= bar and used > min(self._fits, FULL * size)
+        self.crowded = self.looks_crowded(used, size)
         return max(0, used - int(ROOMY * size)) if self.crowded else 0
 
-    def pause(self, size: int) -> float:
-        """Return in how many seconds to count again, so that Cilium cannot have filled the map by then."""
-        ahead = (max(CROWDED * size, min(self._fits, FULL * size)) - self._counted) / CILIUM_PER_S
+    def left(self, size: int) -> int:
+        """Return how many more entries the map could take, by the last count, before it would be crowded."""
+        return int(max(CROWDED * size, min(self._fits, FULL * size))) - self._counted
+
+    def pause(self, size: int, added: int) -> float:
+        """Return how long after a count to count again, so that Cilium cannot have filled the map by then.
+
+        added: how many entries have come since that are ours.
+        """
+        ahead = (self.left(size) - added) / CILIUM_PER_S
         return min(max(ahead, 0.0 if self._fits else ROOM_TIGHT_S), ROOM_EVERY_S)

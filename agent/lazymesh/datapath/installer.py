@@ -10,6 +10,7 @@ new one, which the journal is about; older ones get the same entries, and go whe
 
 from __future__ import annotations
 
+import math
 from itertools import compress
 from typing import TYPE_CHECKING
 
@@ -52,8 +53,12 @@ class Installer:
     ) -> None:
         self.crowded = False
         """The map is nearly full: nothing new is put in, what is left is for Cilium."""
+        self.added = 0
+        """By how many entries we have made the first map fuller so far."""
+        self.added_most = math.inf
+        """Up to where that may go before somebody has counted what the map holds."""
         self.on_full: Callable[[], None] = lambda: None
-        """Told when the kernel has no room for an entry."""
+        """Told when an entry has found no room, though the map was not known to be full."""
         self.use(maps)
         self._journal = journal
         self._honours_noexist = honours_noexist
@@ -150,7 +155,8 @@ class Installer:
         What is new is written together, each line before its entry; what that does not settle, one by one. Nothing is
         looked up before: an address has missed before it gets an entry, so the programs have looked.
         """
-        if not self._honours_noexist or len(self._maps) > 1 or self.crowded:
+        scarce = self.crowded or self.added + len(installs) > self.added_most
+        if scarce or not self._honours_noexist or len(self._maps) > 1:
             return [self.install(*each) for each in installs]
         owned = self._owned
         fresh = [each for each in installs if each[0] not in owned]
@@ -159,6 +165,7 @@ class Installer:
         except DatapathError:  # one by one it will show for whom there is room
             return [self.install(*each) for each in installs]
         stand = fresh if all(inserted) else list(compress(fresh, inserted))
+        self.added += len(stand)
         addresses = [each[0] for each in stand]
         owned.update(zip(addresses, stand, strict=True))
         self._beside.difference_update(addresses)
@@ -189,8 +196,8 @@ class Installer:
         self._take_back(address)
         self._beside.discard(address)
         ours = self._is_ours(address, self._main.stands(address))
-        if ours:
-            self._main.delete(address)
+        if ours and self._main.delete(address):
+            self.added -= 1
         self._forget(address)
         return ours
 
@@ -206,10 +213,12 @@ class Installer:
         self._forget(address)
 
     def _insert(self, address: Address, entry: Entry, cluster_id: int) -> bool:
-        if self.crowded:
+        if self.crowded or self.added >= self.added_most:
             raise MapFullError("the ipcache map is nearly full, and what is left of it is Cilium's")
         self._journal.write(address, OwnedEntry(entry, entry, cluster_id))
-        return self._main.insert(address, entry)
+        inserted = self._main.insert(address, entry)
+        self.added += inserted
+        return inserted
 
     def _put(self, address: Address, entry: Entry, cluster_id: int) -> Reason | None:
         standing = self._main.stands(address)

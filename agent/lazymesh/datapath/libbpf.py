@@ -17,6 +17,7 @@ import socket
 import struct
 import sys
 from dataclasses import dataclass
+from itertools import accumulate
 from typing import TYPE_CHECKING
 
 from lazymesh.errors import DatapathError
@@ -484,14 +485,25 @@ class Map:
             checked(result)
         return bool(result)
 
-    def count(self) -> int:
-        """Count the elements. The interpreter is released while the kernel reads: this may be left to a thread."""
+    def count(self) -> int | None:
+        """Count the elements. The interpreter is released while the kernel reads: this may be left to a thread.
+
+        The kernel begins with an LPM trie anew when the very element goes at which it is, and counts too many: None if
+        it is more than can be.
+        """
         try:
-            return sum(count for _, _, count in self._batches())
+            return self._sum(count for _, _, count in self._batches())
         except OSError as exc:
             if exc.errno not in (errno.EINVAL, ENOTSUPP):
                 raise
-            return sum(1 for _ in self._items_one_by_one())
+            return self._sum(1 for _ in self._items_one_by_one())
+
+    def _sum(self, counts: Iterable[int]) -> int | None:
+        most = self.layout.max_entries
+        for total in accumulate(counts, initial=0):
+            if total > most:
+                return None
+        return total
 
     def items(self) -> Iterator[tuple[bytes, bytes]]:
         """Yield every element, in batches; elements that change meanwhile may be seen once, twice or not at all."""

@@ -197,8 +197,11 @@ class IpcacheMap:
             if abi.tag_of_entry(value) == self._tag and (address := abi.address_of_key(key)) is not None:
                 yield address
 
-    def count(self) -> int:
-        """Return how many entries there are: LPM tries keep no account, so this walks over all of them."""
+    def count(self) -> int | None:
+        """Return how many entries there are: LPM tries keep no account, so this walks over all of them.
+
+        Too many if some went meanwhile; None if so many cannot be.
+        """
         return self._map.count()
 
     def insert(self, address: Address, entry: Entry) -> bool:

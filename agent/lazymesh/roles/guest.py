@@ -50,6 +50,8 @@ PIN_AWAY_S = 10.0
 SWEEP_EVERY_S = 30.0
 """Between looks for entries of ours that Cilium has taken over."""
 ADDRESSES_EVERY_S = 10.0
+COUNTS_APART_S = 1.0
+"""From count to count of a map's entries at least: with 500,000 one takes a third of it."""
 FIRST_S = 0.1
 """A new map is filled for so long before programs look into it; the rest comes while they do."""
 
@@ -286,18 +288,32 @@ class GuestIpcaches:
     async def _watch_room(self, lender: Lender | None) -> None:
         """Count the entries, often enough that Cilium finds room for its own."""
         while True:
-            ipcache = self._maps[0]
-            with contextlib.suppress(OSError):
-                used = await asyncio.to_thread(_count, ipcache.map_id)
-                if ipcache is self._maps[0]:  # else it says nothing of the one that is
-                    self._used = used
-                    if lender is not None:
-                        lender.make_room(used, ipcache.max_entries)
+            ipcache, began = self._maps[0], time.monotonic()
+            added = 0 if lender is None else lender.installer.added
+            used = await self._counted(ipcache, lender)
+            if used is not None and ipcache is self._maps[0]:  # else it says nothing of the one that is
+                self._used = used
+                if lender is not None:
+                    await _take_turns(lender.make_room(used, ipcache.max_entries, added))
             if lender is None:
                 await asyncio.sleep(ROOM_EVERY_S)
                 continue
-            await asyncio.sleep(1)  # one count a second is enough for anybody
-            await _wait(lender.count, lender.room.pause(ipcache.max_entries))
+            await asyncio.sleep(COUNTS_APART_S)
+            # What we add ourselves brings the next one forward.
+            while used is not None and time.monotonic() < began + lender.pause(ipcache.max_entries):
+                if await _wait(lender.count, COUNTS_APART_S):
+                    break
+
+    @staticmethod
+    async def _counted(ipcache: IpcacheMap, lender: Lender | None) -> int | None:
+        """Count a map's entries, and again before anything is done about it; None if the number cannot be believed."""
+        with contextlib.suppress(OSError):
+            used = await asyncio.to_thread(_count, ipcache.map_id)
+            if used is None or lender is None or not lender.room.looks_crowded(used, ipcache.max_entries):
+                return used
+            again = await asyncio.to_thread(_count, ipcache.map_id)
+            return None if again is None else min(used, again)
+        return None
 
     async def _learn_addresses(self) -> None:
         try:
@@ -318,18 +334,20 @@ def _pinned_at(bpffs: Path) -> float:
     return max(found, default=time.time())
 
 
-def _count(map_id: int) -> int:
+def _count(map_id: int) -> int | None:
     """Count a map's entries, through a descriptor of our own: the agent may close its own meanwhile."""
     with contextlib.closing(IpcacheMap.by_id(map_id)) as ipcache:
         return ipcache.count()
 
 
-async def _wait(event: asyncio.Event, seconds: float) -> None:
-    """Wait for an event, but not longer than so long; clear it."""
+async def _wait(event: asyncio.Event, seconds: float) -> bool:
+    """Wait for an event, but not longer than so long; clear it, and tell whether it came."""
     with contextlib.suppress(TimeoutError):
         async with asyncio.timeout(seconds):
             await event.wait()
+    came = event.is_set()
     event.clear()
+    return came
 
 
 async def _take_turns(steps: Iterator[None], seconds: float = math.inf) -> None:

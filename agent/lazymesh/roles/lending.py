@@ -7,6 +7,7 @@ installer's.
 from __future__ import annotations
 
 import asyncio
+import math
 from collections import Counter
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
@@ -47,11 +48,13 @@ class Lender:
     """The map's entries are to be counted now: the kernel has found no room for one of ours, or the map is new."""
     lent: Counter[str] = field(default_factory=Counter)
     """What became of entries that were to be put into new maps."""
+    _added: int = 0
+    """The installer's account when the last count began."""
 
     def begin(self) -> None:
         """Take note that the map is a new one."""
         self.room.begin()
-        self.installer.crowded = False
+        self.installer.crowded, self.installer.added_most = False, math.inf
         self.count.set()
 
     def lend_all(self, recent: Sequence[Address], old: Sequence[IpcacheMap]) -> Iterator[None]:
@@ -80,14 +83,24 @@ class Lender:
             self.installer.forget(address)
             self.driver.feed(events.Lost((address,)))
 
-    def make_room(self, used: int, size: int) -> None:
-        """Stop putting entries in where room is scarce, and take out what is too much."""
+    def make_room(self, used: int, size: int, added: int) -> Iterator[None]:
+        """Stop putting entries in where room is scarce, and take out what is too much, in steps.
+
+        used: a count of the map; added: the installer's account when it began.
+        """
         before, surplus = self.room.crowded, self.room.step(used, size)
         if self.room.crowded != before:
             log.log(20 if before else 30, "room in the ipcache", crowded=not before, entries=used, size=size)
-        self.installer.crowded = self.room.crowded
-        if surplus:
-            self.driver.feed(events.Shrink(surplus))
+        self._added = added
+        self.installer.crowded, self.installer.added_most = self.room.crowded, added + self.room.left(size)
+        while surplus > 0 and self.resolver.owned and self.room.crowded:  # a new map is not
+            self.driver.feed(events.Shrink(min(SLICE, surplus)))
+            surplus -= SLICE
+            yield
+
+    def pause(self, size: int) -> float:
+        """Return how long after the last count the next is due."""
+        return self.room.pause(size, self.installer.added - self._added)
 
     def _lend(self, address: Address, old: Sequence[IpcacheMap]) -> str | None:
         """Put an address into the new map, as ours or as the old maps know it; return what became of it, or None."""

@@ -40,6 +40,9 @@ def test_missing_pin_changes_nothing() -> None:
     arrangement = Arrangement()
     arrangement.step({5}, reads(5), 0)
     assert arrangement.step(NOTHING, reads(5), 1) == (5,)
+    assert arrangement.there_at == 0
+    arrangement.step({5}, reads(5), 2)
+    assert arrangement.there_at == 2
 
 
 def test_pin_of_another_version_is_told_by_who_reads_it() -> None:
@@ -165,13 +168,26 @@ def test_some_room_is_left_whatever_the_last_map_held() -> None:
 def test_count_comes_before_the_map_can_be_full() -> None:
     """Seldom while there is room, at once in the last stretch of a map that fills up."""
     room = Room()
-    assert room.pause(512_000) == ROOM_EVERY_S
+    assert room.pause(512_000, 0) == ROOM_EVERY_S
     room.step(400_000, 512_000)
-    assert room.pause(512_000) == pytest.approx(17.28)
+    assert room.pause(512_000, 0) == pytest.approx(17.28)
     room.step(500_000, 512_000)
-    assert room.pause(512_000) == ROOM_TIGHT_S
+    assert room.pause(512_000, 0) == ROOM_TIGHT_S
     room.begin()
     room.step(480_000, 512_000)
-    assert room.pause(512_000) == pytest.approx(4)
+    assert room.pause(512_000, 0) == pytest.approx(4)
     room.step(500_000, 512_000)
-    assert room.pause(512_000) == 0
+    assert room.pause(512_000, 0) == 0
+
+
+def test_what_we_add_brings_the_next_count_forward_and_ends_where_the_map_is_crowded() -> None:
+    """The map is Cilium's beyond that, however much of ours comes between two counts."""
+    room = Room()
+    room.step(400_000, 512_000)
+    assert room.left(512_000) == 86_400
+    assert room.pause(512_000, 40_000) == pytest.approx(9.28)
+    assert room.pause(512_000, 80_000) == ROOM_TIGHT_S
+    room.begin()
+    room.step(500_000, 512_000)
+    room.begin()
+    assert room.left(512_000) == 500_000, "as many as the last map held"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import math
 import time
 from pathlib import Path
 from types import SimpleNamespace
@@ -17,9 +18,10 @@ from lazymesh.errors import DatapathError
 from lazymesh.metrics import Metrics
 from lazymesh.roles import guest as module
 from lazymesh.roles.guest import GuestIpcaches
+from tests.support.playbook import B1, B2
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncIterator
+    from collections.abc import AsyncIterator, Callable
 
     from lazymesh.datapath.cilium import NodeView
     from lazymesh.datapath.program import Datapath
@@ -35,6 +37,8 @@ class Node:
         self.refuses: set[str] = set()
         self.refused: set[str] = set()
         self.shown: list[list[int]] = []
+        self.counts: list[int | None] = [3]
+        """What counts of a map say, one after the other; the last one again and again."""
 
     async def ipcaches(self) -> frozenset[int]:
         """What programs read."""
@@ -62,12 +66,13 @@ class FakeMap:
 
     view, max_entries = View.V2, 100
 
-    def __init__(self, map_id: int) -> None:
+    def __init__(self, map_id: int, counts: list[int | None]) -> None:
         self.map_id = map_id
+        self._counts = counts
 
-    def count(self) -> int:
+    def count(self) -> int | None:
         """Some entries."""
-        return 3
+        return self._counts.pop(0) if len(self._counts) > 1 else self._counts[0]
 
     def close(self) -> None:
         """There is nothing to close."""
@@ -78,20 +83,59 @@ def node(monkeypatch: pytest.MonkeyPatch) -> Node:
     """Return one with a Cilium, which is looked at all the time."""
     made = Node()
     monkeypatch.setattr(module, "pinned_ipcaches", lambda _bpffs: made.pins)
-    opened = SimpleNamespace(by_id=lambda number, _tag=0: FakeMap(number))
+    opened = SimpleNamespace(by_id=lambda number, _tag=0: FakeMap(number, made.counts))
     monkeypatch.setattr(module, "IpcacheMap", opened)
     for pause in ("LOOK_EVERY_S", "READ_EVERY_S", "READ_SETTLED_S", "ADDRESSES_EVERY_S"):
         monkeypatch.setattr(module, pause, 0.001)
     return made
 
 
+class Installs:
+    """Stands in for the installer."""
+
+    def __init__(self) -> None:
+        self.crowded, self.added, self.added_most = False, 0, math.inf
+        self.on_full: Callable[[], None] = lambda: None
+        self.owned: list[bytes] = [B1, B2]
+        self.maps: list[int] = []
+        self.withdrawn: set[tuple[int, bytes]] = set()
+        self.looked_for: list[bytes] = []
+
+    def use(self, maps: list[Any]) -> None:
+        """Write into these maps from now on."""
+        self.maps = [one.map_id for one in maps]
+
+    def owned_addresses(self) -> list[bytes]:
+        """All that are ours."""
+        return self.owned
+
+    def owns(self, _address: bytes) -> bool:
+        """All are."""
+        return True
+
+    def carry_over(self, _address: bytes) -> None:
+        """Into a new map: it always goes well."""
+
+    def withdraw(self, ipcache: Any, address: bytes) -> None:
+        """Take one out of a map."""
+        self.withdrawn.add((ipcache.map_id, address))
+
+    def is_lost(self, address: bytes) -> bool:
+        """None is, and whoever asks is noted."""
+        self.looked_for.append(address)
+        return False
+
+
 @contextlib.asynccontextmanager
-async def following(node: Node) -> AsyncIterator[GuestIpcaches]:
-    """Follow the node until the end of the block."""
-    pins = SimpleNamespace(linked=set)
-    datapath = cast("Datapath", SimpleNamespace(views=SimpleNamespace(show=node.show), pins=pins))
-    guest = GuestIpcaches(Path("/sys/fs/bpf"), datapath, cast("NodeView", node))
+async def following(node: Node, installs: Installs | None = None) -> AsyncIterator[GuestIpcaches]:
+    """Follow the node until the end of the block; installs: as one who writes there."""
+    pins, recent = SimpleNamespace(linked=set), SimpleNamespace(newest_first=list)
+    datapath = SimpleNamespace(views=SimpleNamespace(show=node.show), pins=pins, recent=recent)
+    guest = GuestIpcaches(Path("/sys/fs/bpf"), cast("Datapath", datapath), cast("NodeView", node))
     await guest.open(lambda _: None)
+    if installs is not None:
+        others = SimpleNamespace(feed=lambda _event: None, owned=2)
+        guest.connect(cast("Any", installs), *[cast("Any", others)] * 3)
     task = asyncio.create_task(guest.run())
     try:
         yield guest
@@ -158,3 +202,72 @@ async def test_pin_that_stays_away_is_told(node: Node, monkeypatch: pytest.Monke
         assert "has not been pinned in /sys/fs/bpf/tc/globals for 60 s" in next(guest.problems())
         node.pins = {Path("/tc/globals/cilium_ipcache_v2"): 5}
         await until(lambda: not list(guest.problems()))
+
+
+async def test_count_that_would_crowd_the_map_is_taken_twice(node: Node) -> None:
+    """A count may be far too high, and what it makes us take out is gone: the smaller one is believed."""
+    node.counts = [99, 50, 50]
+    async with following(node, Installs()) as guest:
+        await until(lambda: guest.describe()["entriesInMap"] == 50)
+        assert list(guest.problems()) == []
+    node.counts = [99, 97, 97]
+    installs = Installs()
+    async with following(node, installs) as guest:
+        await until(lambda: installs.crowded)
+        assert "nearly full (97 of 100 entries)" in next(guest.problems())
+
+
+async def test_count_that_cannot_be_is_none(node: Node, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Neither the first one nor one that is to confirm another; then it is counted again at once."""
+    monkeypatch.setattr(module, "COUNTS_APART_S", 0.001)
+    installs = Installs()
+    node.counts = [None, 99, None, 40]
+    async with following(node, installs) as guest:
+        await until(lambda: guest.describe()["entriesInMap"] == 40)
+        assert not installs.crowded
+
+
+async def test_map_is_counted_when_the_kernel_has_no_room(
+    node: Node, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Though by the last count the next one is not due for a minute."""
+    monkeypatch.setattr(module, "COUNTS_APART_S", 0.001)
+    monkeypatch.setattr(FakeMap, "max_entries", 1_000_000)
+    installs = Installs()
+    async with following(node, installs) as guest:
+        await until(lambda: guest.describe()["entriesInMap"] == 3)
+        node.counts[:] = [990_000]
+        await asyncio.sleep(0.02)
+        assert not installs.crowded
+        installs.on_full()
+        await until(lambda: installs.crowded)
+
+
+async def test_maps_that_do_not_count_any_more_keep_nothing_of_ours(node: Node) -> None:
+    """Nobody would keep it true; not all of them go with their last program."""
+    installs = Installs()
+    async with following(node, installs):
+        node.pins = {Path("/tc/globals/cilium_ipcache_v2"): 9}
+        await until(lambda: node.shown[-1] == [9, 5])
+        assert installs.withdrawn == set()
+        node.read = frozenset({9})
+        await until(lambda: node.shown[-1] == [9])
+        await until(lambda: installs.withdrawn)
+        assert installs.withdrawn == {(5, B1), (5, B2)}
+
+
+async def test_what_is_lost_is_not_looked_for_in_a_map_that_is_being_filled(
+    node: Node, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Most of ours do not stand there yet."""
+    monkeypatch.setattr(module, "SWEEP_EVERY_S", 0.001)
+    installs = Installs()
+    async with following(node, installs):
+        await until(lambda: installs.looked_for[-2:] == [B1, B2])
+        node.pins = {Path("/tc/globals/cilium_ipcache_v2"): 9}
+        await until(lambda: node.shown[-1] == [9, 5])
+        installs.looked_for.clear()
+        await asyncio.sleep(0.05)
+        assert installs.looked_for == []
+        node.read = frozenset({9})
+        await until(lambda: installs.looked_for)
