@@ -10,6 +10,7 @@ import contextlib
 import ipaddress
 import struct
 from pathlib import Path
+from typing import Any
 
 import pytest
 from hypothesis import HealthCheck, settings
@@ -265,6 +266,25 @@ class Node:
 
 PEER = parse_address(PEERS[0])
 FIRST, SECOND = (Entry(identity, parse_address(HOST), 0, 2) for identity in IDENTITIES)
+
+
+def test_what_cilium_writes_while_we_write_the_journal_stands(monkeypatch: pytest.MonkeyPatch) -> None:
+    """We had looked before that: ours is replaced only if it is there still."""
+    node = Node()
+    writer = Writer(V2, NODE, [])
+    writer.use(node.maps[0].raw)
+    node.installer.install(PEER, FIRST, CLUSTER)
+    write = Journal.write
+
+    def slowly(*words: Any) -> None:
+        write(*words)
+        writer.upsert(PEERS[0], Record(IDENTITIES[0], HOST))
+
+    monkeypatch.setattr(Journal, "write", slowly)
+    assert node.installer.install(PEER, SECOND, CLUSTER) is Reason.TAKEN
+    assert node.maps[0].tagged() == {}
+    assert set(node.maps[0].read()) == {PEERS[0]}
+    assert not node.installer.owns(PEER)
 
 
 def test_what_no_line_stands_for_goes_at_the_next_start() -> None:

@@ -226,6 +226,8 @@ class Installer:
             if self._is_ours(address, standing):
                 previous = standing.entry if standing else entry
                 self._journal.write(address, OwnedEntry(entry, previous, cluster_id))
+                standing = self._main.stands(address)  # the map's owner may have written meanwhile
+            if self._is_ours(address, standing):
                 self._main.replace(address, entry)
             elif self._is_foreign(standing, entry) or not self._insert(address, entry, cluster_id):
                 self._forget(address)
