@@ -111,6 +111,8 @@ class Lender:
             return _fate("carried", reason)
         if self.resolver.describe(address) is not None:
             return None  # it is being resolved, or there is no such pod
+        if self.resolver.room <= 0:
+            return None  # it would push out one that was talked to later
         known = self._known(address, old)
         if known is None:
             return None

@@ -10,6 +10,7 @@ import pytest
 
 from lazymesh.core.events import Adopted, Lost, Shrink, Used
 from lazymesh.core.model import Entry, Reason
+from lazymesh.core.resolver import Judge, Limits, Resolver
 from lazymesh.roles.lending import SLICE, Lender
 from tests.support.playbook import B1, B2, B3, CLAIMED_TWICE, STRANGER, WEB, WEB_OF_C, entry, mesh
 
@@ -70,6 +71,7 @@ class Node:
         others = SimpleNamespace(
             feed=self.told.append,
             owned=1_000,
+            room=1_000,
             describe=lambda address: address if address in tracked else None,
             table=mesh(),
             identities={WEB, WEB_OF_C},
@@ -102,6 +104,17 @@ def test_peer_is_lent_as_the_old_map_knew_it() -> None:
     assert node.installs.put == {B1: (entry(), 2)}
     assert node.told == [Adopted(B1, entry(), 2), Used((B1,))]
     assert node.lender.lent == {"warmed": 1}
+
+
+def test_no_more_peers_are_lent_than_the_budget_has_room_for() -> None:
+    """Each one beyond it would push out the one that was lent first, and talked to last."""
+    node = Node()
+    resolver = Resolver(Limits(owned=2), Judge(mesh(), {WEB}))
+    node.lender.resolver = resolver
+    node.lender.driver = cast("Any", SimpleNamespace(feed=lambda event: resolver.step(event, 0.0)))
+    node.lend([B1, B2, B3], dict.fromkeys([B1, B2, B3], entry()))
+    assert node.installs.put.keys() == {B1, B2}
+    assert resolver.owned == 2
 
 
 @pytest.mark.parametrize(

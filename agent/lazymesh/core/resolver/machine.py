@@ -446,6 +446,11 @@ class Resolver:
         return len(self._ledger)
 
     @property
+    def room(self) -> int:
+        """How many more may come before one that was used longest ago has to go."""
+        return self._ledger.room
+
+    @property
     def queued(self) -> int:
         """How many missed addresses wait for a read."""
         return self._backlog.missed
