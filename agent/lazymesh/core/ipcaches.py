@@ -33,6 +33,10 @@ ROOM_EVERY_S, ROOM_TIGHT_S = 60.0, 4.0
 """From count to count of the map's entries: at most, and when it fills up. In four seconds, and one more for a count,
 Cilium cannot fill what is left of a map of its size beyond CROWDED."""
 
+FILLING_MOST = 10
+"""Counts: a map that grows no more after so many has all that it gets, be it less than half of what the last one held.
+Before that Cilium may be waiting for something. With so little in it they are a minute apart."""
+
 
 def running_ipcache(pins: Collection[int], read: Collection[int]) -> int | None:
     """Return the running agent's of all pinned maps: one that is read, else the youngest (ids count up), if any."""
@@ -46,6 +50,8 @@ class Arrangement:
     maps: tuple[int, ...] = ()
     orphan: int | None = None
     """A pinned map that nothing reads; it is left alone."""
+    recreated: int = 0
+    """How many maps were pinned under our eyes."""
     there_at: float = 0.0
     """When the running agent's map was last seen pinned."""
     _pins: Set[int] = frozenset()
@@ -69,6 +75,7 @@ class Arrangement:
         """
         pinned = self._running(pins, read)
         if pinned is not None and pinned != self._pinned:
+            self.recreated += self._pinned is not None
             self._pinned, self._pinned_at = pinned, now
         if self._pinned is None:
             return self.maps
@@ -121,10 +128,13 @@ class Room:
     _counted: int = 0
     _fits: int = 0
     """How much the map before held, while the new one fills up; else 0."""
+    _looks: int = 0
+    """Counts of this map so far."""
 
     def begin(self) -> None:
         """Take note that the map is a new one."""
         self._fits, self._counted, self.crowded = max(self._fits, self._counted), 0, False
+        self._looks = 0
 
     def looks_crowded(self, used: int, size: int) -> bool:
         """Tell what a count would say."""
@@ -133,7 +143,8 @@ class Room:
 
     def step(self, used: int, size: int) -> int:
         """Take a count; return how many entries are too many, all of which have to be ours."""
-        if used <= self._counted and used > self._fits / 2:
+        self._looks += 1
+        if used <= self._counted and (used > self._fits / 2 or self._looks > FILLING_MOST):
             self._fits = 0
         self._counted = used
         self.crowded = self.looks_crowded(used, size)

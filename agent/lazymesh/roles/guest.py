@@ -63,7 +63,6 @@ class GuestIpcaches:
     shared = True
 
     def __init__(self, bpffs: Path, datapath: Datapath, node: NodeView) -> None:
-        self.recreated_total = 0
         self._here: set[Address] = set()
         self._bpffs = bpffs
         self._datapath = datapath
@@ -89,6 +88,11 @@ class GuestIpcaches:
     def here(self) -> Container[Address]:
         """The node's own addresses: no tunnel leads to them."""
         return self._here
+
+    @property
+    def recreated_total(self) -> int:
+        """How many new maps Cilium has pinned."""
+        return self._arrangement.recreated
 
     @property
     def lent(self) -> Mapping[str, int]:
@@ -212,7 +216,10 @@ class GuestIpcaches:
             self._read_at = time.monotonic()
             self._read_took = self._read_at - now
             pins = self._pins()
+        before = self.recreated_total
         maps = self._arrangement.step(pins, self._read, now)
+        if self.recreated_total != before:
+            self._noticed_s = time.time() - _pinned_at(self._bpffs)
         if maps != tuple(one.map_id for one in self._maps) or not self._shown:
             await self._rearrange(self._open(maps))
 
@@ -225,9 +232,6 @@ class GuestIpcaches:
         before, self._maps, self._shown = self._maps, maps, False
         self._gone = [one for one in (*self._gone, *before) if one not in maps]
         moved = bool(before) and before[0] is not maps[0]
-        if moved:
-            self.recreated_total += 1
-            self._noticed_s = time.time() - _pinned_at(self._bpffs)
         if before != maps:
             log.info("ipcaches", maps=[one.map_id for one in maps], layouts=[one.view.words for one in maps])
         if self._lender is not None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 
 from lazymesh.core.ipcaches import (
+    FILLING_MOST,
     LETTING_GO_S,
     MOST,
     ORPHAN_AFTER_S,
@@ -114,6 +115,9 @@ def test_pin_that_nobody_takes_up_is_an_orphan(pinned: int) -> None:
     assert arrangement.orphan == pinned
     assert arrangement.step({pinned}, reads(pinned, 5), ORPHAN_AFTER_S + 2) == (pinned, 5)
     assert arrangement.orphan is None
+    assert arrangement.recreated == 0, "nothing was pinned anew"
+    assert arrangement.step({11}, reads(5), ORPHAN_AFTER_S + 3)[0] == 11
+    assert arrangement.recreated == 1
 
 
 def test_pinned_map_without_any_program_is_no_orphan() -> None:
@@ -154,6 +158,20 @@ def test_new_map_that_grows_no_more_is_judged_like_any_other() -> None:
     for used in (0, 0, 960):
         assert (room.step(used, 1000), room.crowded) == (0, False)
     assert (room.step(960, 1000), room.crowded) == (30, True)
+
+
+def test_new_map_that_stays_smaller_is_judged_like_any_other_after_a_while() -> None:
+    """A mesh may shrink to less than half while Cilium is down; at first, a map that grows no more says nothing."""
+    room = Room()
+    room.step(975, 1000)
+    room.begin()
+    for _ in range(FILLING_MOST):
+        room.step(300, 1000)
+    assert room.left(1000) == 675
+    room.step(301, 1000)
+    assert room.left(1000) == 674, "it grows"
+    room.step(300, 1000)
+    assert room.left(1000) == 650
 
 
 def test_some_room_is_left_whatever_the_last_map_held() -> None:

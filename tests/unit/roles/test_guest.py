@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any, cast
 
 import pytest
 
+from lazymesh.core import ipcaches
 from lazymesh.core.ipcaches import ORPHAN_AFTER_S
 from lazymesh.datapath.maps import View
 from lazymesh.errors import DatapathError
@@ -271,3 +272,15 @@ async def test_what_is_lost_is_not_looked_for_in_a_map_that_is_being_filled(
         assert installs.looked_for == []
         node.read = frozenset({9})
         await until(lambda: installs.looked_for)
+
+
+async def test_pinned_map_that_is_left_alone_makes_no_new_one_of_what_programs_read(
+    node: Node, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Nothing was pinned, so there is nothing to count, and no moment at which it was noticed."""
+    monkeypatch.setattr(ipcaches, "ORPHAN_AFTER_S", 0.001)
+    node.pins = {Path("/tc/globals/cilium_ipcache_v2"): 9}
+    async with following(node) as guest:
+        await until(lambda: node.shown[-1] == [5])
+        assert "nothing reads the pinned ipcache (map 9)" in next(guest.problems())
+        assert (guest.recreated_total, guest.describe()["noticedMs"]) == (0, None)
