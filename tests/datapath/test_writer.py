@@ -88,7 +88,7 @@ def test_full_journal_ends_it_for_those_without_room_alone(bench: Bench) -> None
 
 @pytest.mark.parametrize("by_program", [True, False])
 def test_journal_has_room_for_an_earlier_life_and_a_full_budget(bench: Bench, by_program: bool) -> None:
-    """Whose clusters are away: the resolver does not know of those entries yet, and may fill its own budget."""
+    """What that has left beyond our budget goes as the resolver says so, when entries of this life may have come."""
     budget = IPCACHE_SIZE // SHARE_OF_MAP
     writer = bench.datapath.writer if by_program else None
     for life in range(2):

@@ -48,7 +48,7 @@ def own_ipcache(size: int) -> MapLayout:
 
 
 def journal_size(ipcache_size: int) -> int:
-    """Return how many lines the journal has: for our budget, and for that of an earlier life whose clusters are away.
+    """Return how many lines the journal has: for our budget, and as many again, since an earlier life's may be larger.
 
     All are there from the start: to write one then takes half the time.
     """
