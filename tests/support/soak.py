@@ -562,7 +562,7 @@ class Third(Neighbour):
 def fill(lab: Lab) -> Iterator[None]:
     """Let a stranger have every entry of the ipcache that is free, until the end of the block."""
     with contextlib.closing(Map.pinned(lab.bpffs / "lazymesh/lm_ipcache")) as ipcache:
-        room = ipcache.layout.max_entries - ipcache.count()
+        room = ipcache.layout.max_entries - sum(1 for _ in ipcache.items())
         first = int(ipaddress.ip_address("100.64.0.1"))
         keys = [pack_key(str(ipaddress.ip_address(first + number))) for number in range(room)]
         value = pack_value(77)
