@@ -385,7 +385,7 @@ async def _ask(data: bytes) -> None:
     assert request is None or isinstance(request, dict)
     if request is not None and request.get("ask") != "misses":
         server = ControlServer(Path("unused"), {"audit": _audit, "on-miss": _on_miss})
-        assert "\n" not in json.dumps(server.answer(request))
+        assert "\n" not in json.dumps(await server._answer(request))
 
 
 def _audit(request: dict[str, Any]) -> dict[str, Any]:

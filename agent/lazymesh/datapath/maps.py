@@ -444,7 +444,7 @@ class WindowMap:
 
     def count(self) -> int:
         """Return how many are open."""
-        return self._map.count()
+        return len(self.elements())
 
     def elements(self) -> list[tuple[bytes, bytes]]:
         """Return the windows that are open, as window_of takes them: there may be thousands, and that takes longer."""

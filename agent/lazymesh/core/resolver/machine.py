@@ -170,6 +170,16 @@ class Resolver:
         """Return the one cluster that can be asked for an address with these owners."""
         return self._judge.table.cluster(owners[0]) if len(owners) == 1 else None
 
+    def _are(self, owners: tuple[str, ...], link: Link | None) -> bool:
+        """Tell whether addresses with these owners are resolved with this link; None: with no cluster.
+
+        A cluster that has not joined, and to which the operator gave them, may be any id that has not.
+        """
+        asked = self._asked(owners)
+        if link is None or link.stranger:
+            return asked is None and (link is None or len(owners) == 1)
+        return asked is not None and asked.name == link.name
+
     def _missed_though_installed(self, tracked: Tracked, at: float, now: float) -> None:
         self._ledger.touch(tracked)
         if tracked.address in self._ledger.unanswered:
@@ -323,12 +333,12 @@ class Resolver:
         missed: dict[Address, float | None] = {}
         for tracked in list(self._moves.tracked.values()):
             owners = event.table.owners(tracked.address)
-            asked = self._asked(owners)
             # What the operator gave is its cluster's before that has joined, and when it has left.
-            same = owners == tracked.owners and (not owners or (asked is None) == (tracked.link is None))
+            fits = self._are(owners, tracked.link)
+            same = owners == tracked.owners and (fits or not owners)
             if same or self._moves.tracked.get(tracked.address) is not tracked:
                 continue  # or another address of this very table has pushed it out of what is remembered
-            if tracked.link is not None and asked is not None and asked.name == tracked.link.name:
+            if tracked.link is not None and fits:
                 tracked.owners = owners  # adopted before its cluster's nodes were listed
             elif tracked.waiting:
                 missed[tracked.address] = tracked.missed_at
@@ -358,7 +368,7 @@ class Resolver:
     def _adopted(self, event: ev.Adopted, now: float) -> None:
         owners = self._judge.table.owners(event.address)
         link = self._lifecycle.link_of_id(event.cluster_id)
-        if owners and owners != (link.name,):
+        if owners and not self._are(owners, link):
             self._disclaim(event, link, _unowned(owners).value)
         elif event.address in self._moves.tracked:
             # Missed before we knew of it: what the miss leads to is newer than what an earlier life believed.

@@ -863,10 +863,19 @@ def test_an_entry_of_one_cluster_is_not_adopted_where_the_operator_gave_the_addr
     """Also while that one is away: an earlier life may not have had the operator's word."""
     (
         Play(table=mesh([info("c")]))
-        >> Adopted(B1, entry(), "c")
+        >> Adopted(B1, entry(), 3)
         << evict(B1, "no-cluster")
         << report(B1, "evicted", detail="no-cluster", cluster="c")
     ).end()
+
+
+def test_an_entry_where_the_operator_gave_the_address_to_a_cluster_that_is_away_is_kept_until_it_joins() -> None:
+    """Whose id the journal has is not known before; then it is that cluster's, or nobody's."""
+    away = Play(table=mesh([info("c")])) >> Adopted(B1, entry(), 2) >> TableChanged(mesh([info("c")]))
+    (away >> TableChanged(mesh()) >> ClusterReady("b") << read(B1)).end()
+    stranger = Play(table=mesh([info("c")])) >> Adopted(B1, entry(), 7) >> TableChanged(mesh([info("c")]))
+    stranger = stranger >> TableChanged(mesh()) << evict(B1, "no-cluster")
+    (stranger << report(B1, "evicted", detail="no-cluster", cluster="id 7")).end()
 
 
 def test_an_entry_adopted_before_the_nodes_are_listed_stays_when_they_are() -> None:

@@ -1,0 +1,78 @@
+"""YAML files read as the words that stand in them."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from lazymesh.core.words import read_words
+
+
+@pytest.mark.parametrize(
+    "word", ["no", "off", "010", "1:30", "1e3", "2024-01-31", "nobody", "Nullable", "=", "0x1F"]
+)
+def test_a_word_is_the_text_it_is(word: str) -> None:
+    """YAML makes booleans, numbers, dates and times of most of these."""
+    assert read_words(f"key: {word}") == {"key": word}
+
+
+@pytest.mark.parametrize("word", ["", "~", "null", "Null", "NULL"])
+def test_null_alone_is_none(word: str) -> None:
+    """In quotes it is a text as well."""
+    assert read_words(f"key: {word}") == {"key": None}
+    assert read_words(f"key: '{word}'") == {"key": word}
+
+
+def test_a_key_that_occurs_twice_is_refused_where_that_is_wanted() -> None:
+    """At any depth; YAML takes the last without a word."""
+    twice = "a: 1\nb:\n  c: 2\n  c: 3\n"
+    assert read_words(twice) == {"a": "1", "b": {"c": "3"}}
+    with pytest.raises(ValueError, match=r"^line 4: not YAML \('c' occurs twice\)$"):
+        read_words(twice, once=True)
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        pytest.param("a: [", "line 1: not YAML", id="a list without end"),
+        pytest.param("a: 1\n\tb: 2", "line 2: not YAML", id="a tab"),
+        pytest.param("[" * 2000, "nested too deeply", id="2,000 lists"),
+        pytest.param('"\\U00110000"', "not YAML", id="no character"),
+        pytest.param('"\\UFFFFFFFF"', "not YAML", id="a number that no character has"),
+        pytest.param(f"%YAML {'1' * 5000}.1\n---\na", "not YAML", id="a version of 5,000 digits"),
+        pytest.param("\x00", "not YAML", id="a zero byte"),
+        pytest.param("? [a]\n: b", "not YAML", id="a list for a key"),
+        pytest.param("*nowhere", "not YAML", id="an alias of nothing"),
+    ],
+)
+@pytest.mark.parametrize("once", [False, True])
+def test_what_is_no_yaml_is_said_in_one_line(text: str, said: str, once: bool) -> None:
+    """Also what PyYAML raises beside its own errors."""
+    with pytest.raises(ValueError, match="^[^\n]+$") as caught:
+        read_words(text, once=once)
+    assert said in str(caught.value)
+
+
+@given(st.text(alphabet='aN~n:-[]{}"\\Ux0%\n ?!&*|>', max_size=40), st.booleans())
+def test_whatever_it_is_it_is_read_or_refused(text: str, once: bool) -> None:
+    """Nothing but texts and None comes out."""
+
+    def check(found: Any) -> None:
+        if isinstance(found, dict):
+            for key, value in found.items():
+                check(key)
+                check(value)
+        elif isinstance(found, list):
+            for value in found:
+                check(value)
+        else:
+            assert found is None or isinstance(found, str)
+
+    try:
+        found = read_words(text, once=once)
+    except ValueError:
+        return
+    check(found)
