@@ -51,7 +51,7 @@ def test_a_key_that_occurs_twice_is_refused_where_that_is_wanted() -> None:
 @pytest.mark.parametrize("once", [False, True])
 def test_what_is_no_yaml_is_said_in_one_line(text: str, said: str, once: bool) -> None:
     """Also what PyYAML raises beside its own errors."""
-    with pytest.raises(ValueError, match="^[^\n]+$") as caught:
+    with pytest.raises(ValueError, match=r"^[^\n]+$") as caught:
         read_words(text, once=once)
     assert said in str(caught.value)
 

@@ -869,7 +869,7 @@ def test_an_entry_of_one_cluster_is_not_adopted_where_the_operator_gave_the_addr
     ).end()
 
 
-def test_an_entry_where_the_operator_gave_the_address_to_a_cluster_that_is_away_is_kept_until_it_joins() -> None:
+def test_an_entry_in_a_cidr_that_the_operator_gave_to_a_cluster_that_is_away_is_kept_until_it_joins() -> None:
     """Whose id the journal has is not known before; then it is that cluster's, or nobody's."""
     away = Play(table=mesh([info("c")])) >> Adopted(B1, entry(), 2) >> TableChanged(mesh([info("c")]))
     (away >> TableChanged(mesh()) >> ClusterReady("b") << read(B1)).end()
