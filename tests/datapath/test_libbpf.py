@@ -140,15 +140,25 @@ def test_count_that_cannot_be_is_none(opened: Map, monkeypatch: pytest.MonkeyPat
     wanted = elements(opened.layout.kind, 5_000)
     opened.update_many(list(wanted.items()))
     assert opened.count() == 5_000
-    batches = opened._batches
+    batches, one_by_one = opened._batches, opened._items_one_by_one
 
     def while_they_go() -> Iterator[tuple[bytes, bytes, int]]:
         for keys, values, count in batches():
             yield keys, values, count
             opened.delete(keys[8 * (count - 1) : 8 * count])
 
+    def while_one_goes() -> Iterator[tuple[bytes, bytes]]:
+        for number, (key, value) in enumerate(one_by_one()):
+            yield key, value
+            if number == 4_000:
+                opened.delete(key)
+
     monkeypatch.setattr(opened, "_batches", while_they_go)
+    monkeypatch.setattr(opened, "_items_one_by_one", while_one_goes)
     assert opened.count() is None
+    assert opened._sum(1 for _ in opened._items_one_by_one()) is None, (
+        "as on kernels without batches of a trie"
+    )
 
 
 @pytest.mark.parametrize("opened", [HASH], indirect=True, ids=["hash"])
