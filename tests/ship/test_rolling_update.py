@@ -25,7 +25,7 @@ one tells it by its text, rights are taken until all are listed."""
 OLDER = "cc98f12"
 """Its lm_config has another layout."""
 PEERS = 8
-TIMES = 20
+TIMES = 12
 
 
 @pytest.fixture
@@ -57,7 +57,7 @@ def known_peers(lab: Lab) -> list[str]:
 
 @pytest.mark.patience(900)
 def test_no_packet_of_a_known_peer_is_lost(lab: Lab, tmp_path: Path) -> None:
-    """Twenty times, every second time by the previous version: flows and new connections, under policy."""
+    """Twelve times, every second time by the previous version: flows and new connections, under policy."""
     previous = version(PREVIOUS, tmp_path / "previous")
     agent = lab.start_agent(env=previous)
     peers = known_peers(lab)
