@@ -164,16 +164,21 @@ def cached_play(**kwargs: object) -> Play:
     return Play(table=mesh([info("b", CACHE, DIRECT), info("c")]), **kwargs) >> ClusterReady("b")  # type: ignore[arg-type]
 
 
-def test_what_the_cache_holds_is_not_asked_of_the_owner() -> None:
-    """The first group that holds a record ends the search."""
-    (
+def from_the_cache() -> Play:
+    """Return a cached play in which B1 was found there, and its entry is on its way into the map."""
+    return (
         cached_play()
         >> miss(B1)
         << read(B1, spaces=CACHE)
         >> cache_answered(10, {B1: record(B1)})
         << install(B1)
         << watch(B1, 10, Space.CACHED)
-    ).end()
+    )
+
+
+def test_what_the_cache_holds_is_not_asked_of_the_owner() -> None:
+    """The first group that holds a record ends the search."""
+    from_the_cache().end()
 
 
 def beyond_the_cache() -> Play:
@@ -207,12 +212,7 @@ def test_a_cache_that_lags_behind_does_not_overrule_the_owner() -> None:
 def test_a_record_deleted_from_the_cache_is_evicted_and_then_asked_of_the_owner() -> None:
     """The entry goes first: by now the address may be another pod's."""
     (
-        cached_play()
-        >> miss(B1)
-        << read(B1, spaces=CACHE)
-        >> cache_answered(10, {B1: record(B1)})
-        << install(B1)
-        << watch(B1, 10, Space.CACHED)
+        from_the_cache()
         >> stands(B1)
         << report(B1, "installed", missed_at=0.0)
         >> deleted(B1, 11, Space.CACHED)
@@ -228,12 +228,7 @@ def test_a_record_deleted_from_the_cache_is_evicted_and_then_asked_of_the_owner(
 def test_a_record_deleted_from_the_cache_before_its_entry_is_said_to_stand_is_evicted_all_the_same() -> None:
     """Whatever becomes of the owner's read: nothing would ever look at the entry again."""
     (
-        cached_play()
-        >> miss(B1)
-        << read(B1, spaces=CACHE)
-        >> cache_answered(10, {B1: record(B1)})
-        << install(B1)
-        << watch(B1, 10, Space.CACHED)
+        from_the_cache()
         >> deleted(B1, 11, Space.CACHED)
         << evict(B1, "deleted")
         << report(B1, "absent", Reason.NOT_FOUND, missed_at=0.0)
