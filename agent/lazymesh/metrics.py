@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import os
-from bisect import bisect_right
+from bisect import bisect_left
 from itertools import accumulate
 from typing import TYPE_CHECKING
 
@@ -97,13 +97,11 @@ class Durations(Collector):
         if counts is None:
             counts = self._counts[outcome] = [0] * (len(RESOLUTION_BUCKETS) + 1)
             self._sums[outcome] = 0.0
-        ordered, before = sorted(durations), 0
-        for bucket, bound in enumerate(RESOLUTION_BUCKETS):
-            up_to = bisect_right(ordered, bound, before)
-            counts[bucket] += up_to - before
-            before = up_to
-        counts[-1] += len(ordered) - before
-        self._sums[outcome] += sum(ordered[bisect_right(ordered, 0.0) :])
+        total = 0.0
+        for seconds in durations:
+            counts[bisect_left(RESOLUTION_BUCKETS, seconds)] += 1
+            total += max(seconds, 0.0)
+        self._sums[outcome] += total
 
     def describe(self) -> Iterable[Metric]:
         """Give the name."""
