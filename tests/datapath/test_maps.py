@@ -438,12 +438,12 @@ class TestWindows:
             for version in (4, 6):
                 passing.send(Direction.EGRESS, Flow(POD_B1, version=version).udp())
             passing.send(Direction.INGRESS, Flow(POD_B2, Direction.INGRESS).udp())
-        assert (counters.windows_opened(), windows.count()) == (3, 3)
+        assert (counters.windows_opened(), len(windows.elements())) == (3, 3)
         window = windows.take(B1)
         assert window
         assert window.packets == 2
         passing.send(Direction.EGRESS, Flow(POD_B1).udp())
-        assert (counters.windows_opened(), windows.count()) == (4, 3)
+        assert (counters.windows_opened(), len(windows.elements())) == (4, 3)
         assert {window_of(each).address for each in windows.elements()} == {B1, B2, POD_B1.address(6)}
 
     async def test_more_addresses_than_there_is_room_for_are_known_to_be_forgotten(

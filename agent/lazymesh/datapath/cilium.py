@@ -153,7 +153,8 @@ def _ipcaches_behind(
     calls: set[int] = set()
     for map_id in _maps_of(program_id):
         is_ipcache, programs = look_into(map_id)
-        found |= {map_id} if is_ipcache else set()
+        if is_ipcache:
+            found.add(map_id)
         calls.update(programs)
     for call in calls:
         found.update(map_id for map_id in _maps_of(call) if look_into(map_id)[0])

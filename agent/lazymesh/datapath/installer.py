@@ -175,8 +175,7 @@ class Installer:
         return [None if each[0] in settled else self.install(*each) for each in installs]
 
     def _write(self, fresh: Sequence[Installed]) -> list[bool]:
-        pack = abi.pack_address_key
-        lines = [(pack(address), entry, number) for address, entry, number in fresh]
+        lines = [(abi.pack_address_key(address), entry, number) for address, entry, number in fresh]
         if self._writer is not None and len(lines) > FEW:
             stand = self._writer.write(lines)
             return [

@@ -442,10 +442,6 @@ class WindowMap:
         """Tell whether no window is open."""
         return self._map.is_empty()
 
-    def count(self) -> int:
-        """Return how many are open."""
-        return len(self.elements())
-
     def elements(self) -> list[tuple[bytes, bytes]]:
         """Return the windows that are open, as window_of takes them: there may be thousands, and that takes longer."""
         return list(self._map.items())
@@ -518,6 +514,11 @@ class DatapathConfig:
     """The programs may take what the ipcache said for true until the clock's next tick."""
 
 
+def bits_of(directions: Iterable[Direction]) -> int:
+    """Return directions as ``lm_config.enforced`` has them."""
+    return sum(1 << direction for direction in directions)
+
+
 class ConfigMap:
     """The one element of settings."""
 
@@ -535,7 +536,7 @@ class ConfigMap:
         raw = self.read()
         raw.rearm_ns = int(config.rearm_s * 1e9)
         raw.on_miss, raw.policy_tag = config.on_miss, config.policy_tag
-        raw.enforced = sum(1 << direction for direction in config.enforced)
+        raw.enforced = bits_of(config.enforced)
         raw.parked, raw.muted, raw.hold_cookie = config.parked, 0, 0
         raw.generation = _next(raw.generation) if config.remember else 0
         for name in ("interface", "uplink", "global"):

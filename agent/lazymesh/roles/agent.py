@@ -33,7 +33,7 @@ from lazymesh.datapath.holdmaps import HoldControl, HoldCounterMap, HoldLimits
 from lazymesh.datapath.hooks import detach_everywhere
 from lazymesh.datapath.installer import Installer
 from lazymesh.datapath.interfaces import InterfaceFollower, InterfaceSelection
-from lazymesh.datapath.maps import DatapathConfig, OnMiss, kernel_honours_noexist
+from lazymesh.datapath.maps import DatapathConfig, OnMiss, bits_of, kernel_honours_noexist
 from lazymesh.datapath.pins import IPCACHE, Pins, alone, budget, check_bpffs
 from lazymesh.datapath.program import MeshMaps, load
 from lazymesh.datapath.signals import SignalReader
@@ -215,8 +215,7 @@ class Agent:
         if not keep:
             # Whose the rights are that are written from now on is said once they are in force: we may die before. And
             # what is not enforced any more must not be denied meanwhile, with the map empty.
-            enforced = sum(1 << direction for direction in self._enforced)
-            maps.config.change(policy_tag=0, enforced=config.enforced & enforced)
+            maps.config.change(policy_tag=0, enforced=config.enforced & bits_of(self._enforced))
         return Enforcement(maps.policy, engine, keep)
 
     @property

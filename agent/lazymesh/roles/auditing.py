@@ -39,7 +39,7 @@ class Auditor:
     def __init__(
         self, windows: WindowMap, counters: CounterMap, allows: Allows | None, resolver: Resolver
     ) -> None:
-        still_open = windows.count()
+        still_open = len(windows.elements())
         self.log = AuditLog(time.monotonic(), counters.windows_opened() - still_open)
         self._windows = windows
         self._counters = counters

@@ -12,7 +12,6 @@ range is watched anew from there. What comes twice by that is known by its revis
 from __future__ import annotations
 
 from itertools import groupby
-from operator import itemgetter
 from typing import TYPE_CHECKING, Protocol
 
 from lazymesh.core.keys import common_text, group_of
@@ -39,15 +38,9 @@ Neighbours = tuple[bytes, set["Address"]]
 """What the addresses of one group have in common, and such addresses."""
 
 
-def neighbours_of(addresses: Sequence[Address]) -> list[Neighbours]:
+def neighbours_of(addresses: Iterable[Address]) -> list[Neighbours]:
     """Return the addresses by group; one that they come back to, twice."""
-    # Of IPv4 only, as most are, the group is cut off without a call into Python for each.
-    common = _IPV4_GROUP if max(map(len, addresses), default=0) == 4 else group_of
-    return [(group, set(some)) for group, some in groupby(addresses, common)]
-
-
-_IPV4_GROUP = itemgetter(slice(3))
-"""What ``group_of`` returns."""
+    return [(group, set(some)) for group, some in groupby(addresses, group_of)]
 
 
 class KeyWatches:

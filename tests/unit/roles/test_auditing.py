@@ -44,10 +44,6 @@ class Windows:
         self.asked += 1
         return not self.open
 
-    def count(self) -> int:
-        """Return how many there are."""
-        return len(self.open)
-
     def elements(self) -> list[tuple[bytes, bytes]]:
         """Return them as the kernel has them."""
         return [

@@ -62,11 +62,9 @@ class Backlog:
                 tracked.wants = in_flight or spaces
         if urgent:
             lane.misses.add(waiting)
-        elif link.unproven:
+        else:
             lane.proofs.add([each for each in waiting if each.address in link.unproven])
             lane.checks.add([each for each in waiting if each.address not in link.unproven])
-        else:
-            lane.checks.add(waiting)
         if lane:
             (self.busy if link.state is LinkState.READY else self._parked)[link.name] = link
         link.missed += lane.misses.count - before
