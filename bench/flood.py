@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 from bench.report import Part, Row, milliseconds, percentiles
 from bench.stage import fresh, running
 from tests.support.lab import SERVER_IDENTITY, Lab
-from tests.support.node import metric, send_udp, wait_identity
+from tests.support.node import FATES, packets, send_udp, wait_identity
 from tests.support.prog_run import load_empty_program
 from tests.support.pulse import Pulse, Sender
 from tests.support.storm import Storm
@@ -24,14 +24,13 @@ if TYPE_CHECKING:
 
 ROUNDS, SECONDS, PEERS = 3, 20, 4
 PREFIX = "10.64.0.0/10"
-CAUSES = ("signalled", "suppressed_dedup", "suppressed_rate", "muted", "lost")
 
 
 def run(say: Callable[[str], None]) -> Part:
     """Measure."""
     ours: list[Fates] = []
     empty: list[Fates] = []
-    counted = dict.fromkeys(("sent", "missed", *CAUSES), 0)
+    counted = dict.fromkeys(("sent", "missed", *FATES), 0)
     rates = {"ours": 0.0, "empty": 0.0}
     for number in range(ROUNDS):
         say(f"round {number + 1} of {ROUNDS}: {SECONDS} s with an empty program, {SECONDS} s with ours")
@@ -79,10 +78,7 @@ def _flood(lab: Lab, peers: list[str]) -> tuple[Fates, int, float]:
 
 
 def _counts(agent: AgentProcess) -> dict[str, int]:
-    return {
-        cause: int(metric(agent, "lazymesh_packets_total", verdict=cause, direction="egress"))
-        for cause in ("missed", *CAUSES)
-    }
+    return {name: packets(agent, name) for name in ("missed", *FATES)}
 
 
 def _part(ours: list[Fates], empty: list[Fates], counted: dict[str, int], rates: dict[str, float]) -> Part:
@@ -98,7 +94,7 @@ def _part(ours: list[Fates], empty: list[Fates], counted: dict[str, int], rates:
         "known_peers_lost": sum(one.lost for one in ours),
         "known_peers_sent": sum(len(one.flows) for one in ours),
         "packets": counted,
-        "without_cause": counted["sent"] - sum(counted[cause] for cause in CAUSES),
+        "without_cause": counted["sent"] - sum(counted[fate] for fate in FATES),
     }
     rows = [
         Row(

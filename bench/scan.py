@@ -11,7 +11,7 @@ from bench.report import Part, Row, milliseconds, percentiles
 from bench.stage import connect_each, fresh, running
 from lazymesh.datapath.holdmaps import HoldLimits
 from tests.support.lab import Lab
-from tests.support.node import metric
+from tests.support.node import FATES, metric, packets
 
 if TYPE_CHECKING:
     import subprocess
@@ -87,15 +87,14 @@ def run(say: Callable[[str], None]) -> Part:
                 time.sleep(0.5)
                 beside += connect_each(pod, addresses[CONNECTIONS:], PAUSE_S)
             time.sleep(1)
-        missed = metric(agent, "lazymesh_packets_total", verdict="missed", direction="egress")
-        causes = ("signalled", "suppressed_dedup", "suppressed_rate", "muted", "lost")
-        counted = sum(metric(agent, "lazymesh_packets_total", verdict=c, direction="egress") for c in causes)
+        missed = packets(agent, "missed")
+        counted = sum(packets(agent, fate) for fate in FATES)
         out = books(agent)
     figures = {
         "quiet_ms": percentiles(quiet),
         "beside_scan_ms": percentiles(beside),
-        "misses": int(missed),
-        "misses_without_cause": int(missed - counted),
+        "misses": missed,
+        "misses_without_cause": missed - counted,
         "parked_bytes_peak": peak.bytes,
         "packets_unaccounted": out,
     }
@@ -105,7 +104,7 @@ def run(say: Callable[[str], None]) -> Part:
 def books(agent: AgentProcess) -> int:
     """Return by how much the counters of held packets do not add up."""
     fates = {
-        fate: int(metric(agent, "lazymesh_held_packets_total", fate=fate))
+        fate: int(metric(agent, "lazymesh_held_packets_total", outcome=fate))
         for fate in ("held", "gated", "returned", "discarded")
     }
     return fates["held"] + fates["gated"] - fates["returned"] - fates["discarded"]

@@ -24,7 +24,7 @@ from bench.store import Store
 from lazymesh.datapath.libbpf import Map
 from lazymesh.datapath.pins import IPCACHE, Pins
 from tests.support.lab import Lab
-from tests.support.node import metric, pack_key, pack_value, status
+from tests.support.node import FATES, metric, pack_key, pack_value, packets, status
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -127,11 +127,8 @@ def of_agent(bed: Bed, count: int, size: int) -> dict[str, Any]:
         ipcache = Map.pinned(Pins.under(lab.bpffs).path(IPCACHE))
         with contextlib.closing(ipcache):
             result = storm(agent, lab.pods[0], ipcache, 0, count)
-        counted = {
-            name: int(metric(agent, "lazymesh_packets_total", verdict=name, direction="egress"))
-            for name in ("missed", "signalled", "suppressed_dedup", "suppressed_rate", "muted", "lost")
-        } | {
-            outcome: int(metric(agent, "lazymesh_resolutions_total", outcome=outcome, cached="no"))
+        counted = {name: packets(agent, name) for name in ("missed", *FATES)} | {
+            outcome: int(metric(agent, "lazymesh_resolutions_total", outcome=outcome, cached="false"))
             for outcome in ("installed", "absent", "failed", "shed")
         }
         evicted = int(metric(agent, "lazymesh_entries_evicted_total"))

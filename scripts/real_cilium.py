@@ -24,7 +24,7 @@ from tests.support.cilium_world import CiliumSettings, RemoteNode, World, pod_re
 from tests.support.etcd import wait_until
 from tests.support.lab import ETCD_PORT, NODE_A, OTHER_IDENTITY, Lab, Store, remote_address
 from tests.support.namespaces import tidy_signals
-from tests.support.node import launched, metric, options, status
+from tests.support.node import launched, metric, options, packets, status
 from tests.support.pulse import Pulse, Sender
 from tests.support.real_cilium import Build, RealCilium
 from tests.support.restart import addresses
@@ -357,7 +357,7 @@ def restarts(report: Report, lab: Lab, cilium: RealCilium, endpoints: int, *, co
         report.check(over == 0, "no entry of ours stands where the agent has its own", over)
         report.note("new map noticed after, ms", shown["noticedMs"])
         report.note("lent", shown["lent"])
-        report.note("misses", metric(agent, "lazymesh_packets_total", direction="egress", verdict="missed"))
+        report.note("misses", packets(agent, "missed"))
         wait_until(lambda: len(status(lab)["datapath"]["ipcache"]["maps"]) == 1, 60, "one map is left")
         # What it says of misses that were answered late is true for some seconds more.
         settled = _within(60, lambda: status(lab)["wrong"] == [])

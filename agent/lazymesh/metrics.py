@@ -59,11 +59,11 @@ class Metrics:
             "cilium_ipcache_miss_resolution_errors", "Misses that got no entry, by reason", "reason"
         )
         self.outcomes = counter("lazymesh_resolutions", "Ends of resolutions", "outcome", "cached")
-        self.evictions = counter("lazymesh_entries_evicted", "Entries of ours taken out, by why", "why")
+        self.evictions = counter("lazymesh_entries_evicted", "Entries of ours taken out, by reason", "reason")
         self.hung_up = counter(
             "lazymesh_http_connections_dropped",
             "Connections of this server that were hung up on: too late with request or answer, or too many",
-            "why",
+            "reason",
         )
 
     def _counter(self, name: str, text: str, *labels: str) -> Counter:

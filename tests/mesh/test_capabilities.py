@@ -39,7 +39,7 @@ def test_agent_works_with_the_fewest(lab: Lab) -> None:
     peer = remote_address(1)
     lab.publish(peer)
     assert connect(lab.pods[0].namespace, peer) is not None
-    assert metric(agent, "lazymesh_held_packets_total", fate="held") >= 1
+    assert metric(agent, "lazymesh_held_packets_total", outcome="held") >= 1
     assert agent.stop() == 0
     assert pins(lab) == []
     assert filters(lab.node_a) == []

@@ -34,9 +34,9 @@ class WithoutTun(Namespace):
         return super().command("unshare", "--mount", "sh", "-c", hide, "sh", *map(str, argv))
 
 
-def held(agent: AgentProcess, fate: str = "held") -> int:
+def held(agent: AgentProcess, outcome: str = "held") -> int:
     """Return a counter of the kernel's about holding."""
-    return int(metric(agent, "lazymesh_held_packets_total", fate=fate))
+    return int(metric(agent, "lazymesh_held_packets_total", outcome=outcome))
 
 
 def arrive(lab: Lab, number: int, patience_s: float = 2) -> int:
@@ -95,7 +95,7 @@ def test_a_timeout_may_drop(lab: Lab) -> None:
                 break
         assert (arrived, stale) == (0, False)
         wait_until(lambda: held(agent, "discarded") >= 3, 3)
-        assert metric(agent, "lazymesh_released_packets_total", cause="timeout") >= 3
+        assert metric(agent, "lazymesh_released_packets_total", reason="timeout") >= 3
     finally:
         lab.etcd.thaw()
         agent.stop()

@@ -147,4 +147,4 @@ def test_leaving_cluster_takes_only_its_own_entries(lab: Lab, agent: AgentProces
     other.leave()
     assert wait_identity(lab, "10.3.0.3", None) < 1.5
     assert identity_of(lab, OURS_ALONE) == SERVER_IDENTITY
-    assert metric(agent, "lazymesh_entries_evicted_total", why="cluster-gone") >= 1
+    assert metric(agent, "lazymesh_entries_evicted_total", reason="cluster-gone") >= 1

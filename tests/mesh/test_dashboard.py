@@ -38,10 +38,12 @@ def page() -> Iterator[str]:
 METRICS = Path(__file__).parents[2] / "docs" / "metrics.md"
 IN_FULL = {
     ("lazymesh_addresses", "state"),
-    ("lazymesh_admission_cuts_total", "cause"),
+    ("lazymesh_admission_cuts_total", "reason"),
     ("lazymesh_packets_total", "verdict"),
-    ("lazymesh_held_packets_total", "fate"),
-    ("lazymesh_released_packets_total", "cause"),
+    ("lazymesh_missed_packets_total", "outcome"),
+    ("lazymesh_policy_packets_total", "verdict"),
+    ("lazymesh_held_packets_total", "outcome"),
+    ("lazymesh_released_packets_total", "reason"),
 }
 """Labels of which every value is exported from the start."""
 
@@ -120,7 +122,7 @@ def test_query_finds_something(page: str, name: str) -> None:
         for label in {word.strip() for words in kept_or_not for word in words.split(",")}:
             labels = {each for metric, _ in found for each in known.get(metric, {})}
             # Samples that a store or a refused record brings come later; they are labelled by these.
-            assert label in labels | OF_PROMETHEUS | {"target_cluster", "kind"}, (
+            assert label in labels | OF_PROMETHEUS | {"target_cluster", "kind", "file"}, (
                 f"nothing is labelled {label}"
             )
 

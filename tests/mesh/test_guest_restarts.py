@@ -101,8 +101,8 @@ def test_nearly_full_map_is_lent_to_all_the_same_when_it_begins_anew(lab: Lab) -
         with beside_cilium(lab) as agent:
             wait_until(lambda: "nearly full" in " ".join(status(lab)["wrong"]), what="the alarm")
             seen = play(cilium, lab.pods[0], FULL_SCENE)
-            assert metric(agent, "lazymesh_ipcache_lent_entries_total", fate="refused") == 0
-            assert metric(agent, "lazymesh_ipcache_lent_entries_total", fate="warmed") > 0
+            assert metric(agent, "lazymesh_ipcache_lent_entries_total", outcome="refused") == 0
+            assert metric(agent, "lazymesh_ipcache_lent_entries_total", outcome="warmed") > 0
             assert (seen.fates.lost, seen.overwritten, cilium.log) == (0, 0, [])
             wait_until(lambda: "nearly full" in " ".join(status(lab)["wrong"]), what="the alarm again")
 

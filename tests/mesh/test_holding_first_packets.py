@@ -70,20 +70,20 @@ def books_balance(lab: Lab, agent: AgentProcess, proxy: Proxy) -> Iterator[None]
     wait_until(lambda: out(agent) == 0, 3, "everything given back")
 
 
-def held(agent: AgentProcess, fate: str = "held") -> int:
+def held(agent: AgentProcess, outcome: str = "held") -> int:
     """Return a counter of the kernel's about holding."""
-    return int(metric(agent, "lazymesh_held_packets_total", fate=fate))
+    return int(metric(agent, "lazymesh_held_packets_total", outcome=outcome))
 
 
-def released(agent: AgentProcess, cause: str) -> int:
+def released(agent: AgentProcess, reason: str) -> int:
     """Return why packets were given back."""
-    return int(metric(agent, "lazymesh_released_packets_total", cause=cause))
+    return int(metric(agent, "lazymesh_released_packets_total", reason=reason))
 
 
 def out(agent: AgentProcess) -> int:
     """Return how many packets are out, by the counters."""
     came, went = ("held", "gated"), ("returned", "discarded")
-    return sum(held(agent, fate) for fate in came) - sum(held(agent, fate) for fate in went)
+    return sum(held(agent, outcome) for outcome in came) - sum(held(agent, outcome) for outcome in went)
 
 
 def connect_all(namespace: Namespace, addresses: list[str]) -> list[float]:

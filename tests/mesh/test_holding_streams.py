@@ -40,9 +40,9 @@ def agent(lab: Lab) -> AgentProcess:
     return lab.start_agent("--on-miss", "hold")
 
 
-def held(agent: AgentProcess, fate: str = "held") -> int:
+def held(agent: AgentProcess, outcome: str = "held") -> int:
     """Return a counter of the kernel's about holding."""
-    return int(metric(agent, "lazymesh_held_packets_total", fate=fate))
+    return int(metric(agent, "lazymesh_held_packets_total", outcome=outcome))
 
 
 @contextlib.contextmanager

@@ -100,7 +100,7 @@ def test_later_misses_are_answered_from_the_negative_cache(lab: Lab, agent: Agen
         def signalled_again() -> bool:
             send_udp(lab.pods[0].namespace, ip, 1)
             sent.append(ip)
-            return metric(agent, "lazymesh_resolutions_total", outcome="absent", cached="yes") >= 1
+            return metric(agent, "lazymesh_resolutions_total", outcome="absent", cached="true") >= 1
 
         wait_until(signalled_again, 5, "a second signal")
         second = misses.next(ip)

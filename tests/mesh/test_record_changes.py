@@ -70,7 +70,7 @@ def test_entry_of_a_deleted_pod_is_gone_within_a_second(lab: Lab, agent: AgentPr
     wait_identity(lab, ip, SERVER_IDENTITY)
     lab.withdraw(ip)
     assert wait_identity(lab, ip, None) < 1
-    assert metric(agent, "lazymesh_entries_evicted_total", why="deleted") >= 1
+    assert metric(agent, "lazymesh_entries_evicted_total", reason="deleted") >= 1
 
 
 def test_reused_address_gets_the_new_identity_within_a_second(lab: Lab, agent: AgentProcess, ip: str) -> None:

@@ -70,5 +70,5 @@ def test_stale_entries_go_when_their_time_is_over(lab: Lab) -> None:
     assert len(entries(lab)) == 2
     wait_until(lambda: not entries(lab), 10, "no entry left")
     assert time.monotonic() - began > 1.5
-    assert metric(agent, "lazymesh_entries_evicted_total", why="expired") == 2
+    assert metric(agent, "lazymesh_entries_evicted_total", reason="expired") == 2
     assert connect(lab.pods[0].namespace, KEPT, 0.3) is None

@@ -91,7 +91,7 @@ def test_pod_resolves_holds_and_leaves(lab: Lab, image: Path, capabilities: tupl
         took = connect(lab.pods[0].namespace, peer)
         assert took is not None
         assert took < 0.9, "its SYN was held, not lost"
-        assert metric(agent, "lazymesh_held_packets_total", fate="held") >= 1
+        assert metric(agent, "lazymesh_held_packets_total", outcome="held") >= 1
         status = json.loads(
             lab.cli("status", "--socket", str(lab.directory / "run/agent.sock"), "-o", "json").stdout
         )

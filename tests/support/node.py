@@ -182,9 +182,18 @@ def assert_unharmed(agent: AgentProcess) -> None:
     assert "Traceback" not in agent.log
 
 
-def packets(agent: AgentProcess, verdict: str, direction: str = "egress") -> int:
-    """Return one of the kernel's packet counters."""
-    return int(metric(agent, "lazymesh_packets_total", direction=direction, verdict=verdict))
+FATES = ("signalled", "suppressed_dedup", "suppressed_rate", "muted", "lost")
+"""What becomes of a packet that missed."""
+
+
+def packets(agent: AgentProcess, counter: str, direction: str = "egress") -> int:
+    """Return one of the kernel's packet counters, by its name in struct lm_counters."""
+    if counter in FATES:
+        return int(metric(agent, "lazymesh_missed_packets_total", direction=direction, outcome=counter))
+    if counter == "missed_drop":
+        return int(metric(agent, "lazymesh_missed_packets_dropped_total", direction=direction))
+    name = "lazymesh_policy_packets_total" if counter.startswith("policy_") else "lazymesh_packets_total"
+    return int(metric(agent, name, direction=direction, verdict=counter.removeprefix("policy_")))
 
 
 def child_of(agent: int) -> int | None:

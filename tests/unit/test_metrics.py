@@ -35,7 +35,7 @@ class Served:
     def hung_up(self, why: str) -> float | None:
         """Return how many were hung up on."""
         name = "lazymesh_http_connections_dropped_total"
-        return self.metrics.registry.get_sample_value(name, {"why": why})
+        return self.metrics.registry.get_sample_value(name, {"reason": why})
 
     async def send(self, words: bytes) -> bytes:
         """Send bytes as they are; return the whole answer."""

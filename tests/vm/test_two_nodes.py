@@ -171,9 +171,9 @@ def test_first_packet_of_a_connection_misses_on_both_nodes_and_is_held(nodes: tu
     assert a.metric("cilium_ipcache_miss_signal_total", direction="egress") == 1
     assert b.metric("cilium_ipcache_miss_signal_total", direction="ingress") == 1
     for one in nodes:
-        assert one.metric("lazymesh_held_packets_total", fate="held") >= 1
-        assert one.metric("lazymesh_released_packets_total", cause="timeout") == 0
-        assert one.metric("lazymesh_packets_total", verdict="policy_deny") == 0
+        assert one.metric("lazymesh_held_packets_total", outcome="held") >= 1
+        assert one.metric("lazymesh_released_packets_total", reason="timeout") == 0
+        assert one.metric("lazymesh_policy_packets_total", verdict="deny") == 0
 
 
 def test_programs_are_attached_as_the_kernel_allows(nodes: tuple[Node, Node]) -> None:
@@ -190,11 +190,11 @@ def test_policy_judges_by_the_identity_that_was_resolved(nodes: tuple[Node, Node
     b.publish(b.pod(1), b.other)
     assert a.connect(b.pod(1), a.pod(0), DENIED_S).error is not None
     assert a.identities()[b.pod(1)] == b.other
-    assert a.metric("lazymesh_packets_total", verdict="policy_deny", direction="egress") >= 1
+    assert a.metric("lazymesh_policy_packets_total", verdict="deny", direction="egress") >= 1
     a.publish(a.pod(1), a.other)
     assert a.connect(b.pod(0), a.pod(1), DENIED_S).error is not None
     assert b.identities()[a.pod(1)] == a.other
-    assert b.metric("lazymesh_packets_total", verdict="policy_deny", direction="ingress") >= 1
+    assert b.metric("lazymesh_policy_packets_total", verdict="deny", direction="ingress") >= 1
 
 
 def test_entry_goes_with_its_record(nodes: tuple[Node, Node]) -> None:

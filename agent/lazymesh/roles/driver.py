@@ -196,7 +196,7 @@ class Driver:
             ends[end] = ends.get(end, 0) + len(report.addresses)
             self._report(report, at)
         for (outcome, cached), count in ends.items():
-            self._metrics.outcomes.labels(outcome, "yes" if cached else "no").inc(count)
+            self._metrics.outcomes.labels(outcome, "true" if cached else "false").inc(count)
 
     def _change_watch(self, command: events.Watch | events.Unwatch) -> None:
         link = self._links.get(command.cluster)

@@ -185,7 +185,7 @@ class GuestIpcaches:
             "lazymesh_ipcache_lent_entries",
             "Entries put into new ipcaches: carried (ours), warmed (peers that the old one knew); taken: Cilium was"
             " first, refused: there was no room",
-            ("fate",),
+            ("outcome",),
             lambda: [((fate,), count) for fate, count in self.lent.items()],
         )
         metrics.collect_gauge(

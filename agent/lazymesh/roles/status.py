@@ -275,12 +275,29 @@ def problem_of(link: ClusterLink) -> str | None:
     return (info.last_error if gone else None) or link.problem
 
 
+_PACKETS = (
+    (
+        "lazymesh_packets", "Packets by what the lookup said", "verdict",
+        "", ("hit", "not_mesh", "not_parsed", "missed", "missed_again"),
+    ),
+    (
+        "lazymesh_missed_packets", "Packets that missed by what became of their signal", "outcome",
+        "", ("signalled", "suppressed_dedup", "suppressed_rate", "muted", "lost"),
+    ),
+    (
+        "lazymesh_policy_packets", "Packets of the mesh by what our own policy said", "verdict",
+        "policy_", ("allow", "reply", "fragment", "deny"),
+    ),
+)  # fmt: skip
+"""Counters of struct lm_counters as metrics that can be summed up: name, text, label, its values behind a prefix."""
+
+
 def export(metrics: Metrics, status: Status, control: ControlServer, log: AuditLog) -> None:
     """Register everything that is read at scrape time."""
     metrics.collect_counter(
         "lazymesh_held_packets",
         "Parked packets by what became of them (bpf/include/lazymesh_abi.h, struct lm_hold_counters)",
-        ("fate",),
+        ("outcome",),
         lambda: [((name,), n) for name, n in status.parts.hold_counters.kernel().items()],
     )
     for unit, index in (("packets", 0), ("bytes", 1)):
@@ -291,7 +308,7 @@ def export(metrics: Metrics, status: Status, control: ControlServer, log: AuditL
     metrics.collect_counter(
         "lazymesh_released_packets",
         "Packets that the holder gave back, by cause (struct lm_holder_stats)",
-        ("cause",),
+        ("reason",),
         lambda: [((name,), n) for name, n in status.parts.hold_counters.holder().items()],
     )
     metrics.collect_counter(
@@ -306,10 +323,17 @@ def export(metrics: Metrics, status: Status, control: ControlServer, log: AuditL
         (),
         lambda: [((), status.parts.holding.answers_dropped)],
     )
+    for name, text, label, prefix, values in _PACKETS:
+        metrics.collect_counter(
+            name, f"{text} (bpf/include/lazymesh_abi.h)", ("direction", label),
+            lambda prefix=prefix, values=values: [  # type: ignore[misc]
+                ((d.name.lower(), value), read[prefix + value])
+                for d in Direction for read in (status.packets(d),) for value in values
+            ],
+        )  # fmt: skip
     metrics.collect_counter(
-        "lazymesh_packets", "Packets by direction and what became of them (bpf/include/lazymesh_abi.h)",
-        ("direction", "verdict"),
-        lambda: [((d.name.lower(), name), n) for d in Direction for name, n in status.packets(d).items()],
+        "lazymesh_missed_packets_dropped", "Packets dropped since --on-miss is drop", ("direction",),
+        lambda: [((d.name.lower(),), status.packets(d)["missed_drop"]) for d in Direction],
     )  # fmt: skip
     metrics.collect_gauge(
         "lazymesh_addresses", "Addresses the resolver knows, by state", ("state",),
@@ -337,7 +361,7 @@ def export(metrics: Metrics, status: Status, control: ControlServer, log: AuditL
     )  # fmt: skip
     metrics.collect_counter(
         "lazymesh_admission_cuts", "How often that share was halved, by cause: slow answers, or a full queue",
-        ("cause",), lambda: [((cause,), n) for cause, n in status.parts.resolver.admission.cuts.items()],
+        ("reason",), lambda: [((cause,), n) for cause, n in status.parts.resolver.admission.cuts.items()],
     )  # fmt: skip
     if status.parts.shadow is not None:
         shadow = status.parts.shadow

@@ -185,7 +185,7 @@ def test_pauses_and_shares_reach_the_valve_and_evictions_are_counted() -> None:
     fixture = Fixture({events.Tick: commands})
     fixture.driver.feed(events.Tick())
     assert (fixture.paused, fixture.admitted) == ([True, False], [0.5])
-    assert fixture.sample("lazymesh_entries_evicted_total", why="deleted") == 1
+    assert fixture.sample("lazymesh_entries_evicted_total", reason="deleted") == 1
 
 
 def test_installs_with_nothing_in_between_go_together() -> None:
