@@ -41,7 +41,7 @@ from lazymesh.kvstore import etcd_pb2 as pb
 from lazymesh.kvstore import requests, rpc, wire
 from lazymesh.kvstore.certificate import certificate_facts
 from lazymesh.kvstore.config import parse_config
-from lazymesh.kvstore.resume import Changed, Ledger
+from lazymesh.kvstore.resume import Changed, WatchTable
 from lazymesh.kvstore.wire import Exchange, ProtocolError, Wire, request_head
 from lazymesh.roles.control import ControlServer, read_request
 from lazymesh.roles.holder import frame_of
@@ -301,10 +301,10 @@ class _Listener:
 
 def etcd_watch(data: bytes) -> None:
     """Check the responses on a stream of watches: revisions never go back, and what is held has a bound."""
-    ledger = Ledger()
+    table = WatchTable()
     for key in (b"a", b"b", b"c"):
-        ledger.add(key, _Listener(), 7, prefix=key == b"c")
-    ledger.start_stream()
+        table.add(key, _Listener(), 7, prefix=key == b"c")
+    table.start_stream()
     while data:
         size, data = int.from_bytes(data[:2], "big"), data[2:]
         raw, data = data[:size], data[size:]
@@ -312,12 +312,12 @@ def etcd_watch(data: bytes) -> None:
             response = rpc.WATCH.decode(raw)
         except DecodeError:
             continue
-        before = {number: watch.next_revision for number, watch in ledger.watches.items()}
-        told = ledger.digest(response)
+        before = {number: watch.next_revision for number, watch in table.watches.items()}
+        told = table.digest(response)
         assert not isinstance(told, Changed) or told.changes
-        for number, watch in ledger.watches.items():
+        for number, watch in table.watches.items():
             assert watch.next_revision >= before[number]
-    assert len(ledger.start_stream()) == len(ledger.watches)
+    assert len(table.start_stream()) == len(table.watches)
 
 
 # --- the kernel, and the agent's socket ---------------------------------------------------------------------------

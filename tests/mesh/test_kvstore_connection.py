@@ -144,7 +144,7 @@ async def test_certificate_without_its_key_is_told(
     pair = Pair(authority.issue("remote").cert, authority.issue("remote").key)
     error = await refusal(config_of(etcd.url, authority.cert, pair))
     assert error.kind == "certificate"
-    assert "do not fit together" in str(error)
+    assert "do not match" in str(error)
     missing = Pair(tmp_path / "absent.crt", pair.key)
     error = await refusal(config_of(etcd.url, authority.cert, missing))
     assert error.kind == "certificate"

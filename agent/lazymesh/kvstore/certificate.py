@@ -1,9 +1,9 @@
-"""Names and reasons of TLS: who a client certificate says we are, and why a handshake really failed.
+"""Facts about TLS for messages: whom a client certificate names, and why a handshake really failed.
 
-With TLS 1.3 a server refuses a certificate after the handshake, by hanging up, and grpc's library calls every failure
-UNAVAILABLE; the person at the terminal needs "expired" or "wrong authority". So after a failure, and only then, one
-handshake is tried on its own, to the end. etcd maps a certificate's common name to its user, hence the small walk
-through DER: the ssl module decodes peers' certificates only.
+With TLS 1.3 a server refuses a certificate after the handshake, by closing the connection, and grpc reports every
+failure as UNAVAILABLE; the user needs "expired" or "wrong authority". So after a failure, and only then, one separate
+handshake is run to its end. etcd maps a certificate's common name to its user, hence the small DER walk: the ssl module
+decodes only certificates of peers, and a library for these two fields would cost every agent several MB.
 """
 
 from __future__ import annotations
@@ -28,12 +28,12 @@ class CertificateFacts:
     """What messages say about a client certificate."""
 
     common_name: str
-    """The etcd user it stands for."""
+    """Also the name of the etcd user."""
     not_after: datetime
 
 
 def end_of_certificate(config: EtcdConfig) -> tuple[str, datetime] | None:
-    """Return the client certificate's file and when it ends, as it is now; None if there is none that can be read."""
+    """Return the path of the current client certificate and its expiry; None if there is no readable one."""
     path = config.with_files_at_hand().cert_file
     if path is None:
         return None
@@ -45,7 +45,7 @@ def end_of_certificate(config: EtcdConfig) -> tuple[str, datetime] | None:
 
 
 def certificate_facts(pem: bytes) -> CertificateFacts | None:
-    """Return the facts of the first certificate in the file's bytes; None if it cannot be made out."""
+    """Return the facts of the first certificate in a PEM file's bytes; None if it cannot be decoded."""
     try:
         end = b"-----END CERTIFICATE-----"
         first = pem[pem.index(b"-----BEGIN") : pem.index(end)] + end
@@ -87,7 +87,7 @@ def _time(tag: int, content: bytes) -> datetime:
 
 @dataclass(frozen=True, slots=True)
 class HandshakeFailure:
-    """Why there is no TLS connection, and what to do about it, in a few words each."""
+    """Why there is no TLS connection, and what to do about it: a few words each."""
 
     reason: str
     advice: str
@@ -96,12 +96,12 @@ class HandshakeFailure:
 async def handshake_failure(
     endpoint: Endpoint, config: EtcdConfig, timeout_s: float
 ) -> HandshakeFailure | None:
-    """Try one handshake and return why it fails; None when TLS is not what fails."""
+    """Run one handshake and return why it fails; None when TLS is not the problem."""
     config = config.with_files_at_hand()
     try:
         context = client_context(config)
     except (OSError, ssl.SSLError) as exc:
-        reason = f"the TLS files do not fit together ({_words(exc)})"
+        reason = f"the TLS files do not match ({_words(exc)})"
         return HandshakeFailure(reason, f"check those named in {config.source}")
     try:
         async with asyncio.timeout(timeout_s):
@@ -111,16 +111,16 @@ async def handshake_failure(
 
 
 def client_context(config: EtcdConfig) -> ssl.SSLContext:
-    """Return what a client speaks TLS with, from the files as they are now; OSError, ssl's too, if they do not fit."""
+    """Return a TLS context made from the current files; OSError, of which ssl.SSLError is one, if they do not match."""
     config = config.with_files_at_hand()
     context = ssl.create_default_context(cafile=config.ca_file)
-    # Go's servers, and Cilium's certificates, are not that strict.
+    # Go's servers and Cilium's certificates do not meet the strict rules.
     context.verify_flags &= ~ssl.VERIFY_X509_STRICT
-    # What is sent must never have to wait for what is received; nothing that speaks HTTP/2 may renegotiate (RFC 9113).
+    # Sending must never have to wait for receiving; HTTP/2 forbids renegotiation anyway (RFC 9113).
     context.options |= ssl.OP_NO_RENEGOTIATION
     context.set_alpn_protocols(["h2"])
     if config.cert_file:
-        # The password keeps OpenSSL from asking at the terminal for the one of an encrypted key.
+        # Without this argument OpenSSL would ask for the password of an encrypted key at the terminal.
         context.load_cert_chain(config.cert_file, config.key_file, password="")
     return context
 
@@ -133,7 +133,7 @@ async def _handshake(
         reader, writer = await asyncio.open_connection(
             endpoint.dial_host, endpoint.port, ssl=context, server_hostname=endpoint.host
         )
-        # With TLS 1.3 a refusal of our certificate arrives only after our side of the handshake is done.
+        # With TLS 1.3 the refusal of our certificate arrives only after our side of the handshake is done.
         await reader.read(1)
     except ssl.SSLCertVerificationError as exc:
         reason = f"the server's certificate is refused: {exc.verify_message.rstrip('.')}"
@@ -143,15 +143,15 @@ async def _handshake(
         reason = f"the server ends the TLS handshake: {_words(exc)}"
         return HandshakeFailure(reason, f"check the {ours} in {config.source}")
     except ConnectionResetError:
-        # Whoever speaks no TLS may hang up before its answer, which says so, has arrived.
+        # A server without TLS may hang up before its answer, which says so, has arrived.
         if writer is not None:
             raise
         reason = "the server hangs up in the TLS handshake"
-        return HandshakeFailure(reason, f"https where it wants http? see endpoints in {config.source}")
+        return HandshakeFailure(reason, f"does it expect http? check the endpoints in {config.source}")
     finally:
         if writer is not None:
-            writer.transport.abort()  # a farewell would have to be waited for
-            # The error is kept for whoever waits here, and asyncio complains of one that nobody has fetched.
+            writer.transport.abort()  # a clean shutdown would have to be awaited
+            # asyncio complains about an error that was never retrieved.
             with contextlib.suppress(OSError):
                 await writer.wait_closed()
     return None

@@ -1,8 +1,8 @@
-"""What a connection needs of whatever carries gRPC to one server: calls, streams, and word of the end.
+"""What a connection needs from a gRPC transport to one server: calls, streams, and notice of its end.
 
-Two things do: native.py, HTTP/2 on our own event loop, and grpcio.py, Google's library, which costs a call twice
-the time (its threads hand it to each other) and is kept for whoever needs what only it can do. Both speak bytes;
-what they mean is connection.py's business. Which one it is, the user says: ``--etcd-transport``.
+There are two: native.py, HTTP/2 on our own event loop, and grpcio.py, Google's library, which doubles the time of a
+call (it is passed between threads) and is kept for those who need what only it can do. Both carry bytes, whose meaning
+connection.py knows. The user chooses by ``--etcd-transport``.
 """
 
 from __future__ import annotations
@@ -14,11 +14,11 @@ if TYPE_CHECKING:
     from collections.abc import AsyncGenerator, AsyncIterator, Callable
 
 Metadata = tuple[tuple[str, str], ...]
-"""Names and values that a call carries beside its message; names in lower case."""
+"""Names (in lower case) and values that accompany a call's message."""
 
 
 class Code(enum.IntEnum):
-    """gRPC's status codes, by the numbers that travel."""
+    """gRPC's status codes, by their numbers on the wire."""
 
     OK = 0
     CANCELLED = 1
@@ -40,7 +40,7 @@ class Code(enum.IntEnum):
 
 
 class RpcError(Exception):
-    """A call that did not end well: the server's word, or ours when the server has none any more."""
+    """A failed call, as the server reported it, or as we do when the server is gone."""
 
     def __init__(self, code: Code, details: str) -> None:
         super().__init__(f"{code.name}: {details}")
@@ -58,29 +58,29 @@ class UnaryCall(NamedTuple):
 
 
 class Channel(Protocol):
-    """One connection's worth of gRPC. No task and no future for a call: this is the miss path."""
+    """gRPC over one connection. No task and no future per call: this is the miss path."""
 
     on_lost: Callable[[str], None] | None
-    """Called with a reason when the server has gone by itself, if that is noticed at once; see ``lost``."""
+    """Called with a reason when the server closes the connection, if that is noticed at once; see ``lost``."""
 
     @property
     def lost(self) -> str | None:
-        """Why no call can be made any more; None while calls can. To be asked now and then."""
+        """Why no call can be made any more; None while calls can be made. Poll it now and then."""
 
     async def open(self, timeout_s: float) -> None:
         """Connect; RpcError when that fails."""
 
     def call(self, request: UnaryCall, on_done: Callable[[bytes | RpcError], None]) -> Callable[[], None]:
-        """Make a call with one request and one response, now; return what gives it up.
+        """Start a call with one request and one response; return a function that abandons it.
 
-        on_done takes the response, or why there is none: once, later, and not after the call was given up.
+        on_done receives the response or the error: once, later, and never after the call was abandoned.
         """
         ...
 
     def stream(
         self, path: str, requests: AsyncIterator[bytes], metadata: Metadata
     ) -> AsyncGenerator[bytes, None]:
-        """Make a call with many of both; responses come as they are taken. To be closed when left early."""
+        """Start a call with many of both; responses are read as they are consumed. Close it when leaving early."""
 
     async def close(self) -> None:
-        """Give everything back; calls under way fail with UNAVAILABLE."""
+        """Release everything; calls in flight fail with UNAVAILABLE."""

@@ -1,8 +1,7 @@
 """The client of one store: reads, listings, writes, leases and watches, each of them one call or one stream.
 
-It is put together from a supervisor, which keeps the connection, and a hub, which keeps the watches. Nothing
-here retries: who reads knows best whether the answer is still wanted. Every failure is a KvstoreError, in one
-line.
+It combines a supervisor, which keeps the connection, and a hub, which keeps the watches. Nothing is retried here:
+the caller knows best whether the answer is still needed. Every failure is a KvstoreError with a one-line message.
 """
 
 from __future__ import annotations
@@ -29,11 +28,11 @@ Request = TypeVar("Request")
 Response = TypeVar("Response", bound=rpc.Answer)
 
 TIMEOUT_S = 10.0
-"""For one call, unless the caller says otherwise."""
+"""Default timeout of one call."""
 
 
 class EtcdClient:
-    """``async with EtcdClient(config) as client``; it dials at once and for as long as the block lasts."""
+    """``async with EtcdClient(config) as client``; it stays connected, or tries to, for as long as the block lasts."""
 
     def __init__(self, config: EtcdConfig, options: Options | None = None) -> None:
         options = options or Options()
@@ -42,7 +41,7 @@ class EtcdClient:
         self._tasks: list[asyncio.Task[None]] = []
         self._reads: set[asyncio.Task[Values]] = set()
         self.on_crash: Callable[[BaseException], None] | None = None
-        """Told of an error of ours that has ended the connection's keeper or the watches': nothing more comes."""
+        """Called with the bug that has ended one of the client's tasks: nothing more comes from this client."""
 
     async def __aenter__(self) -> Self:
         self._tasks = [
@@ -61,7 +60,7 @@ class EtcdClient:
 
     @property
     def info(self) -> ClientInfo:
-        """What to show of this store and the connection to it."""
+        """State of this store and of the connection to it."""
         return self._supervisor.info
 
     @property
@@ -70,7 +69,7 @@ class EtcdClient:
         return self._supervisor.epoch
 
     def add_listener(self, listener: Callable[[ClientEvent], None]) -> None:
-        """Have connects and disconnects told; watches lost by them have been told before."""
+        """Report connects and disconnects; watches that they end are reported before them."""
         self._supervisor.listeners.append(listener)
 
     def remove_listener(self, listener: Callable[[ClientEvent], None]) -> None:
@@ -78,11 +77,11 @@ class EtcdClient:
         self._supervisor.listeners.remove(listener)
 
     async def wait_connected(self) -> None:
-        """Return once the store answers, however long it takes."""
+        """Wait until the store answers, however long it takes."""
         await self._supervisor.wait_connected()
 
     async def read_many(self, keys: Sequence[bytes], timeout_s: float = TIMEOUT_S) -> ReadResult:
-        """Read up to 128 keys at one revision, in one round trip. One refused key fails all of them."""
+        """Read up to 128 keys at one revision, in one round trip. If one key is refused, all of them fail."""
         connection = await self._supervisor.connection(timeout_s)
         answer = await self._call_on(connection, _read_call(requests.Reads(keys), timeout_s))
         return requests.read_result(answer, len(keys))
@@ -90,9 +89,9 @@ class EtcdClient:
     def read_soon(
         self, reads: requests.Reads, timeout_s: float, on_done: Callable[[Values | KvstoreError], None]
     ) -> None:
-        """Read up to 128 keys and prefixes at one revision, with no task for it where there is a connection.
+        """Read up to 128 keys and prefixes at one revision; while there is a connection, without creating a task.
 
-        on_done is called in any case. KvstoreError (exhausted): there is too much below a prefix.
+        on_done is always called. KvstoreError (exhausted): there are too many keys below a prefix.
         """
         connection = self._supervisor.present
         if connection is None:
@@ -134,14 +133,14 @@ class EtcdClient:
     ) -> AsyncGenerator[Page, None]:
         """Read all keys of a prefix at one revision, page by page, in key order; at least one page comes.
 
-        Where values are so large that a page would be refused, pages get smaller for a while.
+        Where values are so large that a page would be refused, pages are made smaller for a while.
         """
         connection = await self._supervisor.connection(timeout_s)
         epoch, revision, most = self.epoch, 0, page
         after: bytes | None = None
         while True:
             request = requests.read_page(prefix, after, revision, page)
-            # All pages over one connection: another replica's revisions are not this one's.
+            # All pages over one connection: each replica has its own revisions.
             call = rpc.Call(rpc.RANGE, request, timeout_s, lambda: f"list {_text(prefix)}*")
             try:
                 answer = await self._call_on(connection, call)
@@ -151,7 +150,7 @@ class EtcdClient:
                 page = max(1, page // 8)
                 continue
             page = min(most, 2 * page)
-            # A pinned answer still has the present revision in its header.
+            # Even an answer at a pinned revision has the current one in its header.
             revision = revision or answer.header.revision
             yield Page(revision, epoch, [requests.key_value(kv) for kv in answer.kvs])
             after = requests.next_page(answer, after)
@@ -181,19 +180,19 @@ class EtcdClient:
         return response.header.revision
 
     async def status(self, timeout_s: float = TIMEOUT_S) -> ClientInfo:
-        """Ask the server for a sign of life and return the state it leaves us in."""
+        """Ask the server for its status and return the client's state after the answer."""
         connection = await self._supervisor.connection(timeout_s)
         call = rpc.Call(rpc.STATUS, pb.StatusRequest(), timeout_s, lambda: "get the status")
         await self._call_on(connection, call)
         return self.info
 
     async def grant_lease(self, ttl_s: int, timeout_s: float = TIMEOUT_S) -> int:
-        """Return the id of a new lease; keys written with it go when it is not kept alive (lease.py)."""
+        """Return the id of a new lease; its keys are deleted when it is not kept alive (lease.py)."""
         request = pb.LeaseGrantRequest(TTL=ttl_s)
         return (await self._call(rpc.LEASE_GRANT, request, timeout_s, lambda: "get a lease")).ID
 
     async def renew_lease(self, lease: int, timeout_s: float = TIMEOUT_S) -> int:
-        """Start a lease's time anew and return the seconds it has now; 0: expired, its keys are gone."""
+        """Renew a lease and return its remaining seconds; 0: expired, its keys are gone."""
         connection = await self._supervisor.connection(timeout_s)
         what = f"keep lease {lease:x} alive"
         answers = connection.stream(
@@ -204,10 +203,10 @@ class EtcdClient:
                 return (await anext(answers)).TTL
         except TimeoutError as exc:
             self._supervisor.suspect(connection)
-            raise connection.peer.error("timeout", what, f"no answer in {timeout_s:g} s") from exc
+            raise connection.peer.error("timeout", what, f"no answer within {timeout_s:g} s") from exc
 
     async def revoke_lease(self, lease: int, timeout_s: float = TIMEOUT_S) -> None:
-        """End a lease, and with it all keys written with it."""
+        """Revoke a lease; all keys written with it are deleted."""
         request = pb.LeaseRevokeRequest(ID=lease)
         await self._call(rpc.LEASE_REVOKE, request, timeout_s, lambda: f"revoke lease {lease:x}")
 
@@ -233,7 +232,7 @@ class EtcdClient:
             self._supervisor.suspect(connection)
 
     def _report_crash(self, task: asyncio.Task[None]) -> None:
-        """Make a crash of a background task seen: nobody awaits it, and without it the client is silent."""
+        """Report the crash of a background task: nothing awaits it, and without it the client goes silent."""
         if task.cancelled() or (error := task.exception()) is None:
             return
         if self.on_crash is not None:

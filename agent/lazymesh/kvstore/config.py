@@ -1,8 +1,8 @@
 """The etcd client configuration of one store, as Cilium writes it: one YAML file per cluster.
 
-The file's words are checked here once, so that the rest of the folder deals with addresses to dial. Whether a
-file is a cluster's configuration at all, and which cluster's, is decided by the role that watches the
-directory. TLS files are only named here: they are read when a connection is made, because they rotate.
+The file is checked here once, so that the rest of the package deals with addresses to dial. Whether a file is a
+cluster's configuration at all, and which cluster's, is decided by the role that watches the directory. TLS files are
+only named here: they are read when a connection is made, because they rotate.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from lazymesh.errors import SettingsError
 
 @dataclass(frozen=True, slots=True)
 class Endpoint:
-    """One place to dial: a host of the configuration, and its address if an alias gives one."""
+    """One place to dial: a host of the configuration, with its address if an alias gives one."""
 
     scheme: str
     host: str
@@ -51,30 +51,29 @@ class Endpoint:
 
 @dataclass(frozen=True, slots=True)
 class EtcdConfig:
-    """Where one store is and how to be let in."""
+    """Where one store is and how to authenticate."""
 
     endpoints: tuple[Endpoint, ...]
-    """In the file's order; one with several aliased addresses appears once for each."""
+    """In the file's order; an endpoint with several aliased addresses appears once for each of them."""
     ca_file: str | None = None
-    """None: the roots that grpc ships."""
+    """None: the system's roots (with grpcio, those that it ships)."""
     cert_file: str | None = None
     key_file: str | None = None
     username: str | None = None
     password: str | None = field(default=None, repr=False)
     source: str = ""
-    """File the words came from, for messages."""
+    """The file it was read from, for messages."""
 
     @property
     def tls(self) -> bool:
-        """True when every endpoint is spoken to over TLS (they are never mixed)."""
+        """Whether the endpoints are reached over TLS (http and https are never mixed)."""
         return self.endpoints[0].scheme == "https"
 
     def with_files_at_hand(self) -> EtcdConfig:
-        """Return it with each TLS file where it is at this moment: where it is named, or else beside the configuration.
+        """Return it with the current path of each TLS file: as configured, or else next to the configuration file.
 
-        Cilium's charts (1.18 to 1.20) name the files of a cluster that has a certificate of its own by the directory
-        where Cilium's pods have them, and put them into the Secret of the configuration, which is mounted elsewhere
-        here.
+        For a cluster with a client certificate of its own, Cilium's charts (1.18 to 1.20) give paths as they are in
+        Cilium's pods, and put the files into the Secret of the configuration, which lazymesh mounts elsewhere.
         """
         at_hand = partial(_at_hand, Path(self.source))
         ca_file, cert_file, key_file = map(at_hand, (self.ca_file, self.cert_file, self.key_file))
@@ -129,7 +128,7 @@ def _mapping(text: str, source: str) -> dict[str, Any]:
     try:
         words = read_words(text)
     except ValueError as exc:
-        raise SettingsError(f"{source}: {exc}; an etcd client configuration is wanted") from exc
+        raise SettingsError(f"{source}: {exc}; expected an etcd client configuration") from exc
     if not isinstance(words, dict):
         raise SettingsError(f"{source}: not a mapping; an etcd client configuration starts with 'endpoints:'")
     return words
@@ -160,7 +159,7 @@ def _endpoint(url: str, default_scheme: str, source: str) -> Endpoint:
         parts = urlsplit(url if "://" in url else f"{default_scheme}://{url}")
         host, port = parts.hostname, parts.port
         if host:
-            host.encode("idna")  # as name servers and TLS will have it
+            host.encode("idna")  # as name resolution and TLS will do
     except ValueError as exc:
         raise SettingsError(
             f"{source}: endpoint {url!r} is malformed ({exc}); write https://HOST:2379"
@@ -178,7 +177,7 @@ def _aliases(words: dict[str, Any], source: str) -> dict[str, list[str]]:
             aliases.setdefault(alias["hostname"].lower(), []).extend(ips)
     except (AttributeError, KeyError, TypeError, ValueError) as exc:
         raise SettingsError(
-            f"{source}: each element of cilium-host-aliases wants 'hostname' and a list 'ips'"
+            f"{source}: each element of cilium-host-aliases needs 'hostname' and a list 'ips'"
         ) from exc
     return aliases
 

@@ -1,9 +1,9 @@
-"""One connection: one channel to one endpoint, from its TLS files being read until it first fails.
+"""One connection: one channel to one endpoint, from reading its TLS files until its first failure.
 
-A connection never heals: a channel that reconnects by itself would keep yesterday's certificates, and could end at
-another replica with another etcd behind the same name. The client makes the next one, decides when, and tells
-those concerned. This one knows which store it speaks to, who we are there, and how to log in again when a
-token has expired.
+A connection never heals: a channel that reconnects by itself would keep outdated certificates, and could end up at
+another replica with another etcd behind the same name. The client decides when to make the next one and tells its
+listeners. A connection knows which store it is connected to, as which user, and how to log in again when a token has
+expired.
 """
 
 from __future__ import annotations
@@ -47,16 +47,16 @@ class Connection:
         self.heard_at = time.monotonic()
         """When the server last gave a sign of life."""
         self.failure: KvstoreError | None = None
-        """Why it is down, once it is."""
+        """Why the connection has failed; None while it has not."""
         self.login_at: float | None = None
-        """When the present token was got; None without a password."""
+        """When the current token was obtained; None without a password."""
         self.on_down: Callable[[KvstoreError], None] | None = None
-        """Called once, when it goes down by itself."""
+        """Called once, when the connection fails by itself."""
         self._config = config
         self._timeout_s = transport.dial_timeout_s
         self.login: Metadata = ()
-        """What calls are made with: nothing, or the token of a login by password. To be handed to
-        :meth:`renew_login` when it is refused."""
+        """The metadata of each call: empty, or the token of a password login. Pass it to :meth:`renew_login` when
+        it is refused."""
         self._logging_in = asyncio.Lock()
         tls = read_tls_files(config) if config.tls else None
         self.peer = Peer(str(endpoint), _who(config, tls.cert if tls else None))
@@ -64,7 +64,7 @@ class Connection:
         self._channel.on_lost = self._lose
 
     async def open(self) -> None:
-        """Log in and ask which store this is, and at what revision; KvstoreError says why that fails."""
+        """Log in, and learn which store this is and its revision; KvstoreError says why that fails."""
         try:
             try:
                 await self._channel.open(self._timeout_s)
@@ -81,13 +81,13 @@ class Connection:
             raise
 
     async def close(self) -> None:
-        """Give the connection up; calls still under way fail with its ``failure``."""
+        """Close the connection; calls in flight fail with its ``failure``."""
         self.on_down = None
         self.fail(KvstoreError(f"etcd {self.endpoint}: the client was closed"))
         await self._channel.close()
 
     def fail(self, error: KvstoreError) -> None:
-        """Declare the connection down; the first reason stays."""
+        """Mark the connection as failed; the first reason is kept."""
         if self.failure is None:
             self.failure = error
             if self.on_down:
@@ -96,7 +96,7 @@ class Connection:
     def start(
         self, call: rpc.Call[Request, Response], on_done: Callable[[Response | KvstoreError], None]
     ) -> Callable[[], None]:
-        """Make one unary call, now; return what gives it up. on_done takes its outcome: once, later, if at all."""
+        """Start a unary call; return a function that abandons it. on_done gets the outcome: once, later, if at all."""
         login, floor = self.login, self.revision
         under_way: list[Callable[[], object]] = []
 
@@ -106,7 +106,7 @@ class Connection:
                 task.add_done_callback(lambda ended: None if ended.cancelled() else on_done(ended.result()))
                 under_way[:] = [task.cancel]
             else:
-                under_way.clear()  # else one holds the other, and the answer, until garbage is looked for
+                under_way.clear()  # breaks a reference cycle that would keep the answer until a collection
                 on_done(self._outcome(call, outcome, floor))
 
         def give_up() -> None:
@@ -117,7 +117,7 @@ class Connection:
         return give_up
 
     async def call(self, call: rpc.Call[Request, Response]) -> Response:
-        """Make one unary call and wait for its response; KvstoreError when there is none."""
+        """Make one unary call and return its response; KvstoreError if it fails."""
         pending = _Pending[Response | KvstoreError]()
         outcome = await pending.wait(self.start(call, pending.settle))
         if isinstance(outcome, KvstoreError):
@@ -130,10 +130,10 @@ class Connection:
     async def stream(
         self, method: rpc.Method[Request, Response], requests: rpc.Outbox[Request], what: Callable[[], str]
     ) -> AsyncGenerator[Response, None]:
-        """Open a stream; it never ends well, only by KvstoreError or by being left."""
+        """Open a stream; it ends only by KvstoreError or when the caller leaves it."""
         self.check_up()
         floor = self.revision
-        # A member cut off from its leader would otherwise keep its watches open and silent.
+        # Otherwise a member cut off from its leader would keep its watches open and silent.
         metadata = (*self.login, ("hasleader", "true"))
         encoded = (method.encode(request) async for request in requests)
         try:
@@ -150,29 +150,29 @@ class Connection:
         raise self.peer.error("unavailable", what(), "the server ended the stream")
 
     async def ping(self, timeout_s: float) -> None:
-        """Ask for the server's status, the one call that every user may make."""
+        """Ask for the server's status, the one call that every user is allowed to make."""
         response = await self.call(rpc.Call(rpc.STATUS, pb.StatusRequest(), timeout_s, lambda: "connect"))
         self.version = response.version
 
     async def catch_up(self) -> None:
-        """Have the member learn all that its cluster agrees on by now; KvstoreError when it is cut off from it."""
+        """Make the member catch up with its cluster; KvstoreError if it is cut off from it."""
         call = rpc.Call(rpc.RANGE, requests.read_agreed(), self._timeout_s, lambda: "connect")
         try:
             await self.call(call)
         except KvstoreError as exc:
-            # The key may be none of ours; whether it is, is looked up after the round.
+            # We may not be allowed to read the key; etcd checks that only after the round of consensus.
             if exc.kind != "permission":
                 raise
         await self.ping(self._timeout_s)
 
     async def renew_login(self, refused: Metadata) -> None:
-        """Get a new token, if we log in by password at all and nobody has got one since."""
+        """Get a new token, if we log in by password and no other call has got one since."""
         async with self._logging_in:
             if self._config.username and self.login is refused:
                 await self._authenticate()
 
     def check_channel(self) -> None:
-        """Go down if no more calls can be made over the channel."""
+        """Fail if no more calls can be made over the channel."""
         if reason := self._channel.lost:
             self._lose(reason)
 
@@ -180,18 +180,18 @@ class Connection:
         self.fail(self.peer.error("unavailable", "go on", reason))
 
     def _observe(self, header: pb.ResponseHeader, floor: int) -> None:
-        """Take note of a response's header; KvstoreError when it is not the store of the ones before.
+        """Process a response's header; KvstoreError if it comes from another store.
 
-        ``floor`` is the revision known when the request was sent, or the stream opened. Answers overtake each
-        other, so only that one tells a store that went back; the next connect finds out for sure.
+        ``floor`` is the revision known when the request was sent, or the stream opened. Answers overtake each other,
+        so only a revision below it indicates a store that went back; the next connect finds out for certain.
         """
         self.heard_at = time.monotonic()
         revision, cluster_id = header.revision, header.cluster_id
         self.revision = max(self.revision, revision)
         self.cluster_id = self.cluster_id or cluster_id
-        # The end of a compacted watch comes with revision 0.
+        # The end of a compacted watch carries revision 0.
         if cluster_id != self.cluster_id or 0 < revision < floor:
-            reason, advice = "another store answers there", "all is read anew"
+            reason, advice = "another store answers there", "everything is read again"
             self.fail(self.peer.error("unavailable", "go on", reason, advice))
             self.check_up()
 
@@ -201,7 +201,7 @@ class Connection:
         )
         what = f"log in with the password of {self._config.source}"
         call = rpc.Call(rpc.AUTHENTICATE, request, self._timeout_s, lambda: what)
-        # Without a token: etcd refuses even the login for an expired one.
+        # Without a token: with an expired one etcd refuses even a login.
         pending = _Pending[bytes | RpcError]()
         raw = await pending.wait(self._send(call, (), pending.settle))
         try:
@@ -214,7 +214,7 @@ class Connection:
     async def _again(
         self, call: rpc.Call[Request, Response], refused: Metadata, floor: int
     ) -> Response | KvstoreError:
-        """Make a call once more, after a new login."""
+        """Repeat a call after a new login."""
         try:
             await self.renew_login(refused)
         except KvstoreError as exc:
@@ -232,13 +232,15 @@ class Connection:
     def _outcome(
         self, call: rpc.Call[Request, Response], raw: bytes | RpcError, floor: int
     ) -> Response | KvstoreError:
-        """Return the response, or why there is none."""
+        """Return the response or the error."""
         try:
             response = self._decoded(call.method, raw)
             self._observe(response.header, floor)
         except RpcError as exc:
             error = self._down() or self.peer.translate(exc, call.what())
-            error.__cause__ = exc.with_traceback(None)  # which holds this frame, and this frame the error
+            error.__cause__ = exc.with_traceback(
+                None
+            )  # its traceback holds this frame, which holds the error
             return error
         except KvstoreError as exc:
             return exc
@@ -250,20 +252,20 @@ class Connection:
         try:
             return method.decode(raw)
         except DecodeError as exc:
-            raise RpcError(Code.INTERNAL, f"a response to {method.path} that cannot be read") from exc
+            raise RpcError(Code.INTERNAL, f"a response to {method.path} that cannot be decoded") from exc
 
     def _down(self) -> KvstoreError | None:
-        """Return why the connection is down: a copy, else one exception would collect the tracebacks of all."""
+        """Return why the connection has failed: a copy, as a shared exception would collect every traceback."""
         return KvstoreError(str(self.failure), self.failure.kind) if self.failure else None
 
     def check_up(self) -> None:
-        """Raise why it is down, if it is."""
+        """Raise the reason if the connection has failed."""
         if error := self._down():
             raise error
 
 
 class _Pending(Generic[Outcome]):
-    """Something that will call back, to wait for."""
+    """The future of an outcome that arrives by callback."""
 
     def __init__(self) -> None:
         self._future: asyncio.Future[Outcome] = asyncio.get_running_loop().create_future()
@@ -274,7 +276,7 @@ class _Pending(Generic[Outcome]):
             self._future.set_result(outcome)
 
     async def wait(self, give_up: Callable[[], object]) -> Outcome:
-        """Return the outcome; whoever stops waiting gives it up."""
+        """Return the outcome; a cancelled waiter abandons the call."""
         try:
             return await self._future
         except asyncio.CancelledError:
@@ -283,7 +285,7 @@ class _Pending(Generic[Outcome]):
 
 
 def _who(config: EtcdConfig, cert: bytes | None) -> str:
-    """Say in words whom etcd takes us for."""
+    """Return in words as whom we are known to etcd."""
     facts = certificate_facts(cert) if cert else None
     expired = facts is not None and facts.not_after.timestamp() < time.time()
     if config.username:
@@ -296,16 +298,16 @@ def _who(config: EtcdConfig, cert: bytes | None) -> str:
 def make_channel(
     endpoint: Endpoint, config: EtcdConfig, tls: TlsFiles | None, transport: Transport
 ) -> Channel:
-    """Return a channel, still to be opened; ``tls`` None: in the clear."""
+    """Return a channel that is not open yet; ``tls`` None: without TLS."""
     if transport.kind == "native":
         return NativeChannel(endpoint, config, transport.max_message_bytes)
-    from lazymesh.kvstore.grpcio import GrpcioChannel  # noqa: PLC0415 (20 MB that few need)
+    from lazymesh.kvstore.grpcio import GrpcioChannel  # noqa: PLC0415 (20 MB, rarely needed)
 
     return GrpcioChannel(endpoint, tls, transport)
 
 
 async def dial(endpoint: Endpoint, config: EtcdConfig, transport: Transport) -> Connection:
-    """Return an open connection; KvstoreError says why there is none."""
+    """Return an open connection; KvstoreError says why that failed."""
     connection = Connection(endpoint, config, transport)
     try:
         await connection.open()

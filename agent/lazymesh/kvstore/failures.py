@@ -1,4 +1,4 @@
-"""Etcd's and gRPC's ways to fail, in our words: one line naming endpoint, key, who we are, and what to do."""
+"""Errors of etcd and gRPC as one line: endpoint, user, what failed, why, and what to do."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ _KINDS = {
     Code.RESOURCE_EXHAUSTED: "exhausted",
 }
 
-# These come as INVALID_ARGUMENT, which says nothing about their being a matter of who we are.
+# These arrive as INVALID_ARGUMENT, although they are about our credentials.
 _ABOUT_US = (
     "user name is empty",
     "authentication failed",
@@ -30,10 +30,10 @@ _ABOUT_US = (
 
 _ADVICE = {
     "timeout": "it is slow or stopped; check its load",
-    "permission": "grant that user's role the key, or use the certificate or user that has it",
+    "permission": "grant that user's role the key, or use a certificate or user that may read it",
     "unavailable": "check that it runs and is reachable from here",
-    "exhausted": "look for records of a megabyte, or a server with too much to do",
-    "protocol": "this is not what etcd 3.4 or later should answer; look into its log",
+    "exhausted": "look for records of a megabyte, or an overloaded server",
+    "protocol": "etcd 3.4 or later should not answer like this; check its log",
 }
 
 
@@ -43,29 +43,31 @@ class Peer:
 
     endpoint: str
     user: str
-    """Whom etcd takes us for: user name or certificate's common name, in words."""
+    """As whom we are known to etcd: the user name or the certificate's common name, in words."""
 
     def error(self, kind: str, what: str, reason: str, advice: str = "") -> KvstoreError:
-        """Return the error of one failed step; ``what`` is the step, ``reason`` the peer's words."""
+        """Return the error of one failed step: ``what`` is the step, ``reason`` is why, in the peer's words."""
         line = " ".join(
             f"etcd {self.endpoint}, {self.user}: cannot {what}: {reason}; {advice or _ADVICE[kind]}".split()
         )
         return KvstoreError(line, kind)
 
     def translate(self, error: RpcError, what: str) -> KvstoreError:
-        """Return our error for gRPC's."""
+        """Translate gRPC's error."""
         code, details = error.code, error.details
         kind = "permission" if any(words in details for words in _ABOUT_US) else _KINDS.get(code, "protocol")
         if kind == "protocol" and "context deadline exceeded" in details:
-            kind = "timeout"  # a member without its leader, in words of the library that it is written with
+            kind = "timeout"  # how a member without a leader says it
         reason = details.removeprefix("etcdserver: ") or code.name.lower().replace("_", " ")
         if "required revision has been compacted" in details:
-            return self.error(kind, what, reason, "it changes faster than it is read; reading starts over")
+            return self.error(
+                kind, what, reason, "it changes faster than it can be read; reading starts over"
+            )
         return self.error(kind, what, reason)
 
 
 def is_stale_auth(error: RpcError) -> bool:
-    """Say whether a new token (or for certificates: simply another try) may help."""
+    """Return whether a new token (or with certificates just another attempt) may help."""
     return (error.code is Code.UNAUTHENTICATED and "invalid auth token" in error.details) or (
         error.code is Code.INVALID_ARGUMENT and "revision of auth store is old" in error.details
     )

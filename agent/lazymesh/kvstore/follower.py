@@ -1,8 +1,8 @@
-"""Follows a prefix: tells all there is, then every change, and makes good for what was missed.
+"""Follows a prefix: reports all keys, then every change, and makes up for what was missed.
 
-List at one revision, watch from the next. When the watch is lost for good (store replaced, compacted,
-cancelled) it lists again, tells what is new, and what has vanished as deleted: mark and sweep over the keys
-it has told of. It keeps those keys with their revisions, never the values; what they mean is the observer's.
+List at one revision, watch from the next. When the watch is lost for good (store replaced, compacted, cancelled) it
+lists again, reports what is new, and what has vanished as deleted: mark and sweep over the keys reported so far. It
+keeps those keys with their revisions, never the values, whose meaning only the observer knows.
 """
 
 from __future__ import annotations
@@ -23,26 +23,26 @@ if TYPE_CHECKING:
     from lazymesh.kvstore.model import ClientEvent, Page
 
 MOST_KEYS = 200_000
-"""A cluster cannot have as many nodes or identities; one that says so would fill our memory."""
+"""No cluster has so many nodes or identities; one that claims it would fill our memory."""
 LONGEST_KEY = 512
-"""Longer ones mean nothing to anybody: they are told, but not remembered."""
+"""Longer keys mean nothing to any observer: they are reported, but not remembered."""
 
 
 class Observer(Protocol):
-    """Who is told about a prefix; called on the event loop, must not block, must not raise."""
+    """Receives what happens to a prefix; called on the event loop, must not block, must not raise."""
 
     def on_changes(self, changes: Sequence[Change]) -> None:
-        """Take keys written or (value None) deleted; in the store's order, but for what a listing finds."""
+        """Take keys written or (value None) deleted; in the store's order, except for those of a listing."""
 
     def on_synced(self) -> None:
-        """Know that the prefix has been told and is followed; after a reconnect, missed changes come next."""
+        """All keys have been reported and changes follow; after a reconnect, missed changes come next."""
 
     def on_silent(self, error: KvstoreError) -> None:
-        """Know that contact is lost: what has been told may be out of date until the next on_synced."""
+        """Contact is lost: what was reported may be out of date until the next on_synced."""
 
 
 class PrefixFollower:
-    """``run`` it as a task; one for each prefix, any number for each client."""
+    """``run`` it as a task: one for each prefix, any number of them for each client."""
 
     def __init__(
         self, client: EtcdClient, prefix: bytes, observer: Observer, backoff: Backoff | None = None
@@ -80,7 +80,7 @@ class PrefixFollower:
         """List, then watch until the watch is lost for good."""
         revision, epoch = await self._list()
         if epoch != self._client.epoch:
-            # Replaced while it was listed: that revision is none of the new store's.
+            # The store was replaced during the listing: the revision is not one of the new store.
             return
         self._ended.clear()
         self._loss = None
@@ -110,7 +110,7 @@ class PrefixFollower:
     def _news_of(self, page: Page) -> list[Change]:
         same_store = page.epoch == self._epoch
         if not same_store:
-            # Another store's revisions say nothing about this one's values, so every key counts as changed.
+            # Revisions of another store say nothing about this one's values, so every key counts as changed.
             self._told = dict.fromkeys(self._told, 0)
             self._epoch = page.epoch
         return [Change(*item[:3]) for item in page.items if self._told.get(item.key) != item.mod_revision]
@@ -130,16 +130,16 @@ class PrefixFollower:
     def _too_many(self) -> KvstoreError:
         prefix = self.prefix.decode(errors="replace")
         return KvstoreError(
-            f"there are more than {MOST_KEYS} keys below {prefix}: look for who writes them", "protocol"
+            f"there are more than {MOST_KEYS} keys below {prefix}: find out what writes them", "protocol"
         )
 
     def on_live(self, _watch_id: int, _revision: int) -> None:
-        """Tell that the prefix is followed (again)."""
+        """Report that the prefix is followed (again)."""
         self._backoff.reset()
         self._observer.on_synced()
 
     def on_lost(self, _watch_id: int, loss: WatchLoss) -> None:
-        """Have the prefix listed again."""
+        """List the prefix again."""
         self._loss = loss
         self._ended.set()
 

@@ -1,6 +1,6 @@
-"""A Channel (channel.py) over Google's grpcio: the alternative to native.py, chosen by ``--etcd-transport grpcio``.
+"""A Channel (channel.py) over Google's grpcio: the alternative to native.py, for ``--etcd-transport grpcio``.
 
-Imported only when it is chosen: it brings 20 MB and threads of its own.
+Imported only on demand: it costs 20 MB and brings its own threads.
 """
 
 from __future__ import annotations
@@ -9,7 +9,7 @@ import asyncio
 import os
 from typing import TYPE_CHECKING, Any
 
-# grpc's C core writes lines of its own to stderr, in the middle of a JSON log; what they say is in our errors.
+# grpc's C core writes to stderr, in the middle of a JSON log; our errors say the same.
 os.environ.setdefault("GRPC_VERBOSITY", "NONE")
 
 import grpc
@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 
 
 class GrpcioChannel:
-    """One channel to one endpoint that dials when first used, and never again."""
+    """One channel to one endpoint; it dials when first used, and never again."""
 
     def __init__(self, endpoint: Endpoint, tls: TlsFiles | None, transport: Transport) -> None:
         self.on_lost: Callable[[str], None] | None = None
@@ -42,12 +42,12 @@ class GrpcioChannel:
 
     @property
     def lost(self) -> str | None:
-        """By itself, the next call would get the channel another transport, with yesterday's certificates."""
+        """Left to itself, the channel would reconnect at the next call, with outdated certificates."""
         ready = self._channel.get_state() is grpc.ChannelConnectivity.READY
         return None if ready else "the connection was lost"
 
     async def open(self, timeout_s: float) -> None:
-        """Leave it to the first call."""
+        """Do nothing: the first call connects."""
 
     def call(self, request: UnaryCall, on_done: Callable[[bytes | RpcError], None]) -> Callable[[], None]:
         """Make a call with one request and one response."""
@@ -62,7 +62,7 @@ class GrpcioChannel:
             self._tasks.discard(done)
             if given_up:
                 return
-            if done.cancelled():  # by the channel's end
+            if done.cancelled():  # because the channel was closed
                 on_done(RpcError(Code.UNAVAILABLE, "the connection was closed"))
             elif isinstance(error := done.exception(), grpc.RpcError):
                 on_done(_translate(error))
@@ -99,12 +99,12 @@ class GrpcioChannel:
             call.cancel()
 
     async def close(self) -> None:
-        """Give the channel back."""
+        """Close the channel."""
         self._closed = True
         await self._channel.close()
 
     def _raise_unless_cancelled(self) -> None:
-        """Tell a closed channel, which cancels its calls, from somebody's cancelling this task."""
+        """Distinguish a closed channel, which cancels its calls, from a cancellation of this task."""
         task = asyncio.current_task()
         if self._closed and task is not None and not task.cancelling():
             raise RpcError(Code.UNAVAILABLE, "the connection was closed")
@@ -115,25 +115,25 @@ def channel_options(endpoint: Endpoint, transport: Transport) -> list[tuple[str,
     options: list[tuple[str, Any]] = [
         ("grpc.keepalive_time_ms", int(transport.keepalive_s * 1000)),
         ("grpc.keepalive_timeout_ms", int(transport.keepalive_timeout_s * 1000)),
-        # etcd answers pings of a connection without calls by GOAWAY; the supervisor probes when idle.
+        # etcd answers pings on an idle connection with GOAWAY; there the supervisor probes.
         ("grpc.keepalive_permit_without_calls", 0),
         ("grpc.http2.max_pings_without_data", 0),
         ("grpc.max_receive_message_length", transport.max_message_bytes),
         ("grpc.max_send_message_length", transport.max_message_bytes),
-        # A shared subchannel would hand a new connection the old one's transport, or its back-off.
+        # A shared subchannel would give a new connection the old one's transport, or its back-off.
         ("grpc.use_local_subchannel_pool", 1),
         ("grpc.enable_http_proxy", 0),
         # Half an hour without a call must not look like a lost connection.
         ("grpc.client_idle_timeout_ms", 2**31 - 1),
     ]
-    # A literal IPv6 address travels percent-encoded as authority, and no certificate contains that.
+    # grpc percent-encodes a literal IPv6 address in the authority, which no certificate contains.
     if endpoint.address or ":" in endpoint.host:
         options.append(("grpc.ssl_target_name_override", endpoint.host))
     return options
 
 
 def _translate(error: grpc.RpcError) -> RpcError:
-    """grpc.aio's only concrete error has code and details, its base class declares neither."""
+    """Convert grpc.aio's error, whose base class declares neither code nor details."""
     if isinstance(error, grpc.aio.AioRpcError):
         return RpcError(Code(error.code().value[0]), error.details() or "")
     return RpcError(Code.UNKNOWN, str(error))

@@ -1,8 +1,7 @@
-"""Keeps a lease alive for a writer, and gets another when it is lost.
+"""Keeps a lease alive for a writer, and gets a new one when it is lost.
 
-Keys written under a lost lease are gone or will be: the writer is given the new lease and writes them again,
-which is what Cilium's own writers do. What is written is left to the writer, revoking at a clean exit as
-well.
+Keys written under a lost lease are gone, or soon will be: the writer receives the new lease and writes them again,
+as Cilium's own writers do. The keys are the writer's business, and so is revoking the lease at a clean exit.
 """
 
 from __future__ import annotations
@@ -24,7 +23,7 @@ if TYPE_CHECKING:
 
 
 class LeaseKeeper:
-    """``run`` it as a task; ``on_lease`` is told the first lease, and each that replaces a lost one."""
+    """``run`` it as a task; ``on_lease`` receives the first lease, and each one that replaces a lost one."""
 
     def __init__(
         self, client: EtcdClient, ttl_s: int, on_lease: Callable[[int], None], backoff: Backoff | None = None
@@ -39,7 +38,7 @@ class LeaseKeeper:
         """Set when the store was replaced, and the lease with it."""
 
     async def run(self) -> None:
-        """Keep a lease until cancelled; it then runs out by itself, unless it is revoked."""
+        """Keep a lease until cancelled; after that it expires by itself, unless it is revoked."""
         self._client.add_listener(self._on_client_event)
         try:
             while True:
@@ -63,7 +62,7 @@ class LeaseKeeper:
         expires_at = time.monotonic() + self._ttl_s
         while not self._replaced.is_set() and time.monotonic() < expires_at:
             with contextlib.suppress(TimeoutError):
-                # Three tries in a lease's life, as etcd's own client has.
+                # Three attempts within a lease's TTL, as in etcd's own client.
                 async with asyncio.timeout(self._ttl_s / 3):
                     await self._replaced.wait()
             with contextlib.suppress(KvstoreError):

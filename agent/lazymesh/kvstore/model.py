@@ -1,7 +1,7 @@
-"""What comes out of a store and what is told about it: plain values, and the protocols of those who are told.
+"""The values that come out of a store, the events about it, and the protocols of their listeners.
 
-Bytes stay bytes: what a key or a value means is known to the core only. Revisions are comparable within one
-*epoch* of a client; a replaced store starts the next epoch.
+Bytes stay bytes: only the core knows what a key or a value means. Revisions are comparable within one *epoch* of
+a client; a replaced store starts the next epoch.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
 
 class KeyValue(NamedTuple):
-    """One key as it stands in the store. A tuple: a large mesh makes half a million of them in a listing."""
+    """One key as it is in the store. A tuple, because listing a large mesh creates half a million of them."""
 
     key: bytes
     value: bytes
@@ -37,12 +37,12 @@ class ReadResult:
     """Answer to a batch of reads; ``values`` in the order of the keys, None for one that does not exist."""
 
     revision: int
-    """Store revision at which all of it was true."""
+    """Store revision at which all values were read."""
     values: list[KeyValue | None]
 
 
 class Values(NamedTuple):
-    """The same without what packets do not wait for: a value for each key, None for one that does not exist."""
+    """The same for the miss path: only the value of each key, None for one that does not exist."""
 
     revision: int
     values: tuple[bytes | None, ...]
@@ -54,7 +54,7 @@ class Page:
 
     revision: int
     epoch: int
-    """The client's when it was read: a watch from ``revision + 1`` is good only while it stays the same."""
+    """The client's epoch when the page was read: a watch from ``revision + 1`` is valid only within it."""
     items: list[KeyValue]
 
 
@@ -66,12 +66,12 @@ class Connected:
     cluster_id: int
     revision: int
     reset: bool
-    """True: it is another store, or an older state of the same one; revisions seen so far mean nothing."""
+    """True: it is another store, or an older state of the same one; revisions seen so far are void."""
 
 
 @dataclass(frozen=True, slots=True)
 class Disconnected:
-    """The store that answered does so no longer. Not repeated while attempts to reach it fail."""
+    """The store has stopped answering. Not repeated while attempts to reach it fail."""
 
     error: KvstoreError
 
@@ -81,7 +81,7 @@ ClientEvent = Connected | Disconnected
 
 @dataclass(frozen=True, slots=True)
 class WatchLoss:
-    """A watch has ended and will not come back: what it watched is to be read again, then watched anew."""
+    """A watch has ended for good: read its keys again, then start a new watch."""
 
     kind: str
     """``compacted``, ``reset`` (store replaced or gone back), ``cancelled`` by the server, ``permission``."""
@@ -89,32 +89,27 @@ class WatchLoss:
 
 
 class WatchListener(Protocol):
-    """Who is told of one or many watches; called on the event loop, must not block, must not raise."""
+    """Receives the events of one or many watches; called on the event loop, must not block, must not raise."""
 
     def on_live(self, watch_id: int, revision: int) -> None:
-        """Know that the server has taken up the watch (again); ``revision`` is the store's."""
+        """The server has started the watch (again); ``revision`` is the store's."""
 
     def on_changes(self, watch_id: int, changes: Sequence[Change]) -> None:
-        """Take changes, each key's in the order of the store's revisions; of many at once only a key's last is told."""
+        """Take changes, each key's in revision order; a large batch has only the last change of each key."""
 
     def on_lost(self, watch_id: int, loss: WatchLoss) -> None:
-        """Know that the watch is gone."""
+        """The watch has ended for good."""
 
 
 @dataclass(frozen=True, slots=True)
 class ClientInfo:
-    """What a person wants to see of one store's client."""
+    """State of one store's client, for status output."""
 
     endpoint: str | None
-    """In use, None while there is none."""
+    """The endpoint in use, None while there is none."""
     cluster_id: int | None
-    """Of the etcd cluster last spoken to."""
-    version: str | None
+    """Id of the etcd cluster last connected to."""
     revision: int
     """Highest store revision seen in this epoch."""
-    epoch: int
-    """Number of times the store was found replaced."""
-    connected_since: float | None
-    """Seconds since 1970, None while not connected."""
     reconnects: int
     last_error: str | None

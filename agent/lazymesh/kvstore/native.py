@@ -1,7 +1,7 @@
-"""gRPC over HTTP/2 on our own event loop: wire.py's bytes moved by asyncio, one socket, no thread.
+"""gRPC over HTTP/2 on our own event loop: asyncio moves wire.py's bytes over one socket, without threads.
 
-The miss path's transport: a call costs two system calls and no hop between threads. Large buffers are made once
-(BufferedProtocol), because asyncio's streams map a new one for each read.
+The transport of the miss path: a call costs two system calls and no hop between threads. Large buffers are allocated
+once (BufferedProtocol), because asyncio's streams map a new one for each read.
 """
 
 from __future__ import annotations
@@ -27,11 +27,11 @@ if TYPE_CHECKING:
 
 BUFFER = 64 << 10
 SWEEP_S = 0.05
-"""So often the clock is looked at while calls are under way: a timer for each would be a tenth of a call's work. An
-answer to a ping waits at most as long for something else to go with."""
+"""Interval of the check for timeouts while calls are in flight: a timer per call would be a tenth of a call's work. The
+answer to a ping waits at most this long for other data to travel with."""
 
 
-class _UnderWay(NamedTuple):
+class _InFlight(NamedTuple):
     """One unary call that the server has not ended."""
 
     deadline: float
@@ -50,20 +50,20 @@ class NativeChannel(asyncio.BufferedProtocol):
         self._loop = asyncio.get_running_loop()
         self._tls: TlsStream | None = None
         self._sealed = memoryview(b"")
-        """Where bytes arrive that TLS has to open first."""
+        """The buffer for received bytes that must be decrypted."""
         self._buffer = memoryview(bytearray(BUFFER))
         self._filled = 0
         self._settled: asyncio.Future[None] = self._loop.create_future()
-        """Done when the server has proved to speak HTTP/2."""
+        """Done when the server has proved that it speaks HTTP/2."""
         self._waiting: deque[tuple[Exchange, bytes, bytes | None]] = deque()
-        """Calls that the server has no room for yet."""
+        """Calls beyond the server's limit of concurrent streams."""
         self._flush_due = False
-        self._calls: dict[int, _UnderWay] = {}
-        """Unary calls: when the server says that it leaves, they may still end well."""
+        self._calls: dict[int, _InFlight] = {}
+        """Unary calls: after the server's GOAWAY they may still succeed."""
         self._made = 0
-        """Calls in all, so a number for each."""
+        """Number of calls so far: the next call's key."""
         self._sweeper: asyncio.TimerHandle | None = None
-        """Set while there are calls, or pings without answer."""
+        """Set while there are calls, or unanswered pings."""
         host = f"[{endpoint.host}]" if ":" in endpoint.host else endpoint.host
         self._authority = f"{host}:{endpoint.port}"
 
@@ -73,7 +73,7 @@ class NativeChannel(asyncio.BufferedProtocol):
         return self._wire.closing
 
     async def open(self, timeout_s: float) -> None:
-        """Connect, shake hands, and wait for the server's first frame."""
+        """Connect, run the TLS handshake, and wait for the server's first frame."""
         try:
             async with asyncio.timeout(timeout_s):
                 if self._config.tls:
@@ -88,14 +88,14 @@ class NativeChannel(asyncio.BufferedProtocol):
             raise RpcError(Code.UNAVAILABLE, f"failed to connect: {_words(exc)}") from exc
 
     def seal_with(self, tls: TlsStream) -> None:
-        """Speak TLS from the first byte on."""
+        """Use TLS from the first byte on."""
         self._tls, self._sealed = tls, memoryview(bytearray(BUFFER))
 
     def call(self, request: UnaryCall, on_done: Callable[[bytes | RpcError], None]) -> Callable[[], None]:
-        """Make a call with one request and one response.
+        """Start a call with one request and one response.
 
-        The response is the outcome: who has failed sends none. Over TLS a third of etcd's trailers, which say that all
-        is well, come some 100 us later; they are waited for, but by nobody.
+        The response is the outcome: a server that fails sends none. Over TLS a third of etcd's trailers, which confirm
+        success, arrive about 100 us later; the call stays open for them, but its outcome does not wait.
         """
         answered = False
 
@@ -117,11 +117,11 @@ class NativeChannel(asyncio.BufferedProtocol):
 
         def expire() -> None:
             give_up()
-            outcome(RpcError(Code.DEADLINE_EXCEEDED, f"no answer in {request.timeout_s:g} s"))
+            outcome(RpcError(Code.DEADLINE_EXCEEDED, f"no answer within {request.timeout_s:g} s"))
 
         self._made = number = self._made + 1
         exchange = Exchange(outcome, end)
-        self._calls[number] = _UnderWay(time.monotonic() + request.timeout_s, expire)
+        self._calls[number] = _InFlight(time.monotonic() + request.timeout_s, expire)
         if self._sweeper is None:
             self._sweeper = self._loop.call_later(SWEEP_S, self._sweep)
         head = self._head(request.path, request.metadata, int(request.timeout_s * 1000))
@@ -131,7 +131,7 @@ class NativeChannel(asyncio.BufferedProtocol):
     async def stream(
         self, path: str, requests: AsyncIterator[bytes], metadata: Metadata
     ) -> AsyncGenerator[bytes, None]:
-        """Make a call with many requests and responses."""
+        """Start a call with many requests and responses."""
         queue: asyncio.Queue[bytes | RpcError] = asyncio.Queue()
 
         def on_message(message: bytes) -> None:
@@ -156,14 +156,14 @@ class NativeChannel(asyncio.BufferedProtocol):
             self._leave(exchange)
 
     async def close(self) -> None:
-        """Hang up."""
+        """Close the connection."""
         self._end("the connection was closed")
 
-    # --- the transport's words ----------------------------------------------------------------------------------
+    # --- called by asyncio -------------------------------------------------------------------------------------
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
-        """Speak first, as an HTTP/2 client does."""
-        assert isinstance(transport, asyncio.Transport)  # noqa: S101 (what create_connection makes)
+        """Send the preface, or begin the TLS handshake."""
+        assert isinstance(transport, asyncio.Transport)  # noqa: S101 (create_connection made it)
         self._transport = transport
         if self._wire.closing:
             transport.abort()
@@ -173,11 +173,11 @@ class NativeChannel(asyncio.BufferedProtocol):
             self._go_on(self._tls)
 
     def get_buffer(self, _sizehint: int) -> memoryview:
-        """Have the next bytes put behind what is there."""
+        """Return the buffer for the next bytes."""
         return self._sealed if self._tls is not None else self._buffer[self._filled :]
 
     def buffer_updated(self, nbytes: int) -> None:
-        """Take what came."""
+        """Take received bytes."""
         if self._tls is None:
             self._take(nbytes)
         else:
@@ -185,19 +185,19 @@ class NativeChannel(asyncio.BufferedProtocol):
             self._go_on(self._tls)
 
     def _go_on(self, tls: TlsStream) -> None:
-        """Go as far as TLS allows with what came: through the handshake, and with what it opens."""
+        """Continue the handshake, and take what can be decrypted."""
         if not tls.established:
             tls.shake_hands()
             self._flush()
         while tls.established and (length := tls.open_into(self._buffer[self._filled :])):
             self._take(length)
-        if self._transport is not None and (words := tls.to_send()):  # what TLS itself has to say
+        if self._transport is not None and (words := tls.to_send()):  # TLS's own messages
             self._transport.write(words)
         if tls.ended:
             self.connection_lost(tls.error)
 
     def _take(self, nbytes: int) -> None:
-        """Take what is new in the buffer."""
+        """Take new plaintext in the buffer."""
         filled = self._filled + nbytes
         try:
             used = self._wire.feed(self._buffer[:filled])
@@ -219,15 +219,15 @@ class NativeChannel(asyncio.BufferedProtocol):
             self._end(self._wire.closing)
 
     def eof_received(self) -> None:
-        """Let the transport close."""
+        """Let asyncio close the transport."""
 
     def connection_lost(self, exc: Exception | None) -> None:
-        """Fail what is under way."""
+        """Fail all calls in flight."""
         in_handshake = self._tls is not None and not self._tls.established
         lost = (
             "the connection was lost"
             if self._wire.ready
-            else "the server hangs up: http where it wants https?"
+            else "the server closed the connection: does it expect https?"
         )
         cause = exc or ConnectionResetError() if in_handshake else None
         self._end(f"{lost} ({_words(exc)})" if exc else lost, cause)
@@ -238,7 +238,7 @@ class NativeChannel(asyncio.BufferedProtocol):
         return request_head(self._endpoint.scheme, self._authority, path, metadata, timeout_ms)
 
     def _begin(self, exchange: Exchange, head: bytes, message: bytes | None) -> None:
-        """Begin a call, or have it wait while the server has as many as it takes."""
+        """Begin a call, or queue it while the server's limit of streams is reached."""
         if self._wire.closing or len(self._wire.exchanges) >= self._wire.max_streams:
             self._waiting.append((exchange, head, message))
             if self._wire.closing:
@@ -248,7 +248,7 @@ class NativeChannel(asyncio.BufferedProtocol):
         self._flush()
 
     def _admit(self) -> None:
-        """Begin what has waited for the server to have less to do."""
+        """Begin queued calls as far as the server's limit allows."""
         wire = self._wire
         while self._waiting and (wire.closing or len(wire.exchanges) < wire.max_streams):
             exchange, head, message = self._waiting.popleft()
@@ -266,7 +266,7 @@ class NativeChannel(asyncio.BufferedProtocol):
             if exchange.ended:
                 return
             self._wire.send(exchange, message)
-            self._flush_soon()  # what else is there to be sent goes with it
+            self._flush_soon()  # together with whatever else is to be sent
         if not exchange.ended:
             self._wire.finish(exchange)
             self._flush()
@@ -279,7 +279,7 @@ class NativeChannel(asyncio.BufferedProtocol):
         self._admit()
 
     def _sweep(self) -> None:
-        """Give up calls that are too late, and answer pings that nothing has taken along."""
+        """Expire calls, and answer pings for which no other data was sent."""
         self._sweeper = self._loop.call_later(SWEEP_S, self._sweep) if self._calls else None
         now = time.monotonic()
         for late in [call for call in self._calls.values() if call.deadline <= now]:
@@ -301,7 +301,7 @@ class NativeChannel(asyncio.BufferedProtocol):
             return
         tls = self._tls
         if tls is not None and (tls.ended or not tls.established):
-            return  # sealed later, or never: what ended it is told when the answers before it are
+            return  # encrypted later, or never: the end is reported after the answers before it
         out = wire.out[0] if len(wire.out) == 1 else b"".join(wire.out)
         wire.out.clear()
         if tls is not None:
@@ -310,11 +310,11 @@ class NativeChannel(asyncio.BufferedProtocol):
         self._transport.write(out)
 
     def _end(self, reason: str, cause: Exception | None = None) -> None:
-        """Be done: everything under way fails for this reason, unless there was one before; ``open`` by the cause."""
+        """End the connection: calls in flight fail for this reason, or an earlier one; ``open`` fails by the cause."""
         self._wire.fail(Code.UNAVAILABLE, reason)
         if not self._settled.done():
             self._settled.set_exception(cause or RpcError(Code.UNAVAILABLE, reason))
-            self._settled.exception()  # seen: it may come when nobody waits any more
+            self._settled.exception()  # mark as retrieved: there may be no waiter any more
         self._admit()
         if self._sweeper is not None:
             self._sweeper.cancel()
@@ -329,8 +329,8 @@ class NativeChannel(asyncio.BufferedProtocol):
 
 
 def _words(exc: Exception) -> str:
-    if isinstance(exc, ssl.SSLError):  # whose numbers are OpenSSL's own
-        return (exc.reason or "the server breaks off TLS").replace("_", " ").lower()
+    if isinstance(exc, ssl.SSLError):  # its errno is OpenSSL's, not the system's
+        return (exc.reason or "the server ended the TLS session").replace("_", " ").lower()
     if isinstance(exc, OSError) and exc.errno and exc.errno > 0:
         return os.strerror(exc.errno)
-    return str(exc) or "the server breaks off the TLS handshake"
+    return str(exc) or "the server ended the TLS handshake"

@@ -1,4 +1,4 @@
-"""Etcd's request messages for what we ask, and its answers turned into ours: pure functions, no channel."""
+"""Builds etcd's request messages and converts its responses: pure functions, no channel."""
 
 from __future__ import annotations
 
@@ -21,12 +21,12 @@ def prefix_end(prefix: bytes) -> bytes:
 
 
 def read_one(key: bytes) -> pb.RangeRequest:
-    """Ask for one key, from the answering member's own state: no round of the cluster's consensus."""
+    """Ask for one key from the answering member's own state, without a round of consensus."""
     return pb.RangeRequest(key=key, serializable=True)
 
 
 def read_agreed() -> pb.RangeRequest:
-    """Ask for nothing in particular, after a round of the cluster's consensus."""
+    """Ask for nothing in particular, but after a round of consensus."""
     return pb.RangeRequest(key=b"\0", count_only=True)
 
 
@@ -36,34 +36,34 @@ def read_batch(keys: Sequence[bytes]) -> pb.TxnRequest:
 
 
 WHOLE_MOST = 256
-"""Keys that a prefix which is read whole may have: as many as a /24 has addresses."""
+"""Most keys below a prefix that is read as a range: a /24 has as many addresses."""
 
 
 class Whole(NamedTuple):
-    """Keys that begin alike, and are read as ranges."""
+    """Keys with common prefixes, which are read as ranges."""
 
     prefixes: Sequence[bytes]
-    """All below each of these is read."""
+    """All keys below each of these are read."""
     names: Sequence[bytes]
-    """And of that, what has these names behind the prefix is wanted."""
+    """Of those, the keys with these names after the prefix are wanted."""
 
 
 class Reads(NamedTuple):
     """What one transaction reads."""
 
     keys: Sequence[bytes]
-    """Each of these alone."""
+    """Each of these is read by itself."""
     whole: Sequence[Whole] = ()
     """Their values come first, name by name in the order of the prefixes, then those of ``keys``."""
 
     @property
     def prefixes(self) -> list[bytes]:
-        """All that ranges are read of, in the order in which they are asked for."""
+        """The prefixes that are read as ranges, in the order of the request."""
         return [prefix for one in self.whole for prefix in one.prefixes]
 
 
 def encode_reads(reads: Reads) -> bytes:
-    """Return the bytes of a transaction, made without objects for its keys: they take ten times as long."""
+    """Return the bytes of a transaction, built without protobuf objects for its keys: those take ten times as long."""
     keys = reads.keys
     if max(map(len, keys), default=0) > _SHORT:
         single = read_batch(keys).SerializeToString()
@@ -79,14 +79,14 @@ def encode_reads(reads: Reads) -> bytes:
 
 
 _SHORT = 100
-"""Longest key whose messages' lengths all fit into one byte."""
+"""Longest key for which the lengths of all enclosing messages fit into one byte."""
 _READ_OF = [bytes((0x12, size + 6, 0x0A, size + 4, 0x0A, size)) for size in range(_SHORT + 1)]
 """By the key's size: TxnRequest.success, RequestOp.request_range, RangeRequest.key, each with its length."""
 _SERIALIZABLE = pb.RangeRequest(serializable=True).SerializeToString()
 
 
 def read_page(prefix: bytes, after: bytes | None, revision: int, limit: int) -> pb.RangeRequest:
-    """Ask for up to ``limit`` keys of the prefix behind the key ``after``; revision 0 is the present."""
+    """Ask for up to ``limit`` keys of the prefix after the key ``after``; revision 0 is the current one."""
     return pb.RangeRequest(
         key=prefix if after is None else after + b"\0",
         range_end=prefix_end(prefix),
@@ -113,7 +113,7 @@ def one_of(response: pb.RangeResponse) -> KeyValue | None:
 
 
 def read_result(response: pb.RangeResponse | pb.TxnResponse, asked: int) -> ReadResult:
-    """Return the answer to :func:`read_one` or :func:`read_batch`; KvstoreError (protocol) if it is none to so many."""
+    """Return the answer to :func:`read_one` or :func:`read_batch`; KvstoreError (protocol) if the number differs."""
     if isinstance(response, pb.RangeResponse):
         return ReadResult(response.header.revision, [one_of(response)])
     if len(response.responses) != asked:
@@ -122,9 +122,9 @@ def read_result(response: pb.RangeResponse | pb.TxnResponse, asked: int) -> Read
 
 
 def values_of(response: pb.RangeResponse | pb.TxnResponse, reads: Reads) -> Values:
-    """Return the values of what is wanted of ranges, and then of the keys, without what packets do not wait for.
+    """Return the values of the wanted names in the ranges, then those of the keys.
 
-    KvstoreError: protocol, if it is no answer to so many reads; exhausted, if more is below a prefix than is read.
+    KvstoreError: protocol, if the number of answers differs; exhausted, if there are too many keys below a prefix.
     """
     if isinstance(response, pb.RangeResponse):
         return Values(response.header.revision, (response.kvs[0].value if response.kvs else None,))
@@ -143,8 +143,8 @@ def values_of(response: pb.RangeResponse | pb.TxnResponse, reads: Reads) -> Valu
 
 
 def _below(prefix: bytes, wanted: Container[bytes], answer: pb.RangeResponse) -> dict[bytes, bytes]:
-    """Return the values that are wanted of those below a prefix, by name."""
-    if answer.more or len(answer.kvs) > WHOLE_MOST:  # who answers need not keep to what was asked
+    """Return the wanted values below a prefix, by name."""
+    if answer.more or len(answer.kvs) > WHOLE_MOST:  # the server need not honour the limit
         below = prefix.decode(errors="replace")
         raise KvstoreError(f"there are more than {WHOLE_MOST} keys below {below}*", "exhausted")
     cut = len(prefix)
@@ -152,21 +152,21 @@ def _below(prefix: bytes, wanted: Container[bytes], answer: pb.RangeResponse) ->
 
 
 def next_page(answer: pb.RangeResponse, after: bytes | None) -> bytes | None:
-    """Return the key behind which the next page begins, None after the last one.
+    """Return the key after which the next page begins, None after the last page.
 
-    KvstoreError (protocol) for a page that leads nowhere: more is said to follow, but it does not go on.
+    KvstoreError (protocol) if the server claims that more follows, but the page makes no progress.
     """
     if not answer.more:
         return None
     if not answer.kvs or (after is not None and answer.kvs[-1].key <= after):
-        raise _odd("a listing that does not go on")
+        raise _odd("a listing without progress")
     return answer.kvs[-1].key
 
 
 def _odd(what: str) -> KvstoreError:
-    return KvstoreError(f"etcd gives {what}: this is not what etcd 3.4 or later should answer", "protocol")
+    return KvstoreError(f"etcd sent {what}: etcd 3.4 or later should not answer like this", "protocol")
 
 
 def key_value(kv: pb.KeyValue) -> KeyValue:
-    """Return ours for etcd's."""
+    """Convert etcd's key-value message."""
     return KeyValue(kv.key, kv.value, kv.mod_revision, kv.lease)

@@ -1,12 +1,12 @@
-"""The bookkeeping of many watches on one stream: what to ask for, what has arrived, from where to resume.
+"""The bookkeeping of many watches on one stream: what to request, what has arrived, where to resume.
 
-Pure: messages in, deliveries out. The stream itself, and telling the listeners, is hub.py's.
+Pure: messages in, deliveries out. hub.py has the stream and tells the listeners.
 
-Where a watch resumes is the one thing that must never be wrong: one behind the last revision that was
-delivered *whole*. Events of one response may arrive in fragments, so they are held back until the last one.
-Progress reports move a watch along though nothing happened to its key, else it would find its revision
-compacted after a quiet night. A report on all watches at once covers those that the server had when it was
-asked, so it is remembered together with that moment, as a mark in the sequence of watches created.
+The revision at which a watch resumes must never be wrong: it is the one after the last revision that was delivered
+*completely*. The events of one response may arrive in fragments, so they are held back until the last fragment.
+Progress reports move a watch forward although its key has not changed, otherwise its revision could be compacted after
+a quiet night. A report for all watches covers those that the server had when it was asked, so it is kept together with
+that moment, as a mark in the sequence of created watches.
 """
 
 from __future__ import annotations
@@ -23,9 +23,9 @@ if TYPE_CHECKING:
     from lazymesh.kvstore.model import WatchListener
 
 MOST_PENDING = 32 << 20
-"""Bytes of fragments that may be held back for one watch; beyond, all is read anew, page by page."""
+"""Most bytes of fragments held back for one watch; beyond that its keys are read again, page by page."""
 ALL_WATCHES = -1
-"""The watch id of a report on all, and of a refused creation."""
+"""The watch id of a report for all watches, and of a refused creation."""
 
 
 @dataclass(slots=True)
@@ -36,18 +36,18 @@ class Watch:
     key: bytes
     prefix: bool
     next_revision: int
-    """The first revision not delivered yet; 0: whichever comes next, until the server says which that is."""
+    """The first revision not delivered yet; 0: the next one, until the server says which that is."""
     listener: WatchListener
     mark: int = 0
-    """Its place in the sequence of watches created on the present stream; 0: not asked for on it yet."""
+    """Its position in the sequence of watches created on the current stream; 0: not requested on it yet."""
     pending: list[Change] = field(default_factory=list)
-    """Fragments of a response whose last one has not come."""
+    """Fragments of a response that is not complete."""
     pending_bytes: int = 0
 
 
 @dataclass(frozen=True, slots=True)
 class Live:
-    """The server has taken up the watch."""
+    """The server has started the watch."""
 
     watch: Watch
     revision: int
@@ -55,7 +55,7 @@ class Live:
 
 @dataclass(frozen=True, slots=True)
 class Changed:
-    """Whole revisions have arrived for a watch."""
+    """Complete revisions have arrived for a watch."""
 
     watch: Watch
     changes: list[Change]
@@ -63,60 +63,60 @@ class Changed:
 
 @dataclass(frozen=True, slots=True)
 class Ended:
-    """A watch is at its end; it is no longer in the ledger."""
+    """A watch has ended; it is no longer in the table."""
 
     watch: Watch
     reason: str
     compacted: bool = False
     refused: bool = False
-    """It was never taken up."""
+    """The server never started it."""
     ours: bool = False
-    """We end it; the server does not know yet."""
+    """We ended it; the server does not know yet."""
 
 
 Delivery = Live | Changed | Ended
 
 
 _LAST_REVISION = (1 << 63) - 1
-"""A store may say that it is there already; the next one has no bytes."""
+"""A store may claim to be there already; the next revision would not fit into an int64."""
 
 
-class Ledger:
-    """All watches of one hub. Watch ids are ours (etcd takes them since 3.4) and never used twice."""
+class WatchTable:
+    """All watches of one hub. We choose the watch ids (etcd accepts that since 3.4) and never reuse one."""
 
     def __init__(self) -> None:
         self.watches: dict[int, Watch] = {}
         self._last_id = 0
         self._awaiting: deque[int] = deque()
-        """Ids in the order of their creation requests: a refusal comes without an id, but in order."""
+        """Ids in the order of their creation requests: a refusal carries no id, but comes in order."""
         self._marks = 0
         self._asked_at = 0
         self._floor: tuple[int, int] = (0, 0)
-        """(mark, revision) of the last report on all watches of this stream."""
+        """(mark, revision) of the last report for all watches of this stream."""
 
     def add(self, key: bytes, listener: WatchListener, start_revision: int, *, prefix: bool) -> Watch:
-        """Enter a new watch; :meth:`create_request` asks the server for it."""
+        """Add a new watch; :meth:`create_request` requests it from the server."""
         self._last_id += 1
         watch = Watch(self._last_id, key, prefix, min(start_revision, _LAST_REVISION), listener)
         self.watches[watch.watch_id] = watch
         return watch
 
     def restore(self, watch: Watch) -> None:
-        """Enter a watch again that the server has ended, to be asked for on the next stream."""
+        """Add a watch that the server has ended once more, to be requested on the next stream."""
         self.watches[watch.watch_id] = watch
 
     def remove(self, watch_id: int) -> Watch | None:
-        """Strike a watch and return it; None if there is none."""
+        """Remove and return a watch; None if there is none."""
         return self.watches.pop(watch_id, None)
 
     def clear(self) -> list[Watch]:
-        """Strike all watches and return them."""
+        """Remove and return all watches."""
         watches = list(self.watches.values())
         self.watches.clear()
         return watches
 
     def start_stream(self) -> list[pb.WatchRequest]:
-        """Forget the stream before, and return the requests that resume every watch on a new one."""
+        """Forget the previous stream, and return the requests that resume every watch on a new one."""
         mark, revision = self._floor
         for watch in self.watches.values():
             if 0 < watch.mark <= mark:
@@ -144,12 +144,12 @@ class Ledger:
         return pb.WatchRequest(create_request=create)
 
     def progress_request(self) -> pb.WatchRequest:
-        """Return the request for a report on all watches; the one before must be answered or given up."""
+        """Return the request for a report for all watches; the previous one must have been answered or given up."""
         self._asked_at = self._marks
         return pb.WatchRequest(progress_request=pb.WatchProgressRequest())
 
     def digest(self, response: pb.WatchResponse) -> Delivery | None:
-        """Take one response of the stream and return what its listener is to be told, if anything."""
+        """Take one response of the stream; return what to tell its listener, if anything."""
         watch_id = response.watch_id
         if response.created:
             watch_id = self._created(watch_id)
@@ -158,13 +158,13 @@ class Ledger:
             return None
         watch = self.watches.get(watch_id)
         if watch is None:
-            # Removed by us in the meantime.
+            # We have removed it in the meantime.
             return None
         if response.canceled:
             del self.watches[watch_id]
             return Ended(watch, response.cancel_reason, response.compact_revision > 0, response.created)
         if response.created:
-            # Without a start revision the watch begins behind the store's present one.
+            # Without a start revision the watch begins after the store's current one.
             watch.next_revision = watch.next_revision or response.header.revision + 1
             return Live(watch, response.header.revision)
         if watch.pending_bytes + response.ByteSize() > MOST_PENDING:
@@ -188,7 +188,7 @@ def _advance(watch: Watch, response: pb.WatchResponse) -> Changed | None:
     changes, watch.pending, watch.pending_bytes = watch.pending, [], 0
     if not changes:  # fragments of nothing
         return None
-    # Not the header's revision: a watch that is catching up has that one still ahead of it.
+    # Not the header's revision: a watch that is catching up has not reached it yet.
     watch.next_revision = max(watch.next_revision, changes[-1].mod_revision + 1)
     return Changed(watch, changes)
 

@@ -1,4 +1,4 @@
-"""Etcd's gRPC methods by their paths, with the coders of their messages; and what feeds a stream."""
+"""etcd's gRPC methods: paths, encoders and decoders; and the queue that feeds a stream."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 
 
 class Answer(Protocol):
-    """What all of etcd's responses have in common."""
+    """The field that all of etcd's responses have in common."""
 
     header: pb.ResponseHeader
 
@@ -26,7 +26,7 @@ Response = TypeVar("Response", bound=Answer)
 
 @dataclass(frozen=True, slots=True)
 class Method(Generic[Request_contra, Response]):
-    """One method: where it is, and the two directions of its messages."""
+    """One method: its path, the encoder of its requests, the decoder of its responses."""
 
     path: str
     encode: Callable[[Request_contra], bytes]
@@ -40,13 +40,13 @@ class Call(NamedTuple, Generic[Request_contra, Response]):
     request: Request_contra
     timeout_s: float
     what: Callable[[], str]
-    """Says, for a message, what could not be done."""
+    """Says what could not be done, for an error message."""
 
 
 class Outbox(Generic[Item]):
     """The requests of one stream, in the order they are put in.
 
-    Whoever sends them may be waiting for the next one when the stream breaks, so closing is part of every end.
+    The sender may be waiting for the next request when the stream breaks, so every ending must close the outbox.
     """
 
     def __init__(self, *requests: Item) -> None:
@@ -79,7 +79,7 @@ DELETE_RANGE = Method(
 )
 TXN = Method("/etcdserverpb.KV/Txn", pb.TxnRequest.SerializeToString, pb.TxnResponse.FromString)
 READ_MANY = Method(TXN.path, requests.encode_reads, TXN.decode)
-"""A transaction of reads, asked for as ``requests.Reads``."""
+"""A transaction of reads; its request is a ``requests.Reads``."""
 WATCH = Method("/etcdserverpb.Watch/Watch", pb.WatchRequest.SerializeToString, pb.WatchResponse.FromString)
 LEASE_GRANT = Method(
     "/etcdserverpb.Lease/LeaseGrant", pb.LeaseGrantRequest.SerializeToString, pb.LeaseGrantResponse.FromString

@@ -1,8 +1,8 @@
-"""Keeps one connection to one store: dials the endpoints in turn, backs off, notices silence and replacement.
+"""Keeps one connection to one store: dials the endpoints in turn, backs off, detects silence and replacement.
 
-One connection at a time, never spread over the endpoints: each replica of a clustermesh-apiserver has an etcd
-of its own, with its own cluster id and revisions. Callers either wait for a connection as long as it takes,
-or learn at once why there is none. What is sent over the connection is left to client.py and hub.py.
+One connection at a time, never spread over the endpoints: each replica of a clustermesh-apiserver has its own etcd
+with its own cluster id and revisions. Callers either wait for a connection as long as it takes, or learn at once why
+there is none. client.py and hub.py decide what is sent over the connection.
 """
 
 from __future__ import annotations
@@ -31,41 +31,41 @@ if TYPE_CHECKING:
 log = structlog.get_logger()
 
 CHANNEL_CHECK_S = 2.0
-"""How soon a connection with nothing under way is found closed by the server; a watch notices at once."""
+"""How soon an idle connection is found to be closed by the server; a watch notices at once."""
 
 
 @dataclass(frozen=True, slots=True)
 class Options:
-    """What one client may take its time for; the defaults suit a peer across a continent."""
+    """Timeouts and intervals of one client; the defaults suit a store across a continent."""
 
     transport: Transport = field(default_factory=Transport)
     backoff: BackoffLimits = field(default_factory=BackoffLimits)
     silence_s: float = 15.0
-    """After this long without a sign of life the server is asked for one."""
+    """After this long without a sign of life the server is probed."""
     probe_timeout_s: float = 10.0
-    """A server that does not give one for this long is given up."""
+    """A server that does not answer the probe for this long is given up."""
     progress_s: float = 60.0
-    """How often idle watches are moved along (on servers that report it in order, see hub.py)."""
+    """How often idle watches are moved forward (on servers whose progress reports are in order, see hub.py)."""
     fresh_login_s: float = 10.0
-    """A refused watch is taken at its word when its stream's token is younger; etcd's tokens live 300 s."""
+    """The refusal of a watch is final if its stream's token is younger than this; etcd's tokens live 300 s."""
     settled_s: float = 5.0
-    """A connection that lasted this long was a success: the next failure starts the back-off anew."""
+    """A connection that lasted this long was a success: the next failure restarts the back-off."""
     dice: Callable[[], float] = random.random
 
 
 class Dial(Protocol):
-    """How a connection is made; tests have their own."""
+    """Opens a connection; tests bring their own."""
 
     async def __call__(self, endpoint: Endpoint, config: EtcdConfig, transport: Transport) -> Connection:
         """Return an open connection or raise KvstoreError."""
 
 
 class Supervisor:
-    """The one connection of a client, as long as there is one, and the store's identity over all of them."""
+    """The one connection of a client, and the store's identity across successive connections."""
 
     def __init__(self, config: EtcdConfig, options: Options, dial: Dial = dial) -> None:
         self.epoch = 0
-        """Counts the times that the store turned out to be another one, or an older state of the same."""
+        """How often the store turned out to be another one, or an older state of the same one."""
         self.listeners: list[Callable[[ClientEvent], None]] = []
         self._config = config
         self._options = options
@@ -75,27 +75,22 @@ class Supervisor:
         self._failure: KvstoreError | None = None
         self._up = asyncio.Event()
         self._settled = asyncio.Event()
-        """Set when it is known whether there is a connection: not while a round of dialling goes on."""
+        """Set when it is known whether there is a connection: not during a round of dialling."""
         self._attention = asyncio.Event()
-        """Wakes the guard of the connection before its time."""
+        """Wakes the guard of the connection early."""
         self._turn = 0
         self._cluster_id: int | None = None
         self._revision = 0
-        self._version: str | None = None
         self._connects = 0
-        self._connected_since: float | None = None
 
     @property
     def info(self) -> ClientInfo:
-        """What to show of this store."""
+        """State of this store."""
         connection = self._connection
         return ClientInfo(
             endpoint=str(connection.endpoint) if connection else None,
             cluster_id=self._cluster_id,
-            version=self._version,
             revision=max(self._revision, connection.revision if connection else 0),
-            epoch=self.epoch,
-            connected_since=self._connected_since,
             reconnects=max(0, self._connects - 1),
             last_error=str(self._failure) if self._failure else None,
         )
@@ -129,7 +124,7 @@ class Supervisor:
         if self._connection:
             return self._connection
         failure = self._failure or KvstoreError("unreachable: settled, but neither connection nor failure")
-        # A copy: the one exception object would collect the tracebacks of all who meet it.
+        # A copy: a shared exception object would collect the traceback of every caller.
         raise KvstoreError(str(failure), failure.kind)
 
     async def wait_connected(self) -> Connection:
@@ -139,12 +134,12 @@ class Supervisor:
         return self._connection
 
     def suspect(self, connection: Connection) -> None:
-        """Have the server asked for a sign of life now: a call has timed out, or failed strangely."""
+        """Probe the server now: a call has timed out, or failed in an odd way."""
         connection.heard_at = -math.inf
         self._attention.set()
 
     async def _dial_round(self) -> Connection | None:
-        """Try each endpoint once, beginning behind the last one; None when none answers."""
+        """Try each endpoint once, beginning after the last one tried; None when none answers."""
         self._settled.clear()
         for _ in self._config.endpoints:
             endpoint = self._config.endpoints[self._turn % len(self._config.endpoints)]
@@ -160,9 +155,9 @@ class Supervisor:
         return None
 
     async def _up_to_date(self, connection: Connection) -> Connection:
-        """Return it once a member that slept has caught up: its old state would pass for a store that went back.
+        """Return it once a lagging member has caught up: its old state would look like a store that went back.
 
-        KvstoreError for one that has failed by now: a server may say with its first answer that it leaves.
+        KvstoreError if it has failed by now: a server may announce its shutdown with its first answer.
         """
         try:
             if connection.cluster_id == self._cluster_id and connection.revision < self._revision:
@@ -185,15 +180,14 @@ class Supervisor:
             self._backoff.reset()
 
     def _adopt(self, connection: Connection) -> None:
-        """Make it the connection in use, and find out whether its store is the one we knew."""
+        """Make it the connection in use, and find out whether its store is still the same."""
         known = self._cluster_id is not None
         reset = known and (connection.cluster_id != self._cluster_id or connection.revision < self._revision)
         if reset:
             self.epoch += 1
             self._revision = connection.revision
-        self._cluster_id, self._version = connection.cluster_id, connection.version
+        self._cluster_id = connection.cluster_id
         self._connects += 1
-        self._connected_since = time.time()
         self._connection = connection
         connection.on_down = self._lose
         self._up.set()
@@ -205,7 +199,7 @@ class Supervisor:
     def _lose(self, error: KvstoreError) -> None:
         if self._connection:
             self._revision = max(self._revision, self._connection.revision)
-        self._connection = self._connected_since = None
+        self._connection = None
         self._failure = error
         self._up.clear()
         self._attention.set()
@@ -217,7 +211,7 @@ class Supervisor:
             listener(event)
 
     async def _guard(self, connection: Connection) -> None:
-        """Sleep while signs of life come in; ask for one when they do not."""
+        """Sleep while signs of life come in; probe the server when they do not."""
         connection.check_channel()
         quiet_s = connection.heard_at + self._options.silence_s - time.monotonic()
         try:
@@ -229,7 +223,7 @@ class Supervisor:
             elif connection.failure is None:
                 await connection.ping(self._options.probe_timeout_s)
         except KvstoreError as exc:
-            # Any other answer, a refusal for one, is a sign of life as well.
+            # Any other answer, even a refusal, is a sign of life too.
             connection.heard_at = time.monotonic()
             if exc.kind in ("unavailable", "timeout"):
                 connection.fail(exc)

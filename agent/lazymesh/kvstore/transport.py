@@ -1,6 +1,6 @@
-"""How a connection behaves on the wire: over which transport, with which TLS files, how patient.
+"""How a connection behaves on the wire: its transport, its TLS files, its timeouts.
 
-The TLS files are read once for each connection, so that a rotated certificate is in use from the next one on.
+The TLS files are read once for each connection, so a rotated certificate is used from the next connection on.
 """
 
 from __future__ import annotations
@@ -24,20 +24,20 @@ class Transport:
     kind: str = "native"
     """native or grpcio."""
     dial_timeout_s: float = 5.0
-    """Until the first answer, login and handshake included."""
+    """Until the first answer, including login and handshake."""
     keepalive_s: float = 15.0
-    """Cilium's etcd.keepaliveHeartbeat; etcd itself refuses pings closer than 5 s. (grpcio; natively the supervisor's
-    questions are enough.)"""
+    """Cilium's etcd.keepaliveHeartbeat; etcd itself refuses pings closer than 5 s. (grpcio only: natively the
+    supervisor's probes are enough.)"""
     keepalive_timeout_s: float = 25.0
     """Cilium's etcd.keepaliveTimeout."""
     max_message_bytes: int = 4 << 20
-    """A page of 1,000 records is some 500 KB, but one etcd value alone may have 1.5 MB. While one is taken apart, the
-    agent holds several times as much as it is long."""
+    """A page of 1,000 records is about 500 KB, but a single etcd value may have 1.5 MB. While a message is decoded, the
+    agent holds several times its length."""
 
 
 @dataclass(frozen=True, slots=True)
 class TlsFiles:
-    """Content of the files at the moment of one connection; None for those not configured."""
+    """Content of the files when a connection is made; None for those not configured."""
 
     ca: bytes | None
     cert: bytes | None
@@ -45,7 +45,7 @@ class TlsFiles:
 
 
 def read_tls_files(config: EtcdConfig) -> TlsFiles:
-    """Read what the configuration names; KvstoreError (certificate) names the file that cannot be read."""
+    """Read the configured files; KvstoreError (certificate) names the one that cannot be read."""
     named = config.with_files_at_hand()
     return TlsFiles(
         *(_read(path, config.source) for path in (named.ca_file, named.cert_file, named.key_file))
@@ -58,5 +58,5 @@ def _read(path: str | None, source: str) -> bytes | None:
     try:
         return Path(path).read_bytes()
     except OSError as exc:
-        message = f"{path}: cannot be read ({exc.strerror}); {source} names it, check the mount"
+        message = f"{path}: cannot be read ({exc.strerror}); it is named in {source}, check the mount"
         raise KvstoreError(message, "certificate") from exc

@@ -1,11 +1,11 @@
-"""HTTP/2 as a gRPC client speaks it, without I/O: bytes from the server in, bytes for it and outcomes out.
+"""HTTP/2 as a gRPC client uses it, without I/O: the server's bytes in, bytes for the server and outcomes out.
 
-RFC 9113 frames, RFC 7541 headers (by the hpack library, with a dynamic table of no size, so that equal header
-blocks mean equal headers and each is decoded once), and gRPC's five bytes before every message. The server is not
-trusted to be one: whatever comes, ProtocolError is all that is raised. native.py moves the bytes.
+RFC 9113 frames, RFC 7541 headers (by the hpack library, with a dynamic table of size zero, so that equal header
+blocks mean equal headers and each is decoded once), and gRPC's five-byte prefix of every message. The server is not
+trusted: whatever it sends, nothing but ProtocolError is raised. native.py moves the bytes.
 
-Flow control: what we receive is credited as it comes, except whole messages of a stream that wait to be consumed;
-so a slow reader slows the server down and nothing here grows without bound.
+Flow control: received bytes are credited as they arrive, except complete messages of a stream that wait to be
+consumed; so a slow reader slows the server down, and nothing here grows without bound.
 """
 
 from __future__ import annotations
@@ -40,9 +40,9 @@ _HEADER_TABLE_SIZE, _ENABLE_PUSH, _MAX_STREAMS, _INITIAL_WINDOW, _MAX_FRAME = 1,
 _DEFAULT_WINDOW = 65_535
 _MOST = (1 << 31) - 1
 FRAME_SIZE = 16_384
-"""The largest frame that we take: the default, and all that Go's servers ever send."""
+"""The largest frame that we accept: the default, and the most that Go's servers ever send."""
 STREAM_WINDOW = 16 << 20
-"""A page of 1,000 records arrives without waiting for our credit."""
+"""Large enough for a page of 1,000 records without waiting for credit."""
 _CREDIT_AT = STREAM_WINDOW // 2
 _HEADERS_MOST = 64 << 10
 _REASON_MOST = 1_000
@@ -61,18 +61,18 @@ _BY_HTTP = {
     "404": Code.UNIMPLEMENTED,
     **dict.fromkeys(("429", "502", "503", "504"), Code.UNAVAILABLE),
 }
-"""gRPC's own reading of resets and of answers by something that is no gRPC server."""
+"""gRPC's mapping of HTTP/2 resets and of answers from something that is not a gRPC server."""
 _CANCEL = 0x8
 
 
 class ProtocolError(Exception):
-    """The server breaks the protocol, or speaks another one: the connection is of no use any more."""
+    """The server violates the protocol, or speaks another one: the connection cannot be used any more."""
 
 
 class Exchange:
-    """One call on a stream of its own.
+    """One call on its own stream.
 
-    on_message: takes each whole message. on_end: takes the outcome, once, after the last message.
+    on_message: receives each complete message. on_end: receives the outcome, once, after the last message.
     """
 
     __slots__ = (
@@ -85,24 +85,24 @@ class Exchange:
         self.on_end = on_end
         self.stream = 0
         self.window = 0
-        """How much the server takes on this stream."""
+        """How many bytes the server accepts on this stream."""
         self.outgoing: deque[bytes] = deque()
-        """What its windows have not let through."""
+        """Messages that the windows have not admitted yet."""
         self.unsent_end = False
         self.sent_all = False
         self.head = False
-        """The response's headers have come."""
+        """The response's headers have arrived."""
         self.body = bytearray()
-        """The beginning of a message."""
+        """The beginning of an incomplete message."""
         self.uncredited = 0
-        """Bytes that have come since the server was last given credit for any."""
+        """Bytes received since the server was last given credit."""
         self.withheld = 0
-        """Bytes of messages that wait to be consumed."""
+        """Bytes of messages waiting to be consumed."""
         self.ended = False
 
 
 class Wire:
-    """One connection, from the preface on. What is to be sent collects in ``out``."""
+    """One connection, from the preface on. Bytes to be sent collect in ``out``."""
 
     def __init__(self, max_message_bytes: int) -> None:
         settings = ((_HEADER_TABLE_SIZE, 0), (_ENABLE_PUSH, 0), (_INITIAL_WINDOW, STREAM_WINDOW))
@@ -112,10 +112,10 @@ class Wire:
             _frame(WINDOW_UPDATE, 0, 0, _U32.pack(_MOST - _DEFAULT_WINDOW)),
         ]
         self.pongs: list[bytes] = []
-        """Answers to pings, which go with the next thing that is sent, or soon: Go's server asks at every response."""
+        """Answers to pings, sent with the next data or soon after: Go's server pings at every response."""
         self.exchanges: dict[int, Exchange] = {}
         self.closing: str | None = None
-        """The server takes no new calls, and why; those under way may still end well."""
+        """Why the server accepts no new calls; those in flight may still succeed."""
         self.ready = False
         """The server has proved that it speaks HTTP/2."""
         self.max_streams = _MOST
@@ -129,7 +129,7 @@ class Wire:
         self._decoder = Decoder(max_header_list_size=_HEADERS_MOST)
         self._heads: dict[bytes, _Head] = {}
         self._unfinished: tuple[int, int, bytearray] | None = None
-        """Stream, flags and beginning of a header block that goes on in the next frame."""
+        """Stream, flags and beginning of a header block that continues in the next frame."""
         self._handlers: dict[int, Callable[[int, int, memoryview], None]] = {
             DATA: self._data,
             HEADERS: self._headers,
@@ -142,10 +142,10 @@ class Wire:
             CONTINUATION: self._continuation,
         }
 
-    # --- what we do ---------------------------------------------------------------------------------------------
+    # --- our side ------------------------------------------------------------------------------------------------
 
     def begin(self, exchange: Exchange, head: bytes, message: bytes | None) -> None:
-        """Begin a call: with the only message it will send, or None for a stream that ``send`` goes on with."""
+        """Begin a call: with its only message, or with None for a stream, whose messages ``send`` takes."""
         stream = exchange.stream = self._next_stream
         self._next_stream += 2
         if self._next_stream > _MOST:
@@ -167,7 +167,7 @@ class Wire:
             self.send(exchange, message)
 
     def send(self, exchange: Exchange, message: bytes) -> None:
-        """Send one message, as far as the server takes it now, and the rest later."""
+        """Send one message, as far as the windows allow now, and the rest later."""
         exchange.outgoing.append(_PREFIX.pack(0, len(message)) + message)
         if exchange.stream:
             self._flush(exchange)
@@ -179,16 +179,16 @@ class Wire:
             self._flush(exchange)
 
     def consumed(self, exchange: Exchange, size: int) -> None:
-        """Give the server credit for a message that somebody has taken."""
+        """Give the server credit for a message that has been consumed."""
         exchange.withheld -= size + _PREFIX.size
         self._credit(exchange)
 
     def withhold(self, exchange: Exchange, size: int) -> None:
-        """Give the server no credit for a message before it is ``consumed``."""
+        """Give the server no credit for a message until it is ``consumed``."""
         exchange.withheld += size + _PREFIX.size
 
     def cancel(self, exchange: Exchange) -> None:
-        """Leave a call: nothing more is told of it."""
+        """Abandon a call: its callbacks are not called any more."""
         if not exchange.ended:
             self._forget(exchange)
             self.out.append(_frame(RST_STREAM, 0, exchange.stream, _U32.pack(_CANCEL)))
@@ -199,10 +199,10 @@ class Wire:
         for exchange in list(self.exchanges.values()):
             self._end(exchange, code, details)
 
-    # --- what the server does -----------------------------------------------------------------------------------
+    # --- the server's side ---------------------------------------------------------------------------------------
 
     def feed(self, data: memoryview) -> int:
-        """Take what came; return how much of it was whole frames, the rest is to be fed again with what follows."""
+        """Take received bytes; return the length of the complete frames. Feed the rest again, with what follows it."""
         at, end = 0, len(data)
         while end - at >= _FRAME.size:
             high, low, kind, flags, stream = _FRAME.unpack_from(data, at)
@@ -216,9 +216,9 @@ class Wire:
             self.ready = True
             at += _FRAME.size
             if self._unfinished and kind != CONTINUATION:
-                raise ProtocolError("a header block that does not go on")
+                raise ProtocolError("a header block that is not continued")
             handler = self._handlers.get(kind)
-            if handler:  # other kinds are for others, or of times to come
+            if handler:  # unknown kinds must be ignored (RFC 9113)
                 handler(flags, stream & _MOST, data[at : at + length])
             at += length
         return at
@@ -243,10 +243,10 @@ class Wire:
             self._credit(exchange)
 
     def _messages(self, exchange: Exchange, data: memoryview) -> None:
-        """Cut the stream's bytes into messages."""
+        """Split the stream's bytes into messages."""
         body = exchange.body
         if not body and len(data) >= _PREFIX.size:
-            # Most responses are one frame: no copy but the message's own.
+            # Most responses are one frame: copied only once.
             packed, size = _PREFIX.unpack_from(data)
             if not packed and len(data) == size + _PREFIX.size and size <= self._max_message:
                 exchange.on_message(bytes(data[_PREFIX.size :]))
@@ -257,7 +257,7 @@ class Wire:
             if packed or size > self._max_message:
                 what = "a compressed message" if packed else f"a message of {size} bytes"
                 self.cancel(exchange)
-                exchange.on_end(Code.RESOURCE_EXHAUSTED, f"{what}, which is not taken here")
+                exchange.on_end(Code.RESOURCE_EXHAUSTED, f"{what}, which is not accepted")
                 return
             if len(body) - _PREFIX.size < size:
                 return
@@ -312,9 +312,10 @@ class Wire:
         try:
             pairs = self._decoder.decode(block)
         except (HPACKError, UnicodeDecodeError, IndexError, ValueError) as exc:
-            raise ProtocolError(f"headers that cannot be read ({type(exc).__name__})") from exc
+            raise ProtocolError(f"headers that cannot be decoded ({type(exc).__name__})") from exc
         head = _Head({str(name): str(value) for name, value in pairs})
-        # What changes the table is not the same the second time. (Ours has no room, but a server may not know yet.)
+        # A block that changes the table means something else the second time. (Our table has size zero, but a server
+        # may not know that yet.)
         resizes = b"\x20" <= block[:1] < b"\x40"
         if not self._decoder.header_table.dynamic_entries and not resizes:
             if len(self._heads) > 1_000:
@@ -325,7 +326,7 @@ class Wire:
     def _reset(self, _flags: int, stream: int, payload: memoryview) -> None:
         (reason,) = self._unpack(_U32, payload)
         exchange = self._exchange(stream)
-        # Of one that is complete it only says that the server does not care for the rest of the request.
+        # For a call that has ended it only means that the server does not need the rest of the request.
         if exchange is not None:
             code = _BY_RESET.get(reason, Code.INTERNAL)
             self._end(exchange, code, f"the server reset the call (HTTP/2 error {reason})")
@@ -346,13 +347,13 @@ class Wire:
                 self._first_window = value
             elif name == _MAX_FRAME:
                 if not FRAME_SIZE <= value < 1 << 24:
-                    raise ProtocolError("a frame size that is none")
+                    raise ProtocolError("an invalid frame size")
                 self._frame_size = value
         self.out.append(_frame(SETTINGS, ACK, 0, b""))
         self._unblock()
 
     def _push(self, _flags: int, _stream: int, _payload: memoryview) -> None:
-        raise ProtocolError("a push that nobody asked for")
+        raise ProtocolError("a push that was not requested")
 
     def _ping(self, flags: int, _stream: int, payload: memoryview) -> None:
         if len(payload) != 8:
@@ -391,10 +392,10 @@ class Wire:
     # --- inside -------------------------------------------------------------------------------------------------
 
     def _exchange(self, stream: int) -> Exchange | None:
-        """Return the call of a stream, None for one that is over; ProtocolError for one that never was."""
+        """Return the call of a stream, None for one that has ended; ProtocolError for one that never was."""
         exchange = self.exchanges.get(stream)
         if exchange is None and (stream >= self._next_stream or not stream & 1):
-            raise ProtocolError(f"a stream {stream} that is none of ours")
+            raise ProtocolError(f"stream {stream}, which we never opened")
         return exchange
 
     def _unblock(self) -> None:
@@ -402,7 +403,7 @@ class Wire:
             self._flush(exchange)
 
     def _flush(self, exchange: Exchange) -> None:
-        """Send what the windows let through."""
+        """Send as much as the windows allow."""
         outgoing = exchange.outgoing
         while outgoing:
             data = outgoing[0]
@@ -427,7 +428,7 @@ class Wire:
 
     def _end(self, exchange: Exchange, code: Code, details: str) -> None:
         if not exchange.sent_all and not self.closing:
-            # Our half is open still: an RST closes it.
+            # Our half is still open: a reset closes it.
             self.out.append(_frame(RST_STREAM, 0, exchange.stream, _U32.pack(_CANCEL)))
         self._forget(exchange)
         exchange.on_end(code, details)
@@ -446,7 +447,7 @@ class Wire:
 
 
 class _Head:
-    """The headers of one block, as far as they matter."""
+    """The relevant headers of one block."""
 
     __slots__ = ("code", "message", "status")
 
@@ -460,7 +461,7 @@ class _Head:
             self.code = Code(int(number)) if known else Code.UNKNOWN
 
     def outcome(self, *, after_body: bool) -> tuple[Code, str]:
-        """Return what the end of a response says, in its trailers, or in its only headers."""
+        """Return the status that ends a response, from its trailers or its only headers."""
         if self.code is not None:
             return self.code, self.message
         if after_body or self.status == "200":
@@ -470,7 +471,7 @@ class _Head:
 
 @lru_cache(maxsize=256)
 def request_head(scheme: str, authority: str, path: str, metadata: Metadata, timeout_ms: int | None) -> bytes:
-    """Return the header block of a call; equal calls have equal blocks, since no table is used."""
+    """Return the header block of a call; equal calls have equal blocks, as no dynamic table is used."""
     pairs = [
         (":method", "POST"),
         (":scheme", scheme),

@@ -177,8 +177,8 @@ def test_a_password_is_the_text_that_it_is(words: str) -> None:
     ("text", "said"),
     [
         ("x: " + "[" * 3_000, "nested too deeply"),
-        ("endpoints: ['http://b:2379']\ncilium-host-aliases: 5", "wants 'hostname'"),
-        ("endpoints: ['http://b:2379']\ncilium-host-aliases: [x]", "wants 'hostname'"),
+        ("endpoints: ['http://b:2379']\ncilium-host-aliases: 5", "needs 'hostname'"),
+        ("endpoints: ['http://b:2379']\ncilium-host-aliases: [x]", "needs 'hostname'"),
         ("a: &a [x, x]\nendpoints: [*a]", "no endpoints"),
         ("endpoints: [~]", "no endpoints"),
         ('endpoints: ["\\U00110000"]', "not YAML"),

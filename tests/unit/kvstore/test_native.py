@@ -233,7 +233,7 @@ async def test_garbage_ends_the_connection() -> None:
         server.say(frame(wire.DATA, 0, 99, b"x"))
         outcome = await call
         assert isinstance(outcome, RpcError)
-        assert "none of ours" in outcome.details
+        assert "never opened" in outcome.details
 
 
 @pytest.mark.parametrize("hello", [b"HTTP/1.1 400 Bad Request\r\n\r\n", b"SSH-2.0-OpenSSH\r\n"])
@@ -338,7 +338,7 @@ async def refused(server_side: ssl.SSLContext | None) -> str:
 async def test_why_a_handshake_fails_is_said(authority: Authority, tmp_path: Path) -> None:
     """A server that breaks it off, and one that nobody trusts. What etcd refuses, etcd shows."""
     SEALING.authority = authority
-    assert await refused(None) == "failed to connect: the server breaks off the TLS handshake"
+    assert await refused(None) == "failed to connect: the server ended the TLS handshake"
     stranger = Sealing()
     stranger.authority = Authority(tmp_path / "stranger")
     assert await refused(stranger.server()) == "failed to connect: certificate verify failed"

@@ -32,7 +32,7 @@ def test_missing_tls_file_is_named_with_the_file_that_names_it() -> None:
     """The kind is certificate: nothing is wrong with the network."""
     config = EtcdConfig((Endpoint("https", "a", 1),), ca_file="/nonexistent/ca.crt", source="/etc/mesh/b")
     with pytest.raises(
-        KvstoreError, match=r"^/nonexistent/ca.crt: cannot be read .*; /etc/mesh/b names it"
+        KvstoreError, match=r"^/nonexistent/ca.crt: cannot be read .*; it is named in /etc/mesh/b"
     ) as caught:
         read_tls_files(config)
     assert caught.value.kind == "certificate"

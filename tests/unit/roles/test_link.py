@@ -57,7 +57,7 @@ class FakeClient:
     def info(self) -> ClientInfo:
         """Say whether it is reached: while ``last_error`` is set, it is not."""
         endpoint = None if self.last_error else "http://x:1"
-        return ClientInfo(endpoint, 7, "3.5", 7, self.epoch, None, 0, self.last_error)
+        return ClientInfo(endpoint, 7, 7, 0, self.last_error)
 
     def read_soon(self, reads: Reads, timeout: float, on_done: Any) -> None:
         """Read, and answer a moment later."""
