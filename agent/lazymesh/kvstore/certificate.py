@@ -39,7 +39,7 @@ def end_of_certificate(config: EtcdConfig) -> tuple[str, datetime] | None:
         return None
     try:
         facts = certificate_facts(Path(path).read_bytes())
-    except OSError:
+    except (OSError, ValueError):  # ValueError: a NUL in the name
         return None
     return None if facts is None else (path, facts.not_after)
 

@@ -8,6 +8,7 @@ only named here: they are read when a connection is made, because they rotate.
 from __future__ import annotations
 
 import ipaddress
+import os
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
@@ -81,10 +82,11 @@ class EtcdConfig:
 
 
 def _at_hand(source: Path, path: str | None) -> str | None:
-    if path is None or Path(path).exists():
+    # os.path.exists: that of Path raises where a directory may not be entered, or the name is too long.
+    if path is None or os.path.exists(path):  # noqa: PTH110
         return path
     beside = source.with_name(Path(path).name) if source.name and Path(path).name else None
-    return str(beside) if beside is not None and beside.exists() else path
+    return str(beside) if beside is not None and os.path.exists(beside) else path  # noqa: PTH110
 
 
 def load_config(path: str | Path) -> EtcdConfig:

@@ -57,7 +57,8 @@ class Connection:
         self.login: Metadata = ()
         """The metadata of each call: empty, or the token of a password login. Pass it to :meth:`renew_login` when
         it is refused."""
-        self._logging_in = asyncio.Lock()
+        self._renewal: asyncio.Task[None] | None = None
+        """The login under way."""
         tls = read_tls_files(config) if config.tls else None
         self.peer = Peer(str(endpoint), _who(config, tls.cert if tls else None))
         self._channel = make_channel(endpoint, config, tls, transport)
@@ -166,10 +167,24 @@ class Connection:
         await self.ping(self._timeout_s)
 
     async def renew_login(self, refused: Metadata) -> None:
-        """Get a new token, if we log in by password and no other call has got one since."""
-        async with self._logging_in:
-            if self._config.username and self.login is refused:
-                await self._authenticate()
+        """Get a new token, if we log in by password and no other call has got one since.
+
+        All who need one at the same moment share one attempt and its outcome.
+        """
+        if not self._config.username or self.login is not refused:
+            return
+        if self._renewal is None:
+            self._renewal = asyncio.create_task(self._authenticate(), name="etcd login")
+            self._renewal.add_done_callback(self._renewed)
+        try:
+            await asyncio.shield(self._renewal)
+        except KvstoreError as exc:
+            raise KvstoreError(str(exc), exc.kind) from None  # a copy, as in _down
+
+    def _renewed(self, task: asyncio.Task[None]) -> None:
+        self._renewal = None
+        if not task.cancelled():
+            task.exception()  # mark as retrieved: those who waited may all have left
 
     def check_channel(self) -> None:
         """Fail if no more calls can be made over the channel."""
@@ -214,13 +229,18 @@ class Connection:
     async def _again(
         self, call: rpc.Call[Request, Response], refused: Metadata, floor: int
     ) -> Response | KvstoreError:
-        """Repeat a call after a new login."""
+        """Repeat a call after a new login; both together take no longer than the call may."""
+        deadline = time.monotonic() + call.timeout_s
         try:
-            await self.renew_login(refused)
+            async with asyncio.timeout(call.timeout_s):
+                await self.renew_login(refused)
+        except TimeoutError:
+            return self.peer.error("timeout", call.what(), f"no new login within {call.timeout_s:g} s")
         except KvstoreError as exc:
             return exc
         pending = _Pending[bytes | RpcError]()
-        raw = await pending.wait(self._send(call, self.login, pending.settle))
+        left = call._replace(timeout_s=max(0.001, deadline - time.monotonic()))
+        raw = await pending.wait(self._send(left, self.login, pending.settle))
         return self._outcome(call, raw, floor)
 
     def _send(

@@ -57,6 +57,7 @@ def _read(path: str | None, source: str) -> bytes | None:
         return None
     try:
         return Path(path).read_bytes()
-    except OSError as exc:
-        message = f"{path}: cannot be read ({exc.strerror}); it is named in {source}, check the mount"
+    except (OSError, ValueError) as exc:
+        reason = exc.strerror if isinstance(exc, OSError) else exc  # ValueError: a NUL in the name
+        message = f"{path}: cannot be read ({reason}); it is named in {source}, check the mount"
         raise KvstoreError(message, "certificate") from exc

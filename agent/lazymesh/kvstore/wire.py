@@ -45,6 +45,8 @@ STREAM_WINDOW = 16 << 20
 """Large enough for a page of 1,000 records without waiting for credit."""
 _CREDIT_AT = STREAM_WINDOW // 2
 _HEADERS_MOST = 64 << 10
+_REMEMBERED_MOST = 512
+"""Longest header block that is decoded once only: etcd's have less than 100 bytes."""
 _REASON_MOST = 1_000
 
 _BY_RESET = {
@@ -317,7 +319,7 @@ class Wire:
         # A block that changes the table means something else the second time. (Our table has size zero, but a server
         # may not know that yet.)
         resizes = b"\x20" <= block[:1] < b"\x40"
-        if not self._decoder.header_table.dynamic_entries and not resizes:
+        if not self._decoder.header_table.dynamic_entries and not resizes and len(block) <= _REMEMBERED_MOST:
             if len(self._heads) > 1_000:
                 self._heads.clear()
             self._heads[block] = head
@@ -453,7 +455,7 @@ class _Head:
 
     def __init__(self, headers: dict[str, str]) -> None:
         self.status = headers.get(":status", "200")
-        self.message = unquote(headers.get("grpc-message", ""), errors="replace")
+        self.message = unquote(headers.get("grpc-message", "")[:_REASON_MOST], errors="replace")
         number = headers.get("grpc-status", "")
         self.code: Code | None = None
         if number:

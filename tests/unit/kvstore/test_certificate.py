@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import gc
+import json
 import socket
 import ssl
 from datetime import UTC, datetime
@@ -22,6 +23,14 @@ from tests.support.etcd import Authority
 
 if TYPE_CHECKING:
     from pathlib import Path
+
+
+@pytest.mark.parametrize("name", ["x" * 300, "a\0b"])
+def test_a_name_that_no_file_can_have_is_no_certificate(name: str, tmp_path: Path) -> None:
+    """It is read at every scrape, which has to succeed whatever one cluster's file says."""
+    words = f"endpoints: ['https://a:1']\ncert-file: {json.dumps(str(tmp_path / name))}\nkey-file: k\n"
+    assert end_of_certificate(parse_config(words, str(tmp_path / "b"))) is None
+
 
 REMOTE = b"""\
 -----BEGIN CERTIFICATE-----

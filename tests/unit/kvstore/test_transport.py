@@ -28,6 +28,17 @@ def test_tls_files_are_read_anew_each_time(tmp_path: Path) -> None:
     assert read_tls_files(config).ca is None
 
 
+@pytest.mark.parametrize("name", ["x" * 300, "a\0b", "file/below"])
+def test_a_name_that_no_file_can_have_is_told_as_one_that_cannot_be_read(name: str, tmp_path: Path) -> None:
+    """Not by whatever Python raises for it."""
+    (tmp_path / "file").touch()
+    config = EtcdConfig(
+        (Endpoint("https", "a", 1),), cert_file=str(tmp_path / name), source=str(tmp_path / "b")
+    )
+    with pytest.raises(KvstoreError, match="cannot be read"):
+        read_tls_files(config)
+
+
 def test_missing_tls_file_is_named_with_the_file_that_names_it() -> None:
     """The kind is certificate: nothing is wrong with the network."""
     config = EtcdConfig((Endpoint("https", "a", 1),), ca_file="/nonexistent/ca.crt", source="/etc/mesh/b")

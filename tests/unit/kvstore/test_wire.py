@@ -6,7 +6,7 @@ import struct
 from dataclasses import dataclass, field
 
 import pytest
-from hpack import Encoder
+from hpack import Encoder, NeverIndexedHeaderTuple
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -256,6 +256,28 @@ def test_a_refusal_may_be_all_of_the_response(pairs: tuple, outcome: tuple[Code,
     caller = called(connection)
     feed(connection, frame(wire.HEADERS, wire.END_HEADERS | wire.END_STREAM, 1, headers(*pairs)))
     assert caller.ends == [outcome]
+
+
+def test_long_header_blocks_are_not_remembered_and_their_words_are_cut() -> None:
+    """A thousand different ones would else stay for as long as the connection."""
+    connection = connected()
+
+    def refused(words: str) -> tuple[bytes, str]:
+        """Refuse a call; return the header block, which leaves the decoder's table as it is, and what was said."""
+        caller = called(connection)
+        pairs = (("grpc-status", "7"), ("grpc-message", words))
+        block = bytes(Encoder().encode([NeverIndexedHeaderTuple(*pair) for pair in pairs]))
+        feed(connection, frame(wire.HEADERS, 5, caller.exchange.stream, block))
+        ((code, said),) = caller.ends
+        assert code is Code.PERMISSION_DENIED
+        return block, said
+
+    assert [refused(f"{number}" * 5_000)[1] for number in range(3)] == [
+        f"{number}" * 1_000 for number in range(3)
+    ]
+    assert connection._heads == {}
+    block, _ = refused("permission denied")
+    assert set(connection._heads) == {block}
 
 
 def test_a_web_page_is_no_response() -> None:
