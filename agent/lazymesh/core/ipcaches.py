@@ -138,7 +138,8 @@ class Room:
 
     def looks_crowded(self, used: int, size: int) -> bool:
         """Tell what a count would say."""
-        bar = int((ROOMY if self.crowded else CROWDED) * size)
+        # Making room ends exactly at ROOMY, so there the map must not count as crowded any more.
+        bar = int(ROOMY * size) + 1 if self.crowded else int(CROWDED * size)
         return used >= bar and used > min(self._fits, FULL * size)
 
     def step(self, used: int, size: int) -> int:

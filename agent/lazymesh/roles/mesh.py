@@ -95,8 +95,9 @@ class Mesh:
 
     @property
     def complete(self) -> bool:
-        """Every configured cluster has been listed."""
-        return all(link.state == "ready" for link in self.links.values()) and not self.file_errors
+        """Every configured cluster has been listed. An empty directory is no mesh: its files may come later."""
+        every = all(link.state == "ready" for link in self.links.values())
+        return bool(self.links) and every and not self.file_errors
 
     @property
     def nobody(self) -> str | None:

@@ -137,6 +137,15 @@ def test_room_gets_scarce_and_is_there_again_well_below() -> None:
     assert (room.step(929, 1000), room.crowded) == (0, False)
 
 
+@pytest.mark.parametrize("size", [1, 7, 100, 1_000, 1_001, 512_000])
+def test_room_that_was_made_is_enough(size: int) -> None:
+    """Else all that misses would be refused until Cilium removes an entry, with a fourteenth of the map empty."""
+    room = Room()
+    surplus = room.step(size, size)
+    assert room.crowded
+    assert (room.step(size - surplus, size), room.crowded) == (0, False)
+
+
 def test_new_map_is_not_crowded_before_it_holds_what_the_last_one_did() -> None:
     """Until then what is ours in it is what Cilium is about to write."""
     room = Room()

@@ -181,6 +181,24 @@ async def test_resolver_is_told_once_when_all_clusters_are_listed(stage: Stage) 
     assert stage.told.count(events.AllListed()) == 1
 
 
+async def test_directory_that_is_empty_at_first_is_not_taken_for_a_mesh_without_clusters(
+    tmp_path: Path,
+) -> None:
+    """What an earlier life left serves until the files come, or for as long as a cluster that is silent is trusted."""
+    rights = [(Direction.EGRESS, 131_073)]
+    stage = Stage(tmp_path, rights=rights)
+    stage.look()
+    assert stage.mesh.nobody
+    assert events.AllListed() not in stage.told
+    assert stage.policy.rights == set(rights)
+    (stage.directory / "b").write_text(FILE, encoding="ascii")
+    stage.look()
+    stage.join()
+    cast("Any", stage.link).state = "ready"
+    stage.mesh.on_listed(stage.link)
+    assert stage.told.count(events.AllListed()) == 1
+
+
 async def test_agent_that_has_nobody_to_ask_says_so(stage: Stage) -> None:
     """A Secret of another name, or our own cluster's name for the peer's, would else be silence."""
     assert stage.mesh.nobody is None
