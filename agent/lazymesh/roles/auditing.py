@@ -91,10 +91,10 @@ class Auditor:
         return elements
 
     def _finding(self, window: Window, open_: bool) -> Finding:
-        view = self._resolver.describe(window.address)
-        identity = view.entry.identity if view and view.entry else None
+        known = self._resolver.describe(window.address)
+        identity = known.entry.identity if known and known.entry else None
         verdict = self._verdict(window.direction, identity)
-        return Finding(window, view.cluster if view else None, identity, verdict, open_)
+        return Finding(window, known.cluster if known else None, identity, verdict, open_)
 
     def _verdict(self, direction: Direction, identity: int | None) -> str:
         if identity is None or self._allows is None:

@@ -110,7 +110,7 @@ class Status:
     def describe(self) -> dict[str, Any]:
         """Return the one screen of ``lazymesh status`` as an object."""
         settings, counts = self.parts.settings, self.parts.resolver.counts
-        views = self.parts.resolver.clusters
+        clusters = self.parts.resolver.clusters
         return _head(settings, self.parts.started, self.not_ready()) | {
             "datapath": {
                 "mode": self.parts.ipcaches.mode,
@@ -134,7 +134,7 @@ class Status:
             },
             "queue": {
                 "waiting": self.parts.resolver.queued,
-                "inFlight": sum(view.in_flight for view in views.values()),
+                "inFlight": sum(reads.in_flight for reads in clusters.values()),
                 "negative": counts["absent"],
                 "muted": self.parts.reader.crowded,
                 "admitted": round(self.parts.resolver.admission.share, 3),
@@ -146,7 +146,7 @@ class Status:
         }
 
     def _cluster(self, name: str) -> dict[str, Any]:
-        link, info, view = (
+        link, info, reads = (
             self.parts.mesh.links.get(name),
             self.parts.mesh.table.cluster(name),
             self.parts.resolver.clusters.get(name),
@@ -165,8 +165,8 @@ class Status:
             "staleEntries": self.parts.resolver.stale.get(name, 0),
             "watchedKeys": link.watched_keys if link else 0,
             "watchedRanges": link.watched_ranges if link else 0,
-            "breaker": view.breaker if view else "closed",
-            "inFlight": view.in_flight if view else 0,
+            "breaker": reads.breaker if reads else "closed",
+            "inFlight": reads.in_flight if reads else 0,
             "endpoint": client.endpoint if client else None,
             "etcdClusterId": f"{client.cluster_id:x}" if client and client.cluster_id else None,
             "revision": client.revision if client else None,

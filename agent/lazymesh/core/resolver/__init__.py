@@ -2,7 +2,7 @@
 
 ``machine`` takes events and returns commands; it knows how one address moves (``moves``, ``tracked``), whose records
 may be believed (``judge``), what is sent when (``backlog``, ``waiting``, ``breaker``), which entries are ours
-(``ledger``) and which answers were no (``negatives``). ``limits`` bounds all of it, ``views`` shows it.
+(``ledger``) and which answers were no (``negatives``). ``limits`` bounds all of it.
 """
 
 from lazymesh.core.resolver.judge import Judge

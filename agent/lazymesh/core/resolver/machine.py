@@ -15,7 +15,7 @@ InstallsEnded, which may be of several.
 from __future__ import annotations
 
 from itertools import chain, cycle, repeat
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from lazymesh.core import events as ev
 from lazymesh.core.model import Reason
@@ -27,13 +27,12 @@ from lazymesh.core.resolver.lifecycle import Lifecycle
 from lazymesh.core.resolver.moves import Moves
 from lazymesh.core.resolver.negatives import Negatives
 from lazymesh.core.resolver.tracked import Fetch, LinkState, Phase, Tracked
-from lazymesh.core.resolver.views import AddressView, ClusterView, view_of_address, view_of_cluster
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable
 
     from lazymesh.core.clusters import ClusterInfo
-    from lazymesh.core.model import Address, Space
+    from lazymesh.core.model import Address, Entry, Space
     from lazymesh.core.resolver.judge import Judge
     from lazymesh.core.resolver.limits import Limits
     from lazymesh.core.resolver.tracked import Link
@@ -48,6 +47,23 @@ _WELL = frozenset({"permission", "owner"})
 
 def _no_jitter() -> float:
     return 1.0
+
+
+class Known(NamedTuple):
+    """What the resolver knows of one address."""
+
+    cluster: str | None
+    """None: no cluster, or more than one, owns the address."""
+    entry: Entry | None
+
+
+class ClusterReads(NamedTuple):
+    """How the reads of one cluster are doing."""
+
+    breaker: str
+    """``closed``, ``open`` or ``half-open``."""
+    in_flight: int
+    """Transactions sent and not answered."""
 
 
 class Resolver:
@@ -466,11 +482,6 @@ class Resolver:
         return self._backlog.missed
 
     @property
-    def muted(self) -> bool:
-        """Whether the kernel is muted."""
-        return self._muted
-
-    @property
     def stale(self) -> dict[str, int]:
         """How many entries of each cluster are served although nobody confirms them now."""
         return self._ledger.doubted()
@@ -480,14 +491,18 @@ class Resolver:
         return [entry.address for entry in self._ledger if self._ledger.doubts(entry)]
 
     @property
-    def clusters(self) -> dict[str, ClusterView]:
-        """Each cluster that was ever heard of, by name."""
-        return {name: view_of_cluster(link) for name, link in self._links.items()}
+    def clusters(self) -> dict[str, ClusterReads]:
+        """The reads of each cluster that was ever heard of, by name."""
+        return {
+            name: ClusterReads(link.breaker.state.value, link.in_flight) for name, link in self._links.items()
+        }
 
-    def describe(self, address: Address) -> AddressView | None:
-        """Return all that is known of one address, None if nothing is."""
+    def describe(self, address: Address) -> Known | None:
+        """Return what is known of one address; None if it is not tracked."""
         tracked = self._moves.tracked.get(address)
-        return None if tracked is None else view_of_address(tracked, in_doubt=self._ledger.doubts(tracked))
+        if tracked is None:
+            return None
+        return Known(None if tracked.link is None else tracked.link.name, tracked.entry)
 
 
 def _unowned(owners: tuple[str, ...]) -> Reason:

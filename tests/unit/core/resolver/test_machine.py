@@ -32,6 +32,7 @@ from lazymesh.core.events import (
     Watch,
 )
 from lazymesh.core.model import Reason, Space, parse_address
+from lazymesh.core.resolver import Resolver
 from lazymesh.core.resolver.limits import Limits
 from tests.support.playbook import (
     ALL_IDENTITIES,
@@ -664,9 +665,9 @@ def adopted() -> Play:
 def test_an_adopted_entry_is_verified_when_its_cluster_is_ready() -> None:
     """It serves all the time; nothing is written if it is still true."""
     story = adopted()
-    assert not story.resolver.describe(B1).verified
+    assert story.resolver.stale_addresses() == [B1]
     (story >> ClusterReady("b") << read(B1) >> answered(10, {B1: record(B1)}) << watch(B1, 10)).end()
-    assert story.resolver.describe(B1).verified
+    assert story.resolver.stale == {}
 
 
 def test_an_adopted_entry_is_updated_if_its_address_was_reused() -> None:
@@ -949,6 +950,54 @@ def test_all_events_have_a_handler() -> None:
     for event in itertools.chain(strangers, [put(B1, 1), IdentityKnown(5), IdentityGone(5)]):
         story >> event
     story.end()
+
+
+# --- what status and metrics see ------------------------------------------------------------------------------------
+
+
+def in_each_state() -> Resolver:
+    """Return a resolver with an address in each state."""
+    story = Play()
+    for event in (
+        ClusterReady("b"),
+        miss(B1),
+        answered(10, {B1: record(B1)}),
+        stands(B1),
+        miss(B2),
+        answered(11, {B2: None}),
+        miss(B3),
+        miss(C1),
+        miss(STRANGER),
+    ):
+        story.tell(event)
+    return story.resolver
+
+
+def test_addresses_are_counted_by_state_and_reason() -> None:
+    """What metrics need, without a walk over all addresses."""
+    resolver = in_each_state()
+    assert resolver.counts == {"resolving": 2, "installed": 1, "absent": 2}
+    assert resolver.absent == {Reason.NOT_FOUND: 1, Reason.NO_CLUSTER: 1}
+    assert (resolver.owned, resolver.queued) == (1, 1)
+
+
+def test_each_cluster_is_shown_with_its_window_and_breaker() -> None:
+    """One line of the status screen."""
+    assert in_each_state().clusters == {"b": ("closed", 1), "c": ("closed", 0)}
+
+
+def test_an_address_is_described_by_its_cluster_and_entry() -> None:
+    """Nothing is known of one that nobody missed."""
+    resolver = in_each_state()
+    known = {address: resolver.describe(address) for address in (B1, B2, B3, C1, STRANGER)}
+    assert known == {
+        B1: ("b", entry()),
+        B2: ("b", None),
+        B3: ("b", None),
+        C1: ("c", None),
+        STRANGER: (None, None),
+    }
+    assert resolver.describe(bytes(4)) is None
 
 
 # --- one step, one read ---------------------------------------------------------------------------------------------
