@@ -107,14 +107,8 @@ class TableChanged(Struct, frozen=True):
     table: ClusterTable
 
 
-class IdentityKnown(Struct, frozen=True):
-    """The identity's labels are known here, and the policy map has been brought up to date with it."""
-
-    identity: int
-
-
 class IdentitiesKnown(Struct, frozen=True):
-    """The same of many: a listing has thousands."""
+    """The identities' labels are known here, and the policy map is up to date with them. A listing has thousands."""
 
     identities: tuple[int, ...]
 
@@ -178,7 +172,6 @@ Event = (
     | ClusterSilent
     | ClusterGone
     | TableChanged
-    | IdentityKnown
     | IdentitiesKnown
     | IdentityGone
     | InstallsEnded

@@ -295,9 +295,7 @@ class Mesh:
                 gone.append(identity)
         self._enforcement.flush()
         self.identities.update(known)
-        if len(known) == 1:
-            self._feed(events.IdentityKnown(known[0]))
-        elif known:
+        if known:
             self._feed(events.IdentitiesKnown(tuple(known)))
         self._forget_identities(gone)
 

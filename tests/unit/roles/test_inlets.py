@@ -23,7 +23,7 @@ def test_what_the_mesh_tells_before_there_is_a_driver_is_told_to_it() -> None:
     table = MeshState().table()
     for event in (
         events.TableChanged(MeshState(1).table()),
-        events.IdentityKnown(131_073),
+        events.IdentitiesKnown((131_073,)),
         events.ClusterReady("b"),
         events.ClusterSilent("b"),
         events.AllListed(),
@@ -32,13 +32,13 @@ def test_what_the_mesh_tells_before_there_is_a_driver_is_told_to_it() -> None:
     inbox.connect(
         cast("Driver", SimpleNamespace(feed=told.append)), cast("Mesh", SimpleNamespace(table=table))
     )
-    inbox.feed(events.IdentityKnown(131_074))
+    inbox.feed(events.IdentitiesKnown((131_074,)))
     assert told == [
         events.TableChanged(table),
         events.ClusterReady("b"),
         events.ClusterSilent("b"),
         events.AllListed(),
-        events.IdentityKnown(131_074),
+        events.IdentitiesKnown((131_074,)),
     ]
 
 

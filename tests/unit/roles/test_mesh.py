@@ -404,7 +404,7 @@ async def test_an_identity_has_its_rights_before_it_is_known_and_until_its_entri
     stage.join()
     stage.told.clear()
     stage.identity(131_073, "server")
-    assert stage.told == [("allowed", 131_073), events.IdentityKnown(131_073)]
+    assert stage.told == [("allowed", 131_073), events.IdentitiesKnown((131_073,))]
     stage.mesh.on_identities(stage.link, [Change(b"ids/131073", None, 2)])
     assert stage.told[2:] == [events.IdentityGone(131_073), ("revoked", 131_073)]
 

@@ -94,7 +94,6 @@ class Resolver:
             ev.ClusterSilent: self._lifecycle.silent,
             ev.ClusterGone: self._lifecycle.gone,
             ev.TableChanged: self._table_changed,
-            ev.IdentityKnown: self._identity_known,
             ev.IdentitiesKnown: self._identities_known,
             ev.IdentityGone: self._identity_gone,
             ev.InstallsEnded: self._installs_ended,
@@ -364,17 +363,11 @@ class Resolver:
         if missed:
             self._resolve(missed, now)
 
-    def _identity_known(self, event: ev.IdentityKnown, now: float) -> None:
-        self._know(event.identity, now)
-
     def _identities_known(self, event: ev.IdentitiesKnown, now: float) -> None:
         for identity in event.identities:
-            self._know(identity, now)
-
-    def _know(self, identity: int, now: float) -> None:
-        for tracked in self._ledger.named(identity):
-            if tracked.phase is Phase.ABSENT and tracked.reason is Reason.UNKNOWN_IDENTITY:
-                self._moves.settle(tracked, now)
+            for tracked in self._ledger.named(identity):
+                if tracked.phase is Phase.ABSENT and tracked.reason is Reason.UNKNOWN_IDENTITY:
+                    self._moves.settle(tracked, now)
 
     def _identity_gone(self, event: ev.IdentityGone, now: float) -> None:
         for tracked in self._ledger.named(event.identity):

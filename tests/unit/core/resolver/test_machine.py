@@ -19,8 +19,8 @@ from lazymesh.core.events import (
     Command,
     Event,
     Evict,
+    IdentitiesKnown,
     IdentityGone,
-    IdentityKnown,
     Install,
     KeyState,
     Lost,
@@ -513,8 +513,8 @@ def test_an_address_waits_for_its_identity() -> None:
     early.identities.add(WEB)
     (
         early
-        >> IdentityKnown(DATABASE)
-        >> IdentityKnown(WEB)
+        >> IdentitiesKnown((DATABASE,))
+        >> IdentitiesKnown((WEB,))
         << install(B1)
         >> stands(B1)
         << report(B1, "installed")
@@ -532,7 +532,7 @@ def test_a_withdrawn_identity_takes_its_entries_along() -> None:
         << report(B1, "evicted", Reason.UNKNOWN_IDENTITY)
     )
     story.identities.add(WEB)
-    (story >> IdentityKnown(WEB) << install(B1) >> stands(B1) << report(B1, "installed")).end()
+    (story >> IdentitiesKnown((WEB,)) << install(B1) >> stands(B1) << report(B1, "installed")).end()
 
 
 def test_a_withdrawn_identity_touches_no_entry_of_another() -> None:
@@ -547,7 +547,7 @@ def test_an_identity_that_comes_back_does_not_bring_back_what_was_deleted_meanwh
     """The address is absent for another reason by then."""
     story = installed() >> deleted(B1, 11) << read(B1) >> answered(11, {B1: None})
     story = story << evict(B1, "deleted") << report(B1, "evicted", Reason.NOT_FOUND)
-    (story >> IdentityGone(WEB) >> IdentityKnown(WEB)).end()
+    (story >> IdentityGone(WEB) >> IdentitiesKnown((WEB,))).end()
 
 
 # --- 10: the table ------------------------------------------------------------------------------------------------
@@ -947,7 +947,7 @@ def test_all_events_have_a_handler() -> None:
     """Every kind of event that the shell may send is understood, also about clusters never heard of."""
     story = Play(identities=ALL_IDENTITIES)
     strangers = [answered(1, {B1: None}, cluster="z"), failed(B1, cluster="z"), stands(B1)]
-    for event in itertools.chain(strangers, [put(B1, 1), IdentityKnown(5), IdentityGone(5)]):
+    for event in itertools.chain(strangers, [put(B1, 1), IdentitiesKnown((5,)), IdentityGone(5)]):
         story >> event
     story.end()
 

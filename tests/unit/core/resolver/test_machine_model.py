@@ -26,8 +26,8 @@ from lazymesh.core.events import (
     ClusterSilent,
     Command,
     Evict,
+    IdentitiesKnown,
     IdentityGone,
-    IdentityKnown,
     Install,
     InstallsEnded,
     KeyState,
@@ -369,7 +369,7 @@ class World(RuleBasedStateMachine):
     def identity_comes_or_goes(self, identity: int) -> None:
         """The shell's set changes before the event tells of it."""
         self.identities ^= {identity}
-        self.feed(IdentityKnown(identity) if identity in self.identities else IdentityGone(identity))
+        self.feed(IdentitiesKnown((identity,)) if identity in self.identities else IdentityGone(identity))
 
     @rule(seconds=st.sampled_from([0.1, 1.0, 5.0, 31.0, 601.0]))
     def time_passes(self, seconds: float) -> None:
