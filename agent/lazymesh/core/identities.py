@@ -51,11 +51,6 @@ def identity_range(cluster_id: int, max_connected_clusters: int) -> IdentityRang
     return IdentityRange(max(first, FIRST_ALLOCATED), first + (1 << shift) - 1)
 
 
-def cluster_of_identity(identity: int, max_connected_clusters: int) -> int:
-    """Return the id of the cluster whose range holds the identity: 0 for reserved ones, no cluster's for node-local."""
-    return identity >> _shift(max_connected_clusters)
-
-
 def is_peer(identity: int) -> bool:
     """Tell whether an ipcache entry of this identity is an answer, as bpf/lazymesh.c has it (miss_of)."""
     return identity not in WORLD_IDENTITIES and identity >> _BITS != SCOPE_LOCAL

@@ -19,9 +19,6 @@ if TYPE_CHECKING:
 
     from lazymesh.core.model import Address
 
-HEARTBEAT = b"cilium/.heartbeat"
-"""Rewritten every 60 s, the first time 60 s after the store's start: a reader's proof of life."""
-
 _PUSHED = b"cilium/state/ip/v1/default/"
 _PULL_ONLY = b"cilium/state/ip/v1/ondemand/"
 _MAX_IDENTITY_DIGITS = 10

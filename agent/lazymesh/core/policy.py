@@ -70,12 +70,8 @@ class Selector:
 
     requirements: tuple[Requirement, ...] = ()
 
-    def matches(self, labels: Labels) -> bool:
-        """Tell whether an identity with these labels is selected."""
-        return self.holds(with_any_source(labels))
-
     def holds(self, seen: Mapping[str, str]) -> bool:
-        """Do the same for labels that :func:`with_any_source` has been applied to already."""
+        """Tell whether an identity with these labels, as :func:`with_any_source` shows them, is selected."""
         return all(requirement.holds(seen) for requirement in self.requirements)
 
 

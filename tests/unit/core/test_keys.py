@@ -95,7 +95,6 @@ def test_ipv6_is_shortened_as_go_does_it(address: str, text: str) -> None:
         pytest.param(
             keys.canary_key("ip", True, "b"), b"cilium/synced/b/cilium/cache/ip/v1", id="canary in the cache"
         ),
-        pytest.param(keys.HEARTBEAT, b"cilium/.heartbeat", id="heartbeat"),
     ],
 )
 def test_prefixes_and_single_keys_are_those_of_the_schema(key: bytes, expected: bytes) -> None:

@@ -14,6 +14,7 @@ from lazymesh.core.policy import (
     Requirement,
     Rules,
     Selector,
+    with_any_source,
 )
 
 EGRESS, INGRESS = Direction.EGRESS, Direction.INGRESS
@@ -67,7 +68,7 @@ def labels(name: str) -> dict[str, str]:
 )
 def test_a_requirement_looks_at_one_label(requirement: Requirement, expected: bool) -> None:
     """Kubernetes' operators over Cilium's label sources."""
-    assert Selector((requirement,)).matches(LABELS) is expected
+    assert Selector((requirement,)).holds(with_any_source(LABELS)) is expected
 
 
 def test_long_keys_are_seen_of_any_source_and_not_kept() -> None:
@@ -81,9 +82,10 @@ def test_long_keys_are_seen_of_any_source_and_not_kept() -> None:
 
 def test_all_requirements_of_a_selector_must_hold() -> None:
     """An and; the or is between selectors."""
-    assert Selector((condition("any:app", "In", "web"), condition("any:tier"))).matches(LABELS)
-    assert not Selector((condition("any:app", "In", "web"), condition("any:none"))).matches(LABELS)
-    assert Selector().matches(LABELS)
+    seen = with_any_source(LABELS)
+    assert Selector((condition("any:app", "In", "web"), condition("any:tier"))).holds(seen)
+    assert not Selector((condition("any:app", "In", "web"), condition("any:none"))).holds(seen)
+    assert Selector().holds(seen)
 
 
 def test_identities_change_what_is_allowed_as_they_come_change_and_go() -> None:
