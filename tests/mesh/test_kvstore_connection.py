@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING
 
 import pytest
 
+from lazymesh.core.backoff import BackoffLimits
 from lazymesh.errors import KvstoreError
-from lazymesh.kvstore.backoff import BackoffLimits
 from lazymesh.kvstore.client import EtcdClient
 from lazymesh.kvstore.config import EtcdConfig, parse_config
 from lazymesh.kvstore.supervisor import Options

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import asyncio
+import random
 from contextlib import asynccontextmanager
 from typing import TYPE_CHECKING
 
 import pytest
 
-from lazymesh.kvstore.backoff import Backoff, BackoffLimits
+from lazymesh.core.backoff import Backoff, BackoffLimits
 from lazymesh.kvstore.client import EtcdClient
 from lazymesh.kvstore.config import parse_config
 from lazymesh.kvstore.follower import PrefixFollower
@@ -59,7 +60,7 @@ async def mirrored(etcd: EtcdServer, extra: str = "") -> AsyncIterator[tuple[Etc
     mirror = Mirror()
     config = parse_config(f"endpoints: ['{etcd.url}']\n{extra}", "b.yaml")
     async with EtcdClient(config, QUICK) as client:
-        backoff = Backoff(BackoffLimits(0.05, 0.2))
+        backoff = Backoff(BackoffLimits(0.05, 0.2), random.random)
         task = asyncio.create_task(PrefixFollower(client, b"p/", mirror, backoff).run())
         await eventually(lambda: mirror.story)
         yield client, mirror

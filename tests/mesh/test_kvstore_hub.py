@@ -6,7 +6,7 @@ import asyncio
 from contextlib import asynccontextmanager
 from typing import TYPE_CHECKING
 
-from lazymesh.kvstore.backoff import BackoffLimits
+from lazymesh.core.backoff import BackoffLimits
 from lazymesh.kvstore.client import EtcdClient
 from lazymesh.kvstore.config import parse_config
 from lazymesh.kvstore.supervisor import Options

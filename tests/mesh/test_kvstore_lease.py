@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import asyncio
+import random
 
-from lazymesh.kvstore.backoff import Backoff, BackoffLimits
+from lazymesh.core.backoff import Backoff, BackoffLimits
 from lazymesh.kvstore.client import EtcdClient
 from lazymesh.kvstore.config import parse_config
 from lazymesh.kvstore.lease import LeaseKeeper
@@ -20,7 +21,7 @@ async def test_lease_is_kept_alive_and_a_lost_one_is_replaced() -> None:
     with EtcdServer() as etcd:
         config = parse_config(f"endpoints: ['{etcd.url}']", "b")
         async with EtcdClient(config, Options(backoff=QUICK)) as client:
-            keeper = LeaseKeeper(client, 1, leases.append, Backoff(QUICK))
+            keeper = LeaseKeeper(client, 1, leases.append, Backoff(QUICK, random.random))
             task = asyncio.create_task(keeper.run())
             await eventually(lambda: leases)
             await client.put(b"a", b"1", lease=leases[0])

@@ -8,11 +8,12 @@ keeps those keys with their revisions, never the values, whose meaning only the 
 from __future__ import annotations
 
 import asyncio
+import random
 from contextlib import aclosing
 from typing import TYPE_CHECKING, Protocol
 
+from lazymesh.core.backoff import Backoff, BackoffLimits
 from lazymesh.errors import KvstoreError
-from lazymesh.kvstore.backoff import Backoff, BackoffLimits
 from lazymesh.kvstore.model import Change, Disconnected, WatchLoss
 from lazymesh.tasks import FairShare
 
@@ -50,7 +51,7 @@ class PrefixFollower:
         self.prefix = prefix
         self._client = client
         self._observer = observer
-        self._backoff = backoff or Backoff(BackoffLimits())
+        self._backoff = backoff or Backoff(BackoffLimits(), random.random)
         self._told: dict[bytes, int] = {}
         """mod_revision of each key that the observer believes to exist."""
         self._epoch = client.epoch

@@ -15,10 +15,10 @@ from contextlib import aclosing
 from functools import partial
 from typing import TYPE_CHECKING
 
+from lazymesh.core.backoff import Backoff
 from lazymesh.errors import KvstoreError
 from lazymesh.kvstore import etcd_pb2 as pb
 from lazymesh.kvstore import rpc
-from lazymesh.kvstore.backoff import Backoff
 from lazymesh.kvstore.model import Connected, WatchLoss
 from lazymesh.kvstore.resume import Changed, Ended, Live, WatchTable
 from lazymesh.tasks import PIECE, FairShare

@@ -8,11 +8,12 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import random
 import time
 from typing import TYPE_CHECKING
 
+from lazymesh.core.backoff import Backoff, BackoffLimits
 from lazymesh.errors import KvstoreError
-from lazymesh.kvstore.backoff import Backoff, BackoffLimits
 from lazymesh.kvstore.model import Connected
 
 if TYPE_CHECKING:
@@ -33,7 +34,7 @@ class LeaseKeeper:
         self._client = client
         self._ttl_s = ttl_s
         self._on_lease = on_lease
-        self._backoff = backoff or Backoff(BackoffLimits())
+        self._backoff = backoff or Backoff(BackoffLimits(), random.random)
         self._replaced = asyncio.Event()
         """Set when the store was replaced, and the lease with it."""
 

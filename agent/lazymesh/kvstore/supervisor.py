@@ -17,8 +17,8 @@ from typing import TYPE_CHECKING, Protocol
 
 import structlog
 
+from lazymesh.core.backoff import Backoff, BackoffLimits
 from lazymesh.errors import KvstoreError
-from lazymesh.kvstore.backoff import Backoff, BackoffLimits
 from lazymesh.kvstore.connection import Connection, dial
 from lazymesh.kvstore.model import ClientEvent, ClientInfo, Connected, Disconnected
 from lazymesh.kvstore.transport import Transport

@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING
 
 import pytest
 
+from lazymesh.core.backoff import BackoffLimits
 from lazymesh.errors import KvstoreError
-from lazymesh.kvstore.backoff import BackoffLimits
 from lazymesh.kvstore.config import Endpoint, EtcdConfig
 from lazymesh.kvstore.model import Connected, Disconnected
 from lazymesh.kvstore.supervisor import Options, Supervisor

@@ -2,13 +2,15 @@
 
 Closed: everything passes. Open: nothing passes until the back-off is over. Half-open: one read passes and
 decides. The back-off doubles with each failed probe and has full jitter, so that a thousand nodes do not come
-back at once. Where the dice come from is the caller's business.
+back at once.
 """
 
 from __future__ import annotations
 
 import enum
 from typing import TYPE_CHECKING
+
+from lazymesh.core.backoff import Backoff, BackoffLimits
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -35,14 +37,14 @@ ALLOWED = {
 class Breaker:
     """Counts how a cluster's reads end and says whether the next one may be sent."""
 
-    __slots__ = ("_failures", "_jitter", "_limits", "_openings", "_retry_at", "state")
+    __slots__ = ("_backoff", "_failures", "_jitter", "_limits", "_retry_at", "state")
 
     def __init__(self, limits: Limits, jitter: Callable[[], float]) -> None:
         self.state = BreakerState.CLOSED
         self._limits = limits
         self._jitter = jitter
+        self._backoff = Backoff(BackoffLimits(limits.backoff_first, limits.backoff_most), jitter)
         self._failures = 0
-        self._openings = 0
         self._retry_at = 0.0
 
     def admits(self, now: float) -> bool:
@@ -58,9 +60,10 @@ class Breaker:
 
     def succeeded(self) -> None:
         """Take note that the store answered."""
-        self.state = BreakerState.CLOSED
         self._failures = 0
-        self._openings = 0
+        if self.state is not BreakerState.CLOSED:
+            self.state = BreakerState.CLOSED
+            self._backoff.reset()
 
     def failed(self, now: float) -> None:
         """Take note that a read did not come back."""
@@ -69,15 +72,9 @@ class Breaker:
         if self.state is BreakerState.HALF_OPEN or (
             self.state is BreakerState.CLOSED and self._failures >= self._limits.breaker_failures
         ):
-            self._open(now)
+            self.state = BreakerState.OPEN
+            self._retry_at = now + self._backoff.next_s()
 
     def spread(self) -> float:
         """Return the pause before what is known of a store that is back is read again."""
         return self._limits.revalidation_spread * self._jitter()
-
-    def _open(self, now: float) -> None:
-        self.state = BreakerState.OPEN
-        # The exponent is capped: a store that stays dead for months must not build huge numbers.
-        pause = min(self._limits.backoff_most, self._limits.backoff_first * 2 ** min(self._openings, 30))
-        self._openings += 1
-        self._retry_at = now + pause * self._jitter()
