@@ -4,6 +4,11 @@ Adapters (datapath, kvstore, roles) translate at their edge and chain the cause;
 the line and picks the exit code. The core raises none of these: what it expects to go wrong are events.
 """
 
+from typing import Literal
+
+KvstoreErrorKind = Literal["unavailable", "timeout", "permission", "certificate", "protocol", "exhausted"]
+"""``exhausted``: the answer is larger than we take, or the server has too much to do."""
+
 
 class LazymeshError(Exception):
     """Something lazymesh needs is missing, taken or broken; the message is one line for a person."""
@@ -26,12 +31,8 @@ class MapFullError(DatapathError):
 
 
 class KvstoreError(LazymeshError):
-    """Etcd refused or could not be reached; ``kind`` is the machine-readable half.
+    """Etcd refused or could not be reached; ``kind`` is the machine-readable half."""
 
-    kind: one of ``unavailable``, ``timeout``, ``permission``, ``certificate``, ``protocol``,
-    ``exhausted`` (the answer is larger than we take, or the server has too much to do).
-    """
-
-    def __init__(self, message: str, kind: str = "unavailable") -> None:
+    def __init__(self, message: str, kind: KvstoreErrorKind = "unavailable") -> None:
         super().__init__(message)
-        self.kind = kind
+        self.kind: KvstoreErrorKind = kind

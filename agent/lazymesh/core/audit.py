@@ -8,12 +8,14 @@ from __future__ import annotations
 
 from collections import deque
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
     from lazymesh.core.model import Address, Direction
+
+Verdict = Literal["allowed", "denied", "unknown"]
 
 KEEP = 10_000
 """Closed windows remembered; the oldest go first, the sums stay."""
@@ -44,8 +46,8 @@ class Finding:
     cluster: str | None
     identity: int | None
     """The peer's identity, once known; None for an address that was never resolved."""
-    verdict: str
-    """What policy says of that identity: ``allowed``, ``denied``, or ``unknown``."""
+    verdict: Verdict
+    """What policy says of that identity."""
     open: bool
     """Nothing has closed it: the address has no entry still."""
 

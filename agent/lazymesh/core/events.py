@@ -9,13 +9,21 @@ order in which they come back. Times are seconds of the shell's monotonic clock.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
 from msgspec import Struct
+
+from lazymesh.errors import KvstoreErrorKind
 
 if TYPE_CHECKING:
     from lazymesh.core.clusters import ClusterTable
     from lazymesh.core.model import Address, Entry, Reason, Space
+
+ReadFailure = KvstoreErrorKind | Literal["owner"]
+"""``owner``: the owner's own store, behind a cache, is not followed, which says nothing of the cache."""
+
+Outcome = Literal["installed", "updated", "absent", "failed", "shed", "evicted", "taken-over"]
+"""How a miss, or a change of an installed address, ended."""
 
 # --- events ---------------------------------------------------------------------------------------------------------
 
@@ -59,9 +67,7 @@ class ReadFailed(Struct, frozen=True):
 
     cluster: str
     addresses: tuple[Address, ...]
-    kind: str
-    """KvstoreError.kind: unavailable, timeout, permission, certificate, protocol, exhausted. Or ``owner``: the owner's
-    own store, behind a cache, is not followed, which says nothing of the cache."""
+    kind: ReadFailure
     whole: bool = False
     """Some /24 was read whole."""
 
@@ -237,8 +243,7 @@ class Report(Struct, frozen=True, gc=False):
 
     addresses: list[Address]
     cluster: str | None
-    outcome: str
-    """``installed``, ``updated``, ``absent``, ``failed``, ``shed``, ``evicted``, ``taken-over``."""
+    outcome: Outcome
     reason: Reason | None
     detail: str
     """A few words for the log, empty when the reason says it all."""

@@ -9,9 +9,10 @@ from lazymesh.errors import KvstoreError
 from lazymesh.kvstore.channel import Code
 
 if TYPE_CHECKING:
+    from lazymesh.errors import KvstoreErrorKind
     from lazymesh.kvstore.channel import RpcError
 
-_KINDS = {
+_KINDS: dict[Code, KvstoreErrorKind] = {
     Code.DEADLINE_EXCEEDED: "timeout",
     Code.PERMISSION_DENIED: "permission",
     Code.UNAUTHENTICATED: "permission",
@@ -28,7 +29,7 @@ _ABOUT_US = (
     "revision of auth store is old",
 )
 
-_ADVICE = {
+_ADVICE: dict[KvstoreErrorKind, str] = {
     "timeout": "it is slow or stopped; check its load",
     "permission": "grant that user's role the key, or use a certificate or user that may read it",
     "unavailable": "check that it runs and is reachable from here",
@@ -45,7 +46,7 @@ class Peer:
     user: str
     """As whom we are known to etcd: the user name or the certificate's common name, in words."""
 
-    def error(self, kind: str, what: str, reason: str, advice: str = "") -> KvstoreError:
+    def error(self, kind: KvstoreErrorKind, what: str, reason: str, advice: str = "") -> KvstoreError:
         """Return the error of one failed step: ``what`` is the step, ``reason`` is why, in the peer's words."""
         line = " ".join(
             f"etcd {self.endpoint}, {self.user}: cannot {what}: {reason}; {advice or _ADVICE[kind]}".split()
@@ -55,7 +56,9 @@ class Peer:
     def translate(self, error: RpcError, what: str) -> KvstoreError:
         """Translate gRPC's error."""
         code, details = error.code, error.details
-        kind = "permission" if any(words in details for words in _ABOUT_US) else _KINDS.get(code, "protocol")
+        kind = _KINDS.get(code, "protocol")
+        if any(words in details for words in _ABOUT_US):
+            kind = "permission"
         if kind == "protocol" and "context deadline exceeded" in details:
             kind = "timeout"  # how a member without a leader says it
         reason = details.removeprefix("etcdserver: ") or code.name.lower().replace("_", " ")

@@ -15,7 +15,7 @@ from lazymesh.tasks import FairShare
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence
 
-    from lazymesh.core.audit import Window
+    from lazymesh.core.audit import Verdict, Window
     from lazymesh.core.model import Address, Direction
     from lazymesh.core.resolver import Resolver
     from lazymesh.datapath.maps import CounterMap, WindowMap
@@ -96,7 +96,7 @@ class Auditor:
         verdict = self._verdict(window.direction, identity)
         return Finding(window, known.cluster if known else None, identity, verdict, open_)
 
-    def _verdict(self, direction: Direction, identity: int | None) -> str:
+    def _verdict(self, direction: Direction, identity: int | None) -> Verdict:
         if identity is None or self._allows is None:
             return "unknown"
         return "allowed" if self._allows(direction, identity) else "denied"

@@ -34,7 +34,7 @@ log = structlog.get_logger()
 
 QUIET_S = 60.0
 """The same refusal of the same address is logged once in this time."""
-_GOOD = frozenset({"installed", "updated"})
+_GOOD: frozenset[events.Outcome] = frozenset({"installed", "updated"})
 _REFUSALS = frozenset({Reason.FORGED, Reason.MALFORMED, Reason.AMBIGUOUS, Reason.NOT_OURS, Reason.MAP_FULL})
 """Answers that a person should look into."""
 

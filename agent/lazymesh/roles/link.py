@@ -239,7 +239,7 @@ class ClusterLink:
 
     def _on_read(self, command: events.Read, outcome: Values | KvstoreError) -> None:
         if isinstance(outcome, KvstoreError):
-            kind = outcome.kind
+            kind: events.ReadFailure = outcome.kind
             if self._is_for_owner(command) and self.owner_problem:
                 kind = "owner"
             else:

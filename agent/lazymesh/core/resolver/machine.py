@@ -38,10 +38,10 @@ if TYPE_CHECKING:
     from lazymesh.core.resolver.tracked import Link
 
 
-_APART = frozenset({"exhausted", "permission"})
+_APART: frozenset[ev.ReadFailure] = frozenset({"exhausted", "permission"})
 """Why a /24 could not be read that may not stand against its addresses alone."""
 
-_WELL = frozenset({"permission", "owner"})
+_WELL: frozenset[ev.ReadFailure] = frozenset({"permission", "owner"})
 """Of these the store that is followed is well: it is our certificate that is not, or the owner's own behind a cache."""
 
 

@@ -1,6 +1,6 @@
 """The moves of one address: begin, read, settle, install, refuse, drop, forget.
 
-``resolver`` and ``lifecycle`` decide on which event which address makes which move. Here a move is carried
+``machine`` and ``lifecycle`` decide on which event which address makes which move. Here a move is carried
 through, so that all books agree when it is over: phase, queue, ledger, negative cache, watches, and the
 commands that tell the shell.
 """
@@ -11,7 +11,7 @@ from itertools import groupby
 from operator import attrgetter
 from typing import TYPE_CHECKING
 
-from lazymesh.core.events import Command, Evict, Install, Report, Unwatch
+from lazymesh.core.events import Command, Evict, Install, Outcome, Report, Unwatch
 from lazymesh.core.model import Reason
 from lazymesh.core.records import entry_of
 from lazymesh.core.resolver.judge import Judge, Refusal
@@ -28,7 +28,7 @@ if TYPE_CHECKING:
     from lazymesh.core.resolver.negatives import Negatives
     from lazymesh.core.resolver.tracked import Link
 
-_OUTCOMES = {
+_OUTCOMES: dict[Reason, Outcome] = {
     Reason.READ_FAILED: "failed",
     Reason.MAP_FULL: "failed",
     Reason.INSTALL_FAILED: "failed",
@@ -256,7 +256,13 @@ class Moves:
         self.forget(tracked)
 
     def report(
-        self, tracked: Tracked, outcome: str, reason: Reason | None, detail: str = "", *, cached: bool = False
+        self,
+        tracked: Tracked,
+        outcome: Outcome,
+        reason: Reason | None,
+        detail: str = "",
+        *,
+        cached: bool = False,
     ) -> None:
         """Tell how it ended; the miss that waited for it, if any, is answered by this."""
         self._report((tracked,), outcome, reason, detail, cached=cached)
@@ -264,7 +270,7 @@ class Moves:
     def _report(
         self,
         some: Sequence[Tracked],
-        outcome: str,
+        outcome: Outcome,
         reason: Reason | None,
         detail: str = "",
         *,
