@@ -10,7 +10,7 @@ from typing import Any, ClassVar
 import click
 from click.core import ParameterSource
 
-from lazymesh.core.words import read_words
+from lazymesh.core.plainyaml import read_plain_yaml
 from lazymesh.errors import SettingsError
 from lazymesh.settings import DEFAULT_BPFFS, DEFAULT_SOCKET
 
@@ -112,7 +112,7 @@ def _read_config(ctx: click.Context, me: click.Parameter, path: Path | None) -> 
     if path is None:
         return
     try:
-        content = read_words(path.read_text(encoding="utf-8"), once=True) or {}
+        content = read_plain_yaml(path.read_text(encoding="utf-8"), unique_keys=True) or {}
     except OSError as exc:
         raise SettingsError(f"--config {path}: {exc.strerror}") from exc
     except ValueError as exc:

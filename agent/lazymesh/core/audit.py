@@ -39,7 +39,7 @@ class Window:
 
 
 @dataclass(frozen=True, slots=True)
-class Finding:
+class AuditedWindow:
     """A window, and what is known of it now."""
 
     window: Window
@@ -54,7 +54,7 @@ class Finding:
 
 @dataclass(slots=True)
 class AuditLog:
-    """Findings in the order in which the windows were closed."""
+    """Closed windows, in the order in which they were closed."""
 
     complete_since: float = 0.0
     """Whose last packet came before that may not be remembered."""
@@ -65,16 +65,16 @@ class AuditLog:
     seconds_total: float = 0.0
     forgotten_total: int = 0
     """Windows that were not closed, but had to make room for others: what went through them is in no sum."""
-    _findings: deque[Finding] = field(default_factory=lambda: deque(maxlen=KEEP))
+    _closed: deque[AuditedWindow] = field(default_factory=lambda: deque(maxlen=KEEP))
 
-    def close(self, finding: Finding) -> None:
+    def close(self, audited: AuditedWindow) -> None:
         """Record a closed window."""
         self.windows_total += 1
-        self.packets_total += finding.window.packets
-        self.seconds_total += finding.window.seconds
-        if len(self._findings) == KEEP:
-            self.complete_since = max(self.complete_since, self._findings[0].window.last)
-        self._findings.append(finding)
+        self.packets_total += audited.window.packets
+        self.seconds_total += audited.window.seconds
+        if len(self._closed) == KEEP:
+            self.complete_since = max(self.complete_since, self._closed[0].window.last)
+        self._closed.append(audited)
 
     def compare(self, opened: int, open_now: int, now: float) -> None:
         """Learn whether the kernel has forgotten any, from how many it has opened and then, a moment later, had open.
@@ -86,6 +86,6 @@ class AuditLog:
             self.forgotten_total = forgotten
             self.complete_since = now
 
-    def since(self, moment: float) -> Iterator[Finding]:
+    def since(self, moment: float) -> Iterator[AuditedWindow]:
         """Yield what was still open at that moment, or later."""
-        return (finding for finding in self._findings if finding.window.last >= moment)
+        return (audited for audited in self._closed if audited.window.last >= moment)

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
-from lazymesh.core.words import read_words
+from lazymesh.core.plainyaml import read_plain_yaml
 from lazymesh.errors import SettingsError
 
 
@@ -128,7 +128,7 @@ def parse_config(text: str, source: str) -> EtcdConfig:
 
 def _mapping(text: str, source: str) -> dict[str, Any]:
     try:
-        words = read_words(text)
+        words = read_plain_yaml(text)
     except ValueError as exc:
         raise SettingsError(f"{source}: {exc}; expected an etcd client configuration") from exc
     if not isinstance(words, dict):

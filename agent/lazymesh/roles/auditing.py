@@ -7,7 +7,7 @@ import time
 from datetime import UTC, datetime, timedelta
 from typing import TYPE_CHECKING, Any
 
-from lazymesh.core.audit import AuditLog, Finding
+from lazymesh.core.audit import AuditedWindow, AuditLog
 from lazymesh.core.model import format_address
 from lazymesh.datapath.maps import window_of
 from lazymesh.tasks import FairShare
@@ -90,11 +90,11 @@ class Auditor:
         self.log.compare(opened, len(elements), time.monotonic())
         return elements
 
-    def _finding(self, window: Window, open_: bool) -> Finding:
+    def _finding(self, window: Window, open_: bool) -> AuditedWindow:
         known = self._resolver.describe(window.address)
         identity = known.entry.identity if known and known.entry else None
         verdict = self._verdict(window.direction, identity)
-        return Finding(window, known.cluster if known else None, identity, verdict, open_)
+        return AuditedWindow(window, known.cluster if known else None, identity, verdict, open_)
 
     def _verdict(self, direction: Direction, identity: int | None) -> Verdict:
         if identity is None or self._allows is None:
@@ -102,7 +102,7 @@ class Auditor:
         return "allowed" if self._allows(direction, identity) else "denied"
 
 
-def _as_object(finding: Finding) -> dict[str, Any]:
+def _as_object(finding: AuditedWindow) -> dict[str, Any]:
     window = finding.window
     return {
         "address": format_address(window.address),

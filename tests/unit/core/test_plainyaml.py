@@ -1,4 +1,4 @@
-"""YAML files read as the words that stand in them."""
+"""YAML files whose scalars stay text."""
 
 from __future__ import annotations
 
@@ -8,30 +8,30 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from lazymesh.core.words import read_words
+from lazymesh.core.plainyaml import read_plain_yaml
 
 
 @pytest.mark.parametrize(
     "word", ["no", "off", "010", "1:30", "1e3", "2024-01-31", "nobody", "Nullable", "=", "0x1F"]
 )
-def test_a_word_is_the_text_it_is(word: str) -> None:
+def test_a_scalar_is_the_text_as_written(word: str) -> None:
     """YAML makes booleans, numbers, dates and times of most of these."""
-    assert read_words(f"key: {word}") == {"key": word}
+    assert read_plain_yaml(f"key: {word}") == {"key": word}
 
 
 @pytest.mark.parametrize("word", ["", "~", "null", "Null", "NULL"])
 def test_null_alone_is_none(word: str) -> None:
     """In quotes it is a text as well."""
-    assert read_words(f"key: {word}") == {"key": None}
-    assert read_words(f"key: '{word}'") == {"key": word}
+    assert read_plain_yaml(f"key: {word}") == {"key": None}
+    assert read_plain_yaml(f"key: '{word}'") == {"key": word}
 
 
 def test_a_key_that_occurs_twice_is_refused_where_that_is_wanted() -> None:
     """At any depth; YAML takes the last without a word."""
     twice = "a: 1\nb:\n  c: 2\n  c: 3\n"
-    assert read_words(twice) == {"a": "1", "b": {"c": "3"}}
+    assert read_plain_yaml(twice) == {"a": "1", "b": {"c": "3"}}
     with pytest.raises(ValueError, match=r"^line 4: not YAML \('c' occurs twice\)$"):
-        read_words(twice, once=True)
+        read_plain_yaml(twice, unique_keys=True)
 
 
 @pytest.mark.parametrize(
@@ -48,16 +48,16 @@ def test_a_key_that_occurs_twice_is_refused_where_that_is_wanted() -> None:
         pytest.param("*nowhere", "not YAML", id="an alias of nothing"),
     ],
 )
-@pytest.mark.parametrize("once", [False, True])
-def test_what_is_no_yaml_is_said_in_one_line(text: str, said: str, once: bool) -> None:
+@pytest.mark.parametrize("unique_keys", [False, True])
+def test_what_is_not_yaml_is_refused_in_one_line(text: str, said: str, unique_keys: bool) -> None:
     """Also what PyYAML raises beside its own errors."""
     with pytest.raises(ValueError, match=r"^[^\n]+$") as caught:
-        read_words(text, once=once)
+        read_plain_yaml(text, unique_keys=unique_keys)
     assert said in str(caught.value)
 
 
 @given(st.text(alphabet='aN~n:-[]{}"\\Ux0%\n ?!&*|>', max_size=40), st.booleans())
-def test_whatever_it_is_it_is_read_or_refused(text: str, once: bool) -> None:
+def test_any_text_is_read_or_refused(text: str, unique_keys: bool) -> None:
     """Nothing but texts and None comes out."""
 
     def check(found: Any) -> None:
@@ -72,7 +72,7 @@ def test_whatever_it_is_it_is_read_or_refused(text: str, once: bool) -> None:
             assert found is None or isinstance(found, str)
 
     try:
-        found = read_words(text, once=once)
+        found = read_plain_yaml(text, unique_keys=unique_keys)
     except ValueError:
         return
     check(found)
