@@ -63,8 +63,8 @@ class Backlog:
         if urgent:
             lane.misses.add(waiting)
         else:
-            lane.proofs.add([each for each in waiting if each.address in link.unproven])
-            lane.checks.add([each for each in waiting if each.address not in link.unproven])
+            lane.adopted.add([each for each in waiting if each.address in link.adopted])
+            lane.checks.add([each for each in waiting if each.address not in link.adopted])
         if lane:
             (self.busy if link.state is LinkState.READY else self._parked)[link.name] = link
         link.missed += lane.misses.count - before
@@ -81,7 +81,7 @@ class Backlog:
             or link.in_flight >= self._limits.transactions_in_flight
             or len(some) >= self._limits.whole_at
             or len(some) * len(spaces) > self._limits.keys_per_transaction
-            or self._proves(link, now)
+            or self._only_adopted(link, now)
             or not link.reading.keys().isdisjoint([tracked.address for tracked in some])
         ):
             return None
@@ -95,7 +95,7 @@ class Backlog:
         if lane.misses.remove(address):
             link.missed -= 1
             self.missed -= 1
-        elif not lane.proofs.remove(address) and not lane.checks.remove(address):
+        elif not lane.adopted.remove(address) and not lane.checks.remove(address):
             raise RuntimeError(f"address {address.hex()} waits for no read")
 
     def overflow(self) -> Tracked | None:
@@ -132,13 +132,13 @@ class Backlog:
         """Add one read of the cluster's, if there is one that may be sent; tell whether there may be another."""
         if link.in_flight >= self._limits.transactions_in_flight or not link.breaker.admits(now):
             return False
-        proving = self._proves(link, now)
+        only_adopted = self._only_adopted(link, now)
         whole_at = self._limits.whole_at if now >= link.whole_after else None
         for spaces, lane in link.lanes.items():
             room = max(1, self._limits.keys_per_transaction // len(spaces))
             before = lane.misses.count
-            if proving:
-                batch = lane.take_proofs(room, whole_at)
+            if only_adopted:
+                batch = lane.take_adopted(room, whole_at)
             else:
                 batch = lane.take(room, whole_at, with_checks=now >= link.checks_after)
             taken = batch.taken()
@@ -175,6 +175,6 @@ class Backlog:
         del self.busy[link.name]
         return False
 
-    def _proves(self, link: Link, now: float) -> bool:
-        """Tell whether nothing is to be read but entries of an earlier life: also not while their answers are due."""
-        return bool(link.unproven) and now < link.ready_at + self._limits.prove_first
+    def _only_adopted(self, link: Link, now: float) -> bool:
+        """Return whether only adopted entries may be read, which holds until the last of them is answered."""
+        return bool(link.adopted) and now < link.ready_at + self._limits.adopted_first

@@ -32,8 +32,8 @@ class Lifecycle:
     ) -> None:
         """``breaker`` makes a new one for each cluster."""
         self.links: dict[str, Link] = {}
-        self._strangers: dict[int, Link] = {}
-        """By the id that the journal has: clusters that have entries of an earlier life, and have not joined so far."""
+        self._unjoined: dict[int, Link] = {}
+        """By the id in the journal: clusters that have adopted entries and have not joined so far."""
         self._breaker = breaker
         self._judge = judge
         self._backlog = backlog
@@ -52,27 +52,27 @@ class Lifecycle:
         cluster = self._judge.table.by_id(cluster_id)
         if cluster is not None:
             return self.link(cluster.name)
-        if cluster_id not in self._strangers:
-            self._strangers[cluster_id] = Link(f"id {cluster_id}", self._breaker(), stranger=cluster_id)
-        return self._strangers[cluster_id]
+        if cluster_id not in self._unjoined:
+            self._unjoined[cluster_id] = Link(f"id {cluster_id}", self._breaker(), unjoined_id=cluster_id)
+        return self._unjoined[cluster_id]
 
     def introduce(self) -> None:
-        """Give clusters that have joined the entries that an earlier life has left of them."""
-        for cluster_id, stranger in list(self._strangers.items()):
+        """Give clusters that have joined the entries that were adopted under their ids."""
+        for cluster_id, unjoined in list(self._unjoined.items()):
             if (cluster := self._judge.table.by_id(cluster_id)) is not None:
                 link = self.link(cluster.name)
-                for tracked in stranger.members.values():
+                for tracked in unjoined.members.values():
                     tracked.link = link
-                link.members |= stranger.members
-                link.unproven |= stranger.unproven
-                del self._strangers[cluster_id]
+                link.members |= unjoined.members
+                link.adopted |= unjoined.adopted
+                del self._unjoined[cluster_id]
 
     def all_listed(self, _event: AllListed, _now: float) -> None:
-        """Evict what is of clusters that will not join any more."""
-        for stranger in self._strangers.values():
-            for tracked in list(stranger.members.values()):
+        """Evict the entries of clusters that will not join any more."""
+        for unjoined in self._unjoined.values():
+            for tracked in list(unjoined.members.values()):
                 self._moves.drop(tracked, "cluster-gone", Reason.NO_CLUSTER)
-        self._strangers.clear()
+        self._unjoined.clear()
 
     def ready(self, event: ClusterReady, now: float) -> None:
         """Let go what waited for the cluster, and read again what is known of it; repeated: nothing new."""

@@ -68,7 +68,7 @@ class Limits:
     """Where the doubling ends."""
     stale_after: float = 600.0
     """An entry that could not be verified for so long is evicted: its address may long be somebody else's."""
-    prove_first: float = 1.0
+    adopted_first: float = 1.0
     """For so long, while entries of an earlier life are read again, nothing else of their cluster is: what changed
     while no agent ran is corrected before anything new is installed. A bound, because a full budget of entries and a
     store far away would keep first packets waiting for long."""

@@ -191,7 +191,7 @@ class Resolver:
         A cluster that has not joined, and to which the operator gave them, may be any id that has not.
         """
         asked = self._asked(owners)
-        if link is None or link.stranger:
+        if link is None or link.unjoined_id:
             return asked is None and (link is None or len(owners) == 1)
         return asked is not None and asked.name == link.name
 
@@ -258,12 +258,12 @@ class Resolver:
         if cluster is not None:
             self._moves.settle_all(landed, link, cluster, now)
         believed = link.state is LinkState.READY and self._ledger.in_doubt
-        if not link.unproven and not believed:
+        if not link.adopted and not believed:
             return
         for tracked in landed:
             if tracked.fetch is not Fetch.IDLE:
                 continue  # the next group is being asked, and may know more
-            link.unproven.discard(tracked.address)
+            link.adopted.discard(tracked.address)
             if believed and tracked.entry is not None:
                 self._ledger.trust(tracked)
 
@@ -297,7 +297,7 @@ class Resolver:
         for tracked in self._land(link, failure.addresses):
             if tracked is None:
                 continue
-            link.unproven.discard(tracked.address)
+            link.adopted.discard(tracked.address)
             if tracked.withdrawn:
                 self._moves.refuse(tracked, Reason.NOT_FOUND, "", now)
             elif tracked.waiting:
@@ -392,7 +392,7 @@ class Resolver:
         tracked.move(Phase.INSTALLED)
         self._ledger.own([tracked], event.entry)
         self._ledger.doubt([tracked], now)
-        link.unproven.add(event.address)
+        link.adopted.add(event.address)
         cluster = self._judge.table.cluster(link.name)
         if link.state is LinkState.READY and cluster is not None:
             self._moves.read(tracked, cluster.spaces[0])

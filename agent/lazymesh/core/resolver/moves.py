@@ -78,7 +78,7 @@ class Moves:
             if tracked.watched:
                 self.out.append(Unwatch(link.name, tracked.address))
             del link.members[tracked.address]
-            link.unproven.discard(tracked.address)
+            link.adopted.discard(tracked.address)
             # Whoever still holds the object further up the stack must find nothing to act upon.
             tracked.link = None
         if tracked.phase is Phase.ABSENT:
@@ -165,8 +165,8 @@ class Moves:
         link, cluster = tracked.link, self._cluster(tracked)
         if cluster is not None:
             self._install([tracked], entry, cluster.cluster_id, now)
-        elif link is not None and link.stranger:
-            self._install([tracked], entry, link.stranger, now)
+        elif link is not None and link.unjoined_id:
+            self._install([tracked], entry, link.unjoined_id, now)
 
     def _install(self, some: list[Tracked], entry: Entry, cluster_id: int, now: float) -> None:
         """Do the same for addresses of one cluster; those that have no link were given up since they were chosen."""

@@ -156,8 +156,8 @@ class Link:
 
     name: str
     breaker: Breaker
-    stranger: int = 0
-    """The id of a cluster that has not joined in this life, and whose name nobody knows; 0: it is known by its name."""
+    unjoined_id: int = 0
+    """The id of a cluster that has not joined in this life and whose name is unknown; 0: it is known by its name."""
     state: LinkState = LinkState.CONNECTING
     in_flight: int = 0
     """Transactions sent and not answered."""
@@ -167,8 +167,8 @@ class Link:
     """What is in flight; outlives the address itself, so that forgetting an address never doubles its read.
     VOID stands for a read that was sent to a store that no longer is, or for an address that was forgotten."""
     lanes: dict[tuple[Space, ...], Lane[Tracked]] = field(default_factory=dict)
-    unproven: set[Address] = field(default_factory=set)
-    """Addresses with an entry of an earlier life of the agent that no read has ended for yet."""
+    adopted: set[Address] = field(default_factory=set)
+    """Addresses with an adopted entry for which no read has ended yet."""
     checks_after: float = -math.inf
     """No checks are sent before: the last one failed, or all nodes would ask at once."""
     ready_at: float = -math.inf

@@ -2,8 +2,8 @@
 
 A lane holds the addresses that wait for one read group. Misses go first, because packets wait for them; re-reads of
 known addresses (*checks*) take what room is left, but at least a quarter, so that a storm of misses cannot keep old
-entries unverified. Before both go those of entries that an earlier life of the agent has left (*proofs*): their records
-may have changed while nobody looked. What is sent when is decided in ``backlog``.
+entries unverified. Re-reads of *adopted* entries, left by an earlier life of the agent, go before both: their records
+may have changed while no agent ran. What is sent when is decided in ``backlog``.
 
 A store finds the records of a whole /24 in one range in the time of some fifty single keys (measured, etcd 3.4). So
 where more pods of one node wait, their /24 is read whole. Not so with IPv6: the keys of a /120 need not lie together,
@@ -122,22 +122,22 @@ class Lane(Generic[_T]):
 
     misses: Waiting[_T] = field(default_factory=Waiting)
     checks: Waiting[_T] = field(default_factory=Waiting)
-    proofs: Waiting[_T] = field(default_factory=Waiting)
-    """Checks of entries that an earlier life of the agent has left: they go before everything else."""
+    adopted: Waiting[_T] = field(default_factory=Waiting)
+    """Checks of adopted entries, which go before everything else."""
 
     def __len__(self) -> int:
-        return self.misses.count + self.checks.count + self.proofs.count
+        return self.misses.count + self.checks.count + self.adopted.count
 
-    def take_proofs(self, room: int, whole_at: int | None) -> Batch[_T]:
-        """Remove and return addresses whose entries are of an earlier life (as ``Waiting.take``)."""
+    def take_adopted(self, room: int, whole_at: int | None) -> Batch[_T]:
+        """Remove and return addresses whose entries were adopted (as ``Waiting.take``)."""
         batch: Batch[_T] = Batch()
-        self.proofs.take(batch, room, whole_at)
+        self.adopted.take(batch, room, whole_at)
         return batch
 
     def take(self, room: int, whole_at: int | None, *, with_checks: bool) -> Batch[_T]:
         """Remove and return addresses (as ``Waiting.take``)."""
-        if self.proofs.count:  # they have had their time
-            self.proofs.move_to(self.checks)
+        if self.adopted.count:  # they have had their time
+            self.adopted.move_to(self.checks)
         checks = min(self.checks.count, max(room // 4, room - self.misses.count)) if with_checks else 0
         batch: Batch[_T] = Batch()
         self.misses.take(batch, room - checks, whole_at)

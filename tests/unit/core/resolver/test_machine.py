@@ -869,9 +869,9 @@ def test_an_entry_in_a_cidr_that_the_operator_gave_to_a_cluster_that_is_away_is_
     """Whose id the journal has is not known before; then it is that cluster's, or nobody's."""
     away = Play(table=mesh([info("c")])) >> Adopted(B1, entry(), 2) >> TableChanged(mesh([info("c")]))
     (away >> TableChanged(mesh()) >> ClusterReady("b") << read(B1)).end()
-    stranger = Play(table=mesh([info("c")])) >> Adopted(B1, entry(), 7) >> TableChanged(mesh([info("c")]))
-    stranger = stranger >> TableChanged(mesh()) << evict(B1, "no-cluster")
-    (stranger << report(B1, "evicted", detail="no-cluster", cluster="id 7")).end()
+    unjoined = Play(table=mesh([info("c")])) >> Adopted(B1, entry(), 7) >> TableChanged(mesh([info("c")]))
+    unjoined = unjoined >> TableChanged(mesh()) << evict(B1, "no-cluster")
+    (unjoined << report(B1, "evicted", detail="no-cluster", cluster="id 7")).end()
 
 
 def test_an_entry_adopted_before_the_nodes_are_listed_stays_when_they_are() -> None:
@@ -946,8 +946,8 @@ def test_a_miss_during_an_update_is_answered_by_its_result() -> None:
 def test_all_events_have_a_handler() -> None:
     """Every kind of event that the shell may send is understood, also about clusters never heard of."""
     story = Play(identities=ALL_IDENTITIES)
-    strangers = [answered(1, {B1: None}, cluster="z"), failed(B1, cluster="z"), stands(B1)]
-    for event in itertools.chain(strangers, [put(B1, 1), IdentitiesKnown((5,)), IdentityGone(5)]):
+    unknown = [answered(1, {B1: None}, cluster="z"), failed(B1, cluster="z"), stands(B1)]
+    for event in itertools.chain(unknown, [put(B1, 1), IdentitiesKnown((5,)), IdentityGone(5)]):
         story >> event
     story.end()
 
