@@ -1,7 +1,8 @@
 """The errors that reach a person, each one line: what is wrong and what to do about it.
 
-Adapters (datapath, kvstore, roles) translate at their edge and chain the cause; the command line alone prints
-the line and picks the exit code. The core raises none of these: what it expects to go wrong are events.
+Adapters (datapath, kvstore, roles) translate at their edge and chain the cause; only the command line prints
+the line and picks the exit code. The core raises none of these, except SettingsError for a policy file: what it
+expects to go wrong arrives as events.
 """
 
 from typing import Literal
@@ -17,13 +18,13 @@ class LazymeshError(Exception):
 
 
 class SettingsError(LazymeshError):
-    """The words given by the user are wrong: an option, a file's content, a combination."""
+    """What the user gave is wrong: an option, a file's content, a combination."""
 
     exit_code = 2
 
 
 class DatapathError(LazymeshError):
-    """The kernel half refused: load, attach, pin, or a map operation."""
+    """The kernel side refused: load, attach, pin, or a map operation."""
 
 
 class MapFullError(DatapathError):

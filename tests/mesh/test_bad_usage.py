@@ -221,10 +221,10 @@ def test_malformed_clustermesh_file(lab: Lab, text: str, words: str) -> None:
 @pytest.mark.parametrize(
     ("text", "words"),
     [
-        ("", "no policy in it"),
+        ("", "no policy found"),
         ("kind: [", "not YAML"),
         ("apiVersion: v1\nkind: ConfigMap\nmetadata: {name: x}\n", "only cilium.io/v2"),
-        (POLICY.replace("toEndpoints", "toFQDNs"), "'toFQDNs' is not understood"),
+        (POLICY.replace("toEndpoints", "toFQDNs"), "'toFQDNs' is not supported"),
     ],
 )
 def test_malformed_policy(lab: Lab, text: str, words: str) -> None:

@@ -93,8 +93,8 @@ def test_cluster_that_gets_another_id_is_followed_under_it(
 @pytest.mark.parametrize(
     ("words", "problem"),
     [
-        pytest.param({"id": 1}, "cluster id 1 is that of this cluster", id="our own id"),
-        pytest.param({"id": 2}, "cluster id 2 is that of b", id="the id of another cluster"),
+        pytest.param({"id": 1}, "cluster id 1 is already used by this cluster", id="our own id"),
+        pytest.param({"id": 2}, "cluster id 2 is already used by b", id="the id of another cluster"),
         pytest.param({"id": 0}, "cluster id is not in 1..255", id="no id"),
         pytest.param({"id": 256}, "cluster id is not in 1..255", id="an id beyond the mesh's size"),
         pytest.param({"maxConnectedClusters": 511}, "ours is 255", id="a mesh of another size"),

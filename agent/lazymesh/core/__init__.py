@@ -1,1 +1,1 @@
-"""The pure core: state machines and decisions, no I/O, no clock, no threads, no randomness of its own."""
+"""The pure core: state machines and decisions, without I/O, clock, threads or randomness of its own."""

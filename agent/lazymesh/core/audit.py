@@ -1,6 +1,6 @@
 """The open window: what went through as world while an address had no entry, and what policy would have said.
 
-A bounded record of closed windows, and the sums for the metrics. Times are seconds of the monotonic clock; whoever
+A bounded log of closed windows, and the sums for the metrics. Times are seconds of the monotonic clock; the code that
 shows them to a person turns them into dates.
 """
 
@@ -23,7 +23,7 @@ KEEP = 10_000
 
 @dataclass(frozen=True, slots=True)
 class Window:
-    """What one address let through before it had its entry."""
+    """What passed for one address before it had its entry."""
 
     address: Address
     direction: Direction
@@ -40,16 +40,16 @@ class Window:
 
 @dataclass(frozen=True, slots=True)
 class AuditedWindow:
-    """A window, and what is known of it now."""
+    """A window, and what is known about it now."""
 
     window: Window
     cluster: str | None
     identity: int | None
-    """The peer's identity, once known; None for an address that was never resolved."""
+    """The peer's identity, if known; None for an address that was never resolved."""
     verdict: Verdict
-    """What policy says of that identity."""
+    """What policy says about that identity."""
     open: bool
-    """Nothing has closed it: the address has no entry still."""
+    """Nothing has closed it: the address still has no entry."""
 
 
 @dataclass(slots=True)
@@ -57,14 +57,14 @@ class AuditLog:
     """Closed windows, in the order in which they were closed."""
 
     complete_since: float = 0.0
-    """Whose last packet came before that may not be remembered."""
+    """Windows whose last packet came before this may have been forgotten."""
     gone_before: int = 0
-    """Windows that the kernel had opened, and that were not open any more, when the log was begun."""
+    """Windows that the kernel had opened, and that were no longer open, when the log began."""
     windows_total: int = 0
     packets_total: int = 0
     seconds_total: float = 0.0
     forgotten_total: int = 0
-    """Windows that were not closed, but had to make room for others: what went through them is in no sum."""
+    """Windows that had to make room for others before they were closed: what went through them is in no sum."""
     _closed: deque[AuditedWindow] = field(default_factory=lambda: deque(maxlen=KEEP))
 
     def close(self, audited: AuditedWindow) -> None:
@@ -77,9 +77,9 @@ class AuditLog:
         self._closed.append(audited)
 
     def compare(self, opened: int, open_now: int, now: float) -> None:
-        """Learn whether the kernel has forgotten any, from how many it has opened and then, a moment later, had open.
+        """Work out whether the kernel has forgotten any, from how many it had opened and, a moment later, had open.
 
-        Never too many: what was opened in that moment only hides some, until next time.
+        Never counts too many: windows opened in that moment only hide forgotten ones until next time.
         """
         forgotten = opened - self.gone_before - self.windows_total - open_now
         if forgotten > self.forgotten_total:
@@ -87,5 +87,5 @@ class AuditLog:
             self.complete_since = now
 
     def since(self, moment: float) -> Iterator[AuditedWindow]:
-        """Yield what was still open at that moment, or later."""
+        """Yield the windows that were still open at that moment, or later."""
         return (audited for audited in self._closed if audited.window.last >= moment)

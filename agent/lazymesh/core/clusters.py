@@ -1,15 +1,15 @@
-"""Whose pod is this address? The clusters of the mesh and the pod CIDRs that they claim.
+"""Which cluster owns an address: the clusters of the mesh and the pod CIDRs that they claim.
 
 A cluster claims the pod CIDRs of its node records, and those that the operator gives it with ``--mesh-cidr``
-(for platforms whose nodes have none); what the operator gives to a cluster is that cluster's, whatever nodes of
-others claim, and nobody is asked while it is not joined. Else an address has exactly one owner if every CIDR around
-it is claimed by the same cluster; if two clusters claim it, at whatever prefix lengths, it is ambiguous and nobody is
-asked: a wrong owner would mean a wrong identity, so the longer prefix gets no benefit of the doubt (requirements
-R17).
+(for platforms whose nodes have none). What the operator gives to a cluster is that cluster's, whatever nodes of
+others claim, and no cluster is asked while it is not joined. Otherwise an address has exactly one owner if every CIDR
+around it is claimed by the same cluster; if two clusters claim it, at whatever prefix lengths, it is ambiguous and
+neither is asked: a wrong owner would mean a wrong identity, so the longer prefix gets no benefit of the doubt
+(requirements R17).
 
-:class:`MeshState` follows the node records one by one; :class:`ClusterTable` is what it looks like at one
-moment, immutable, for the resolver. Decoding records is left to records.py, reading them and writing the
-kernel's map of mesh CIDRs to the shells.
+:class:`MeshState` follows the node records one by one; :class:`ClusterTable` is an immutable snapshot of it for the
+resolver. Decoding records is left to records.py, reading them and writing the kernel's map of mesh CIDRs to the
+shells.
 """
 
 from __future__ import annotations
@@ -35,18 +35,18 @@ if TYPE_CHECKING:
     _Levels = dict[_Length, _Level]
 
 MOST_CIDRS = 20_000
-"""Of one cluster's nodes: Kubernetes ends at 5,000 nodes, and the kernel's map of all clusters at 131,072."""
+"""For one cluster's nodes: Kubernetes stops at 5,000 nodes, and the kernel's map of all clusters at 131,072 CIDRs."""
 MOST_LENGTHS = 32
-"""Of the prefixes of one cluster's nodes, both families together: a cluster has one or two for each of its pools, and
-IPv4 alone cannot have more than 25. Whoever looks an IPv6 address up pays for each."""
+"""Prefix lengths of one cluster's nodes, both families together: a cluster has one or two for each of its pools, and
+IPv4 alone cannot have more than 25. Each makes the lookup of an IPv6 address dearer."""
 MOST_ADDRESSES = 40_000
-"""Of one cluster's nodes, in any region: as many as 5,000 nodes have, of each of which eight count."""
+"""For one cluster's nodes, in any region: 5,000 nodes with the eight addresses that count for each."""
 _WIDEST = {4: 8, 6: 32}
-"""Bits. No node has more addresses for its pods; one that says so would make everybody's ambiguous."""
+"""Bits. No node has more addresses for its pods; one that claimed more would make other clusters' ambiguous."""
 
 NOBODY = 0
-"""Cluster id where there is nobody to ask: claimed by several, or given to a cluster that is not joined; no cluster of
-a mesh has it."""
+"""Cluster id of CIDRs for which no cluster can be asked: claimed by several, or given to a cluster that is not joined.
+No cluster of a mesh has it."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,13 +57,13 @@ class ClusterInfo:
     cluster_id: int
     identities: IdentityRange
     spaces: tuple[tuple[Space, ...], ...]
-    """Groups of spaces to read one after the other, each group in one transaction; for example
+    """Groups of spaces to read one after another, each group in one transaction; for example
     ``((CACHED,), (PUSHED, PULL_ONLY))``."""
 
 
 @dataclass(frozen=True, slots=True)
 class CidrChanges:
-    """What to do to a map of mesh CIDRs to bring it from one table to another."""
+    """How to bring a map of mesh CIDRs from one table to another."""
 
     written: tuple[tuple[Network, int], ...]
     """New or changed CIDRs with their cluster ids."""
@@ -71,7 +71,7 @@ class CidrChanges:
 
 
 class ClusterTable:
-    """The clusters and what they claim, at one moment; made by :meth:`MeshState.table`."""
+    """A snapshot of the clusters and what they claim; made by :meth:`MeshState.table`."""
 
     __slots__ = ("_by_id", "_clusters", "_levels", "_regions", "_search")
 
@@ -97,7 +97,7 @@ class ClusterTable:
     def owners(self, address: Address) -> tuple[str, ...]:
         """Return the names of the clusters that claim the address: none, one, or several if ambiguous.
 
-        One to which the operator gave it need not be joined.
+        A cluster to which the operator gave it need not be joined.
         """
         value = int.from_bytes(address)
         for shift, prefixes in self._search[len(address)]:
@@ -115,7 +115,7 @@ class ClusterTable:
         return self._by_id.get(cluster_id)
 
     def region_of(self, host_ip: Address) -> str | None:
-        """Return the region of the node with this address; None if unknown, or if nodes disagree."""
+        """Return the region of the node with this address; None if it is unknown, or if nodes disagree."""
         regions = self._regions.get(host_ip, ())
         return regions[0] if len(regions) == 1 else None
 
@@ -147,11 +147,11 @@ class ClusterTable:
 
 
 class _Node(NamedTuple):
-    """What a node contributed, to be taken back when it goes; kept small, a mesh has 30,000."""
+    """What a node contributed, to be taken back when it goes; kept small, as a mesh has 30,000 nodes."""
 
     prefixes: tuple[_Prefix, ...] = ()
     ips: tuple[Address, ...] = ()
-    """None where there is no region: nothing else is looked up by them."""
+    """Empty if the node has no region: nothing else is looked up by them."""
     region: str = ""
 
 
@@ -160,13 +160,13 @@ _K = TypeVar("_K", bound="Hashable")
 
 
 class _Claims(Generic[_K]):
-    """Who claims what. Nodes may claim the same for a while (one is re-created under another name): each counts."""
+    """Which clusters claim what. Nodes may share a claim for a while (one re-created under a new name): each counts."""
 
     def __init__(self) -> None:
         self.names: dict[_K, tuple[str, ...]] = {}
-        """Each name once, in no order; never a set or a dictionary for each key: mostly there is one name."""
+        """Each name once, unordered; a tuple rather than a set for each key, as there is mostly one name."""
         self._more: Counter[tuple[_K, str]] = Counter()
-        """Claims of the same by the same name beyond the first, of which there are hardly any."""
+        """Repeated claims of a key by the same name, beyond the first; there are hardly any."""
 
     def add(self, key: _K, name: str) -> None:
         """Count a claim."""
@@ -193,7 +193,7 @@ class MeshState:
     """The clusters and their nodes as they come and go; the end state does not depend on the order of events.
 
     ``local_id`` is this node's own cluster id, ``explicit`` the CIDRs of ``--mesh-cidr``, which count whether or not
-    their clusters are joined: else one that is down would leave its addresses to whoever claims them.
+    their clusters are joined: otherwise a cluster that is down would leave its addresses to any other that claims them.
     """
 
     def __init__(self, local_id: int = 0, explicit: Iterable[tuple[str, Network]] = ()) -> None:
@@ -204,7 +204,7 @@ class MeshState:
         self._lengths: dict[str, Counter[_Length]] = defaultdict(Counter)
         """By cluster, how many pod CIDRs of each length its nodes have."""
         self._addresses: Counter[str] = Counter()
-        """By cluster, how many addresses of nodes that have a region."""
+        """By cluster, how many addresses its nodes with a region have."""
         self._claims: dict[_Length, _Claims[int]] = defaultdict(_Claims)
         self._owners: _Levels = defaultdict(dict)
         self._regions: _Claims[Address] = _Claims()
@@ -214,9 +214,9 @@ class MeshState:
             self._claim_all(cluster, (prefix,))
 
     def join(self, info: ClusterInfo) -> str | None:
-        """Take the cluster in, or take its new description; return why not, if it is refused.
+        """Add the cluster, or update its description; return why not, if it is refused.
 
-        Under another id than before it starts anew: nodes learned under the old one are forgotten. A refused
+        Under another id than before it starts over: nodes learned under the old one are forgotten. A refused
         cluster is out, whatever it was before.
         """
         known = self._clusters.get(info.name)
@@ -225,7 +225,7 @@ class MeshState:
             known = None
         taken = self._holder_of(info.cluster_id, but=info.name)
         if taken:
-            return f"cluster id {info.cluster_id} is that of {taken}"
+            return f"cluster id {info.cluster_id} is already used by {taken}"
         if not known:
             self._nodes[info.name] = {}
         self._clusters[info.name] = info
@@ -240,18 +240,18 @@ class MeshState:
             self._table = None
 
     def upsert_node(self, node: NodeRecord) -> str | None:
-        """Take a node's record, new or changed; return why not, if it is refused and forgotten."""
+        """Take a node's record, new or changed; if it is refused, forget the node and return why."""
         cluster = self._clusters.get(node.cluster)
         if cluster is None:
             return f"cluster {node.cluster} is not joined"
         if node.cluster_id != cluster.cluster_id:
             self.delete_node(node.cluster, node.name)
-            return f"node {node.name} says cluster id {node.cluster_id}, its cluster {cluster.cluster_id}"
+            return f"node {node.name} says cluster id {node.cluster_id}, but its cluster says {cluster.cluster_id}"
         known = self._nodes[node.cluster].get(node.name, _NOTHING)
         new = _Node(tuple(dict.fromkeys(map(_prefix, node.pod_cidrs))))
         if node.region and node.node_ips:
             new = _Node(new.prefixes, tuple(dict.fromkeys(node.node_ips)), node.region)
-        if new == known:  # a restarted kvstoremesh writes every record anew
+        if new == known:  # a restarted kvstoremesh rewrites every record
             return None
         refusal = next(filter(None, map(_why_none, node.pod_cidrs)), None) or self._too_much(node, new, known)
         if refusal or new == _NOTHING:
@@ -264,7 +264,7 @@ class MeshState:
         return None
 
     def delete_node(self, cluster: str, name: str) -> None:
-        """Forget a node; nothing happens if it is not known."""
+        """Forget a node, if it is known."""
         node = self._nodes.get(cluster, {}).pop(name, None)
         if node:
             self._forget(cluster, node)
@@ -275,7 +275,7 @@ class MeshState:
         return set(self._nodes.get(cluster, ()))
 
     def table(self) -> ClusterTable:
-        """Return the present state; the same object as last time if nothing was changed since."""
+        """Return the present state; the same object as last time if nothing has changed since."""
         if self._table is None:
             self._settle()
             levels = {length: dict(prefixes) for length, prefixes in self._owners.items()}
@@ -291,14 +291,14 @@ class MeshState:
         return None
 
     def _too_much(self, node: NodeRecord, new: _Node, known: _Node) -> str | None:
-        """Return why the cluster must not have this node in place of the known one; None if it may."""
+        """Return why the node must not replace what is known of it; None if it may."""
         lengths = self._lengths[node.cluster]
         if lengths.total() + len(new.prefixes) - len(known.prefixes) > MOST_CIDRS:
             return f"more than {MOST_CIDRS} pod CIDRs in one cluster"
         if len(lengths.keys() | {length for length, _ in new.prefixes}) > MOST_LENGTHS:
             return f"pod CIDRs of more than {MOST_LENGTHS} lengths in one cluster"
         if self._addresses[node.cluster] + len(new.ips) - len(known.ips) > MOST_ADDRESSES:
-            return f"more than {MOST_ADDRESSES} addresses of nodes in one cluster"
+            return f"more than {MOST_ADDRESSES} node addresses in one cluster"
         return None
 
     def _remember(self, cluster: str, node: _Node) -> None:
@@ -309,7 +309,7 @@ class MeshState:
             self._regions.add(address, node.region)
 
     def _forget(self, cluster: str, node: _Node) -> None:
-        self._lengths[cluster] -= Counter([length for length, _ in node.prefixes])  # what is at zero goes
+        self._lengths[cluster] -= Counter([length for length, _ in node.prefixes])  # drops those at zero
         self._addresses[cluster] -= len(node.ips)
         self._unclaim_all(cluster, node.prefixes)
         for address in node.ips:
@@ -326,7 +326,7 @@ class MeshState:
             self._touched[length].add(value)
 
     def _settle(self) -> None:
-        """Work out anew who owns the touched prefixes, and all inside of one that has changed: the widest first."""
+        """Recompute who owns the touched prefixes, and all prefixes inside one that has changed: the widest first."""
         changed: dict[_Length, set[int]] = {}
         for length in sorted(self._claims):
             claimed, owners = self._claims[length].names, self._owners[length]
@@ -340,7 +340,7 @@ class MeshState:
                     changes.add(value)
             if changes:
                 changed[length] = changes
-            if not claimed:  # what nobody has must not be looked into for every address
+            if not claimed:  # an unused length must not cost every lookup
                 del self._claims[length], self._owners[length]
         self._touched.clear()
 
@@ -353,7 +353,7 @@ class MeshState:
         }
 
     def _wider(self, length: _Length) -> list[tuple[int, _Level]]:
-        """Return the owners of wider prefixes, those of the longest first, with how many bits these are shorter."""
+        """Return the owners of wider prefixes, the longest first, each with how many bits shorter they are."""
         return [
             (length[1] - bits, owners)
             for (size, bits), owners in sorted(self._owners.items(), reverse=True)
@@ -366,12 +366,12 @@ class MeshState:
             for name, ((size, bits), first) in self._explicit
             if size == length[0] and bits <= length[1] and value >> length[1] - bits == first
         }
-        if names:  # the operator's word, which no record of another cluster makes ambiguous
+        if names:  # the operator has decided: no record of another cluster makes it ambiguous
             return tuple(sorted(names))
         names.update(self._claims[length].names[value])
         for bits, owners in wider:
             around = owners.get(value >> bits)
-            if around:  # by all that lie around it in turn
+            if around:  # it includes the claims of all that lie around it in turn
                 names.update(around)
                 break
         return tuple(sorted(names))
@@ -382,7 +382,7 @@ def _why_none(network: Network) -> str | None:
     if network.prefixlen < _WIDEST[network.version]:
         return f"pod CIDR {network} is too wide for a node"
     if network.is_loopback or network.is_link_local or network.is_multicast:
-        return f"pod CIDR {network} is for no pods"
+        return f"pod CIDR {network} cannot be used for pods"
     return None
 
 

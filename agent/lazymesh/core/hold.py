@@ -1,8 +1,8 @@
 """The holder's queues: which parked packet goes back, when, and in which order. Pure: frames in, returns out.
 
-A packet waits for the answer to its address, at most the time limit; an answer, good or bad, lets all of that address
-go in the order in which they came. Answers carry the time from which they hold: a packet whose miss is younger was
-signalled anew, because its entry has vanished again, and waits for an answer of its own.
+A packet waits for the answer to its address, for at most the time limit; an answer, good or bad, releases all packets
+of that address in the order in which they came. Answers carry the time from which they hold: a packet whose miss is
+younger was signalled again, because its entry has vanished, and waits for an answer of its own.
 """
 
 from __future__ import annotations
@@ -44,25 +44,25 @@ class Cause(enum.Enum):
 
 @dataclass(frozen=True, slots=True)
 class Frame:
-    """One parked packet: its slot in the kernel's table, and the bytes as they came."""
+    """One parked packet: its slot in the kernel's table, and its bytes unchanged."""
 
     slot: int
     address: bytes
     """The family, then the slot's 16 address bytes."""
     parked_ns: int
-    """The kernel's time of parking, to the nanosecond: a slot that says another one has another packet by now."""
+    """The kernel's time of parking: a slot with another time holds another packet by now."""
     why: Why
     data: bytes | memoryview
 
     @property
     def parked_at(self) -> float:
-        """The same in seconds."""
+        """The time of parking in seconds."""
         return self.parked_ns / 1e9
 
 
 @dataclass(frozen=True, slots=True)
 class Return:
-    """What is to be written back to the kernel now, and why."""
+    """A packet to write back to the kernel now, and why."""
 
     frame: Frame
     cause: Cause
@@ -79,16 +79,16 @@ class HoldQueues:
     drop_on_timeout: bool = False
     _queues: dict[bytes, list[Frame]] = field(default_factory=dict)
     _deadlines: list[tuple[float, bytes, int]] = field(default_factory=list)
-    """A heap: until when, address and slot of a queue's first packet. (Not the packet: it may be long gone by then.)"""
+    """A heap: deadline, address and slot of a queue's first packet. (Not the packet: it may be long gone by then.)"""
     _answered: OrderedDict[bytes, tuple[float, bool]] = field(default_factory=OrderedDict)
-    """From when on, and whether what comes late is to be discarded."""
+    """Since when, and whether to discard what comes late."""
 
     def __len__(self) -> int:
         """How many packets wait."""
         return sum(map(len, self._queues.values()))
 
     def park(self, frame: Frame) -> Return | None:
-        """Take a packet in; return it when it need not wait."""
+        """Take a packet; return it if it need not wait."""
         queue = self._queues.get(frame.address)
         if queue is not None:
             queue.append(frame)
@@ -96,7 +96,7 @@ class HoldQueues:
         if frame.why is Why.GATED:
             return Return(frame, Cause.GATED)
         since, discard = self._answered.get(frame.address, (-REMEMBER_S, False))
-        # Nobody was asked for one that came behind: if its address is answered, nothing more will be said.
+        # A packet that came behind was not signalled: once its address is answered, no other answer will come.
         patience = REMEMBER_S if frame.why is Why.BEHIND else 0.0
         if since > 0 and frame.parked_at <= since + patience:
             return Return(frame, Cause.LATE, discard)
@@ -104,7 +104,7 @@ class HoldQueues:
         return None
 
     def answer(self, address: bytes, cause: Cause, since: float) -> list[Return]:
-        """Let the packets of an address go: this is answered, from that moment on."""
+        """Release the packets of an address, which is answered from that moment on."""
         self._remember(address, since, discard=False)
         queue = self._queues.pop(address, [])
         fresh = next(
@@ -115,7 +115,7 @@ class HoldQueues:
         return [Return(frame, cause) for frame in queue[:fresh]]
 
     def expire(self, now: float) -> list[Return]:
-        """Let go what has waited too long, and what came behind it."""
+        """Release packets that have waited too long, and those that came behind them."""
         returns: list[Return] = []
         while self._deadlines and self._deadlines[0][0] <= now:
             _, address, slot = heapq.heappop(self._deadlines)
@@ -127,13 +127,13 @@ class HoldQueues:
         return returns
 
     def next_deadline(self) -> float | None:
-        """Return when expire is due, None while nothing waits."""
+        """Return when ``expire`` is due; None while nothing waits."""
         while self._deadlines and not self._is_first(*self._deadlines[0][1:]):
             heapq.heappop(self._deadlines)
         return self._deadlines[0][0] if self._deadlines else None
 
     def drain(self) -> Iterator[Return]:
-        """Let everything go: the holder ends."""
+        """Release everything: the holder ends."""
         for address in list(self._queues):
             for frame in self._queues.pop(address):
                 yield Return(frame, Cause.SHUTDOWN)

@@ -1,9 +1,9 @@
-"""Security identities as numbers: whose they are, and which ones may never be installed.
+"""Security identities as numbers: which cluster owns them, and which ones must never be installed.
 
 An identity has 24 bits, the cluster id on top (cilium-formats 2.3). A peer that publishes an identity outside
 its own range, a reserved number or one that only means something on its own node is either broken or lying:
 stock Cilium accepts numbers below 256, and live meshes do carry identity 0 and 2 in pairs (cilium-live 3), so
-we check by ourselves. What an identity's labels allow is left to policy.py.
+lazymesh checks for itself. What an identity's labels allow is left to policy.py.
 """
 
 from __future__ import annotations
@@ -19,10 +19,10 @@ WORLD_IDENTITIES = frozenset({WORLD, 9, 10})
 """World in single stack, and per family in dual stack: what the default route and pod CIDR entries carry."""
 
 SCOPE_LOCAL = 0x01
-"""Top byte of identities that only mean something on one node: of CIDR and FQDN policies."""
+"""Top byte of identities that only mean something on one node: those of CIDR and FQDN policies."""
 
 FIRST_ALLOCATED = 256
-"""Everything below is reserved, well-known or fixed by the user of one cluster."""
+"""Everything below is reserved, well-known or fixed by one cluster's user."""
 
 _CLUSTER = "io.cilium.k8s.policy.cluster"
 CLUSTER_LABEL = f"k8s:{_CLUSTER}"
@@ -43,7 +43,7 @@ class IdentityRange:
 
 
 def identity_range(cluster_id: int, max_connected_clusters: int) -> IdentityRange:
-    """Return the cluster's range; ``max_connected_clusters`` is 255 or 511 and the same all over the mesh."""
+    """Return the cluster's range; ``max_connected_clusters`` is 255 or 511, the same throughout the mesh."""
     if not 0 <= cluster_id <= max_connected_clusters:
         raise ValueError(f"cluster id {cluster_id} is not in 0..{max_connected_clusters}")
     shift = _shift(max_connected_clusters)
@@ -52,7 +52,7 @@ def identity_range(cluster_id: int, max_connected_clusters: int) -> IdentityRang
 
 
 def is_peer(identity: int) -> bool:
-    """Tell whether an ipcache entry of this identity is an answer, as bpf/lazymesh.c has it (miss_of)."""
+    """Return whether an ipcache entry with this identity is an answer, as defined in bpf/lazymesh.c (miss_of)."""
     return identity not in WORLD_IDENTITIES and identity >> _BITS != SCOPE_LOCAL
 
 
@@ -70,10 +70,10 @@ def check_identity(identity: int, of: IdentityRange) -> str | None:
 
 
 def check_labels(labels: Mapping[str, str], cluster: str) -> str | None:
-    """Return why these labels must not be believed of an identity of the cluster; None if they may be.
+    """Return why these labels must not be believed for an identity of the cluster; None if they may be.
 
-    Cilium demands the cluster's own name in them: without it a peer could dress up as a pod of somebody else. So it
-    could with the same label from a second source, since a selector without a source looks at all of them.
+    Cilium demands the cluster's own name in them: without it a peer could pose as another cluster's pod. So it could
+    with the same label from a second source, since a selector without a source looks at all of them.
     """
     claimed = labels.get(CLUSTER_LABEL)
     if claimed is None:

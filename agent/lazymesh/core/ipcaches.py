@@ -1,8 +1,9 @@
 """Which of Cilium's ipcaches count at a moment: the one that is pinned, and those that its programs still read.
 
-At each start its agent makes a new, empty map and pins it; its programs go on reading the old one, each interface's
-until it is regenerated, 5 to 75 s later (cilium-live 6). A packet needs its entry in the map that its interface's
-program reads, and nobody tells when that changes: so meanwhile all of them count, for lookups and for writes.
+At each start Cilium's agent makes a new, empty map and pins it; its programs go on reading the old one, each
+interface's until it is regenerated, 5 to 75 s later (cilium-live 6). A packet needs its entry in the map that its
+interface's program reads, and Cilium does not say when that changes: so meanwhile all of them count, for lookups and
+for writes.
 
 Pure: map ids and counts in, decisions out. Looking at pins, programs and maps is left to datapath/cilium.py.
 """
@@ -16,48 +17,48 @@ if TYPE_CHECKING:
     from collections.abc import Collection, Set
 
 MOST = 3
-"""LM_VIEWS: the newest are kept. More than two old maps take three restarts within a minute."""
+"""LM_VIEWS: the newest are kept. For more than two old maps it takes three restarts within a minute."""
 ORPHAN_AFTER_S = 300.0
-"""Programs that have not taken up the pinned map for so long never will (cilium issue 45196). A regeneration may wait
-for a minute, and then take another for hundreds of endpoints."""
+"""Programs that have not taken up the pinned map for this long never will (cilium issue 45196). A regeneration may
+wait for a minute, and then take another for hundreds of endpoints."""
 LETTING_GO_S = 1.0
-"""A map that no program reads any more still counts for so long: a packet may be on its way through the last one."""
+"""How long a map that no program reads any more still counts: a packet may be on its way through the last program."""
 
 CROWDED, ROOMY = 0.95, 0.93
-"""Shares of the map: nothing new of ours beyond the first; well again below the second."""
+"""Shares of the map: no new entries of ours above the first; new ones again below the second."""
 FULL = 0.98
-"""Never more than this, whatever has fitted before: two seconds of Cilium's fastest."""
+"""Never more than this, whatever fitted before: it leaves two seconds of Cilium at its fastest."""
 CILIUM_PER_S = 5_000
-"""No agent adds more entries in a second: 3,900 were seen (cilium-live 6)."""
+"""More entries than any agent adds in a second: 3,900 were seen (cilium-live 6)."""
 ROOM_EVERY_S, ROOM_TIGHT_S = 60.0, 4.0
-"""From count to count of the map's entries: at most, and when it fills up. In four seconds, and one more for a count,
-Cilium cannot fill what is left of a map of its size beyond CROWDED."""
+"""Between two counts of the map's entries: at most, and when it fills up. In four seconds, and one more for a count,
+Cilium cannot fill what is left above CROWDED of a map of its default size."""
 
 FILLING_MOST = 10
-"""Counts: a map that grows no more after so many has all that it gets, be it less than half of what the last one held.
-Before that Cilium may be waiting for something. With so little in it they are a minute apart."""
+"""Counts: a map that no longer grows after this many is complete, even with less than half of what the last one held.
+Before that Cilium may be waiting for something. With so few entries, counts are a minute apart."""
 
 
 def running_ipcache(pins: Collection[int], read: Collection[int]) -> int | None:
-    """Return the running agent's of all pinned maps: one that is read, else the youngest (ids count up), if any."""
+    """Return the running agent's map of all pinned ones: one that is read, else the youngest (ids count up), if any."""
     return max(pins, key=lambda map_id: (map_id in read, map_id), default=None)
 
 
 @dataclass(slots=True)
 class Arrangement:
-    """Follows the maps; ``maps`` is the arrangement in force: the one to be written for good first, then old ones."""
+    """Follows the maps; ``maps`` is the arrangement in force: first the one that will stay, then old ones."""
 
     maps: tuple[int, ...] = ()
     orphan: int | None = None
     """A pinned map that nothing reads; it is left alone."""
     recreated: int = 0
-    """How many maps were pinned under our eyes."""
+    """How many maps were pinned while we looked on."""
     there_at: float = 0.0
     """When the running agent's map was last seen pinned."""
     _pins: Set[int] = frozenset()
-    """All that was pinned when we last looked."""
+    """All that was pinned at the last step."""
     _pinned: int | None = None
-    """The running agent's."""
+    """The running agent's map."""
     _pinned_at: float = 0.0
     _read_at: dict[int, float] = field(default_factory=dict)
     """When each old map was last seen being read."""
@@ -70,8 +71,8 @@ class Arrangement:
     def step(self, pins: Set[int], read: Set[int], now: float) -> tuple[int, ...]:
         """Take a look at the node; return the maps that count from now on.
 
-        pins: the maps behind all pins; that one is missing says nothing. read: what programs on our interfaces look
-        into.
+        pins: the maps behind all pins; a missing one means nothing. read: the maps that programs on our interfaces
+        look into.
         """
         pinned = self._running(pins, read)
         if pinned is not None and pinned != self._pinned:
@@ -94,14 +95,14 @@ class Arrangement:
         return self.maps
 
     def has_news(self, pins: Set[int]) -> bool:
-        """Tell whether something is pinned that was not at the last step."""
+        """Return whether something is pinned that was not at the last step."""
         return not pins <= self._pins
 
     def _running(self, pins: Set[int], read: Set[int]) -> int | None:
-        """Return the map that the running agent has pinned, if that is anew or for the first time.
+        """Return the map that the running agent has pinned, if it is a new one or the first.
 
-        One of another version than the agent before it uses another name, and the old pin stays. So what gets pinned
-        under our eyes is the running agent's; of what was there before us, what programs read.
+        An agent of another version than the one before it uses another name, and the old pin stays. So a map that is
+        pinned while we look on is the running agent's; of maps that were there before us, one that programs read.
         """
         before, self._pins = self._pins, pins
         if self._pinned is None:
@@ -118,32 +119,32 @@ class Arrangement:
 
 @dataclass(slots=True)
 class Room:
-    """Whether there is room for entries of ours in the map that Cilium writes, from counts of all that it holds.
+    """Whether there is room for our entries in the map that Cilium writes, from counts of all that it holds.
 
-    A map that is new fills up to where the last one was, and what we lend it meanwhile is for the most part what Cilium
-    is about to write: only beyond that, or once it grows no more, is a crowded map crowded.
+    A new map fills up to where the last one was, and our entries in it are meanwhile mostly those that Cilium is about
+    to write: a map counts as crowded only beyond that, or once it no longer grows.
     """
 
     crowded: bool = False
     _counted: int = 0
     _fits: int = 0
-    """How much the map before held, while the new one fills up; else 0."""
+    """How many entries the last map held, while the new one fills up; else 0."""
     _looks: int = 0
     """Counts of this map so far."""
 
     def begin(self) -> None:
-        """Take note that the map is a new one."""
+        """Note that the map is a new one."""
         self._fits, self._counted, self.crowded = max(self._fits, self._counted), 0, False
         self._looks = 0
 
     def looks_crowded(self, used: int, size: int) -> bool:
-        """Tell what a count would say."""
+        """Return whether a count would find the map crowded."""
         # Making room ends exactly at ROOMY, so there the map must not count as crowded any more.
         bar = int(ROOMY * size) + 1 if self.crowded else int(CROWDED * size)
         return used >= bar and used > min(self._fits, FULL * size)
 
     def step(self, used: int, size: int) -> int:
-        """Take a count; return how many entries are too many, all of which have to be ours."""
+        """Take a count; return how many entries of ours must go."""
         self._looks += 1
         if used <= self._counted and (used > self._fits / 2 or self._looks > FILLING_MOST):
             self._fits = 0
@@ -152,13 +153,13 @@ class Room:
         return max(0, used - int(ROOMY * size)) if self.crowded else 0
 
     def left(self, size: int) -> int:
-        """Return how many more entries the map could take, by the last count, before it would be crowded."""
+        """Return how many more entries the map could take, by the last count, before it was crowded."""
         return int(max(CROWDED * size, min(self._fits, FULL * size))) - self._counted
 
     def pause(self, size: int, added: int) -> float:
         """Return how long after a count to count again, so that Cilium cannot have filled the map by then.
 
-        added: how many entries have come since that are ours.
+        added: how many entries of ours have been added since.
         """
         ahead = (self.left(size) - added) / CILIUM_PER_S
         return min(max(ahead, 0.0 if self._fits else ROOM_TIGHT_S), ROOM_EVERY_S)

@@ -1,9 +1,8 @@
-"""The etcd key schema of Cilium Cluster Mesh, plus our pull-only address space beside it.
+"""The etcd key schema of Cilium Cluster Mesh, plus lazymesh's pull-only address space beside it.
 
-Keys are bytes, as etcd takes and gives them. Taken from the reference's table of keys (cilium-formats 4):
-``ip`` and ``identities`` keys name no cluster under ``cilium/state``, but do under ``cilium/cache``, where a
-kvstoremesh mirrors the stores of all clusters. What the values mean is left to records.py, who may read which
-key to the kvstore.
+Keys are bytes, as in etcd's API. The schema is the reference's table of keys (cilium-formats 4): ``ip`` and
+``identities`` keys name no cluster under ``cilium/state``, but do under ``cilium/cache``, where a kvstoremesh mirrors
+the stores of all clusters. What the values mean is left to records.py, which keys a client may read to the kvstore.
 """
 
 from __future__ import annotations
@@ -36,10 +35,10 @@ def address_text(address: Address) -> str:
 
 
 def group_of(address: Address) -> bytes:
-    """Return what the addresses have in common that are watched together: a /24 of IPv4, a /120 of IPv6.
+    """Return what addresses that are watched together have in common: a /24 of IPv4, a /120 of IPv6.
 
-    Nodes have such pod CIDRs by Cilium's defaults. An IPv6 address that ends in a zero group is alone: in its text that
-    group may have vanished.
+    Nodes have such pod CIDRs by Cilium's defaults. An IPv6 address that ends in a zero group is alone: its text may
+    omit that group.
     """
     return address if len(address) == 16 and address.endswith(b"\0\0") else address[:-1]
 
@@ -56,7 +55,7 @@ def common_text(address: Address) -> bytes:
 
 
 def own_texts(addresses: Sequence[Address]) -> list[bytes]:
-    """Return what follows the ``common_text`` in the text of each, of IPv4 only."""
+    """Return what follows the ``common_text`` in the text of each address; IPv4 only."""
     return [_LAST[address[3]] for address in addresses]
 
 
@@ -99,20 +98,20 @@ def identities_prefix(cached: bool, cluster: str) -> bytes:
 
 
 def cluster_config_key(cluster: str) -> bytes:
-    """Return the key of the cluster's own description of itself; in the local cache it is the same."""
+    """Return the key of the cluster's description of itself; it is the same in the local cache."""
     return f"cilium/cluster-config/{cluster}".encode()
 
 
 def canary_key(resource: str, cached: bool, cluster: str) -> bytes:
     """Return the key that appears once all of ``nodes``, ``identities`` or ``ip`` has been written.
 
-    It names the registered prefix: no ``/id``, ``/default`` or cluster at its end (cilium-formats 4).
+    It names the registered prefix, without ``/id``, ``/default`` or cluster at its end (cilium-formats 4).
     """
     return f"cilium/synced/{cluster}/cilium/{_tree(cached)}/{resource}/v1".encode()
 
 
 def identity_of_key(key: bytes, prefix: bytes) -> int | None:
-    """Return the identity that a key under :func:`identities_prefix` names; None if it is no such key."""
+    """Return the identity that a key under :func:`identities_prefix` names; None if it is not such a key."""
     digits = _rest(key, prefix)
     if not digits.isdigit() or len(digits) > _MAX_IDENTITY_DIGITS or digits[:1] == b"0":
         return None
@@ -120,7 +119,7 @@ def identity_of_key(key: bytes, prefix: bytes) -> int | None:
 
 
 def node_of_key(key: bytes, prefix: bytes) -> str | None:
-    """Return the node name of a key under :func:`nodes_prefix`; None if it is no such key."""
+    """Return the node name of a key under :func:`nodes_prefix`; None if it is not such a key."""
     name = _rest(key, prefix)
     if not name or b"/" in name or not name.isascii():
         return None

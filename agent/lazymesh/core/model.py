@@ -1,4 +1,4 @@
-"""The nouns that everything else is said in: address, direction, entry, record, reason.
+"""The nouns that everything else uses: address, direction, entry, space, reason.
 
 An *address* is its 4 or 16 bytes in network order: the form that the kernel signals and the maps hold, and a cheap
 dictionary key. Text form exists only at the edges (etcd keys, CLI, logs), through :func:`format_address`.
@@ -23,19 +23,19 @@ def format_address(address: Address) -> str:
 
 
 def parse_address(text: str) -> Address:
-    """Return the bytes of a textual address; ValueError if it is none."""
+    """Return the bytes of a textual address; raise ValueError if it is not one."""
     return ipaddress.ip_address(text).packed
 
 
 class Direction(enum.IntEnum):
-    """Whose address missed: a pod's destination (egress) or a network peer's source (ingress)."""
+    """Which address missed: a pod's destination (egress) or a network peer's source (ingress)."""
 
     EGRESS = 0
     INGRESS = 1
 
 
 class EntryFlag(enum.IntFlag):
-    """Bits of the last byte of an ipcache value (cilium-formats 1.3); other bits are left alone, never set."""
+    """Bits of the last byte of an ipcache value (cilium-formats 1.3); other bits are left alone and never set."""
 
     SKIP_TUNNEL = 1
     HAS_TUNNEL_EP = 2
@@ -44,7 +44,7 @@ class EntryFlag(enum.IntFlag):
 
 
 class Entry(Struct, frozen=True, gc=False):
-    """What the ipcache map says of one prefix.
+    """What the ipcache map says about one prefix.
 
     identity: the security identity number.
     tunnel_endpoint: address of the node that hosts the peer, or None.
@@ -60,7 +60,7 @@ class Entry(Struct, frozen=True, gc=False):
 
 _TUNNEL_FLAGS = int(EntryFlag.HAS_TUNNEL_EP | EntryFlag.IPV6_TUNNEL_EP)
 _HAS_ENDPOINT = {4: int(EntryFlag.HAS_TUNNEL_EP), 16: _TUNNEL_FLAGS}
-"""By the address' length; numbers, because arithmetic with enum's flags takes twenty times as long."""
+"""By the address's length; numbers, because arithmetic with enum flags takes twenty times as long."""
 
 
 def with_tunnel_flags(entry: Entry) -> Entry:
@@ -77,11 +77,11 @@ class Space(enum.Enum):
     PUSHED = "default"
     """``cilium/state/ip/v1/default/<ip>`` in the owner's store: every consumer watches it."""
     PULL_ONLY = "ondemand"
-    """``cilium/state/ip/v1/ondemand/<ip>`` in the owner's store: read on a miss only."""
+    """``cilium/state/ip/v1/ondemand/<ip>`` in the owner's store: read only on a miss."""
     CACHED = "cache"
     """``cilium/cache/ip/v1/<cluster>/<ip>`` in the local kvstoremesh store."""
 
-    # Members are single objects; enum's own hash is that of the name, by a call in Python for each look into a dict.
+    # Members are singletons; enum's own hash is that of the name, a Python call for each dictionary lookup.
     __hash__ = object.__hash__
 
 
@@ -99,7 +99,7 @@ class Reason(enum.Enum):
     READ_FAILED = "read-failed"
     NOT_OURS = "not-ours"
     TAKEN = "taken"
-    """The map's owner has an entry of its own there, and programs know the peer by it."""
+    """The map's owner has its own entry there, from which programs know the peer."""
     MAP_FULL = "map-full"
     INSTALL_FAILED = "install-failed"
     SHED = "shed"

@@ -1,7 +1,7 @@
 """The standalone policy: which identities may talk, by direction, as identities come and go.
 
 A small part of Cilium's policy model: rules only allow, all of them count (a union), and a direction that has
-rules denies the rest. Selectors look at identities' labels only and never at world, as in a clusterwide
+rules denies the rest. Selectors look only at identities' labels and never select world, as in a clusterwide
 policy of Cilium, which demands a namespace label of every selected peer (its ``getEndpointSelector``). Unlike
 Cilium from 1.19 on (``policy-default-local-cluster``), a selector that names no cluster selects pods of every
 cluster: here all peers are remote. Reading policies is left to policyfile.py, writing verdicts into the
@@ -26,11 +26,11 @@ if TYPE_CHECKING:
 
 ANY_SOURCE = "any:"
 _MAX_CACHED = 128
-"""Characters of a label's key; a longer one is rare, and read each time."""
+"""Characters of a label's key; a longer one is rare and is not cached."""
 
 
 class Operator(enum.Enum):
-    """What a requirement asks of a label; the value is Kubernetes' word."""
+    """What a requirement asks of a label; the value is Kubernetes' name for it."""
 
     IN = "In"
     NOT_IN = "NotIn"
@@ -48,7 +48,7 @@ class Requirement:
     values: frozenset[str] = frozenset()
 
     def holds(self, seen: Mapping[str, str]) -> bool:
-        """Tell whether the labels, as :func:`with_any_source` shows them, meet the condition.
+        """Return whether the labels, as :func:`with_any_source` shows them, meet the condition.
 
         As in Kubernetes, NotIn also holds where the label is missing.
         """
@@ -66,20 +66,20 @@ class Requirement:
 
 @dataclass(frozen=True, slots=True)
 class Selector:
-    """Conditions that must all hold; none at all select every identity that is known."""
+    """Conditions that must all hold; a selector without any selects every known identity."""
 
     requirements: tuple[Requirement, ...] = ()
 
     def holds(self, seen: Mapping[str, str]) -> bool:
-        """Tell whether an identity with these labels, as :func:`with_any_source` shows them, is selected."""
+        """Return whether an identity with these labels, as :func:`with_any_source` shows them, is selected."""
         return all(requirement.holds(seen) for requirement in self.requirements)
 
 
 def with_any_source(labels: Labels) -> dict[str, str]:
-    """Return the labels once under their source and once under ``any:``, so that a condition is one look."""
+    """Return the labels both under their source and under ``any:``, so that a condition takes one lookup."""
     seen = dict(labels)
     for key, value in labels.items():
-        # The cache must not keep a stranger's long texts alive.
+        # The cache must not keep another cluster's long texts alive.
         of_any = _of_any_source if len(key) <= _MAX_CACHED else _of_any_source.__wrapped__
         seen.setdefault(of_any(key), value)
     return seen
@@ -92,10 +92,10 @@ def _of_any_source(key: str) -> str:
 
 @dataclass(frozen=True, slots=True)
 class Rules:
-    """What the policy says of one direction."""
+    """What the policy says about one direction."""
 
     enforced: bool = False
-    """What is not allowed is denied; False: there are no rules, everything passes."""
+    """What is not allowed is denied; False: there are no rules and everything passes."""
     allow_all: bool = False
     """Everything passes, known or not: entity ``all``."""
     allow_world: bool = False
@@ -103,7 +103,7 @@ class Rules:
     selectors: tuple[Selector, ...] = ()
 
     def __or__(self, other: Rules) -> Rules:
-        """Return the union: allowed is what either allows."""
+        """Return the union: what either allows is allowed."""
         return Rules(
             self.enforced or other.enforced,
             self.allow_all or other.allow_all,
@@ -129,12 +129,12 @@ class Policy:
 
     @property
     def enforced(self) -> frozenset[Direction]:
-        """The directions in which somebody is denied, so that the kernel must look at its policy map."""
+        """The directions in which some peer may be denied, so that the kernel must look at its policy map."""
         return frozenset(d for d in Direction if self.of(d).enforced and not self.of(d).allow_all)
 
     @property
     def tag(self) -> int:
-        """What the policy says as a number of 64 bits, never 0: the same for every order, and in every process."""
+        """A 64-bit number for what the policy says, never 0: the same whatever the order of rules, in every process."""
         said = repr([_said(self.of(direction)) for direction in Direction])
         return int.from_bytes(hashlib.sha256(said.encode()).digest()[:8]) or 1
 
@@ -155,15 +155,15 @@ class PolicyChange:
     revoked: tuple[tuple[Direction, int], ...] = ()
 
 
-_NOBODY: frozenset[Direction] = frozenset()
+_NOWHERE: frozenset[Direction] = frozenset()
 _NO_CHANGE = PolicyChange()
 
 
 class PolicyEngine:
-    """Holds the labels of identities against the policy, once each, and keeps the verdicts alone.
+    """Judges each identity's labels by the policy once, and keeps only the verdicts.
 
-    Labels may be long and many, and a cluster may make them longer, so none is kept. World is identity 2 in every
-    change; nothing is said of directions that are not enforced.
+    Labels may be long and many, and another cluster may make them longer, so none is kept. World is identity 2 in every
+    change; changes do not mention directions that are not enforced.
     """
 
     def __init__(self, policy: Policy) -> None:
@@ -180,7 +180,7 @@ class PolicyEngine:
         return PolicyChange(tuple((d, identity) for d in Direction for identity in sorted(self._allowed[d])))
 
     def upsert(self, identity: int, labels: Labels) -> PolicyChange:
-        """Take in an identity, or its new labels."""
+        """Add an identity, or update its labels."""
         return self._settle(identity, self._admitting(labels))
 
     def remove(self, identity: int) -> PolicyChange:
@@ -188,26 +188,26 @@ class PolicyEngine:
         return self._settle(identity, frozenset())
 
     def withdraw(self, pairs: Iterable[tuple[Direction, int]]) -> None:
-        """Count as denied what could not be written, so that it is a change when it is told again."""
+        """Count as denied what could not be written, so that it is a change the next time."""
         for direction, identity in pairs:
             self._allowed[direction].discard(identity)
 
     def verdict(self, direction: Direction, identity: int) -> bool:
-        """Tell whether the identity's traffic passes; where rules are enforced, an unknown one does not."""
+        """Return whether the identity's traffic passes; where rules are enforced, an unknown one's does not."""
         if direction not in self.enforced:
             return True
         return (WORLD if identity in WORLD_IDENTITIES else identity) in self._allowed[direction]
 
     def _admitting(self, labels: Labels) -> frozenset[Direction]:
         if not self.enforced:
-            return _NOBODY
+            return _NOWHERE
         seen = with_any_source(labels)
         admitting = [
             direction
             for direction in self.enforced
             if any([one.holds(seen) for one in self._policy.of(direction).selectors])  # noqa: C419 (half the time)
         ]
-        return frozenset(admitting) if admitting else _NOBODY
+        return frozenset(admitting) if admitting else _NOWHERE
 
     def _settle(self, identity: int, admitting: frozenset[Direction]) -> PolicyChange:
         before = {direction for direction in self._allowed if identity in self._allowed[direction]}

@@ -1,15 +1,15 @@
 """Reads the policy of standalone mode from Cilium's own format, CiliumClusterwideNetworkPolicy in YAML.
 
-Understood are rules for all pods of the node that select peers by labels, or all, or the world. Everything
+Supported are rules for all pods of the node that select peers by labels, or all, or the world. Everything
 else is refused with its line and never ignored: half a policy is a hole. What rules mean is taken from
 Cilium's documentation and its ``Rule.Sanitize``:
 
 - a direction is enforced (default deny) once it has a rule, even an empty one: ``egress: [{}]`` denies
   everything, while ``egress: []`` and no ``egress`` at all enforce nothing;
 - selectors, rules and documents are a union; ``toEndpoints`` beside ``toEntities`` in one rule is refused;
-- ``toEndpoints: []`` selects nobody, ``toEndpoints: [{}]`` every known identity, but not world.
+- ``toEndpoints: []`` selects no peer, ``toEndpoints: [{}]`` every known identity, but not world.
 
-Opening the file is left to the shell, the effect of the result to policy.py.
+Opening the file is left to the shell, applying the result to policy.py.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ class _RefusalError(Exception):
 
 
 def parse_policy(text: str, file: str) -> Policy:
-    """Return the union of the policies in the text; a SettingsError is one line, beginning with ``file:line``."""
+    """Return the union of the policies in the text; a SettingsError is one line that begins with ``file:line``."""
     try:
         return _documents(list(yaml.compose_all(text, Loader=yaml.SafeLoader)))
     except _RefusalError as refused:
@@ -51,7 +51,7 @@ def parse_policy(text: str, file: str) -> Policy:
         line, reason = error.problem_mark.line + 1 if error.problem_mark else 1, f"not YAML: {error.problem}"
     except RecursionError:
         line, reason = 1, "nested too deeply"
-    except (ValueError, OverflowError) as error:  # of numbers in escapes and directives
+    except (ValueError, OverflowError) as error:  # from numbers in escapes and directives
         line, reason = 1, f"not YAML: {error}"
     raise SettingsError(f"{file}:{line}: {' '.join(reason.split())}")
 
@@ -59,14 +59,14 @@ def parse_policy(text: str, file: str) -> Policy:
 def _documents(documents: list[yaml.Node | None]) -> Policy:
     policies: dict[str, Policy] = {}
     for document in documents:
-        if document is None or document.tag == _NULL:  # nothing stands between two separators
+        if document is None or document.tag == _NULL:  # nothing between two separators
             continue
         name, policy = _document(document)
         if name in policies:
             _refuse(document, f"a second policy named {name!r}: Kubernetes would keep only one of them")
         policies[name] = policy
     if not policies:
-        raise _RefusalError(1, f"no policy in it: one or more {KIND} documents are understood")
+        raise _RefusalError(1, f"no policy found: write one or more {KIND} documents")
     return reduce(or_, policies.values())
 
 
@@ -93,7 +93,7 @@ def _spec(node: yaml.Node) -> Policy:
     if "endpointSelector" not in parts:
         _refuse(node, "endpointSelector is missing")
     if _mapping(parts["endpointSelector"], "endpointSelector", None):
-        _refuse(parts["endpointSelector"], "endpointSelector: only {} is understood, all pods of the node")
+        _refuse(parts["endpointSelector"], "endpointSelector: only {} is supported, all pods of the node")
     if "egress" not in parts and "ingress" not in parts:
         _refuse(node, "spec has neither egress nor ingress")
     return Policy(_direction(parts, "egress", "to"), _direction(parts, "ingress", "from"))
@@ -118,7 +118,7 @@ def _rule(node: yaml.Node, direction: str, side: str) -> Rules:
 def _entity(node: yaml.Node, where: str) -> str:
     name = _text(node, f"an entity of {where}")
     if name not in _ENTITIES:
-        _refuse(node, f"entity {name!r} is not understood: only {', '.join(_ENTITIES)}")
+        _refuse(node, f"entity {name!r} is not supported: only {', '.join(_ENTITIES)}")
     return name
 
 
@@ -142,12 +142,12 @@ def _expression(node: yaml.Node) -> Requirement:
     if word not in {operator.value for operator in Operator}:
         _refuse(
             parts["operator"],
-            f"operator {word!r}: only {', '.join(o.value for o in Operator)} are understood",
+            f"operator {word!r}: only {', '.join(o.value for o in Operator)} are supported",
         )
     operator = Operator(word)
     values = _list(parts["values"], "values") if "values" in parts else []
     if bool(values) != (operator in (Operator.IN, Operator.NOT_IN)):
-        _refuse(node, f"operator {word} {'without' if not values else 'with'} values")
+        _refuse(node, f"operator {word} {'takes no' if values else 'needs'} values")
     texts = frozenset(_text(value, "a value") for value in values)
     return Requirement(_key(parts["key"], _text(parts["key"], "key")), operator, texts)
 
@@ -156,17 +156,17 @@ def _key(node: yaml.Node, text: str) -> str:
     full = text if ":" in text else ANY_SOURCE + text
     source, _, name = full.partition(":")
     if not source or not name:
-        _refuse(node, f"label key {text!r}: SOURCE:KEY or KEY is understood")
+        _refuse(node, f"label key {text!r}: write SOURCE:KEY or KEY")
     if source == "reserved":
-        _refuse(node, f"label key {text!r}: no peer here has it, only the entities {', '.join(_ENTITIES)}")
+        _refuse(node, f"label key {text!r}: no peer here has it, use the entities {', '.join(_ENTITIES)}")
     return full
 
 
 def _constant(node: yaml.Node, parts: dict[str, yaml.Node], name: str, expected: str) -> None:
     if name not in parts:
-        _refuse(node, f"{name} is missing: only {expected} is understood")
+        _refuse(node, f"{name} is missing: only {expected} is supported")
     if _text(parts[name], name) != expected:
-        _refuse(parts[name], f"{name}: only {expected} is understood")
+        _refuse(parts[name], f"{name}: only {expected} is supported")
 
 
 def _mapping(node: yaml.Node, what: str, known: tuple[str, ...] | None) -> dict[str, yaml.Node]:
@@ -179,7 +179,7 @@ def _mapping(node: yaml.Node, what: str, known: tuple[str, ...] | None) -> dict[
         if key in parts:
             _refuse(key_node, f"{key!r} occurs twice in {what}")
         if known is not None and key not in known:
-            _refuse(key_node, f"{key!r} is not understood in {what}: only {', '.join(known)}")
+            _refuse(key_node, f"{key!r} is not supported in {what}: only {', '.join(known)}")
         parts[key] = value
     return parts
 
@@ -192,7 +192,7 @@ def _list(node: yaml.Node, what: str) -> list[yaml.Node]:
 
 def _text(node: yaml.Node, what: str) -> str:
     if not isinstance(node, yaml.ScalarNode) or node.tag != _TEXT:
-        _refuse(node, f"{what} must be a text, in quotes if it looks like something else")
+        _refuse(node, f"{what} must be text, in quotes if it looks like something else")
     return str(node.value)
 
 

@@ -1,11 +1,10 @@
 """What etcd holds, decoded and distrusted: pairs, nodes, identities and cluster configurations.
 
-Bytes come from other clusters, so nothing here believes them and nothing raises anything but
-:class:`RecordError`, whatever they are. Formats are those of cilium-formats 4.1 to 4.5, with the corrections
-of cilium-live 4. Field names are taken exactly as Go writes them: Go's reader also accepts any other case,
-but no writer produces one, except ``SyncScope``, of which CFP-44921 uses two spellings. Unknown fields are
-skipped. Whether an identity belongs to its cluster is left to identities.py, whose address it is to
-clusters.py.
+The bytes come from other clusters, so nothing here trusts them and, whatever they are, nothing raises anything but
+:class:`RecordError`. Formats are those of cilium-formats 4.1 to 4.5, with the corrections of cilium-live 4. Field
+names are matched exactly as Go writes them: Go's reader also accepts any other case, but no writer produces one,
+except ``SyncScope``, which CFP-44921 spells in two ways. Unknown fields are skipped. Whether an identity belongs to
+its cluster is left to identities.py, which cluster owns an address to clusters.py.
 """
 
 from __future__ import annotations
@@ -27,24 +26,24 @@ if TYPE_CHECKING:
     from lazymesh.core.model import Address, Network
 
 MAX_VALUE = 64 * 1024
-"""Bytes; a pair has about 200, a large node record some thousand. More is refused without a look inside."""
+"""Bytes; a pair has about 200, a large node record a few thousand. Longer values are refused undecoded."""
 
 REGIONAL = "regional"
-"""The one scope with an effect; the CFP treats every other text as global."""
+"""The only scope with an effect; the CFP treats every other text as global."""
 
 REGION_LABEL = "topology.kubernetes.io/region"
 
 _MAX_LABELS = 1024
-"""Of one identity, which has some dozens: whatever looks at them does it without a pause."""
+"""For one identity, which has a few dozen: code that looks at them all does so without a pause."""
 _MAX_CIDRS = 512
-"""Of one node. Most have one for each family, those of pools with a CIDR for each pod some hundreds."""
+"""For one node. Most have one for each family; with pools that give each pod a CIDR, a few hundred."""
 _MAX_ADDRESSES = 8
-"""Of one node: three kinds in two families, the one that its pods' records name first. More are passed over, which
-means a host of unknown region to whoever asks for them."""
+"""For one node: three kinds in two families, first the one that its pods' records name. Further ones are skipped: their
+region is unknown then."""
 _MAX_REGION = 63
-"""Characters, as Kubernetes has it for every label."""
+"""Characters, Kubernetes' limit for every label."""
 _MAX_CACHED = 128
-"""Characters of a label; a longer one is rare, and read each time."""
+"""Characters of a label; a longer one is rare and is not cached."""
 _MAX_SCOPE = 16
 _MAX_ADDRESS_TEXT = 45  # an IPv6 address with its last 32 bits in dotted form
 
@@ -53,7 +52,7 @@ Labels = dict[str, str]
 
 
 class RecordError(Exception):
-    """The bytes are no record that we would act on; ``detail`` is a few words for a log."""
+    """The bytes are not a record to act on; ``detail`` is a few words for a log."""
 
     def __init__(self, reason: Reason, detail: str) -> None:
         super().__init__(f"{reason.value}: {detail}")
@@ -69,12 +68,12 @@ class IpRecord(msgspec.Struct, frozen=True):
     """The node that hosts the pod; an IPv4-mapped address as IPv4, as Go understands it."""
     encrypt_key: int
     scope: str
-    """``regional``, ``global``, or "" for global; other texts as they stand."""
+    """``regional``, ``global``, or "" for global; other texts unchanged."""
 
 
 @dataclass(frozen=True, slots=True)
 class NodeRecord:
-    """One node of a cluster, as far as it tells whose an address is."""
+    """One node of a cluster, as far as it says which cluster owns an address."""
 
     name: str
     cluster: str
@@ -86,14 +85,14 @@ class NodeRecord:
 
 @dataclass(frozen=True, slots=True)
 class ClusterConfig:
-    """What a cluster says of itself."""
+    """What a cluster says about itself."""
 
     cluster_id: int
     max_connected_clusters: int
     cached: bool
-    """True when this is a kvstoremesh's copy: the records are under ``cilium/cache``."""
+    """Whether this is a kvstoremesh's copy: the records are under ``cilium/cache``."""
     synced_canaries: bool
-    """True when listings are complete only once the canary of their prefix is there."""
+    """Whether listings are complete only once the canary of their prefix is there."""
 
 
 _T = TypeVar("_T")
@@ -153,7 +152,7 @@ def decode_pair(value: bytes, address: Address) -> IpRecord:
     """Return the record found under the address's key.
 
     The record must name that very address in canonical form and no mask, as Cilium's reader demands:
-    anything else was written under a key that is not its own.
+    anything else was written under another record's key.
     """
     pair = _decode(_PAIR, value)
     if address_text(address) != pair.IP:
@@ -164,7 +163,7 @@ def decode_pair(value: bytes, address: Address) -> IpRecord:
 
 
 def decode_pairs(values: Sequence[bytes], addresses: Sequence[Address]) -> list[IpRecord | RecordError]:
-    """Return of each what ``decode_pair`` returns or raises: in less time if all are good, which they mostly are."""
+    """Return for each what ``decode_pair`` returns or raises: faster if all are good, as they mostly are."""
     if max(map(len, values), default=0) <= MAX_VALUE:
         with suppress(RecordError, ValueError, RecursionError):
             pairs = list(map(_PAIR.decode, values))
@@ -182,13 +181,13 @@ def _pair_or_error(value: bytes, address: Address) -> IpRecord | RecordError:
 
 def _record_of(pair: _Pair) -> IpRecord:
     scope = pair.SyncScope or pair.syncScope
-    # The cache must not keep a stranger's long texts alive.
+    # The cache must not keep another cluster's long texts alive.
     if len(pair.HostIP) > _MAX_ADDRESS_TEXT or len(scope) > _MAX_SCOPE:
         return _record.__wrapped__(pair.ID, pair.HostIP, pair.Key, scope)
     return _record(pair.ID, pair.HostIP, pair.Key, scope)
 
 
-@lru_cache(maxsize=4096)  # pods of one identity on one node have equal ones
+@lru_cache(maxsize=4096)  # pods of one identity on one node have equal records
 def _record(identity: int, host_ip: str, encrypt_key: int, scope: str) -> IpRecord:
     host = _host_address(host_ip)
     if host is None:
@@ -197,7 +196,7 @@ def _record(identity: int, host_ip: str, encrypt_key: int, scope: str) -> IpReco
 
 
 def entry_of(record: IpRecord, here: Container[Address] = ()) -> Entry:
-    """Return what the map is to hold, as Cilium writes it on a node with these addresses: no tunnel to itself."""
+    """Return the entry as Cilium writes it on a node with these addresses: no tunnel to itself."""
     return _entry(record.identity, None if record.host_ip in here else record.host_ip, record.encrypt_key)
 
 
@@ -207,7 +206,7 @@ def _entry(identity: int, endpoint: Address | None, encrypt_key: int) -> Entry:
 
 
 def decode_node(value: bytes, cluster: str) -> NodeRecord:
-    """Return the node; FORGED if it names another cluster than the one whose store it was found in."""
+    """Return the node; FORGED if it names a cluster other than the one whose store it was found in."""
     node = _decode(_NODE, value)
     if node.Cluster != cluster:
         raise RecordError(Reason.FORGED, f"node of cluster {node.Cluster[:64]!r}")
@@ -228,7 +227,7 @@ def decode_node(value: bytes, cluster: str) -> NodeRecord:
 
 
 def decode_identity(value: bytes) -> Labels:
-    """Return the labels of an identity, whose value is ``source:key=value;`` repeated and no JSON."""
+    """Return the labels of an identity, whose value is ``source:key=value;`` repeated and not JSON."""
     if len(value) > MAX_VALUE:
         _refuse(f"{len(value)} bytes")
     try:
@@ -238,7 +237,7 @@ def decode_identity(value: bytes) -> Labels:
     words = text.split(";", _MAX_LABELS)
     if any(words[_MAX_LABELS:]):
         _refuse(f"more than {_MAX_LABELS} labels")
-    # The cache must not keep a stranger's long texts alive.
+    # The cache must not keep another cluster's long texts alive.
     read = _label.__wrapped__
     pairs = [_label(word) if len(word) <= _MAX_CACHED else read(word) for word in words if word]
     labels = dict(pairs)
@@ -253,7 +252,7 @@ def decode_identity(value: bytes) -> Labels:
 def _label(label: str) -> tuple[str, str]:
     key, _, value = label.partition("=")
     source, _, name = key.partition(":")
-    # Selectors mean every source by "any"; no label comes from there.
+    # In selectors "any" stands for every source; no label comes from it.
     if not source or not name or source == "any":
         _refuse(f"label {label[:64]!r}")
     return key, value
@@ -284,7 +283,7 @@ def _decode(decoder: msgspec.json.Decoder[_T], value: bytes) -> _T:
 
 
 def _host_address(text: str) -> Address | None:
-    # The cache must not keep a stranger's long texts alive.
+    # The cache must not keep another cluster's long texts alive.
     return _parsed(text) if len(text) <= _MAX_ADDRESS_TEXT else None
 
 
@@ -295,7 +294,7 @@ def _parsed(text: str) -> Address | None:
     except ValueError:
         return None
     if isinstance(address, IPv6Address):
-        if address.scope_id:  # means something on one node only
+        if address.scope_id:  # only means something on one node
             return None
         address = address.ipv4_mapped or address
     return None if address.is_unspecified else address.packed

@@ -301,7 +301,9 @@ def test_a_cluster_under_another_id_starts_anew() -> None:
 def test_a_cluster_with_an_id_that_is_taken_is_refused_and_out(cluster_id: int, holder: str) -> None:
     """Two clusters under one id would answer for each other's identities."""
     state = mesh(node("b", "n", "10.2.0.0/24"))
-    assert f"cluster id {cluster_id} is that of {holder}" in (state.join(cluster("b", cluster_id)) or "")
+    assert f"cluster id {cluster_id} is already used by {holder}" in (
+        state.join(cluster("b", cluster_id)) or ""
+    )
     assert (state.table().cluster("b"), owners(state, "10.2.0.5")) == (None, ())
 
 
@@ -379,7 +381,7 @@ def test_addresses_of_one_clusters_nodes_are_bounded() -> None:
     assert state.upsert_node(node("b", "n", "10.2.0.0/24", ips=["172.18.0.2"])) is None
     assert state.upsert_node(node("a", "n", ips=["172.18.0.3"], region="eu")) is None
     refusal = state.upsert_node(node("b", "n", "10.2.0.0/24", ips=["172.18.0.2"], region="eu"))
-    assert refusal == "more than 40000 addresses of nodes in one cluster"
+    assert refusal == "more than 40000 node addresses in one cluster"
     assert owners(state, "10.2.0.5") == (), "refused is forgotten"
     assert state.upsert_node(node("b", "m", ips=many[1:], region="eu")) is None
     assert state.upsert_node(node("b", "n", ips=["172.18.0.2"], region="eu")) is None
