@@ -1,7 +1,7 @@
-"""What happens to the resolver (events) and what it asks for (commands): plain frozen values, no behaviour.
+"""What happens to the resolver (events) and what it asks for (commands): plain frozen values without behaviour.
 
-msgspec's, because several of them are made for every miss: a frozen dataclass takes five times as long. Those refer to
-nothing that could refer back to them, so the collector need not know of them.
+They are msgspec Structs, because several are made for every miss and a frozen dataclass takes five times as long. Those
+with ``gc=False`` refer to nothing that could refer back to them, so the collector need not track them.
 
 The shell turns the outside world into events, calls ``Resolver.step(event, now)`` and carries out the commands in the
 order in which they come back. Times are seconds of the shell's monotonic clock.
@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from lazymesh.core.model import Address, Entry, Reason, Space
 
 ReadFailure = KvstoreErrorKind | Literal["owner"]
-"""``owner``: the owner's own store, behind a cache, is not followed, which says nothing of the cache."""
+"""``owner``: the owner's own store, behind a cache, is not followed, which says nothing about the cache."""
 
 Outcome = Literal["installed", "updated", "absent", "failed", "shed", "evicted", "taken-over"]
 """How a miss, or a change of an installed address, ended."""
@@ -31,12 +31,12 @@ Outcome = Literal["installed", "updated", "absent", "failed", "shed", "evicted",
 class Misses(Struct, frozen=True):
     """The kernel signalled packets whose peers have no entry.
 
-    What is signalled at one moment is resolved together, so that reads of many addresses share a transaction.
+    Misses signalled at one moment are resolved together, so that reads of many addresses share a transaction.
     """
 
     addresses: tuple[Address, ...]
     at: tuple[float, ...]
-    """When each packet missed (the kernel's timestamp); latencies count from here."""
+    """When each packet missed (the kernel's timestamp); latencies count from there."""
 
 
 class KeyState(Struct, frozen=True, gc=False):
@@ -51,25 +51,25 @@ class KeyState(Struct, frozen=True, gc=False):
 
 
 class Answered(Struct, frozen=True):
-    """A Read came back."""
+    """A Read was answered."""
 
     cluster: str
     spaces: tuple[Space, ...]
     addresses: tuple[Address, ...]
     values: tuple[bytes | None, ...]
-    """Of each key of each address, address by address and in the order of ``spaces``; None: there is no such key."""
+    """For each key of each address, address by address and in the order of ``spaces``; None: there is no such key."""
     as_of: int
     """Store revision at which this was true."""
 
 
 class ReadFailed(Struct, frozen=True):
-    """A Read came to nothing."""
+    """A Read failed."""
 
     cluster: str
     addresses: tuple[Address, ...]
     kind: ReadFailure
     whole: bool = False
-    """Some /24 was read whole."""
+    """Whether some /24 was read whole."""
 
 
 class Changed(Struct, frozen=True):
@@ -80,9 +80,9 @@ class Changed(Struct, frozen=True):
 
 
 class StoreReset(Struct, frozen=True):
-    """Revisions seen so far mean nothing: everything of this cluster is to be read again.
+    """Revisions seen so far mean nothing any more: everything of this cluster must be read again.
 
-    Its store was replaced (other etcd cluster id, or its revision went back), or watches were lost past repair.
+    Its store was replaced (other etcd cluster id, or its revision went back), or watches were lost for good.
     ClusterReady follows as soon as its addresses can be judged again.
     """
 
@@ -130,24 +130,24 @@ class InstallsEnded(Struct, frozen=True):
 
     addresses: tuple[Address, ...]
     errors: tuple[Reason | None, ...]
-    """Of each, None: it stands in the map. Else TAKEN, NOT_OURS, MAP_FULL or INSTALL_FAILED."""
+    """None for each entry that is in the map; else TAKEN, NOT_OURS, MAP_FULL or INSTALL_FAILED."""
 
 
 class Adopted(Struct, frozen=True):
-    """An entry of ours that the resolver has not asked for: of an earlier life, or lent to a new map."""
+    """An entry of ours that the resolver did not ask for: of an earlier life of the agent, or put into a new map."""
 
     address: Address
     entry: Entry
     cluster_id: int
-    """All that a journal tells of the cluster; it may be one that has not joined yet."""
+    """All that the journal says about the cluster; it may be one that has not joined yet."""
 
 
 class AllListed(Struct, frozen=True):
-    """Every configured cluster has been listed: entries of a cluster that has not joined are nobody's."""
+    """Every configured cluster has been listed: entries of a cluster that has not joined belong to none."""
 
 
 class Lost(Struct, frozen=True):
-    """Entries of ours are not ours any more: the map's owner has written over them, or somebody has removed them."""
+    """Entries are no longer ours: the map's owner has overwritten them, or something has removed them."""
 
     addresses: tuple[Address, ...]
 
@@ -159,7 +159,7 @@ class Used(Struct, frozen=True):
 
 
 class Shrink(Struct, frozen=True):
-    """The map has no room to spare: so many of our entries are to go, the least recently used first."""
+    """The map has no room to spare: this many of our entries must go, the least recently used first."""
 
     entries: int
 
@@ -197,10 +197,10 @@ class Read(Struct, frozen=True):
 
     cluster: str
     spaces: tuple[Space, ...]
-    """Either (CACHED,) or (PUSHED, PULL_ONLY): never both kinds, one refused read fails a whole transaction."""
+    """Either (CACHED,) or (PUSHED, PULL_ONLY): never both kinds, as one refused read fails the whole transaction."""
     addresses: tuple[Address, ...]
     whole: tuple[int, ...] = ()
-    """The first so many addresses are of one /24, which is read whole, and so on; those behind are read apart."""
+    """How many addresses, from the first on, share a /24 to read whole, then the next; the rest are read apart."""
 
 
 class Watch(Struct, frozen=True):
@@ -220,7 +220,7 @@ class Unwatch(Struct, frozen=True):
 
 
 class Install(Struct, frozen=True, gc=False):
-    """Put the entry into the map for each address where nobody else's stands; answered by InstallsEnded.
+    """Put the entry into the map for each address without a foreign entry; answered by InstallsEnded.
 
     Also replaces entries of ours by newer ones.
     """
@@ -239,18 +239,18 @@ class Evict(Struct, frozen=True):
 
 
 class Report(Struct, frozen=True, gc=False):
-    """Tell people and metrics how misses, or changes of installed addresses, ended, all in the same way."""
+    """Report to people and metrics how misses, or changes of installed addresses, ended: all in the same way."""
 
     addresses: list[Address]
     cluster: str | None
     outcome: Outcome
     reason: Reason | None
     detail: str
-    """A few words for the log, empty when the reason says it all."""
+    """A few words for the log; empty if the reason says it all."""
     missed_at: list[float | None]
-    """Of each, when the packet missed; None when no packet waits for this (a watch event, an adoption)."""
+    """When each one's packet missed; None if no packet waits for this (a watch event, an adoption)."""
     cached: bool = False
-    """True when no read was needed: the answer came from the negative cache, or the entry stood already."""
+    """Whether no read was needed: the answer came from the negative cache, or the entry was in the map already."""
 
 
 class Mute(Struct, frozen=True):
@@ -260,7 +260,7 @@ class Mute(Struct, frozen=True):
 
 
 class Admit(Struct, frozen=True):
-    """Let the kernel signal so many misses of what the settings allow: a share, at most 1."""
+    """Let the kernel signal this share, at most 1, of the misses that the settings allow."""
 
     share: float
 

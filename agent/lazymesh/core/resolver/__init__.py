@@ -1,8 +1,9 @@
 """The resolver: what to read, install, watch and evict, decided from one event at a time.
 
-``machine`` takes events and returns commands; it knows how one address moves (``moves``, ``tracked``), whose records
-may be believed (``judge``), what is sent when (``backlog``, ``waiting``, ``breaker``), which entries are ours
-(``ledger``) and which answers were no (``negatives``). ``limits`` bounds all of it.
+``machine`` takes events and returns commands. Its parts: how one address moves (``moves``, ``tracked``), what happens
+to whole clusters (``lifecycle``), which records are believed (``judge``), what is sent when (``backlog``, ``waiting``,
+``breaker``), which entries are ours (``ledger``), which answers were no (``negatives``), how many misses the kernel may
+signal (``admission``). ``limits`` bounds all of it.
 """
 
 from lazymesh.core.resolver.judge import Judge

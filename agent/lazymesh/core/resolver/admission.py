@@ -1,13 +1,13 @@
 """How many misses the kernel may signal, as a share of what the settings allow; adapted to how fast they are answered.
 
-Each cluster is compared with itself: its fastest answers of the last minute tell how far away its store is, and when
-its slowest ones (the 99th percentile of a second) take many times as long, they wait for something. Whether that is its
-store or this agent, nobody can tell from one cluster; but when *every* cluster that answers has become slow, the cause
-is here, and fewer misses are let in: half as many, then a look at what it helped. One slow second is a burst and no
-cause; a slow cluster among good ones changes nothing for them.
+Each cluster is compared with itself: its fastest answers of the last minute show how far away its store is, and when
+its slowest ones (the 99th percentile of a second) take many times as long, they wait for something. One cluster alone
+does not show whether that is its store or this agent; but when *every* cluster that answers has become slow, the cause
+is here, and fewer misses are admitted: half as many, then a look at whether it helped. One slow second is a burst, not
+a cause; a slow cluster among good ones changes nothing for them.
 
 Down at once and up by a tenth a second: it neither swings nor starves. The queue's own alarm is the mute flag
-(machine); after it, too, the share is halved, so that the flood does not come back at once.
+(machine); after that, too, the share is halved, so that the flood does not come back at once.
 """
 
 from __future__ import annotations
@@ -22,20 +22,20 @@ if TYPE_CHECKING:
     from lazymesh.core.resolver.limits import Limits
 
 WINDOW_S = 1.0
-"""How often it is looked at."""
+"""How often the answers are judged."""
 SAMPLES = 20
-"""So many answers of a cluster at least make a window; fewer say nothing about a percentile."""
+"""Answers that a cluster must give in a window: fewer say nothing about a percentile."""
 MEMORY = 60
-"""Windows that a cluster's fastest answer is remembered for."""
+"""Windows for which a cluster's fastest answer is remembered."""
 
 
 class Admission:
-    """The controller; ``share`` is in force, from ``Limits.admission_least`` to 1."""
+    """The controller; ``share`` is the one in force, from ``Limits.admission_least`` to 1."""
 
     def __init__(self, limits: Limits) -> None:
         self.share = 1.0
         self.p99 = 0.0
-        """Seconds, of the least slow cluster in the last window that had any answers."""
+        """Seconds; that of the least slow cluster in the last window with enough answers."""
         self.cuts = {"latency": 0, "queue": 0}
         """How often the share was halved, by cause."""
         self._limits = limits
@@ -45,7 +45,7 @@ class Admission:
         self._late = 0
 
     def took(self, cluster: str, seconds: Sequence[float]) -> None:
-        """Take note how long misses took that were answered from the cluster's store."""
+        """Note how long misses took that were answered from the cluster's store."""
         if not seconds:
             return
         known = self._clusters.get(cluster)
@@ -54,7 +54,7 @@ class Admission:
         known.times += seconds
 
     def forget(self, cluster: str) -> None:
-        """The cluster is gone."""
+        """Forget a cluster that is gone."""
         self._clusters.pop(cluster, None)
 
     def look(self, now: float) -> bool:
@@ -64,7 +64,7 @@ class Admission:
         self._ends = now + WINDOW_S
         slowness = [each for each in (c.close() for c in self._clusters.values()) if each is not None]
         if self._settling:
-            # These answers belong to misses that were let in before the share was halved.
+            # These answers belong to misses that were admitted before the share was halved.
             self._settling = False
             return False
         if not slowness:
@@ -77,7 +77,7 @@ class Admission:
         return self._grow() if self.p99 <= bound / 2 else False
 
     def overrun(self) -> bool:
-        """The queue is so full that the kernel is muted; return whether the share has changed."""
+        """Note that the queue is so full that the kernel is muted; return whether the share has changed."""
         return self._halve("queue")
 
     def _bound(self, usual: float) -> float:
@@ -106,7 +106,7 @@ class _Cluster:
         self._fastest: deque[float] = deque(maxlen=MEMORY)
 
     def close(self) -> tuple[float, float] | None:
-        """End a window; return its 99th percentile and the usual time, None if it says nothing."""
+        """End a window; return its 99th percentile and the usual time, or None if there are too few answers."""
         times, self.times = self.times, []
         if len(times) < SAMPLES:
             return None

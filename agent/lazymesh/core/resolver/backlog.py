@@ -2,7 +2,7 @@
 
 Batching without waiting: whatever has piled up while the in-flight window was full goes out in one transaction, and a
 lone miss goes out alone at once. Which go together is left to ``waiting``. What does not fit is shed by the resolver,
-oldest first; which one that is, is told here.
+oldest first; this module says which one.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ class Backlog:
     def __init__(self, limits: Limits) -> None:
         self._limits = limits
         self.missed = 0
-        """How many missed addresses wait, for clusters ready or not; for others to read only, at each step."""
+        """How many missed addresses wait, for clusters ready or not; read-only for others, who read it at each step."""
         self.busy: dict[str, Link] = {}
         """The ready clusters for which something waits, by name."""
         self._parked: dict[str, Link] = {}
@@ -36,8 +36,8 @@ class Backlog:
     def level(self, *, others: bool) -> int:
         """Return how many missed addresses wait for ready clusters: the load that muting the kernel would relieve.
 
-        Those of a cluster that is not ready do no work, and of one alone only a part counts while there are
-        others: muting everybody for its sake would let a cluster that is slow harm all others.
+        Those of a cluster that is not ready cause no work, and of any one cluster only a part counts while there are
+        others: muting the kernel for its sake would let one slow cluster harm all others.
         """
         waiting = [link.missed for link in self.busy.values()]
         if not others or not any(waiting):
@@ -71,9 +71,9 @@ class Backlog:
         self.missed += lane.misses.count - before
 
     def at_once(self, some: list[Tracked], link: Link, spaces: tuple[Space, ...], now: float) -> Read | None:
-        """Return the read of a few addresses that need not be queued for it; None: they have to be.
+        """Return a read of a few addresses without queueing them; None if they have to be queued.
 
-        That is what a lone miss mostly is: nothing else waits for its cluster, and fewer reads are under way than may.
+        A lone miss mostly goes this way: nothing else waits for its cluster, and fewer reads are under way than may be.
         """
         if (
             link.name in self.busy
@@ -96,13 +96,13 @@ class Backlog:
             link.missed -= 1
             self.missed -= 1
         elif not lane.adopted.remove(address) and not lane.checks.remove(address):
-            raise RuntimeError(f"address {address.hex()} waits for no read")
+            raise RuntimeError(f"address {address.hex()} is not queued for a read")
 
     def overflow(self) -> Tracked | None:
         """Return the address to shed next, or None while the bound holds.
 
-        Those of clusters that are not ready go first: they would have waited anyway. Of all such clusters, and then of
-        the others, the one that has most gives an old one: it is the one that is too slow.
+        Those of clusters that are not ready go first: they would have waited anyway. Among those clusters, and then
+        among the others, the one with the most gives up an old one: it is the one that is too slow.
         """
         if self.missed <= self._limits.queue:
             return None
@@ -111,17 +111,17 @@ class Backlog:
         return max(lanes, key=lambda lane: lane.misses.count).misses.first()
 
     def park(self, link: Link) -> None:
-        """Keep the cluster's addresses back: it is not ready."""
+        """Hold the cluster's addresses back: it is not ready."""
         if self.busy.pop(link.name, None) is not None and link.missed:
             self._parked[link.name] = link
 
     def unpark(self, link: Link) -> None:
-        """Let the cluster's addresses go: it is ready."""
+        """Release the cluster's addresses: it is ready."""
         self._parked.pop(link.name, None)
         self.busy[link.name] = link
 
     def reads(self, now: float) -> list[Read]:
-        """Return all reads that can be sent now, in rounds of one for each cluster: all get their turn."""
+        """Return all reads that can be sent now, in rounds of one for each cluster, so that each gets its turn."""
         reads: list[Read] = []
         going = list(self.busy.values())
         while going:
@@ -129,7 +129,7 @@ class Backlog:
         return reads
 
     def _read(self, link: Link, now: float, reads: list[Read]) -> bool:
-        """Add one read of the cluster's, if there is one that may be sent; tell whether there may be another."""
+        """Add one read of the cluster's if one may be sent; return whether there may be another."""
         if link.in_flight >= self._limits.transactions_in_flight or not link.breaker.admits(now):
             return False
         only_adopted = self._only_adopted(link, now)
@@ -147,7 +147,7 @@ class Backlog:
         else:
             self._stays_busy(link)
             return False
-        if len(link.lanes) > 1:  # to the end of the row: the other lane is asked first next time
+        if len(link.lanes) > 1:  # to the end of the row: the other lane comes first next time
             link.lanes[spaces] = link.lanes.pop(spaces)
         misses = before - lane.misses.count
         self.missed -= misses
@@ -169,12 +169,12 @@ class Backlog:
         return Read(link.name, spaces, addresses, whole)
 
     def _stays_busy(self, link: Link) -> bool:
-        """Tell whether something still waits for the cluster; if not, it is busy no more."""
+        """Return whether something still waits for the cluster; if not, it is no longer busy."""
         if any(link.lanes.values()):
             return True
         del self.busy[link.name]
         return False
 
     def _only_adopted(self, link: Link, now: float) -> bool:
-        """Return whether only adopted entries may be read, which holds until the last of them is answered."""
+        """Return whether only adopted entries may be read: for a limited time, until all of them are answered."""
         return bool(link.adopted) and now < link.ready_at + self._limits.adopted_first

@@ -1,4 +1,4 @@
-"""A circuit breaker for one cluster's store: after several failures in a row, ask seldom instead of always.
+"""A circuit breaker for one cluster's store: after several failures in a row, ask rarely instead of always.
 
 Closed: everything passes. Open: nothing passes until the back-off is over. Half-open: one read passes and
 decides. The back-off doubles with each failed probe and has full jitter, so that a thousand nodes do not come
@@ -54,21 +54,21 @@ class Breaker:
         return self.state is BreakerState.OPEN and now >= self._retry_at
 
     def sent(self) -> None:
-        """Take note that an admitted read was sent."""
+        """Note that an admitted read was sent."""
         if self.state is BreakerState.OPEN:
             self.state = BreakerState.HALF_OPEN
 
     def succeeded(self) -> None:
-        """Take note that the store answered."""
+        """Note that the store answered."""
         self._failures = 0
         if self.state is not BreakerState.CLOSED:
             self.state = BreakerState.CLOSED
             self._backoff.reset()
 
     def failed(self, now: float) -> None:
-        """Take note that a read did not come back."""
+        """Note that a read failed."""
         self._failures += 1
-        # While open, the failures are those of reads sent before: they must not lengthen the pause.
+        # While open, failures are those of reads sent before: they must not lengthen the pause.
         if self.state is BreakerState.HALF_OPEN or (
             self.state is BreakerState.CLOSED and self._failures >= self._limits.breaker_failures
         ):
@@ -76,5 +76,5 @@ class Breaker:
             self._retry_at = now + self._backoff.next_s()
 
     def spread(self) -> float:
-        """Return the pause before what is known of a store that is back is read again."""
+        """Return the pause after which the known addresses of a store that is back are read again."""
         return self._limits.revalidation_spread * self._jitter()

@@ -1,4 +1,4 @@
-"""May this record become an entry here? Pure judgement of records, no memory of earlier ones.
+"""Decides whether a record may become an entry here, without memory of earlier ones.
 
 The order of the checks is the order of suspicion: can it be read, may its cluster say this at all, is it
 meant for this region, are its identity's labels known here (an entry with an unknown identity matches no
@@ -28,30 +28,30 @@ class Refusal:
     reason: Reason
     detail: str = ""
     identity: int = 0
-    """The identity that it names; 0 when it could not be read."""
+    """The identity that the record names; 0 if it could not be read."""
 
 
 @dataclass(slots=True)
 class Judge:
-    """What records are held against; the owner exchanges ``table`` when another one is in force."""
+    """What records are judged by; the resolver replaces ``table`` when another one is in force."""
 
     table: ClusterTable
     identities: Container[int]
-    """The identities whose labels are known here; the shell's own, so it changes under our eyes."""
+    """The identities whose labels are known here; the shell's own set, which changes while we use it."""
     region: str | None = None
-    """Where this node is; None: unknown, and nothing is out of scope."""
+    """The region of this node; None: unknown, so that nothing is out of scope."""
     here: Container[Address] = ()
-    """This node's own addresses; the shell's, too."""
+    """This node's own addresses; the shell's set, too."""
 
     def verdicts(
         self, values: Sequence[bytes], addresses: Sequence[Address], cluster: ClusterInfo
     ) -> list[IpRecord | Refusal]:
-        """Return each record if it may be installed, else why not; they are one cluster's.
+        """Return each record if it may be installed, else why not; all are of one cluster.
 
-        Pods of one node come together, and their records are equal but for the address: they are judged once.
+        Pods of one node come together, and their records are equal except for the address: they are judged once.
         """
         records = decode_pairs(values, addresses)
-        numbers = list(map(id, records))  # nobody else's while the record is here
+        numbers = list(map(id, records))  # unique while the records live
         judged = {
             number: self._verdict(record, cluster)
             for number, record in dict(zip(numbers, records, strict=True)).items()
@@ -73,6 +73,6 @@ class Judge:
     def _elsewhere(self, host_ip: Address) -> bool:
         if self.region is None:
             return False
-        # A host of unknown region is let in: scope saves traffic, it guards nothing, and the peer is known.
+        # A host of unknown region is admitted: scope saves traffic, it guards nothing, and the peer is known.
         region = self.table.region_of(host_ip)
         return region is not None and region != self.region

@@ -1,8 +1,8 @@
 """Our entries in the map: which, how recently used, which are in doubt, and by identity.
 
-The books only; the commands that change the map are given in ``moves``. An entry is *owned* from its Install
-command on. It is *in doubt* from the moment on which its truth can no longer be checked (its cluster fell
-silent, its store was replaced, it came from an earlier life of the agent) until an answer confirms it.
+Only the books; the commands that change the map are issued in ``moves``. An entry is *owned* from its Install
+command on. It is *in doubt* from the moment at which its truth can no longer be checked (its cluster fell
+silent, its store was replaced, it was adopted) until an answer confirms it.
 """
 
 from __future__ import annotations
@@ -25,13 +25,12 @@ class Ledger:
         self._limits = limits
         self._owned: OrderedDict[Address, Tracked] = OrderedDict()
         self.room = limits.owned
-        """For how many more entries there is room; for others to read only."""
+        """How many more entries there is room for; read-only for others."""
         self._doubted: OrderedDict[Address, tuple[float, Tracked]] = OrderedDict()
         self._named: dict[int, dict[Address, Tracked]] = {}
         self.unanswered: set[Address] = set()
         """Addresses with an Install that has no result yet: at most one for each address at any time, even if
-        the address was forgotten and missed again meanwhile, so that a result is never taken for
-        another's."""
+        the address was forgotten and missed again meanwhile, so that no result is mistaken for another's."""
 
     def __len__(self) -> int:
         return len(self._owned)
@@ -40,7 +39,7 @@ class Ledger:
         return iter(self._owned.values())
 
     def own(self, some: Iterable[Tracked], entry: Entry) -> None:
-        """Enter the entry of these addresses, as the most recently used ones, and the identity that they depend on."""
+        """Add the entry of these addresses, as the most recently used, and the identity that they depend on."""
         identity, owned = entry.identity, self._owned
         named = self._named.setdefault(identity, {})
         before = len(owned)
@@ -58,26 +57,26 @@ class Ledger:
         self.room -= len(owned) - before
 
     def disown(self, tracked: Tracked) -> None:
-        """Strike the entry out."""
+        """Remove the address's entry."""
         self.room += 1
         tracked.entry = None
         del self._owned[tracked.address]
         self._doubted.pop(tracked.address, None)
 
     def touch(self, tracked: Tracked) -> None:
-        """Take note that the entry is in use."""
+        """Note that the entry is in use."""
         self._owned.move_to_end(tracked.address)
 
     def surplus(self) -> Tracked | None:
-        """Return the entry that must go before another one may come, or None while there is room."""
+        """Return the address whose entry must go before another may come, or None while there is room."""
         return self.oldest() if self.room <= 0 else None
 
     def oldest(self) -> Tracked | None:
-        """Return the least recently used entry."""
+        """Return the address whose entry was least recently used."""
         return next(iter(self._owned.values()), None)
 
     def doubt(self, some: Iterable[Tracked], now: float) -> None:
-        """Put the entries in doubt; of those that are already, the clock goes on."""
+        """Put the entries in doubt; for those that already are, the clock runs on."""
         for tracked in some:
             self._doubted.setdefault(tracked.address, (now, tracked))
 
@@ -99,7 +98,7 @@ class Ledger:
         return dict(Counter([each.link.name for _, each in self._doubted.values() if each.link is not None]))
 
     def stale(self, now: float) -> Iterator[Tracked]:
-        """Yield each entry in doubt for too long; the caller disowns it before it asks for the next."""
+        """Yield each entry that has been in doubt too long; the caller disowns it before it asks for the next."""
         while self._doubted:
             since, tracked = next(iter(self._doubted.values()))
             if now - since < self._limits.stale_after:
@@ -107,7 +106,7 @@ class Ledger:
             yield tracked
 
     def name(self, tracked: Tracked, identity: int) -> None:
-        """Enter which identity the address depends on; 0: none."""
+        """Record which identity the address depends on; 0: none."""
         if tracked.identity == identity:
             return
         if tracked.identity:

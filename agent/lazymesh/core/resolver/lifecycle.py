@@ -1,8 +1,8 @@
-"""Clusters come, fall silent, are replaced and go; what each of it means for the addresses that are theirs.
+"""Clusters come, fall silent, are replaced and go: what each event means for their addresses.
 
 Entries outlive silence: a peer that was well a moment ago most likely still is, and cutting it off would turn
-an outage of an etcd into one of the network. They are in doubt meanwhile, and read again before they are
-trusted. What happens to one address in all this is left to ``moves``.
+an etcd outage into a network outage. They are in doubt meanwhile, and read again before they are trusted. What happens
+to one address in all this is left to ``moves``.
 """
 
 from __future__ import annotations
@@ -25,12 +25,12 @@ if TYPE_CHECKING:
 
 
 class Lifecycle:
-    """The links to all clusters ever heard of, and what befalls them."""
+    """The links to all clusters ever heard of, and what happens to them."""
 
     def __init__(
         self, breaker: Callable[[], Breaker], judge: Judge, backlog: Backlog, ledger: Ledger, moves: Moves
     ) -> None:
-        """``breaker`` makes a new one for each cluster."""
+        """``breaker`` makes a new breaker for each cluster."""
         self.links: dict[str, Link] = {}
         self._unjoined: dict[int, Link] = {}
         """By the id in the journal: clusters that have adopted entries and have not joined so far."""
@@ -41,7 +41,7 @@ class Lifecycle:
         self._moves = moves
 
     def link(self, name: str) -> Link:
-        """Return the cluster's link; it begins with the first word about the cluster."""
+        """Return the cluster's link; it is made when the cluster is first heard of."""
         link = self.links.get(name)
         if link is None:
             link = self.links[name] = Link(name, self._breaker())
@@ -75,7 +75,7 @@ class Lifecycle:
         self._unjoined.clear()
 
     def ready(self, event: ClusterReady, now: float) -> None:
-        """Let go what waited for the cluster, and read again what is known of it; repeated: nothing new."""
+        """Release what waited for the cluster, and read its known addresses again; do nothing more if repeated."""
         link = self.link(event.cluster)
         link.breaker.succeeded()
         if link.state is not LinkState.READY:
@@ -86,7 +86,7 @@ class Lifecycle:
             self._read_again(link)
 
     def silent(self, event: ClusterSilent, now: float) -> None:
-        """Keep what is installed, in doubt; whoever waits for an answer is told that none will come."""
+        """Keep what is installed, in doubt; report to misses that wait for an answer that none will come."""
         link = self.link(event.cluster)
         link.state = LinkState.SILENT
         self._backlog.park(link)
@@ -101,7 +101,7 @@ class Lifecycle:
             if tracked.withdrawn:
                 self._moves.refuse(tracked, Reason.NOT_FOUND, "", now)
             if tracked.link is not link:
-                continue  # no room to remember it: it is forgotten, and unwatched
+                continue  # there was no room to remember it: it is forgotten, and unwatched
             if tracked.watched:
                 self._moves.out.append(Unwatch(link.name, tracked.address))
             tracked.forget_states()
@@ -110,20 +110,20 @@ class Lifecycle:
             self._read_again(link)
 
     def gone(self, event: ClusterGone, _now: float) -> None:
-        """Evict and forget all that was the cluster's."""
+        """Evict and forget everything of the cluster's."""
         link = self.link(event.cluster)
         for tracked in list(link.members.values()):
             self._moves.drop(tracked, "cluster-gone", Reason.NO_CLUSTER)
         link.state = LinkState.CONNECTING
         self._backlog.park(link)
         link.void_reads()
-        # What is in flight is remembered, lest a cluster that returns under this name takes it for its own.
+        # Reads in flight are remembered, lest a cluster that returns under this name takes them for its own.
         if not link.reading:
             del self.links[event.cluster]
         self._moves.admission.forget(event.cluster)
 
     def give_up(self, link: Link, now: float) -> None:
-        """Tell all who wait for the cluster that it is down."""
+        """Report to all misses that wait for the cluster that it is down."""
         for tracked in list(link.members.values()):
             if tracked.waiting:
                 self._moves.give_up(tracked, Reason.CLUSTER_DOWN, now)
@@ -139,6 +139,6 @@ class Lifecycle:
             return
         for tracked in list(link.members.values()):
             if tracked.fetch is Fetch.IDLE:
-                # In the group that was judged last: a lagging cache must not overrule the owner.
+                # Read the group that was judged last: a lagging cache must not overrule the owner.
                 known = tracked.spaces in cluster.spaces
                 self._moves.read(tracked, tracked.spaces if known else cluster.spaces[0])

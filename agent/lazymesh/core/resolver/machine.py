@@ -2,14 +2,14 @@
 
 The heart of demand paging. A miss becomes a read of the owner's keys, the answer is judged, a good record
 becomes an entry, and a watch on the keys keeps it true; everything else is what happens when one of these
-steps goes wrong, comes late or comes twice. One rule where a question is open: a wrong identity is a security
-hole, a lost known peer is an outage, a slow unknown peer is neither.
+steps goes wrong, comes late or comes twice. One rule decides in doubt: a wrong identity is a security hole,
+a lost known peer is an outage, a slow unknown peer is neither.
 
-Left to others: I/O, clock and dice to the shell (roles), which calls :meth:`Resolver.step` and carries out
-what comes back, in order; how one address moves to ``moves``; whether a record is believable to ``judge``;
-what is sent when to ``backlog``; what befalls whole clusters to ``lifecycle``; whose an address is to
-``clusters``. The shell answers every Read by one Answered or ReadFailed, and every Install in one
-InstallsEnded, which may be of several.
+Left to others: I/O, clock and randomness to the shell (roles), which calls :meth:`Resolver.step` and carries out
+what comes back, in order; how one address moves to ``moves``; whether a record is believed to ``judge``;
+what is sent when to ``backlog``; what happens to whole clusters to ``lifecycle``; which cluster owns an address to
+``clusters``. The shell answers every Read by one Answered or ReadFailed, and every Install by an InstallsEnded,
+which may answer several.
 """
 
 from __future__ import annotations
@@ -39,10 +39,10 @@ if TYPE_CHECKING:
 
 
 _APART: frozenset[ev.ReadFailure] = frozenset({"exhausted", "permission"})
-"""Why a /24 could not be read that may not stand against its addresses alone."""
+"""Failures of reading a /24 whole that may not hold for its addresses alone."""
 
 _WELL: frozenset[ev.ReadFailure] = frozenset({"permission", "owner"})
-"""Of these the store that is followed is well: it is our certificate that is not, or the owner's own behind a cache."""
+"""Failures while the followed store is well: our certificate is not, or the owner's own store behind a cache."""
 
 
 def _no_jitter() -> float:
@@ -77,7 +77,7 @@ class Resolver:
         self._ledger = Ledger(limits)
         self._negatives = Negatives(limits)
         self.admission = Admission(limits)
-        """How many misses are let in, and why not all; for others to read only."""
+        """How many misses are admitted, and why not all; read-only for others."""
         self._moves = Moves(self._judge, self._backlog, self._ledger, self._negatives, self.admission)
         self._lifecycle = Lifecycle(
             lambda: Breaker(limits, jitter), self._judge, self._backlog, self._ledger, self._moves
@@ -106,13 +106,13 @@ class Resolver:
         }
 
     def step(self, event: ev.Event, now: float) -> list[ev.Command]:
-        """Take one event; return what is to be done, in this order."""
+        """Take one event; return the commands to carry out, in this order."""
         out: list[ev.Command] = []
         self._moves.out, self._moves.now = out, now
         self._handlers[type(event)](event, now)
         if self._backlog.busy:
             out += self._backlog.reads(now)
-        # What still waits now has to fit. Most of the time nothing waits, and this is asked at every event.
+        # What still waits now has to fit. Mostly nothing waits, and this runs at every event.
         if self._muted or self._backlog.missed:
             self._shed(now)
             self._mute()
@@ -148,7 +148,7 @@ class Resolver:
             self._moves.report(tracked, "absent", tracked.reason, cached=True)
 
     def _resolve(self, missed: dict[Address, float | None], now: float) -> None:
-        """Resolve all addresses of one step that are not tracked, by when each missed: so they are read together."""
+        """Resolve all untracked addresses of one step together, given with when each missed, to share reads."""
         table = self._judge.table
         if len(missed) == 1:
             (address,) = missed
@@ -186,9 +186,9 @@ class Resolver:
         return self._judge.table.cluster(owners[0]) if len(owners) == 1 else None
 
     def _are(self, owners: tuple[str, ...], link: Link | None) -> bool:
-        """Tell whether addresses with these owners are resolved with this link; None: with no cluster.
+        """Return whether addresses with these owners are resolved with this link; None: with no cluster.
 
-        A cluster that has not joined, and to which the operator gave them, may be any id that has not.
+        If the operator gave them to a cluster that has not joined, that may be the one with any unjoined id.
         """
         asked = self._asked(owners)
         if link is None or link.unjoined_id:
@@ -205,7 +205,7 @@ class Resolver:
         if tracked.entry is not None and at > tracked.installed_at:
             self._moves.install(tracked, tracked.entry, now)
         else:
-            # Signalled before the entry stood. Its packet may be held, so it too is answered.
+            # Signalled before the entry was in the map. Its packet may be held, so it too is answered.
             self._moves.report(tracked, "installed", None, cached=True)
 
     # --- what the stores say --------------------------------------------------------------------------------
@@ -234,7 +234,7 @@ class Resolver:
         self._watch(link, landed, spaces, as_of)
 
     def _land(self, link: Link, addresses: Iterable[Address]) -> list[Tracked | None]:
-        """Close the read of some addresses; return of each what is tracked if the outcome is of use, else None."""
+        """End the read of some addresses; return each one's Tracked if the outcome can be used, else None."""
         known, reading = self._moves.tracked, link.reading
         landed: list[Tracked | None] = []
         for address in addresses:
@@ -271,7 +271,7 @@ class Resolver:
         # After the installs, which packets wait for: the command names the revision, so no change is lost.
         addresses = []
         for tracked in landed:
-            # No link: another address of this very answer has pushed it out of the budget.
+            # No link: another address of this same answer has pushed it out of the budget.
             if tracked.link is link and not tracked.fleeting and spaces[0] not in tracked.watched:
                 tracked.watched += spaces
                 addresses.append(tracked.address)
@@ -309,7 +309,7 @@ class Resolver:
             self._lifecycle.give_up(link, now)
 
     def _read_apart(self, link: Link, failure: ev.ReadFailed, now: float) -> None:
-        """Read each address alone for a while: what was too much in its /24 need not be what was asked for."""
+        """Read each address alone for a while: what was too much in its /24 need not be what we need."""
         link.whole_after = now + self._limits.apart_for
         link.breaker.succeeded()
         for tracked in self._land(link, failure.addresses):
@@ -321,7 +321,7 @@ class Resolver:
         tracked = self._moves.tracked.get(state.address)
         if tracked is None or tracked.link is None or tracked.link.name != change.cluster:
             return
-        # What is not watched comes from a watch given up meanwhile, perhaps of a store that no longer is.
+        # An unwatched key's change is from a watch given up meanwhile, perhaps of a store that no longer exists.
         if state.space not in tracked.watched or not tracked.learn(state):
             return
         gone = tracked.entry is not None and tracked.newest() is None
@@ -337,7 +337,7 @@ class Resolver:
 
     @staticmethod
     def _may_have_moved(tracked: Tracked, link: Link, now: float) -> bool:
-        """Tell whether a deleted record may stand under the group's other key, and one read can tell."""
+        """Return whether a deleted record may be under the group's other key, and whether a read can find out."""
         return len(tracked.spaces) > 1 and link.state is LinkState.READY and link.breaker.admits(now)
 
     # --- table, identities, adoption, time ------------------------------------------------------------------
@@ -348,11 +348,11 @@ class Resolver:
         missed: dict[Address, float | None] = {}
         for tracked in list(self._moves.tracked.values()):
             owners = event.table.owners(tracked.address)
-            # What the operator gave is its cluster's before that has joined, and when it has left.
+            # What the operator gave to a cluster is its own before it has joined, and after it has left.
             fits = self._are(owners, tracked.link)
             same = owners == tracked.owners and (fits or not owners)
             if same or self._moves.tracked.get(tracked.address) is not tracked:
-                continue  # or another address of this very table has pushed it out of what is remembered
+                continue  # or another address of this same table has pushed it out of memory
             if tracked.link is not None and fits:
                 tracked.owners = owners  # adopted before its cluster's nodes were listed
             elif tracked.waiting:
@@ -404,7 +404,7 @@ class Resolver:
     def _lost(self, event: ev.Lost, _now: float) -> None:
         for address in event.addresses:
             tracked = self._moves.tracked.get(address)
-            # An Install that is under way will find out by itself.
+            # An Install that is under way will find out for itself.
             if tracked is not None and tracked.entry is not None and address not in self._ledger.unanswered:
                 self._moves.report(tracked, "taken-over", None)
                 self._moves.give_away(tracked)
@@ -461,12 +461,12 @@ class Resolver:
 
     @property
     def owned(self) -> int:
-        """How many entries of ours are, or are about to be, in the map."""
+        """How many entries of ours are in the map, or about to be."""
         return len(self._ledger)
 
     @property
     def room(self) -> int:
-        """How many more may come before one that was used longest ago has to go."""
+        """How many more entries there is room for before the least recently used has to go."""
         return self._ledger.room
 
     @property
@@ -476,7 +476,7 @@ class Resolver:
 
     @property
     def stale(self) -> dict[str, int]:
-        """How many entries of each cluster are served although nobody confirms them now."""
+        """How many entries of each cluster are served although they cannot be confirmed now."""
         return self._ledger.doubted()
 
     def stale_addresses(self) -> list[Address]:
@@ -499,5 +499,5 @@ class Resolver:
 
 
 def _unowned(owners: tuple[str, ...]) -> Reason:
-    """Return why these owners are not the one joined cluster it takes; for an address that changed hands, too."""
+    """Return why no cluster can be asked with these owners; also used for an address that changed hands."""
     return Reason.AMBIGUOUS if len(owners) > 1 else Reason.NO_CLUSTER

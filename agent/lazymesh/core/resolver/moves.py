@@ -2,7 +2,7 @@
 
 ``machine`` and ``lifecycle`` decide on which event which address makes which move. Here a move is carried
 through, so that all books agree when it is over: phase, queue, ledger, negative cache, watches, and the
-commands that tell the shell.
+commands to the shell.
 """
 
 from __future__ import annotations
@@ -34,9 +34,9 @@ _OUTCOMES: dict[Reason, Outcome] = {
     Reason.INSTALL_FAILED: "failed",
     Reason.SHED: "shed",
 }
-"""How a Report calls an absence that is no answer; all others are ``absent``."""
+"""What a Report calls an absence that is not an answer; all others are ``absent``."""
 _UNANSWERED = frozenset({Reason.READ_FAILED, Reason.CLUSTER_DOWN, Reason.SHED})
-"""Ends that tell nothing about how long an answer takes."""
+"""Reasons that say nothing about how long an answer takes."""
 
 
 class Moves:
@@ -47,9 +47,9 @@ class Moves:
     ) -> None:
         self.tracked: dict[Address, Tracked] = {}
         self.out: list[Command] = []
-        """The commands of the step in hand; the resolver exchanges the list at each step."""
+        """The commands of the current step; the resolver replaces the list at each step."""
         self.now = 0.0
-        """The time of the step in hand."""
+        """The time of the current step."""
         self.admission = admission
         self._judge = judge
         self._backlog = backlog
@@ -59,7 +59,7 @@ class Moves:
     def begin(
         self, missed: Mapping[Address, float | None], owners: tuple[str, ...], link: Link | None
     ) -> list[Tracked]:
-        """Track more addresses, by when each missed."""
+        """Track more addresses, given with the time at which each missed."""
         begun = [Tracked(address, owners, link, at) for address, at in missed.items()]
         self.tracked.update(zip(missed, begun, strict=True))
         if link is not None:
@@ -73,13 +73,13 @@ class Moves:
             if tracked.fetch is Fetch.QUEUED:
                 self._backlog.remove(tracked, link)
             elif tracked.fetch is Fetch.READING:
-                # Who misses the address again must not be given what is older than what we forget here.
+                # A new miss of the address must not be answered by what is older than what we forget here.
                 link.reading[tracked.address] = VOID
             if tracked.watched:
                 self.out.append(Unwatch(link.name, tracked.address))
             del link.members[tracked.address]
             link.adopted.discard(tracked.address)
-            # Whoever still holds the object further up the stack must find nothing to act upon.
+            # Callers further up the stack that still hold the object must find nothing to act upon.
             tracked.link = None
         if tracked.phase is Phase.ABSENT:
             self._negatives.remove(tracked)
@@ -87,7 +87,7 @@ class Moves:
         del self.tracked[tracked.address]
 
     def drop(self, tracked: Tracked, why: str, reason: Reason | None) -> None:
-        """Evict the entry if there is one, tell whoever waits, and forget the address."""
+        """Evict the entry if there is one, answer a waiting miss, and forget the address."""
         if tracked.entry is not None:
             self._evict(tracked, why)
             self.report(tracked, "evicted", None, why)
@@ -101,9 +101,9 @@ class Moves:
             self._backlog.put((tracked,), tracked.link, spaces, urgent=tracked.waiting)
 
     def give_up(self, tracked: Tracked, reason: Reason, now: float) -> None:
-        """End the read that a miss waits for.
+        """Stop waiting for the read that a miss waits for.
 
-        If it is in flight already it may still come back, and is welcome then.
+        If it is already in flight it may still be answered, and is then used.
         """
         if tracked.fetch is Fetch.QUEUED and tracked.link is not None:
             self._backlog.remove(tracked, tracked.link)
@@ -117,7 +117,7 @@ class Moves:
             self.settle_all((tracked,), link, cluster, now)
 
     def settle_all(self, some: Sequence[Tracked], link: Link, cluster: ClusterInfo, now: float) -> None:
-        """Do the same for addresses of one cluster, of which some group has answered."""
+        """Do the same for addresses of one cluster, for each of which a group has answered."""
         values: list[bytes] = []
         published: list[Tracked] = []
         for tracked in some:
@@ -126,12 +126,12 @@ class Moves:
             if value is not None:
                 values.append(value)
                 published.append(tracked)
-            elif tracked.link is link:  # else another one of these has pushed it out of what is remembered
+            elif tracked.link is link:  # else another of these addresses has pushed it out of memory
                 self._settle_without_record(tracked, cluster, now)
         verdicts = self._judge.verdicts(values, [tracked.address for tracked in published], cluster)
         unanswered = self._ledger.unanswered
         wanted: dict[int, tuple[Entry, list[Tracked]]] = {}
-        """By the record's id: who is to get its entry."""
+        """By the record's id: its entry, and the addresses that get it."""
         for tracked, verdict in zip(published, verdicts, strict=True):
             if tracked.link is not link:
                 continue  # as above
@@ -161,7 +161,7 @@ class Moves:
             self.read(tracked, following)
 
     def install(self, tracked: Tracked, entry: Entry, now: float) -> None:
-        """Send an Install; room in the budget is made first."""
+        """Send an Install; make room in the budget first."""
         link, cluster = tracked.link, self._cluster(tracked)
         if cluster is not None:
             self._install([tracked], entry, cluster.cluster_id, now)
@@ -169,7 +169,7 @@ class Moves:
             self._install([tracked], entry, link.unjoined_id, now)
 
     def _install(self, some: list[Tracked], entry: Entry, cluster_id: int, now: float) -> None:
-        """Do the same for addresses of one cluster; those that have no link were given up since they were chosen."""
+        """Do the same for addresses of one cluster; those without a link were given up since they were chosen."""
         ledger = self._ledger
         if len(some) > max(1, ledger.room):
             for tracked in some:
@@ -190,14 +190,14 @@ class Moves:
         self.out.append(Install(addresses, entry, cluster_id))
 
     def make_room(self) -> None:
-        """Evict what must go before one more entry may come."""
+        """Evict what must go before one more entry may be installed."""
         while (victim := self._ledger.surplus()) is not None:
             self.drop(victim, "budget", None)
 
     def installs_ended(
         self, addresses: Sequence[Address], errors: Sequence[Reason | None], now: float
     ) -> None:
-        """Take the outcomes of Installs, and then whatever came while they were unanswered."""
+        """Take the outcomes of Installs, then whatever came while they were unanswered."""
         self._ledger.unanswered.difference_update(addresses)
         arrived: list[Tracked] = []
         again: list[Tracked] = []
@@ -207,7 +207,7 @@ class Moves:
             if tracked.again:
                 tracked.again = False
                 again.append(tracked)
-            # Without an entry it was evicted behind the Install's back: the outcome has no meaning any more.
+            # Without an entry it was evicted while the Install was under way: the outcome no longer matters.
             if tracked.entry is None:
                 continue
             if error is None and tracked.phase is Phase.RESOLVING:
@@ -222,7 +222,7 @@ class Moves:
                 self.refuse(tracked, error, "", now)
         for _, some in groupby(arrived, attrgetter("link")):
             self._report(list(some), "installed", None)
-        # They are told that they arrived before they are told what has become of them since.
+        # Report their arrival before what has become of them since.
         for tracked in again:
             self.settle(tracked, now)
 
@@ -233,7 +233,7 @@ class Moves:
             self.report(tracked, "installed", None, "the entry had vanished")
 
     def refuse(self, tracked: Tracked, reason: Reason, detail: str, now: float) -> None:
-        """Let the address have no entry, for this reason."""
+        """Leave the address without an entry, for this reason."""
         tracked.withdrawn = False
         if tracked.entry is not None:
             self._evict(tracked, "deleted" if reason is Reason.NOT_FOUND else reason.value)
@@ -251,7 +251,7 @@ class Moves:
             self.forget(oldest)
 
     def give_away(self, tracked: Tracked) -> None:
-        """Forget an address whose entry is somebody else's by now: nothing is left of ours to be evicted."""
+        """Forget an address whose entry is no longer ours: there is nothing to evict."""
         self._ledger.disown(tracked)
         self.forget(tracked)
 
@@ -264,7 +264,7 @@ class Moves:
         *,
         cached: bool = False,
     ) -> None:
-        """Tell how it ended; the miss that waited for it, if any, is answered by this."""
+        """Report how it ended, which answers the miss that waited for it, if any."""
         self._report((tracked,), outcome, reason, detail, cached=cached)
 
     def _report(
@@ -276,7 +276,7 @@ class Moves:
         *,
         cached: bool = False,
     ) -> None:
-        """Tell the same of one or more addresses of one cluster."""
+        """Report the same for one or more addresses of one cluster."""
         link = some[0].link
         missed_at = [tracked.missed_at for tracked in some]
         if link is not None and not cached and reason not in _UNANSWERED:
@@ -290,7 +290,7 @@ class Moves:
             tracked.missed_at = None
 
     def _evict(self, tracked: Tracked, why: str) -> None:
-        # A first Install that is answered by an error left nothing of ours in the map.
+        # A first Install that ended in an error left nothing of ours in the map.
         if tracked.phase is Phase.INSTALLED or tracked.address in self._ledger.unanswered:
             self.out.append(Evict(tracked.address, why))
         self._ledger.disown(tracked)

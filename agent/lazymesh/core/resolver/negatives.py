@@ -3,8 +3,8 @@
 One row per reason and lifetime, so that insertion order is expiry order and nothing is ever scanned. Forgetting an
 address (and unwatching it) is left to the resolver.
 
-An address that is simply not there is watched while it is remembered, so that its publication is noticed at once. That
-costs the store two watches, so there is an allowance: who scans a network gets short memories instead of watches.
+An address that was not found is watched while it is remembered, so that its publication is noticed at once. That costs
+the store two watches, so there is an allowance: a network scan gets short memories instead of watches.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
 
 _STANDING = frozenset({Reason.FORGED, Reason.MALFORMED, Reason.OUT_OF_SCOPE})
-"""What a record says about itself: reading it again says the same."""
+"""Reasons that lie in the record itself: reading it again says the same."""
 
 
 class Negatives:
@@ -51,7 +51,7 @@ class Negatives:
         self._count += 1
 
     def renew(self, tracked: Tracked, now: float) -> None:
-        """Remember anew what is asked for again: a record that is refused, and watched, is refused until it changes."""
+        """Extend the absence of an address that missed again, if its record is watched and refused until it changes."""
         if tracked.watched and tracked.reason in _STANDING:
             row = self._rows[tracked.reason, tracked.fleeting]
             row.move_to_end(tracked.address)
@@ -64,7 +64,7 @@ class Negatives:
         self._count -= 1
 
     def expired(self, now: float) -> Iterator[Tracked]:
-        """Yield each address whose time is over; the caller removes it before it asks for the next."""
+        """Yield each address whose time is up; the caller removes it before it asks for the next."""
         for row in self._rows.values():
             while row and (first := next(iter(row.values()))).expires <= now:
                 yield first

@@ -1,7 +1,7 @@
-"""What is remembered of one address, and of the cluster that it is resolved with.
+"""What is remembered about one address, and about the cluster that it is resolved with.
 
 Two things run side by side. The *phase* is what people ask about: resolving, installed, absent. The *fetch*
-is whether a read is due or under way: an installed entry keeps serving while it is read again. Who moves an
+is whether a read is due or under way: an installed entry keeps serving while it is read again. What moves an
 address from one to the other, and why, is left to ``moves``; here is only what may follow what.
 
 Each cluster has its own lanes, in-flight window and breaker, so that a dead or slow one costs the others nothing.
@@ -31,9 +31,9 @@ class Phase(enum.Enum):
     RESOLVING = "resolving"
     """A read for a miss is due or under way, or the first install is not answered yet."""
     INSTALLED = "installed"
-    """An entry of ours stands in the map, as far as we were told."""
+    """An entry of ours is in the map, as far as we know."""
     ABSENT = "absent"
-    """No entry, for a reason that stands until it expires."""
+    """No entry, for a reason that holds until it expires."""
 
     __hash__ = object.__hash__  # as in model.Space
 
@@ -43,7 +43,7 @@ ALLOWED = {
     Phase.INSTALLED: {Phase.ABSENT},
     Phase.ABSENT: {Phase.RESOLVING},
 }
-"""An absent address whose record is published is resolving until the map has taken the entry."""
+"""An absent address whose record is published is resolving until the entry is in the map."""
 
 
 class Fetch(enum.Enum):
@@ -55,7 +55,7 @@ class Fetch(enum.Enum):
 
 
 class Tracked(Struct, eq=False):
-    """One address that somebody missed, or that an earlier life of the agent installed."""
+    """One address that missed, or whose entry was adopted."""
 
     address: Address
     owners: tuple[str, ...]
@@ -63,39 +63,39 @@ class Tracked(Struct, eq=False):
     link: Link | None = None
     """The cluster that it is resolved with; None: no cluster, or more than one, owns it."""
     missed_at: float | None = None
-    """When the packet missed that waits for an answer; None: none waits."""
+    """When the packet that waits for an answer missed; None: none waits."""
     phase: Phase = Phase.RESOLVING
     fetch: Fetch = Fetch.IDLE
     wants: tuple[Space, ...] = ()
     """The read group that is queued or being read."""
     spaces: tuple[Space, ...] = ()
-    """The read group that answered last: it alone is judged. Later groups are nearer to the record's owner,
-    and a cache that lags behind must not overrule the owner's own word."""
+    """The read group that answered last: only it is judged. Later groups are nearer to the record's owner,
+    and a cache that lags behind must not overrule the owner."""
     known: tuple[KeyState, ...] = ()
-    """The newest state of each key seen, those of one group in its order; at most three."""
+    """The newest state seen of each key, those of one group in its order; at most three."""
     watched: tuple[Space, ...] = ()
     entry: Entry | None = None
-    """What the map holds of ours once every command sent so far is carried out."""
+    """Our entry in the map once every command sent so far is carried out."""
     installed_at: float = -math.inf
     """When the last Install was sent."""
     withdrawn: bool = False
-    """The record under the entry was deleted. It may have moved to the group's other key, whose watch need not be as
-    far, so one more read decides, and only that."""
+    """The record under the entry was deleted. It may have moved to the group's other key, whose watch may lag behind,
+    so one more read decides, and nothing else."""
     again: bool = False
-    """A newer state came while an Install was unanswered: judge again on the result."""
+    """A newer state came while an Install was unanswered: judge again when it ends."""
     identity: int = 0
     """The identity that the entry, or the record that was refused, names; 0: none."""
     reason: Reason = Reason.NOT_FOUND
     expires: float = 0.0
-    """Reason and end of an absence; of no meaning in other phases."""
+    """Reason and end of an absence; meaningless in other phases."""
     fleeting: bool = False
     """The absence is not watched, and therefore short."""
 
     def move(self, phase: Phase) -> None:
         """Enter another phase.
 
-        A move outside the table is a bug of ours. Raising ends the agent, which costs less than a wrong
-        identity: pinned programs go on passing traffic without it.
+        A move outside the table is a bug. Raising ends the agent, which costs less than a wrong identity: pinned
+        programs go on passing traffic without it.
         """
         if phase not in ALLOWED[self.phase]:
             raise RuntimeError(f"address {self.address.hex()} cannot go from {self.phase} to {phase}")
@@ -118,10 +118,10 @@ class Tracked(Struct, eq=False):
         return True
 
     def newest(self) -> bytes | None:
-        """Return the record that counts, the newest one in the group that is judged; None: it holds none.
+        """Return the record that counts: the newest in the group that is judged; None if there is none.
 
-        Two keys read at one revision tie, while a publisher moves the record; the first space of the group
-        wins, and the removal of the other key settles it.
+        While a publisher moves the record, both keys may be read at one revision: the first space of the group
+        wins the tie, and the removal of the other key settles it.
         """
         best, at, spaces = None, -1, self.spaces
         for state in self.known:
@@ -131,7 +131,7 @@ class Tracked(Struct, eq=False):
         return best
 
     def forget_states(self) -> None:
-        """Drop what the keys said: its revisions are those of a store that no longer is."""
+        """Forget what the keys said: the revisions are those of a store that no longer exists."""
         self.known = ()
         self.watched = ()
         self.spaces = ()
@@ -139,7 +139,7 @@ class Tracked(Struct, eq=False):
 
 
 VOID: tuple[Space, ...] = ()
-"""In place of a read group: the answer of this read is worth nothing, it may be older than what was known."""
+"""In place of a read group: the answer to this read is worthless, it may be older than what was known."""
 
 
 class LinkState(enum.Enum):
@@ -165,16 +165,16 @@ class Link:
     """Every tracked address that is resolved with this cluster."""
     reading: dict[Address, tuple[Space, ...]] = field(default_factory=dict)
     """What is in flight; outlives the address itself, so that forgetting an address never doubles its read.
-    VOID stands for a read that was sent to a store that no longer is, or for an address that was forgotten."""
+    VOID stands for a read that was sent to a store that no longer exists, or for an address that was forgotten."""
     lanes: dict[tuple[Space, ...], Lane[Tracked]] = field(default_factory=dict)
     adopted: set[Address] = field(default_factory=set)
     """Addresses with an adopted entry for which no read has ended yet."""
     checks_after: float = -math.inf
-    """No checks are sent before: the last one failed, or all nodes would ask at once."""
+    """No checks are sent before this: the last one failed, or all nodes would ask at once."""
     ready_at: float = -math.inf
-    """Since when it is ready: no answer could come before."""
+    """Since when it has been ready: no answer could come before."""
     whole_after: float = -math.inf
-    """No /24 is read whole before: the last one could not be."""
+    """No /24 is read whole before this: the last one could not be."""
     missed: int = 0
     """How many missed addresses wait for a read, in all lanes; kept by ``backlog``."""
 

@@ -6,8 +6,8 @@ entries unverified. Re-reads of *adopted* entries, left by an earlier life of th
 may have changed while no agent ran. What is sent when is decided in ``backlog``.
 
 A store finds the records of a whole /24 in one range in the time of some fifty single keys (measured, etcd 3.4). So
-where more pods of one node wait, their /24 is read whole. Not so with IPv6: the keys of a /120 need not lie together,
-and what lies between has no bound.
+where more pods of one node wait, their /24 is read whole. IPv6 is different: the keys of a /120 need not lie together,
+and what lies between them has no bound.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
 
 class Addressed(Protocol):
-    """What can wait."""
+    """An object that can wait, such as a tracked address."""
 
     address: Address
 
@@ -53,14 +53,14 @@ class Waiting(Generic[_T]):
     __slots__ = ("_groups", "count")
 
     def __init__(self) -> None:
-        # OrderedDict, not dict: taking from the front of a plain dict walks over all that was taken before. (Of a
+        # OrderedDict, not dict: taking from the front of a plain dict walks over all that was taken before. (For a
         # neighbourhood's 256 that does not matter.)
         self._groups: OrderedDict[bytes, dict[Address, _T]] = OrderedDict()
         self.count = 0
-        """How many there are; for others to read only. (An attribute, as it is asked for often.)"""
+        """How many there are; read-only for others. (An attribute, as it is read often.)"""
 
     def add(self, some: Collection[_T]) -> None:
-        """Have addresses wait, which do not yet."""
+        """Add addresses that do not wait yet."""
         groups = self._groups
         for one in some:
             address = one.address
@@ -72,7 +72,7 @@ class Waiting(Generic[_T]):
         self.count += len(some)
 
     def remove(self, address: Address) -> bool:
-        """Have an address wait no more; tell whether it did."""
+        """Remove an address; return whether it was waiting."""
         group = address[:-1]
         members = self._groups.get(group)
         if members is None or address not in members:
@@ -90,7 +90,7 @@ class Waiting(Generic[_T]):
         return next(iter(next(iter(self._groups.values())).values()))
 
     def move_to(self, other: Waiting[_T]) -> None:
-        """Have all of them wait there instead."""
+        """Move all addresses to another Waiting."""
         for members in self._groups.values():
             other.add(members.values())
         self._groups.clear()
@@ -99,7 +99,7 @@ class Waiting(Generic[_T]):
     def take(self, batch: Batch[_T], room: int, whole_at: int | None) -> None:
         """Move addresses into the batch, neighbourhood by neighbourhood, until ``room`` is used up.
 
-        A /24 of which at least ``whole_at`` wait (None: never so many) comes whole, also if there is less room.
+        A /24 of which at least ``whole_at`` wait (None: no /24) comes whole, even if there is less room.
         """
         while room > 0 and self._groups:
             group, members = next(iter(self._groups.items()))
@@ -142,6 +142,6 @@ class Lane(Generic[_T]):
         batch: Batch[_T] = Batch()
         self.misses.take(batch, room - checks, whole_at)
         if checks:
-            # Nobody waits for checks, but misses would wait for a whole /24 of them.
+            # No packet waits for checks, but misses would wait for a whole /24 of them.
             self.checks.take(batch, checks, None if batch.taken() else whole_at)
         return batch
