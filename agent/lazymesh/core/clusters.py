@@ -44,9 +44,9 @@ MOST_ADDRESSES = 40_000
 _WIDEST = {4: 8, 6: 32}
 """Bits. No node has more addresses for its pods; one that claimed more would make other clusters' ambiguous."""
 
-NOBODY = 0
-"""Cluster id of CIDRs for which no cluster can be asked: claimed by several, or given to a cluster that is not joined.
-No cluster of a mesh has it."""
+NO_OWNER = 0
+"""Cluster id of CIDRs without an owner to ask: claimed by several clusters, or given to one that is not joined. No
+cluster of a mesh has it."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -120,7 +120,7 @@ class ClusterTable:
         return regions[0] if len(regions) == 1 else None
 
     def mesh_cidrs(self) -> Iterator[tuple[Network, int]]:
-        """Yield every claimed CIDR with its cluster id, or NOBODY.
+        """Yield every claimed CIDR with its cluster id, or NO_OWNER.
 
         A longest-prefix match over them answers as ``owners`` does.
         """
@@ -143,7 +143,7 @@ class ClusterTable:
 
     def _id_of(self, names: tuple[str, ...]) -> int:
         cluster = self._clusters.get(names[0]) if len(names) == 1 else None
-        return cluster.cluster_id if cluster else NOBODY
+        return cluster.cluster_id if cluster else NO_OWNER
 
 
 class _Node(NamedTuple):

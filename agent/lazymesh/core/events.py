@@ -134,7 +134,7 @@ class InstallsEnded(Struct, frozen=True):
 
 
 class Adopted(Struct, frozen=True):
-    """An entry of ours that the resolver did not ask for: of an earlier life of the agent, or put into a new map."""
+    """An entry of ours that the resolver did not ask for: from an earlier life of the agent, or put into a new map."""
 
     address: Address
     entry: Entry
@@ -222,7 +222,7 @@ class Unwatch(Struct, frozen=True):
 class Install(Struct, frozen=True, gc=False):
     """Put the entry into the map for each address without a foreign entry; answered by InstallsEnded.
 
-    Also replaces entries of ours by newer ones.
+    Also replaces our own older entries.
     """
 
     addresses: list[Address]

@@ -25,7 +25,7 @@ LETTING_GO_S = 1.0
 """How long a map that no program reads any more still counts: a packet may be on its way through the last program."""
 
 CROWDED, ROOMY = 0.95, 0.93
-"""Shares of the map: no new entries of ours above the first; new ones again below the second."""
+"""Shares of the map: above the first, none of our entries is added; below the second, they are again."""
 FULL = 0.98
 """Never more than this, whatever fitted before: it leaves two seconds of Cilium at its fastest."""
 CILIUM_PER_S = 5_000
@@ -144,7 +144,7 @@ class Room:
         return used >= bar and used > min(self._fits, FULL * size)
 
     def step(self, used: int, size: int) -> int:
-        """Take a count; return how many entries of ours must go."""
+        """Take a count; return how many of our entries must go."""
         self._looks += 1
         if used <= self._counted and (used > self._fits / 2 or self._looks > FILLING_MOST):
             self._fits = 0
@@ -159,7 +159,7 @@ class Room:
     def pause(self, size: int, added: int) -> float:
         """Return how long after a count to count again, so that Cilium cannot have filled the map by then.
 
-        added: how many entries of ours have been added since.
+        added: how many of our entries have been added since.
         """
         ahead = (self.left(size) - added) / CILIUM_PER_S
         return min(max(ahead, 0.0 if self._fits else ROOM_TIGHT_S), ROOM_EVERY_S)

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from lazymesh.core.clusters import (
     MOST_ADDRESSES,
     MOST_LENGTHS,
-    NOBODY,
+    NO_OWNER,
     ClusterInfo,
     ClusterTable,
     MeshState,
@@ -163,7 +163,7 @@ def test_the_kernel_gets_each_cidr_once_and_id_0_where_ambiguous() -> None:
     assert cidrs(state.table()) == {
         "10.1.0.0/24": 1,
         "10.2.0.0/16": 2,
-        "10.2.0.0/24": NOBODY,
+        "10.2.0.0/24": NO_OWNER,
         "fd00:3::/64": 3,
     }
 
@@ -176,7 +176,7 @@ def test_a_wide_claim_and_its_withdrawal_reach_all_cidrs_inside() -> None:
     claimed = state.table()
     assert {(str(cidr), n) for cidr, n in claimed.changes_since(before).written} == {
         ("10.2.0.0/16", 2),
-        ("10.2.0.0/24", NOBODY),
+        ("10.2.0.0/24", NO_OWNER),
     }
     state.delete_node("b", "wide")
     changes = state.table().changes_since(claimed)
@@ -266,7 +266,7 @@ def test_a_cluster_that_leaves_takes_its_nodes_and_cidrs_along() -> None:
     """And is empty when it comes back, but for what the operator said."""
     state = mesh(node("b", "n", "10.2.0.0/24"), explicit=[("b", "10.99.0.0/16")])
     state.leave("b")
-    assert (state.table().cluster("b"), cidrs(state.table())) == (None, {"10.99.0.0/16": NOBODY})
+    assert (state.table().cluster("b"), cidrs(state.table())) == (None, {"10.99.0.0/16": NO_OWNER})
     state.join(cluster("b"))
     assert cidrs(state.table()) == {"10.99.0.0/16": 2}
 
@@ -279,7 +279,7 @@ def test_a_cluster_that_joins_again_keeps_its_nodes() -> None:
     assert state.table().cluster("b") == cached
     assert cidrs(state.table()) == {"10.2.0.0/24": 2, "10.99.0.0/16": 2}
     state.leave("b")
-    assert cidrs(state.table()) == {"10.99.0.0/16": NOBODY}
+    assert cidrs(state.table()) == {"10.99.0.0/16": NO_OWNER}
 
 
 def test_a_cluster_under_another_id_starts_anew() -> None:
@@ -461,4 +461,4 @@ def test_any_play_of_events_ends_where_a_fresh_start_would(play: list[tuple[obje
         around = [network for network in kernel if address in network]
         match_id = kernel[max(around, key=lambda network: network.prefixlen)] if around else None
         ids = [IDS[name] for name in expected & joined]
-        assert match_id == (None if not expected else ids[0] if ids and len(expected) == 1 else NOBODY)
+        assert match_id == (None if not expected else ids[0] if ids and len(expected) == 1 else NO_OWNER)

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 
 class BreakerState(enum.Enum):
-    """Where the breaker stands; the value is the word in status and metrics."""
+    """The state of a breaker; the value is the word in status and metrics."""
 
     CLOSED = "closed"
     OPEN = "open"

@@ -49,11 +49,11 @@ class Limits:
     transactions_in_flight: int = 8
     """Per cluster; as measured, more than eight make etcd no faster."""
     owned: int = 25_600
-    """Entries of ours in the map: 5 % of Cilium's 512,000."""
+    """Our entries in the map: 5 % of Cilium's 512,000."""
     negatives: int = 65_536
     """Absent addresses remembered; beyond that the oldest is forgotten."""
     negative_ttl: Mapping[Reason, float] = field(default_factory=lambda: dict(_NEGATIVE_TTL))
-    """How long each negative answer stands."""
+    """How long each negative answer holds."""
     negative_watch_rate: float = 100.0
     """Addresses a second that are watched although they are absent; see negatives."""
     negative_watch_burst: float = 500.0

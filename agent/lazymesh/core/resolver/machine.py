@@ -461,7 +461,7 @@ class Resolver:
 
     @property
     def owned(self) -> int:
-        """How many entries of ours are in the map, or about to be."""
+        """How many of our entries are in the map, or about to be."""
         return len(self._ledger)
 
     @property

@@ -67,7 +67,7 @@ class Moves:
         return begun
 
     def forget(self, tracked: Tracked) -> None:
-        """Stop tracking an address that has no entry of ours."""
+        """Stop tracking an address for which we have no entry."""
         link = tracked.link
         if link is not None:
             if tracked.fetch is Fetch.QUEUED:
@@ -290,7 +290,7 @@ class Moves:
             tracked.missed_at = None
 
     def _evict(self, tracked: Tracked, why: str) -> None:
-        # A first Install that ended in an error left nothing of ours in the map.
+        # A first Install that ended in an error left no entry in the map.
         if tracked.phase is Phase.INSTALLED or tracked.address in self._ledger.unanswered:
             self.out.append(Evict(tracked.address, why))
         self._ledger.disown(tracked)

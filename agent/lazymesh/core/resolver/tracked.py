@@ -26,12 +26,12 @@ if TYPE_CHECKING:
 
 
 class Phase(enum.Enum):
-    """Where an address stands; the value is the word in status and metrics."""
+    """The state of an address; the value is the word in status and metrics."""
 
     RESOLVING = "resolving"
     """A read for a miss is due or under way, or the first install is not answered yet."""
     INSTALLED = "installed"
-    """An entry of ours is in the map, as far as we know."""
+    """Our entry is in the map, as far as we know."""
     ABSENT = "absent"
     """No entry, for a reason that holds until it expires."""
 
