@@ -52,7 +52,7 @@ def test_details_are_bounded_and_sums_are_not() -> None:
 
 
 def test_windows_are_closed_or_open_or_forgotten() -> None:
-    """What is opened while somebody counts the open ones hides some, and makes none up."""
+    """Windows that open during the count hide some, but never add any."""
     log = AuditLog(complete_since=1.0, gone_before=100)
     log.compare(opened=103, open_now=3, now=2.0)
     log.close(closed())

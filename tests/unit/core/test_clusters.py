@@ -56,7 +56,7 @@ def mesh(*nodes: NodeRecord, explicit: Iterable[tuple[str, str]] = (), clusters:
 
 
 def owners(state: MeshState, address: str) -> tuple[str, ...]:
-    """Return who claims the textual address."""
+    """Return which clusters claim the textual address."""
     return state.table().owners(parse_address(address))
 
 
@@ -149,7 +149,7 @@ def cidrs(table: ClusterTable) -> dict[str, int]:
 def test_an_address_belongs_to_every_cluster_that_claims_it(
     state: MeshState, address: str, expected: tuple[str, ...]
 ) -> None:
-    """One name: that is where to ask. Several: ambiguous, nobody is asked."""
+    """One name: ask that one. Several: ambiguous, none is asked."""
     assert owners(state, address) == expected
 
 
@@ -169,7 +169,7 @@ def test_the_kernel_gets_each_cidr_once_and_id_0_where_ambiguous() -> None:
 
 
 def test_a_wide_claim_and_its_withdrawal_reach_all_cidrs_inside() -> None:
-    """Changes are by difference, also for prefixes that nobody touched."""
+    """Changes are by difference, also for prefixes that were not touched."""
     state = mesh(node("a", "n", "10.1.0.0/24", "10.2.0.0/24"), node("c", "n", "172.16.0.0/24"))
     before = state.table()
     state.upsert_node(node("b", "wide", "10.2.0.0/16"))
@@ -238,7 +238,7 @@ def test_what_many_nodes_claim_is_claimed_until_the_last_one_goes() -> None:
 
 
 def test_the_region_of_a_node_that_is_gone_or_moved_is_forgotten() -> None:
-    """Else its address would be of two regions for ever, and of none that counts."""
+    """Else its address would be in two regions for good, and so in none that counts."""
     address = parse_address("172.18.0.2")
     state = mesh(node("b", "n", ips=["172.18.0.2"], region="eu"))
     state.upsert_node(node("b", "n", ips=["172.18.0.2"], region="us"))
@@ -263,7 +263,7 @@ def test_a_host_has_a_region_only_if_its_nodes_agree() -> None:
 
 
 def test_a_cluster_that_leaves_takes_its_nodes_and_cidrs_along() -> None:
-    """And is empty when it comes back, but for what the operator said."""
+    """And is empty when it comes back, except for what the operator said."""
     state = mesh(node("b", "n", "10.2.0.0/24"), explicit=[("b", "10.99.0.0/16")])
     state.leave("b")
     assert (state.table().cluster("b"), cidrs(state.table())) == (None, {"10.99.0.0/16": NO_OWNER})
@@ -282,7 +282,7 @@ def test_a_cluster_that_joins_again_keeps_its_nodes() -> None:
     assert cidrs(state.table()) == {"10.99.0.0/16": NO_OWNER}
 
 
-def test_a_cluster_under_another_id_starts_anew() -> None:
+def test_a_cluster_under_another_id_starts_over() -> None:
     """Cilium drains everything of a peer whose id changed."""
     state = mesh(node("b", "n", "10.2.0.0/24"), explicit=[("b", "10.99.0.0/16")])
     before = state.table()
@@ -333,7 +333,7 @@ def test_a_node_of_a_cluster_that_is_not_joined_is_refused() -> None:
     ],
 )
 def test_a_node_that_claims_what_no_pods_can_have_is_refused(cidr: str) -> None:
-    """Else one record would make everybody's addresses ambiguous, or take the node's own for the mesh's."""
+    """Else one record would make other clusters' addresses ambiguous, or take the node's own for the mesh's."""
     state = mesh(node("a", "n", "10.2.0.0/24"), node("b", "n", "10.3.0.0/24"))
     assert "pod CIDR" in (state.upsert_node(node("b", "n", "10.4.0.0/24", cidr)) or "")
     assert cidrs(state.table()) == {"10.2.0.0/24": 1}, "what the node said before is not true any more"
@@ -356,7 +356,7 @@ def test_pod_cidrs_of_one_cluster_are_bounded() -> None:
 
 
 def test_lengths_of_one_cluster_are_bounded() -> None:
-    """Whoever looks up an address looks at every length there is; what is withdrawn is looked at no more."""
+    """A lookup tries every length there is; one that is withdrawn is no longer tried."""
     lengths = range(97, 97 + MOST_LENGTHS)
     state = mesh(node("b", "n", *[f"fd00::/{length}" for length in lengths]), node("a", "n", "fd00:1::/64"))
     refusal = state.upsert_node(node("b", "m", "fd00::/96"))

@@ -45,7 +45,7 @@ def test_an_answer_lets_all_of_its_address_go_in_order(cause: Cause) -> None:
     assert len(queues) == 1
 
 
-def test_an_answer_for_nobody_changes_nothing() -> None:
+def test_an_answer_for_an_address_without_packets_changes_nothing() -> None:
     """Most answers are for packets that were never held."""
     assert HoldQueues().answer(A, Cause.INSTALLED, since=10) == []
 
@@ -73,7 +73,7 @@ def test_a_timeout_may_mean_drop_also_for_those_that_come_a_moment_late() -> Non
 
 
 def test_an_answer_leaves_no_deadline_behind() -> None:
-    """The deadline of packets that are gone wakes nobody."""
+    """The deadline of packets that are gone wakes nothing."""
     queues = HoldQueues()
     parked(queues, frame(A, at=10), frame(B, at=10.1))
     queues.answer(A, Cause.INSTALLED, since=10.2)
@@ -109,7 +109,7 @@ def test_an_old_answer_does_not_let_younger_misses_go() -> None:
 
 
 def test_a_packet_behind_answered_ones_goes_at_once() -> None:
-    """It was not signalled, so nobody would ever answer it; a stream to an absent peer is not held up."""
+    """It was not signalled, so no answer would ever come; a stream to an absent peer is not held up."""
     queues = HoldQueues()
     queues.answer(A, Cause.NEGATIVE, since=10)
     late = queues.park(frame(at=11.2, why=Why.BEHIND))

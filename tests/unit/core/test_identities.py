@@ -33,7 +33,7 @@ def test_a_cluster_allocates_from_its_range(cluster_id: int, limit: int, first: 
 
 @pytest.mark.parametrize(("cluster_id", "limit"), [(256, 255), (512, 511), (-1, 255), (1, 256), (1, 0)])
 def test_a_range_that_cannot_be_is_refused(cluster_id: int, limit: int) -> None:
-    """Ids and sizes come checked; anything else is a mistake of ours."""
+    """Ids and sizes come checked; anything else is a bug."""
     with pytest.raises(ValueError, match="cluster"):
         identity_range(cluster_id, limit)
 
@@ -44,7 +44,7 @@ def test_a_range_that_cannot_be_is_refused(cluster_id: int, limit: int) -> None:
         pytest.param(0, "identity 0", id="0: unknown, what pairs without an identity carry"),
         pytest.param(2, "reserved", id="2: world, would look like a miss for ever"),
         pytest.param(255, "reserved", id="255: the last one a user may have fixed"),
-        pytest.param(0x01000001, "local to a node", id="scope 1: a CIDR on somebody's node"),
+        pytest.param(0x01000001, "local to a node", id="scope 1: a CIDR on another node"),
         pytest.param(0x02000001, "local to a node", id="scope 2: a remote node"),
         pytest.param(0xFFFFFFFF, "local to a node", id="the largest number"),
         pytest.param(131071, "not in the cluster's range", id="one below the range"),
@@ -62,7 +62,7 @@ def test_identities_of_the_cluster_may_be_installed(identity: int) -> None:
     assert check_identity(identity, CLUSTER_TWO) is None
 
 
-def test_a_range_that_is_too_wide_does_not_let_local_or_reserved_identities_in() -> None:
+def test_a_range_that_is_too_wide_does_not_admit_local_or_reserved_identities() -> None:
     """The absolute rules hold whatever range the caller believes in."""
     everything = IdentityRange(0, 2**32 - 1)
     assert [bool(check_identity(n, everything)) for n in (0, 255, 256, 2**24 - 1, 2**24)] == [1, 1, 0, 0, 1]
@@ -109,5 +109,5 @@ def test_world_has_a_number_in_single_stack_and_two_in_dual_stack() -> None:
     ],
 )
 def test_an_identity_must_carry_the_name_of_its_cluster(labels: dict[str, str], why: str | None) -> None:
-    """Else a peer could dress up as a pod of somebody else."""
+    """Else a peer could pose as another cluster's pod."""
     assert check_labels(labels, "b") == why

@@ -46,7 +46,7 @@ def test_missing_pin_changes_nothing() -> None:
     assert arrangement.there_at == 2
 
 
-def test_pin_of_another_version_is_told_by_who_reads_it() -> None:
+def test_pin_of_another_version_is_known_by_its_readers() -> None:
     """Which name is used says nothing; an old pin stays, and may be younger than the map that is used."""
     assert Arrangement().step({5, 9}, reads(5), 0) == (5,)
     arrangement = Arrangement()
@@ -54,7 +54,7 @@ def test_pin_of_another_version_is_told_by_who_reads_it() -> None:
     assert arrangement.step({5}, NOTHING, 1) == (9,), "not taken for its replacement"
 
 
-def test_what_is_pinned_under_our_eyes_is_the_running_agents() -> None:
+def test_what_is_pinned_while_we_look_on_is_the_running_agents() -> None:
     """Even if its version uses another name: the old pin stays, and programs read that map for a while."""
     arrangement = Arrangement()
     arrangement.step({5}, reads(5), 0)
@@ -83,7 +83,7 @@ def test_old_map_counts_until_its_last_reader_has_gone() -> None:
     assert arrangement.step({9}, reads(9), 70 + LETTING_GO_S) == (9,)
 
 
-def test_map_that_counted_is_not_let_go_because_nobody_was_seen_reading_it() -> None:
+def test_map_that_counted_still_counts_though_no_reader_was_seen() -> None:
     """At the moment of the move a look at the programs may be missing."""
     arrangement = Arrangement()
     arrangement.step({5}, NOTHING, 0)
@@ -106,7 +106,7 @@ def test_restarts_in_a_row_pile_up_to_a_bound() -> None:
 
 
 @pytest.mark.parametrize("pinned", [9, 2])
-def test_pin_that_nobody_takes_up_is_an_orphan(pinned: int) -> None:
+def test_pin_that_no_program_takes_up_is_an_orphan(pinned: int) -> None:
     """What programs read is served instead, and the pinned map is left alone (cilium issue 45196)."""
     arrangement = Arrangement()
     arrangement.step({pinned}, reads(5), 0)
@@ -120,7 +120,7 @@ def test_pin_that_nobody_takes_up_is_an_orphan(pinned: int) -> None:
     assert arrangement.recreated == 1
 
 
-def test_pinned_map_without_any_program_is_no_orphan() -> None:
+def test_pinned_map_without_any_program_is_not_an_orphan() -> None:
     """A node without pods."""
     arrangement = Arrangement()
     for now in (0, 2 * ORPHAN_AFTER_S):
@@ -128,8 +128,8 @@ def test_pinned_map_without_any_program_is_no_orphan() -> None:
     assert arrangement.orphan is None
 
 
-def test_room_gets_scarce_and_is_there_again_well_below() -> None:
-    """So that it does not change at every count; what is too much is told."""
+def test_room_gets_scarce_and_is_back_only_well_below() -> None:
+    """So that it does not change at every count; the surplus is returned."""
     room = Room()
     assert (room.step(949, 1000), room.crowded) == (0, False)
     assert (room.step(960, 1000), room.crowded) == (30, True)
@@ -147,7 +147,7 @@ def test_room_that_was_made_is_enough(size: int) -> None:
 
 
 def test_new_map_is_not_crowded_before_it_holds_what_the_last_one_did() -> None:
-    """Until then what is ours in it is what Cilium is about to write."""
+    """Until then our entries in it are those that Cilium is about to write."""
     room = Room()
     room.step(975, 1000)
     room.begin()
@@ -157,7 +157,7 @@ def test_new_map_is_not_crowded_before_it_holds_what_the_last_one_did() -> None:
     assert (room.step(976, 1000), room.crowded) == (46, True)
 
 
-def test_new_map_that_grows_no_more_is_judged_like_any_other() -> None:
+def test_new_map_that_no_longer_grows_is_judged_like_any_other() -> None:
     """Also after two restarts in a row; a pause at its beginning does not count."""
     room = Room()
     room.step(975, 1000)
@@ -170,7 +170,7 @@ def test_new_map_that_grows_no_more_is_judged_like_any_other() -> None:
 
 
 def test_new_map_that_stays_smaller_is_judged_like_any_other_after_a_while() -> None:
-    """A mesh may shrink to less than half while Cilium is down; at first, a map that grows no more says nothing."""
+    """A mesh may shrink to less than half while Cilium is down; at first, that a map does not grow says nothing."""
     room = Room()
     room.step(975, 1000)
     room.begin()
@@ -193,7 +193,7 @@ def test_some_room_is_left_whatever_the_last_map_held() -> None:
 
 
 def test_count_comes_before_the_map_can_be_full() -> None:
-    """Seldom while there is room, at once in the last stretch of a map that fills up."""
+    """Rarely while there is room, at once in the last stretch of a map that fills up."""
     room = Room()
     assert room.pause(512_000, 0) == ROOM_EVERY_S
     room.step(400_000, 512_000)
@@ -208,7 +208,7 @@ def test_count_comes_before_the_map_can_be_full() -> None:
 
 
 def test_what_we_add_brings_the_next_count_forward_and_ends_where_the_map_is_crowded() -> None:
-    """The map is Cilium's beyond that, however much of ours comes between two counts."""
+    """The map is Cilium's beyond that, however many of our entries come between two counts."""
     room = Room()
     room.step(400_000, 512_000)
     assert room.left(512_000) == 86_400

@@ -47,7 +47,7 @@ ZEROS = st.lists(st.sampled_from([0, 0, 0, 1, 0xFF]), min_size=16, max_size=16).
     ],
 )
 def test_each_space_has_its_key(space: Space, address: str, key: bytes) -> None:
-    """The strings are those of Cilium's schema, and of ours beside it."""
+    """The strings are those of Cilium's schema, and of lazymesh's beside it."""
     assert keys.ip_key(space, parse_address(address), "b") == key
 
 
@@ -124,7 +124,7 @@ def test_an_identity_comes_back_out_of_its_key(identity: int, cached: bool) -> N
         "\N{ARABIC-INDIC DIGIT ONE}".encode(),
     ],
 )
-def test_keys_that_name_no_identity_are_told_apart(rest: bytes) -> None:
+def test_keys_that_name_no_identity_are_recognised(rest: bytes) -> None:
     """Only a canonical decimal number is an identity: one identity, one key."""
     prefix = keys.identities_prefix(False, "b")
     assert keys.identity_of_key(prefix + rest, prefix) is None

@@ -30,7 +30,7 @@ def test_text_leads_back_to_the_bytes(address: bytes) -> None:
 
 
 @pytest.mark.parametrize("text", ["", "10.2.0", "10.2.0.5/32", "fd00::g", "010.2.0.5"])
-def test_what_is_no_address_is_refused(text: str) -> None:
+def test_what_is_not_an_address_is_refused(text: str) -> None:
     """No guessing, not even of leading zeros."""
     with pytest.raises(ValueError, match="does not appear to be"):
         parse_address(text)

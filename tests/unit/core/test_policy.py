@@ -101,7 +101,7 @@ def test_identities_change_what_is_allowed_as_they_come_change_and_go() -> None:
     assert engine.remove(WEB) == PolicyChange()
 
 
-def test_what_is_withdrawn_is_denied_until_it_is_told_again() -> None:
+def test_what_is_withdrawn_is_denied_until_its_next_change() -> None:
     """In the one direction that could not be written; then it is a change."""
     engine = PolicyEngine(
         Policy(Rules(enforced=True, selectors=(app("web"),)), Rules(True, selectors=(app("web"),)))
@@ -145,12 +145,12 @@ def test_a_verdict_follows_the_rules_of_its_direction(rules: Rules, expected: di
 
 
 def test_world_is_in_what_a_new_policy_allows() -> None:
-    """It has no labels and never comes as an identity: the policy alone lets it in."""
+    """It has no labels and never comes as an identity: the policy alone admits it."""
     engine = PolicyEngine(Policy(ingress=Rules(True, allow_world=True)))
     assert engine.current() == PolicyChange(((INGRESS, 2),))
 
 
-def test_the_kernel_enforces_only_where_somebody_is_denied() -> None:
+def test_the_kernel_enforces_only_where_a_peer_may_be_denied() -> None:
     """With ``all`` allowed there is nothing to look up, and nothing to write."""
     policy = Policy(Rules(True, allow_all=True, allow_world=True, selectors=(app("web"),)), Rules(True))
     engine = PolicyEngine(policy)
@@ -236,5 +236,5 @@ def test_a_tag_tells_whether_a_policy_says_the_same(other: Policy, same: bool) -
 
 
 def test_a_tag_is_the_same_in_every_process() -> None:
-    """And in the next version: else an upgrade denies everybody until all clusters are listed."""
+    """And in the next version: else an upgrade denies every peer until all clusters are listed."""
     assert WEB_OR_API.tag == 0x748A24787D4C828A

@@ -39,7 +39,7 @@ def label(key: str, *values: str) -> Requirement:
     return Requirement(key, Operator.IN, frozenset(values))
 
 
-def test_a_policy_as_people_write_it_is_understood() -> None:
+def test_a_policy_as_people_write_it_is_read() -> None:
     """Labels with and without source, expressions, entities, both directions."""
     text = rules("""
         description: shop and world
@@ -75,7 +75,7 @@ def test_a_policy_as_people_write_it_is_understood() -> None:
     [
         pytest.param("egress: []", Rules(), id="no rules: nothing is enforced"),
         pytest.param("egress: [{}]", Rules(True), id="the empty rule: default deny, nothing allowed"),
-        pytest.param("egress: [{toEndpoints: []}]", Rules(True), id="no selectors select nobody"),
+        pytest.param("egress: [{toEndpoints: []}]", Rules(True), id="no selectors select no peer"),
         pytest.param("egress: [{toEntities: []}]", Rules(True), id="no entities"),
         pytest.param(
             "egress: [{toEndpoints: [], toEntities: [world]}]",
@@ -255,9 +255,7 @@ def test_documents_and_specs_are_a_union() -> None:
             id="Exists what?",
         ),
         pytest.param(rules("egress: !ours [{}]"), 7, "egress must be a list", id="a tag on a list"),
-        pytest.param(
-            rules("egress: [!ours {}]"), 7, "an egress rule must be a mapping", id="a tag of somebody's own"
-        ),
+        pytest.param(rules("egress: [!ours {}]"), 7, "an egress rule must be a mapping", id="a private tag"),
         pytest.param(
             rules("egress: [{}]") + "---\n" + rules("egress: [{toEntities: [all]}]"),
             9,

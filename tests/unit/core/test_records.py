@@ -126,8 +126,8 @@ def test_pairs_that_we_would_not_act_on_are_malformed(value: bytes, detail: str)
     assert refused.detail == caught.value.detail
 
 
-def test_pairs_that_are_read_together_are_each_their_address_own() -> None:
-    """Two records that changed places are two of another's."""
+def test_pairs_that_are_read_together_each_belong_to_their_address() -> None:
+    """Two records that swapped places are both another's."""
     there = parse_address("10.244.1.80")
     values = [pair(ID=7), pair(IP="10.244.1.80", ID=8)]
     assert decode_pairs(values, [POD, there]) == [decode_pair(values[0], POD), decode_pair(values[1], there)]
@@ -260,7 +260,7 @@ def node(**fields: Any) -> bytes:
     return json.dumps({**NODE, **fields}).encode()
 
 
-def test_a_node_tells_its_addresses_cidrs_and_region() -> None:
+def test_a_node_has_its_addresses_cidrs_and_region() -> None:
     """Primary and secondary CIDRs of both families; empty addresses are skipped."""
     record = decode_node(node(), "b")
     assert (record.name, record.cluster, record.cluster_id, record.region) == (
@@ -320,7 +320,7 @@ def test_host_bits_of_a_pod_cidr_are_cleared() -> None:
     ],
 )
 def test_a_node_with_a_broken_part_is_malformed(fields: dict[str, Any]) -> None:
-    """Half a node is no node: who reads it is told, and keeps what it had or nothing."""
+    """Half a node is not a node: the reader learns so, and keeps what it had or nothing."""
     with pytest.raises(RecordError) as caught:
         decode_node(node(**fields), "b")
     assert caught.value.reason is Reason.MALFORMED
@@ -361,7 +361,7 @@ def test_an_identity_is_a_string_of_labels() -> None:
     ],
 )
 def test_an_identity_whose_labels_are_unclear_is_malformed(value: bytes, detail: str) -> None:
-    """Labels decide who may talk to whom, so nothing is guessed."""
+    """Labels decide which peers may talk, so nothing is guessed."""
     with pytest.raises(RecordError, match=detail):
         decode_identity(value)
 

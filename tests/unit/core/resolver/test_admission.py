@@ -1,4 +1,4 @@
-"""Admission: fewer misses while answers are slow, all of them again when they are not, and no swinging between."""
+"""Admission: fewer misses while answers are slow, all of them again when they are not, without swinging in between."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ class Seconds:
         self.admission.look(self.now)
 
     def second(self, **times: float) -> float:
-        """Each of these clusters answers so many misses that they count, and takes so long; return the share."""
+        """Let each of these clusters give enough answers to count, each in this time; return the share."""
         for cluster, seconds in times.items():
             for _ in range(SAMPLES):
                 self.admission.took(cluster, [seconds])
@@ -31,14 +31,14 @@ class Seconds:
         return self.admission.share
 
 
-def test_fast_answers_let_everything_in() -> None:
+def test_fast_answers_admit_everything() -> None:
     """Nothing to do."""
     time = Seconds()
     assert [time.second(b=FAST) for _ in range(5)] == [1.0] * 5
 
 
-def test_slow_answers_halve_what_is_let_in_and_a_second_later_it_is_looked_again() -> None:
-    """What was let in before is answered in the meantime; never less than a tenth."""
+def test_slow_answers_halve_the_share_and_are_judged_again_a_second_later() -> None:
+    """What was admitted before is answered in the meantime; never less than a tenth."""
     time = Seconds()
     time.second(b=FAST)
     time.second(b=SLOW)
@@ -53,7 +53,7 @@ def test_one_slow_second_is_a_burst() -> None:
 
 
 def test_it_is_released_step_by_step_and_only_upwards() -> None:
-    """Also when nobody misses any more: silence is fast."""
+    """Also when nothing misses any more: silence is fast."""
     time = Seconds()
     time.second(b=FAST)
     for _ in range(9):
@@ -64,7 +64,7 @@ def test_it_is_released_step_by_step_and_only_upwards() -> None:
 
 
 def test_a_slow_cluster_among_good_ones_changes_nothing() -> None:
-    """Whatever it suffers from is not here."""
+    """The cause is not here."""
     time = Seconds()
     time.second(b=FAST, c=FAST)
     assert [time.second(b=FAST, c=SLOW) for _ in range(5)] == [1.0] * 5
@@ -78,7 +78,7 @@ def test_a_cluster_that_is_far_away_is_not_slow() -> None:
 
 
 def test_a_few_answers_say_nothing() -> None:
-    """One slow answer among three is no percentile."""
+    """One slow answer among three is not a percentile."""
     time = Seconds()
     time.second(b=FAST)
     for _ in range(3):
@@ -95,7 +95,7 @@ def test_a_cluster_that_is_gone_is_forgotten() -> None:
 
 
 def test_a_full_queue_halves_too() -> None:
-    """The same flood must not be let in again as soon as the kernel is heard."""
+    """The same flood must not be admitted again as soon as the kernel is heard."""
     time = Seconds()
     assert time.admission.overrun()
     assert (time.admission.share, time.admission.cuts["queue"]) == (0.5, 1)
@@ -103,7 +103,7 @@ def test_a_full_queue_halves_too() -> None:
 
 @given(capacity=st.floats(0.15, 0.9), load=st.floats(1.0, 3.0))
 def test_under_a_lasting_flood_it_stays_near_what_can_be_done(capacity: float, load: float) -> None:
-    """A server of so much capacity, in shares of the settings' rate, with a queue that does not forget."""
+    """The server has a fixed capacity, in shares of the settings' rate, and its queue does not forget."""
     time, waiting, shares = Seconds(), 0.0, []
     time.second(b=FAST)
     for _ in range(300):

@@ -99,7 +99,7 @@ def test_many_neighbours_are_read_whole() -> None:
 
 @pytest.mark.parametrize("kind", ["exhausted", "permission"])
 def test_neighbours_that_cannot_be_read_whole_are_read_apart_for_a_while(kind: str) -> None:
-    """There is too much between them, or the range is forbidden: nobody is told that they do not exist."""
+    """There is too much between them, or the range is forbidden: they are not reported as absent."""
 
     def missed(group: int) -> list[tuple[int, tuple[int, ...]]]:
         addresses = tuple([bytes([10, 2, group, n]) for n in range(100)])
@@ -200,14 +200,14 @@ def test_the_oldest_waiting_address_is_shed_when_the_queue_is_full() -> None:
 
 
 def test_the_kernel_is_muted_at_the_high_mark_and_heard_again_at_the_low_one() -> None:
-    """Each is said once; what is let in afterwards is half of what it was."""
+    """Each is said once; half as much as before is admitted afterwards."""
     story = full_window() >> miss(B2) >> miss(B3) >> miss(B4) << MUTED >> miss(B5)
     said = story.tell(answered(10, {B1: None}))
     assert [c for c in said if isinstance(c, Read | Mute)] == [read(B2, B3, B4, B5), Mute(False)]
 
 
-def test_a_slow_cluster_among_others_mutes_nobody_and_sheds_its_own() -> None:
-    """Its addresses fill the queue; the other's are not those that go, and the kernel is heard for their sake."""
+def test_a_slow_cluster_among_others_mutes_nothing_and_sheds_its_own() -> None:
+    """Its addresses fill the queue and are the ones shed; for the other's sake the kernel is still heard."""
     story = full_window(queue=8) >> ClusterReady("c")
     for address in MANY[:8]:
         story = story >> miss(address)
@@ -216,12 +216,12 @@ def test_a_slow_cluster_among_others_mutes_nobody_and_sheds_its_own() -> None:
 
 
 def test_two_slow_clusters_mute_the_kernel() -> None:
-    """What waits for more than one is the agent's own trouble."""
+    """If more than one is slow, the agent is the cause."""
     story = full_window() >> ClusterReady("c") >> miss(C1) << read(C1, cluster="c")
     (story >> miss(B2) >> miss(C2) >> miss(B3) << MUTED).end()
 
 
-def test_a_cluster_that_is_not_ready_mutes_nobody_and_sheds_its_own() -> None:
+def test_a_cluster_that_is_not_ready_mutes_nothing_and_sheds_its_own() -> None:
     """The others' misses must not pay for its start; among those that wait for it the oldest goes."""
     story = Play(limits=Limits(queue=4, transactions_in_flight=1)) >> ClusterReady("c")
     for address in (B1, B2, B3, B4):
@@ -231,14 +231,14 @@ def test_a_cluster_that_is_not_ready_mutes_nobody_and_sheds_its_own() -> None:
 
 
 def test_a_cluster_that_falls_silent_leaves_the_queue_to_the_others() -> None:
-    """Its waiting addresses are told, and the kernel is heard again."""
+    """Its waiting addresses are answered, and the kernel is heard again."""
     story = full_window() >> miss(B2) >> miss(B3) >> miss(B4) << MUTED >> ClusterSilent("b")
     story << [report(a, "absent", Reason.CLUSTER_DOWN, missed_at=0.0) for a in (B1, B2, B3, B4)]
     (story << Mute(False)).end()
     assert story.resolver.queued == 0
 
 
-def test_late_answers_let_fewer_misses_in_and_none_at_all_let_more_in() -> None:
+def test_late_answers_admit_fewer_misses_and_no_answers_more() -> None:
     """Said once a second, while it changes; how late is measured from the packet to its answer."""
     story = play()
     said: list[Command] = []

@@ -18,7 +18,7 @@ def opened(jitter: float = 1.0) -> Breaker:
 
 
 def test_it_lets_everything_through_until_the_third_failure_in_a_row() -> None:
-    """A success in between starts the count anew."""
+    """A success in between starts the count over."""
     breaker = Breaker(LIMITS, lambda: 1.0)
     for outcome in (
         breaker.failed,
@@ -63,7 +63,7 @@ def test_jitter_takes_any_part_of_the_pause() -> None:
 
 
 def test_failures_of_reads_sent_before_it_opened_do_not_lengthen_the_pause() -> None:
-    """Eight transactions in flight fail together; that is one piece of news, not eight."""
+    """Eight transactions in flight fail together; that counts once, not eight times."""
     breaker = opened()
     for _ in range(8):
         breaker.failed(0.5)
@@ -83,7 +83,7 @@ def test_a_recovery_starts_the_pauses_over() -> None:
 
 @given(script=st.lists(st.sampled_from("sfo"), max_size=30))
 def test_it_only_moves_along_its_table(script: list[str]) -> None:
-    """Whatever comes in whatever order, no transition but the allowed ones happens."""
+    """In whatever order things happen, only allowed transitions occur."""
     breaker = Breaker(LIMITS, lambda: 1.0)
     for now, letter in enumerate(script):
         before = breaker.state

@@ -1,4 +1,4 @@
-"""The judgement of one record, whether it may become an entry here."""
+"""Whether a record may become an entry here."""
 
 import pytest
 from hypothesis import given
@@ -47,7 +47,7 @@ def test_a_bad_record_is_refused_with_its_reason(value: bytes, reason: Reason, i
 
 
 def test_a_node_that_does_not_know_its_region_is_in_every_scope() -> None:
-    """Scope saves traffic; without knowledge nothing is saved and nobody is cut off."""
+    """Scope saves traffic; without a region nothing is saved and no peer is cut off."""
     regional = BAD["regional from another region"][0]
     (verdict,) = Judge(TABLE, {WEB}, None).verdicts([regional], [B1], info("b"))
     assert isinstance(verdict, IpRecord)
@@ -55,7 +55,7 @@ def test_a_node_that_does_not_know_its_region_is_in_every_scope() -> None:
 
 @given(st.lists(st.sampled_from([*GOOD.values(), *(value for value, *_ in BAD.values())])))
 def test_records_that_are_judged_together_are_judged_as_each_alone(values: list[bytes]) -> None:
-    """Whatever stands beside them: bad ones are nobody else's fault."""
+    """Whatever is judged beside them: a bad one does not affect the others."""
     judge, cluster = Judge(TABLE, {WEB}, "north"), info("b")
     alone = [verdict for value in values for verdict in judge.verdicts([value], [B1], cluster)]
     assert judge.verdicts(values, [B1] * len(values), cluster) == alone

@@ -61,8 +61,8 @@ def test_addresses_of_a_cluster_that_is_not_ready_wait_for_it() -> None:
     (Play() >> miss(B1) >> miss(B2) >> ClusterReady("b") << read(B1, B2)).end()
 
 
-def test_addresses_that_wait_in_vain_are_told_when_the_cluster_is_silent() -> None:
-    """And so are those whose read is in flight; a late answer is welcome all the same."""
+def test_addresses_that_wait_in_vain_are_answered_when_the_cluster_is_silent() -> None:
+    """And so are those whose read is in flight; a late answer is still used."""
     (
         play()
         >> miss(B1, at=1.0)
@@ -116,22 +116,22 @@ def test_what_changed_during_silence_is_found_by_the_second_reading() -> None:
 
 
 def test_entries_of_a_cluster_silent_for_too_long_expire() -> None:
-    """Its addresses may be somebody else's by now."""
+    """Its addresses may be other pods' by now."""
     story = (installed() >> ClusterSilent("b")).later(599.9)
     story >> ClusterSilent("b")  # said again: the clock does not start again
     story = story.later(0.2) << evict(B1, "expired") << report(B1, "evicted", detail="expired")
     (story << unwatch(B1)).end()
 
 
-def test_an_entry_verified_after_silence_starts_its_time_anew() -> None:
+def test_an_entry_verified_after_silence_starts_its_time_over() -> None:
     """Doubt ends with an answer."""
     story = (installed() >> ClusterSilent("b")).later(400)
     story = story >> ClusterReady("b") << read(B1) >> answered(20, {B1: record(B1)}) >> ClusterSilent("b")
     story.later(599).end()
 
 
-def test_a_cluster_that_is_back_is_asked_what_is_known_after_a_pause_drawn_by_chance() -> None:
-    """All nodes of a mesh notice in one moment. Misses do not wait for it, and what stands is marked until then."""
+def test_known_addresses_of_a_cluster_that_is_back_are_read_after_a_random_pause() -> None:
+    """All nodes of a mesh notice at the same moment. Misses do not wait for it; entries count as stale until then."""
     story = installed(spread=2.0) >> ClusterSilent("b") >> ClusterReady("b") >> miss(B2) << read(B2)
     assert story.resolver.stale == {"b": 1}
     assert story.resolver.stale_addresses() == [B1]
@@ -157,7 +157,7 @@ def test_an_entry_that_can_never_be_verified_expires_though_its_cluster_is_ready
     story.end()
 
 
-def test_a_reset_store_is_read_anew_with_new_watches_and_without_old_revisions() -> None:
+def test_a_reset_store_is_read_again_with_new_watches_and_without_old_revisions() -> None:
     """The new store counts from one; entries serve meanwhile."""
     (
         installed()
@@ -222,7 +222,7 @@ def test_a_change_of_the_old_store_is_ignored_after_a_reset() -> None:
 
 
 def test_negative_answers_are_read_again_after_a_reset() -> None:
-    """Otherwise nobody would notice the publication that cancels them."""
+    """Otherwise the publication that cancels them would go unnoticed."""
     (
         play()
         >> miss(B1)
@@ -241,7 +241,7 @@ def test_negative_answers_are_read_again_after_a_reset() -> None:
 
 
 def test_an_address_that_a_reset_pushes_out_of_what_is_remembered_is_unwatched_once() -> None:
-    """Of a record that was deleted it is not waited any more whether it has moved, and only one absence fits in."""
+    """A deleted record is no longer expected to have moved, and there is room for only one absence."""
     (
         installed(limits=Limits(negatives=1))
         >> miss(B2)
@@ -260,7 +260,7 @@ def test_an_address_that_a_reset_pushes_out_of_what_is_remembered_is_unwatched_o
 
 
 def test_an_address_that_a_reset_refuses_and_forgets_at_once_is_unwatched_once() -> None:
-    """It would be the first to expire, so where nothing more is remembered it is the one to go."""
+    """It would be the first to expire, so with no room left it is the one to go."""
     negative_ttl = {**Limits().negative_ttl, Reason.NOT_FOUND: 1.0}
     (
         installed(limits=Limits(negatives=1, negative_ttl=negative_ttl))
@@ -303,7 +303,7 @@ def test_after_silence_the_owner_is_asked_again_and_not_the_cache_that_lacked_th
 
 
 def test_many_entries_are_read_again_in_full_batches() -> None:
-    """64 addresses of two keys each to a transaction, where they are no neighbours."""
+    """64 addresses of two keys each to a transaction, unless they are neighbours."""
     story = play()
     addresses = [bytes([10, 2, n, 1]) for n in range(200)]
     story.tell(ClusterSilent("b"))
@@ -317,7 +317,7 @@ def test_many_entries_are_read_again_in_full_batches() -> None:
 
 
 def test_a_cluster_that_leaves_takes_its_entries_along() -> None:
-    """Whoever waits for it is told; nothing of it is remembered."""
+    """Misses that wait for it are answered; nothing of it is remembered."""
     story = (
         installed()
         >> miss(B2, at=1.0)
@@ -352,8 +352,8 @@ def test_a_cluster_that_returns_under_its_name_is_not_given_the_answers_of_the_o
     ).end()
 
 
-def test_a_cluster_that_left_is_no_owner_any_more() -> None:
-    """Its former addresses are nobody's."""
+def test_a_cluster_that_left_owns_nothing_any_more() -> None:
+    """Its former addresses have no owner."""
     story = play() >> ClusterGone("b") >> TableChanged(mesh(networks=[("c", "10.3.0.0/16")]))
     (story >> miss(B1) << report(B1, "absent", Reason.NO_CLUSTER, missed_at=0.0, cluster=None)).end()
     assert "b" not in story.resolver.clusters
@@ -382,7 +382,7 @@ def broken() -> Play:
 
 
 def test_failures_in_a_row_open_the_breaker_and_empty_the_queue() -> None:
-    """Nobody waits behind a store that does not answer, and the other clusters notice nothing."""
+    """No miss waits behind a store that does not answer, and the other clusters notice nothing."""
     story = broken() >> miss(C1) << read(C1, cluster="c")
     story.end()
     assert story.resolver.clusters["b"].breaker == "open"
@@ -415,7 +415,7 @@ def test_an_entry_to_be_verified_is_a_try_as_good_as_a_miss() -> None:
 
 
 @pytest.mark.parametrize("kind", ["unavailable", "timeout", "certificate", "protocol", "permission", "owner"])
-def test_every_failure_opens_the_breaker_but_of_a_store_that_is_well(kind: str) -> None:
+def test_every_failure_but_that_of_a_healthy_store_opens_the_breaker(kind: str) -> None:
     """Asking it less would not help: it refuses, or it is a cache, and the owner's own store is not followed."""
     story = play(limits=FRAIL)
     said: list[Command] = []

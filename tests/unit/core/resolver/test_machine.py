@@ -1,7 +1,7 @@
 """The resolver's conversations about single addresses: misses, answers, changes, identities, adoption.
 
-What befalls whole clusters is in test_lifecycle, what the map and the budget do in test_moves, queue and batches in
-test_backlog, and everything at once in test_resolver_machine.
+What happens to whole clusters is in test_lifecycle, what the map and the budget do in test_moves, queue and batches in
+test_backlog, and everything at once in test_machine_model.
 """
 
 import itertools
@@ -147,7 +147,7 @@ def test_more_misses_while_resolving_cause_no_read_and_no_second_report() -> Non
     ids=["none", "two"],
 )
 def test_an_address_without_exactly_one_owner_is_not_read(address: bytes, reason: Reason) -> None:
-    """Nobody, or nobody in particular, could be asked; the answer is cached."""
+    """No cluster, or none in particular, could be asked; the answer is cached."""
     (
         play()
         >> miss(address, at=1.0)
@@ -205,7 +205,7 @@ def test_what_the_cache_lacks_is_asked_of_the_owner() -> None:
 
 
 def test_a_cache_that_lags_behind_does_not_overrule_the_owner() -> None:
-    """The owner's word is the newer one whatever the cache's revision numbers are: the stores do not share them."""
+    """The owner's record is the newer one, whatever the cache's revision numbers: the stores do not share them."""
     stale = record(B1, DATABASE)
     (beyond_the_cache() >> put(B1, 11, stale, Space.CACHED) >> put(B1, 9999, stale, Space.CACHED)).end()
 
@@ -226,7 +226,7 @@ def test_a_record_deleted_from_the_cache_is_evicted_and_then_asked_of_the_owner(
     ).end()
 
 
-def test_a_record_deleted_from_the_cache_before_its_entry_is_said_to_stand_is_evicted_all_the_same() -> None:
+def test_a_record_deleted_from_the_cache_before_its_install_is_answered_is_evicted_all_the_same() -> None:
     """Whatever becomes of the owner's read: nothing would ever look at the entry again."""
     (
         from_the_cache()
@@ -260,7 +260,7 @@ def test_a_record_that_must_not_be_installed_makes_the_address_absent(value: byt
 
 
 def test_a_record_for_another_region_is_out_of_scope() -> None:
-    """It is absent here, and watched, should the exporter think again."""
+    """It is absent here, and watched in case the exporter changes it."""
     table = mesh(regions=[(NODE, "south")])
     (
         play(table=table, region="north")
@@ -276,7 +276,7 @@ def test_a_record_for_another_region_is_out_of_scope() -> None:
 
 
 def not_found() -> Play:
-    """Return a play in which B1 was looked for at revision 10 and is not there."""
+    """Return a play in which B1 was read at revision 10 and does not exist."""
     return (
         play()
         >> miss(B1, at=1.0)
@@ -300,7 +300,7 @@ def test_a_publication_cancels_a_negative_answer_at_once() -> None:
 
 
 def test_a_scanned_address_is_not_watched_and_soon_read_again() -> None:
-    """The allowance for watching what is not there is used up; a publication is noticed by the next miss."""
+    """The allowance for watching absent addresses is used up; a publication is noticed by the next miss."""
     limits = Limits(negative_watch_rate=0.01, negative_watch_burst=0.0)
     story = play(limits=limits) >> miss(B1) << read(B1) >> answered(10, {B1: None})
     story = story << report(B1, "absent", Reason.NOT_FOUND, missed_at=0.0) << watch(B1, 10)
@@ -314,7 +314,7 @@ def test_a_scanned_address_is_not_watched_and_soon_read_again() -> None:
 
 
 def test_misses_of_one_moment_share_a_transaction() -> None:
-    """What came in one wake-up is asked for together."""
+    """What came in one wake-up is read together."""
     together = Misses((B1, B2, B3), (0.0,) * 3)
     (play() >> together << read(B1, B2, B3)).end()
 
@@ -325,14 +325,14 @@ def test_an_expired_negative_answer_is_forgotten_with_its_watches() -> None:
 
 
 def test_a_miss_does_not_wait_for_the_tick_that_forgets_an_expired_answer() -> None:
-    """Between two ticks a miss may find a negative answer whose time is over."""
+    """Between two ticks a miss may find a negative answer whose time is up."""
     late = not_found()
     late.now += TTL[Reason.NOT_FOUND]
     (late >> miss(B1, at=31.0) << unwatch(B1) << read(B1)).end()
 
 
 def test_a_forgotten_address_is_not_given_an_answer_older_than_what_it_knew() -> None:
-    """A re-read was in flight when its watch told of the deletion and the negative answer expired."""
+    """A re-read was in flight when its watch reported the deletion and the negative answer expired."""
     story = installed() >> ClusterSilent("b") >> ClusterReady("b") << read(B1)
     story = story >> deleted(B1, 20) >> ClusterSilent("b")
     story = story << evict(B1, "deleted") << report(B1, "evicted", Reason.NOT_FOUND) >> ClusterReady("b")
@@ -396,7 +396,7 @@ def test_a_deleted_record_is_evicted_and_may_come_back() -> None:
 
 
 def test_a_record_that_moves_to_the_other_space_leaves_no_gap() -> None:
-    """The watches of both keys need not be equally far: the deletion is told first, the read finds the new one."""
+    """The watches of the two keys may lag differently: the deletion comes first, the read finds the new record."""
     (
         installed()
         >> deleted(B1, 12)
@@ -417,7 +417,7 @@ def test_a_deleted_record_that_cannot_be_read_again_is_gone() -> None:
 
 @pytest.mark.parametrize("end", [ClusterSilent("b"), StoreReset("b")])
 def test_a_deleted_record_goes_with_the_store_that_could_say_more(end: Event) -> None:
-    """No entry outlives its record because nobody answers."""
+    """No entry outlives its record for want of an answer."""
     story = installed() >> deleted(B1, 11) << read(B1) >> end
     story = story << evict(B1, "deleted") << report(B1, "evicted", Reason.NOT_FOUND)
     if isinstance(end, StoreReset):
@@ -426,7 +426,7 @@ def test_a_deleted_record_goes_with_the_store_that_could_say_more(end: Event) ->
 
 
 def test_a_record_deleted_in_a_silent_cluster_is_gone_at_once() -> None:
-    """There is nobody to ask: a watch may have told its last."""
+    """No store can be asked: the watch may not say any more."""
     story = installed() >> ClusterSilent("b") >> deleted(B1, 11)
     (story << evict(B1, "deleted") << report(B1, "evicted", Reason.NOT_FOUND)).end()
 
@@ -477,7 +477,7 @@ LIFE_OF_A_KEY = (
 
 @given(order=st.permutations(LIFE_OF_A_KEY + LIFE_OF_A_KEY[1:3]), slow=st.booleans())
 def test_deletes_and_creates_delivered_in_any_order_converge(order: list[KeyState], slow: bool) -> None:
-    """Whatever order and however often, what was true last is what stands; however late the map answers."""
+    """In whatever order and however often, what was true last prevails; however late the map answers."""
     story = installed()
     held: list[Install] = []
     world: dict[bytes, object] = {B1: entry()}
@@ -568,7 +568,7 @@ def test_an_address_that_changes_hands_is_evicted() -> None:
 
 
 def test_an_address_claimed_by_two_from_now_on_is_evicted_as_ambiguous() -> None:
-    """Who claims more must not win."""
+    """The larger claim must not win."""
     (
         installed()
         >> TableChanged(mesh(networks=[("b", "10.2.0.0/16"), ("c", "10.2.0.0/24")]))
@@ -583,7 +583,7 @@ def test_a_table_that_changes_elsewhere_changes_nothing_here() -> None:
     (installed() >> TableChanged(mesh(networks=[("b", "10.2.0.0/16"), ("c", "10.77.0.0/16")]))).end()
 
 
-def test_a_stranger_that_gets_an_owner_is_resolved_by_the_next_miss() -> None:
+def test_an_address_that_gets_an_owner_is_resolved_by_the_next_miss() -> None:
     """No-cluster and ambiguous are forgotten as soon as they are no longer so."""
     (
         play()
@@ -596,7 +596,7 @@ def test_a_stranger_that_gets_an_owner_is_resolved_by_the_next_miss() -> None:
 
 
 def test_an_address_given_to_a_cluster_that_is_away_is_resolved_by_the_next_miss_once_it_joins() -> None:
-    """Nobody else is asked meanwhile."""
+    """No other cluster is asked meanwhile."""
     (
         Play(table=mesh([info("c")]))
         >> miss(B1)
@@ -610,7 +610,7 @@ def test_an_address_given_to_a_cluster_that_is_away_is_resolved_by_the_next_miss
 
 
 def test_a_miss_of_a_cluster_that_has_left_is_answered_when_the_table_says_so() -> None:
-    """The table may follow later, and the address stays its own by the operator's word."""
+    """The table may follow later, and the address stays its own because the operator said so."""
     (
         play()
         >> ClusterGone("b")
@@ -621,7 +621,7 @@ def test_a_miss_of_a_cluster_that_has_left_is_answered_when_the_table_says_so() 
 
 
 def test_a_miss_under_way_follows_its_address_to_the_new_owner() -> None:
-    """It is asked again there, and still reported once, from the first miss on; the old answer means nothing."""
+    """It is read again there, and still reported once, from the first miss on; the old answer means nothing."""
     (
         play()
         >> miss(B1, at=1.0)
@@ -638,7 +638,7 @@ def test_a_miss_under_way_follows_its_address_to_the_new_owner() -> None:
 
 
 def test_an_address_forgotten_for_another_of_the_same_table_is_left_in_peace() -> None:
-    """What is remembered of absent addresses is full, and the table makes one more of them."""
+    """The negative cache is full, and the table makes one more address absent."""
     twice = [(name, cidr) for cidr in ("10.2.0.0/16", "192.0.2.0/24") for name in ("b", "c")]
     story = (
         play(limits=Limits(negatives=1))
@@ -697,7 +697,7 @@ def test_an_adopted_entry_is_evicted_if_its_record_is_gone() -> None:
     ).end()
 
 
-def test_adopted_entries_are_proven_before_anything_else_is_read() -> None:
+def test_adopted_entries_are_verified_before_anything_else_is_read() -> None:
     """What waited for the cluster, and what is missed meanwhile, waits for one answer more."""
     (
         adopted()
@@ -714,15 +714,15 @@ def test_adopted_entries_are_proven_before_anything_else_is_read() -> None:
     ).end()
 
 
-def test_a_store_that_does_not_answer_for_adopted_entries_keeps_nobody_waiting() -> None:
+def test_a_store_that_does_not_answer_for_adopted_entries_keeps_no_miss_waiting() -> None:
     """Not for longer than a second, and not once it has said no."""
     story = adopted() >> miss(B2) >> ClusterReady("b") << read(B1)
     (story.later(0.9).later(0.1) << read(B2)).end()
     (adopted() >> miss(B2) >> ClusterReady("b") << read(B1) >> failed(B1) << read(B2)).end()
 
 
-def test_an_adopted_entry_that_goes_keeps_nobody_waiting() -> None:
-    """Its identity was withdrawn, or its address is nobody's by now, before its read has ended."""
+def test_an_adopted_entry_that_goes_keeps_no_miss_waiting() -> None:
+    """Its identity was withdrawn, or its address lost its owner, before its read has ended."""
     story = adopted() >> miss(B2) >> ClusterReady("b") << read(B1)
     (
         story
@@ -751,7 +751,7 @@ def test_an_adopted_entry_outlives_an_empty_cache() -> None:
 
 
 def test_an_adopted_entry_whose_cluster_never_answers_expires() -> None:
-    """Ten minutes on an earlier life's word are enough."""
+    """Ten minutes of trust in an earlier life are enough."""
     story = adopted().later(599.9)
     (story.later(0.1) << evict(B1, "expired") << report(B1, "evicted", detail="expired")).end()
 
@@ -761,9 +761,7 @@ def test_an_adopted_entry_whose_cluster_never_answers_expires() -> None:
     [(C1, 2, "no-cluster"), (CLAIMED_TWICE, 2, "ambiguous"), (B1, 7, "no-cluster")],
     ids=["address of another cluster", "address of two clusters", "and its own has not joined"],
 )
-def test_an_entry_that_cannot_be_ours_any_more_is_not_adopted(
-    address: bytes, cluster_id: int, why: str
-) -> None:
+def test_an_entry_whose_owner_has_changed_is_not_adopted(address: bytes, cluster_id: int, why: str) -> None:
     """What an earlier life installed may have lost its owner since."""
     (
         Play()
@@ -786,12 +784,12 @@ def stranded(*addresses: bytes) -> Play:
 
 
 def gone(address: bytes, why: str) -> list[Command]:
-    """Return what takes such an entry out."""
+    """Return the commands that remove such an entry."""
     return [evict(address, why), report(address, "evicted", detail=why, cluster="id 2")]
 
 
 def test_an_entry_of_a_cluster_that_has_not_joined_is_in_the_books() -> None:
-    """It is owned, in doubt, and told under the id, which is all that the journal has; it serves."""
+    """It is owned, in doubt, and shown under its cluster's id, which is all that the journal has; it serves."""
     resolver = stranded(B1, B2).resolver
     assert (resolver.owned, resolver.stale, resolver.counts["installed"]) == (2, {"id 2": 2}, 2)
     assert resolver.stale_addresses() == [B1, B2]
@@ -799,7 +797,7 @@ def test_an_entry_of_a_cluster_that_has_not_joined_is_in_the_books() -> None:
 
 
 def test_an_entry_of_a_cluster_that_joins_is_its_own_from_then_on() -> None:
-    """Before its nodes are listed; and it is proven before anything else of the cluster is read."""
+    """Before its nodes are listed; and it is verified before anything else of the cluster is read."""
     story = stranded(B1) >> TableChanged(mesh(networks=())) >> TableChanged(mesh())
     assert story.resolver.stale == {"b": 1}
     (
@@ -827,14 +825,14 @@ def test_an_entry_of_a_cluster_that_has_not_joined_goes_when_its_address_is_anot
 
 
 def test_an_entry_of_a_cluster_that_will_not_join_goes() -> None:
-    """All that are configured have been listed; not before, and nobody else's."""
+    """Once all configured clusters have been listed; not before, and no other cluster's."""
     story = stranded(B1) >> Adopted(C1, entry(WEB_OF_C), 3) >> ClusterReady("c") << read(C1, cluster="c")
     (story >> AllListed() << gone(B1, "cluster-gone")).end()
     assert story.resolver.owned == 1
 
 
 def test_an_entry_of_a_cluster_that_has_not_joined_goes_like_any_other() -> None:
-    """The budget is used up, room is scarce, the map's owner has its own, its time is over."""
+    """The budget is used up, room is scarce, the map's owner has its own, its time is up."""
     story = stranded(B1, B2, B3) >> Adopted(B4, entry(), 2) << gone(B1, "budget")
     story = story >> Shrink(1) << gone(B2, "crowded")
     story = story >> Lost((B3,)) << report(B3, "taken-over", cluster="id 2")
@@ -856,7 +854,7 @@ def test_an_entry_of_a_cluster_that_has_not_joined_is_put_back_when_it_vanishes(
 
 
 def test_an_entry_of_one_cluster_is_not_adopted_where_the_operator_gave_the_address_to_another() -> None:
-    """Also while that one is away: an earlier life may not have had the operator's word."""
+    """Also while that one is away: the operator may not have said so to an earlier life."""
     (
         Play(table=mesh([info("c")]))
         >> Adopted(B1, entry(), 3)
@@ -866,7 +864,7 @@ def test_an_entry_of_one_cluster_is_not_adopted_where_the_operator_gave_the_addr
 
 
 def test_an_entry_in_a_cidr_that_the_operator_gave_to_a_cluster_that_is_away_is_kept_until_it_joins() -> None:
-    """Whose id the journal has is not known before; then it is that cluster's, or nobody's."""
+    """Which cluster has the journal's id is not known before; then the entry is that cluster's, or no one's."""
     away = Play(table=mesh([info("c")])) >> Adopted(B1, entry(), 2) >> TableChanged(mesh([info("c")]))
     (away >> TableChanged(mesh()) >> ClusterReady("b") << read(B1)).end()
     unjoined = Play(table=mesh([info("c")])) >> Adopted(B1, entry(), 7) >> TableChanged(mesh([info("c")]))
@@ -875,7 +873,7 @@ def test_an_entry_in_a_cidr_that_the_operator_gave_to_a_cluster_that_is_away_is_
 
 
 def test_an_entry_adopted_before_the_nodes_are_listed_stays_when_they_are() -> None:
-    """At start the table knows no CIDR yet: that nobody owns the address means nothing then."""
+    """At the start the table knows no CIDR yet: that the address has no owner means nothing then."""
     story = Play(table=mesh(networks=())) >> Adopted(B1, entry(), 2) >> TableChanged(mesh())
     (story >> ClusterReady("b") << read(B1)).end()
 
@@ -910,7 +908,7 @@ def test_an_identity_withdrawn_before_verification_takes_the_adopted_entry_along
 
 
 def test_a_miss_of_an_installed_address_puts_the_entry_back() -> None:
-    """Somebody removed it; a miss that is younger than our entry proves it, one that is older does not."""
+    """It was removed; a miss that is younger than our entry proves it, one that is older does not."""
     story = installed()
     story.now = 1.0
     (
@@ -924,13 +922,13 @@ def test_a_miss_of_an_installed_address_puts_the_entry_back() -> None:
     ).end()
 
 
-def test_a_miss_signalled_just_before_the_entry_stood_is_answered() -> None:
+def test_a_miss_signalled_just_before_the_entry_was_installed_is_answered() -> None:
     """Its packet may be held, so it needs a report of its own; nothing is written."""
     (installed() >> miss(B1) << report(B1, "installed", missed_at=0.0, cached=True)).end()
 
 
 def test_a_miss_during_an_update_is_answered_by_its_result() -> None:
-    """The Install under way will do for both."""
+    """The Install under way serves both."""
     (
         installed()
         >> put(B1, 11, record(B1, DATABASE))
@@ -987,7 +985,7 @@ def test_each_cluster_is_shown_with_its_window_and_breaker() -> None:
 
 
 def test_an_address_is_described_by_its_cluster_and_entry() -> None:
-    """Nothing is known of one that nobody missed."""
+    """Nothing is known of one that never missed."""
     resolver = in_each_state()
     known = {address: resolver.describe(address) for address in (B1, B2, B3, C1, STRANGER)}
     assert known == {

@@ -2,8 +2,8 @@
 
 The world below does what a real one may do: reads are executed and answered late, or fail; watch events come late and
 twice; a cache lags behind its owner; stores are replaced, clusters leave and return; entries vanish and installs are
-refused. While it lasts, no entry is ever wrong beyond what was delivered; when it is over, the map says what the
-records say. Only what ``step`` returns is looked at.
+refused. Meanwhile no entry is ever wrong beyond what was delivered; at the end, the map says what the records say.
+Only what ``step`` returns is looked at.
 """
 
 from __future__ import annotations
@@ -101,7 +101,7 @@ class World(RuleBasedStateMachine):
         self.last: dict[Address, Entry] = {}
         """What was put into the map last, unless it was evicted since."""
         self.foreign: set[Address] = set()
-        """Strangers stand there, which programs take for the world."""
+        """Foreign entries, which programs take for the world."""
         self.taken: set[Address] = set()
         """The map's owner has entries there by which programs know the peer."""
         self.results: list[tuple[Address, Reason | None]] = []
@@ -199,7 +199,7 @@ class World(RuleBasedStateMachine):
         self.results.append((address, error))
 
     def may_say(self, address: Address, entry: Entry) -> bool:
-        """Tell whether a record that was told last, or one written since, makes this entry."""
+        """Return whether the record delivered last, or one written since, makes this entry."""
         cluster = self.clusters[ADDRESSES[address]]
         values = cluster.owner.recent(address, DIRECT) | cluster.cache.recent(address, CACHE)
         return entry in [self.judged(address, value) for value in values]
@@ -233,7 +233,7 @@ class World(RuleBasedStateMachine):
 
     @rule(some=st.lists(addresses, min_size=2, unique=True))
     def packets_miss(self, some: list[Address]) -> None:
-        """Several do at one moment."""
+        """Several packets miss at one moment."""
         self.asked.update(some)
         for address in some:
             self.unanswered[address] = self.unanswered.get(address, 0) + 1
@@ -285,7 +285,7 @@ class World(RuleBasedStateMachine):
         cluster.executed.append((store, answer))
 
     def deliver(self, cluster: Cluster, answer: tuple[Store, Answered]) -> None:
-        """The answer is there."""
+        """The answer arrives."""
         cluster.executed.remove(answer)
         store, said = answer
         keys = itertools.product(said.addresses, said.spaces)
@@ -293,7 +293,7 @@ class World(RuleBasedStateMachine):
         self.feed(said)
 
     def tell_change(self, cluster: Cluster, key: Key, state: KeyState) -> None:
-        """A watch event is there."""
+        """A watch event arrives."""
         store, _ = cluster.watches[key]
         cluster.watches[key] = (store, state.as_of)
         store.tell([state])
@@ -313,7 +313,7 @@ class World(RuleBasedStateMachine):
 
     @rule(name=clusters, which=st.integers(0, 99))
     def watch_event_arrives_again(self, name: str, which: int) -> None:
-        """A store's connection that resumes may repeat any of its events, even to those who ask no more."""
+        """A store's connection that resumes may repeat any of its events, even for watches given up since."""
         history = self.clusters[name].owner.history
         told = [s for s in history if s.as_of <= self.clusters[name].owner.told.get((s.address, s.space), -1)]
         if told:
@@ -329,13 +329,13 @@ class World(RuleBasedStateMachine):
 
     @rule(address=addresses, stranger=st.booleans())
     def entry_vanishes(self, address: Address, stranger: bool) -> None:
-        """Somebody removes ours, and perhaps puts an entry of their own there; or takes that away again."""
+        """Another program removes ours, and perhaps puts its own entry there; or takes that away again."""
         self.map.pop(address, None)
         self.foreign ^= {address} if stranger else set()
 
     @rule(address=addresses)
     def owner_writes_or_deletes(self, address: Address) -> None:
-        """Whoever owns the map writes over ours, or takes its own away again."""
+        """The map's owner overwrites ours, or takes its own away again."""
         self.map.pop(address, None)
         self.taken ^= {address}
 
@@ -350,14 +350,14 @@ class World(RuleBasedStateMachine):
 
     @rule(entries=st.integers(1, 2))
     def map_gets_crowded(self, entries: int) -> None:
-        """Some of ours have to go."""
+        """Some of our entries have to go."""
         before = self.resolver.owned
         self.feed(Shrink(entries))
         assert self.resolver.owned == max(0, before - entries)
 
     @rule(some=st.sets(addresses))
     def node_talks_to(self, some: set[Address]) -> None:
-        """And the shell tells."""
+        """And the shell says so."""
         self.feed(Used(tuple(some)))
 
     @rule(reason=st.sampled_from([Reason.MAP_FULL, Reason.INSTALL_FAILED]))
@@ -367,7 +367,7 @@ class World(RuleBasedStateMachine):
 
     @rule(identity=st.sampled_from([WEB, DATABASE, MAIL, WEB_OF_C]))
     def identity_comes_or_goes(self, identity: int) -> None:
-        """The shell's set changes before the event tells of it."""
+        """The shell's set changes before the event reports it."""
         self.identities ^= {identity}
         self.feed(IdentitiesKnown((identity,)) if identity in self.identities else IdentityGone(identity))
 
@@ -428,7 +428,7 @@ class World(RuleBasedStateMachine):
 
     @invariant()
     def no_entry_has_an_unknown_identity(self) -> None:
-        """The policy would not know it; only while an update is unanswered an entry may be the one before."""
+        """The policy would not know it; only while an update is unanswered may the previous entry remain."""
         answered = self.map.keys() - dict(self.results).keys()
         assert {self.map[address].identity for address in answered} <= self.identities
 
@@ -453,7 +453,7 @@ class World(RuleBasedStateMachine):
         self.all_are_listed()
 
     def all_is_quiet(self) -> None:
-        """Nothing wrong, nothing forgotten, nothing leaked; and whatever is asked for now is there."""
+        """Nothing wrong, nothing forgotten, nothing leaked; and whatever misses now is resolved."""
         self.heal()
         self.quiet_down()
         assert self.map == {address: self.expected(address) for address in self.map}

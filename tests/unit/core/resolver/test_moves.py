@@ -47,7 +47,7 @@ def sent(**kwargs: object) -> Play:
 
 
 def installed(**kwargs: object) -> Play:
-    """Return a play in which it stands."""
+    """Return a play in which B1 is installed."""
     return sent(**kwargs) >> stands(B1) << report(B1, "installed", missed_at=0.0)
 
 
@@ -56,14 +56,14 @@ ERRORS = {Reason.NOT_OURS: "absent", Reason.MAP_FULL: "failed", Reason.INSTALL_F
 
 @pytest.mark.parametrize(("error", "outcome"), ERRORS.items(), ids=[error.value for error in ERRORS])
 def test_a_refused_install_makes_the_address_absent(error: Reason, outcome: str) -> None:
-    """Nothing is evicted, for nothing of ours is there; a change of the record tries again."""
+    """Nothing is evicted, as we have no entry there; a change of the record tries again."""
     story = sent() >> refused(B1, error) << report(B1, outcome, error, missed_at=0.0)
     assert story.resolver.owned == 0
     (story >> put(B1, 11, record(B1, DATABASE)) << install(B1, entry(DATABASE))).end()
 
 
 def test_an_entry_of_the_maps_owner_is_as_good_as_ours() -> None:
-    """The packet may go, and there is nothing of ours to be looked after."""
+    """The packet may go, and there is no entry of ours to look after."""
     story = (
         sent()
         >> refused(B1, Reason.TAKEN)
@@ -74,15 +74,15 @@ def test_an_entry_of_the_maps_owner_is_as_good_as_ours() -> None:
     assert story.resolver.describe(B1) is None
 
 
-def test_what_the_maps_owner_has_taken_over_is_let_go_without_an_eviction() -> None:
-    """Whatever stands there now is not ours; a miss would begin from the start."""
+def test_what_the_maps_owner_has_taken_over_is_given_up_without_an_eviction() -> None:
+    """The entry there now is not ours; a miss would start over."""
     story = installed() >> Lost((B1, B2)) << report(B1, "taken-over") << unwatch(B1)
     assert story.resolver.owned == 0
     (story >> miss(B1, at=1.0) << read(B1)).end()
 
 
 def test_nothing_is_left_of_an_address_that_is_forgotten() -> None:
-    """Pods come and go for months, and identities stay: by theirs none is found that is tracked no more."""
+    """Pods come and go for months, and identities stay: no untracked address is found by its identity."""
     story = installed() >> miss(B2) << read(B2) >> answered(10, {B2: record(B2, 131_999)})
     story = story << report(B2, "absent", Reason.UNKNOWN_IDENTITY, missed_at=0.0) << watch(B2, 10)
     assert set(story.resolver._ledger._named) == {WEB, 131_999}
@@ -97,7 +97,7 @@ def test_an_install_under_way_finds_out_by_itself_that_the_entry_is_lost() -> No
 
 
 def test_crowded_map_is_left_by_what_has_not_been_used_for_longest() -> None:
-    """Use is what the shell tells of, too."""
+    """Use that the shell reports counts, too."""
     story = Play() >> ClusterReady("b")
     for address in (B1, B2, B3):
         story = story >> miss(address) << read(address) >> answered(10, {address: record(address)})
@@ -116,8 +116,8 @@ def test_crowded_map_is_left_by_what_has_not_been_used_for_longest() -> None:
     ).end()
 
 
-def test_a_refused_update_evicts_what_stood_before() -> None:
-    """The old identity is known to be wrong: rather none."""
+def test_a_refused_update_evicts_the_previous_entry() -> None:
+    """The old identity is known to be wrong: none is better."""
     (
         installed()
         >> put(B1, 11, record(B1, DATABASE))
@@ -224,7 +224,7 @@ def test_the_least_recently_used_entry_makes_room_before_the_next_is_installed()
 
 
 def test_a_miss_counts_as_use() -> None:
-    """An entry that somebody asked for again is not the first to go."""
+    """An entry that missed again is not the first to go."""
     story = two_installed() >> miss(B1) << report(B1, "installed", missed_at=0.0, cached=True)
     story = story >> miss(B3) << read(B3) >> answered(10, {B3: record(B3)})
     (
@@ -261,7 +261,7 @@ def test_a_batch_larger_than_the_budget_leaves_its_last_ones() -> None:
 
 
 def test_room_is_made_of_an_entry_whose_result_comes_with_it() -> None:
-    """It is told first that it stands in the map, and then taken out of there."""
+    """It is first reported as installed, and then evicted."""
     story = sent(limits=Limits(owned=1)) >> put(B1, 11, record(B1, MAIL)) >> IdentityGone(WEB)
     story = story << evict(B1, "unknown-identity")
     story = story << report(B1, "absent", Reason.UNKNOWN_IDENTITY, missed_at=0.0)

@@ -45,8 +45,8 @@ def test_every_reason_has_a_lifetime() -> None:
     assert set(LIMITS.negative_ttl) == set(Reason)
 
 
-def test_watches_for_nothing_are_rationed() -> None:
-    """Who scans a network gets short memories; what is watched already, or absent for another reason, pays nothing."""
+def test_watches_of_absent_addresses_are_rationed() -> None:
+    """A network scan gets short memories; what is watched already, or absent for another reason, costs nothing."""
     limits = Limits(negative_watch_rate=1.0, negative_watch_burst=2.0, unwatched_ttl=0.5)
     negatives = Negatives(limits)
     scanned = [Tracked(bytes((10, 2, 9, n)), ()) for n in range(4)]
@@ -66,7 +66,7 @@ def test_watches_for_nothing_are_rationed() -> None:
 
 
 def test_refused_record_that_is_watched_is_refused_until_it_changes() -> None:
-    """Asking again in time renews it; what is not there, or not watched, is read again when its time is over."""
+    """A miss in time renews it; what was not found, or is not watched, is read again when its time is up."""
     negatives = Negatives(Limits())
     forged, unwatched, missing = absent(B1, B2, B3)
     forged.watched = missing.watched = (Space.PUSHED,)

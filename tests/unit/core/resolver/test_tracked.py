@@ -1,4 +1,4 @@
-"""What is remembered of one address: allowed phases, which state of a key counts; and void reads of a cluster."""
+"""What is remembered about one address: allowed phases, which state of a key counts; and void reads of a cluster."""
 
 import itertools
 
@@ -18,7 +18,7 @@ from tests.support.playbook import B1, CACHE, DIRECT
     ("start", "to"), list(itertools.product(Phase, Phase)), ids=lambda phase: phase.value
 )
 def test_only_the_moves_of_the_table_are_possible(start: Phase, to: Phase) -> None:
-    """Anything else is a bug of ours and says so."""
+    """Anything else is a bug and says so."""
     tracked = Tracked(B1, ("b",), phase=start)
     if to in ALLOWED[start]:
         tracked.move(to)

@@ -1,4 +1,4 @@
-"""What waits for a read: order, neighbours that are taken together, and who goes first in a lane."""
+"""What waits for a read: order, neighbours that are taken together, and which goes first in a lane."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ V6 = ("fd00::1", "fd00::2", "fd00::3")
 def test_neighbours_go_together(
     waits: tuple[str, ...], room: int, whole: list[tuple[str, ...]], apart: tuple[str, ...]
 ) -> None:
-    """Three of a /24 are many here."""
+    """Three of a /24 count as many here."""
     waiting, batch = waiting_for(*waits), Batch()
     waiting.take(batch, room, whole_at=3)
     assert texts(batch) == ([list(each) for each in whole], list(apart))
@@ -65,7 +65,7 @@ def test_nothing_goes_whole_where_it_must_not() -> None:
     assert texts(batch) == ([], [*A, B[0]])
 
 
-def test_who_is_shed_is_the_oldest() -> None:
+def test_the_oldest_is_shed() -> None:
     """A neighbourhood whose first one is gone goes behind the others."""
     waiting = waiting_for(A[0], B[0], A[1], B[1], A[2])
     shed = []
@@ -79,7 +79,7 @@ ADDRESSES = st.builds(lambda group, last: bytes((10, 2, group, last)), st.intege
 
 
 class Row(RuleBasedStateMachine):
-    """Everything that is done to it, against a list."""
+    """Everything that can be done to Waiting, compared with a list."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -95,13 +95,13 @@ class Row(RuleBasedStateMachine):
 
     @rule(address=ADDRESSES)
     def goes(self, address: Address) -> None:
-        """One waits no more."""
+        """One no longer waits."""
         assert self.waiting.remove(address) == (address in self.model)
         self.model = [each for each in self.model if each != address]
 
     @rule(room=st.integers(0, 5), whole_at=st.sampled_from([None, 1, 3]))
     def is_taken(self, room: int, whole_at: int | None) -> None:
-        """Some are read; nothing that is older is left behind but a part of its own neighbourhood."""
+        """Some are read; nothing older is left behind except part of its own neighbourhood."""
         batch = Batch()
         self.waiting.take(batch, room, whole_at)
         taken = [tracked.address for tracked in batch.taken()]
