@@ -70,11 +70,11 @@ def main() -> int:
         return 130
     except (OSError, RuntimeError) as error:
         return fail(str(error))
+    print(json.dumps(results) if options.output == "json" else scene.table(results))
     if options.picture is not None:
         from scripts.demo_picture import draw  # noqa: PLC0415 (half a second, and not often wanted)
 
         draw(results, options.picture)
-    print(json.dumps(results) if options.output == "json" else scene.table(results))
     return 0 if scene.shows(results) else 1
 
 
@@ -118,6 +118,8 @@ def parse_arguments() -> argparse.Namespace:
         parser.error("--image is of the gap scene")
     if options.picture is not None and options.picture.suffix not in (".svg", ".png"):
         parser.error("--picture: give a name that ends in .svg or .png")
+    if options.picture is not None and not options.picture.absolute().parent.is_dir():
+        parser.error(f"--picture: there is no directory {options.picture.absolute().parent}")
     return options
 
 

@@ -99,7 +99,8 @@ def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("version")
     for name in ("binaries", "sources", "tools"):
-        parser.add_argument(f"--{name}", type=Path, required=True, help=argparse.SUPPRESS)
+        parser.add_argument(f"--{name}", type=Path, help=argparse.SUPPRESS)
+    parser.add_argument("--check-arguments", action="store_true", help=argparse.SUPPRESS)
     parser.add_argument("--endpoints", type=int, default=100_000, help="of the restart; 0 leaves that out")
     parser.add_argument("--restart-only", action="store_true", help="leave out everything but the restart")
     parser.add_argument("--with-only", action="store_true", help="restart only with lazymesh beside it")
@@ -108,7 +109,12 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--option", action="append", default=[], help="one more of cilium-agent's")
     parser.add_argument("--json", type=Path, help="write the figures here")
     parser.add_argument("--logs", type=Path, help="keep the agents' logs in this directory")
-    return parser.parse_args()
+    options = parser.parse_args()
+    if options.json is not None and not options.json.absolute().parent.is_dir():
+        parser.error(f"--json: there is no directory {options.json.absolute().parent}")
+    if options.check_arguments:  # before the half hour of building
+        parser.exit()
+    return options
 
 
 @contextlib.contextmanager

@@ -44,8 +44,25 @@ GROUPS = {
     "batches": "test_libbpf",
     "rings": "test_perfbuffer",
     "writer": "test_writer",
+    "installer": "test_installer",
+    "guest": "test_installer_guest",
+    "interfaces": "test_interfaces",
+    "kept": "test_kept",
+    "pins": "test_pins",
+    "taps": "test_tap",
+    "frames": "test_frames",
+    "programs": "test_program",
+    "cilium": "test_cilium",
 }
-"""By column of the matrix: the module of the datapath tier."""
+"""By name in the results: the module of the datapath tier."""
+NOT_HERE = {
+    "test_abi_layout": "layouts of structs, which are the compiler's",
+    "test_fuzzed_frames": "a great deal of what the others have rows of",
+    "test_holdmaps": "plain maps, which `maps` tries",
+    "test_loader": "the loader's process; every lane loads",
+    "test_source": "text",
+}
+"""Modules of that tier that are not run on other kernels, and why."""
 LEFT_OUT = (
     "ingress-IPv4", "egress-IPv6",
     # A great deal of each, of what does not depend on the kernel.

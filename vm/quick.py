@@ -105,6 +105,14 @@ def matrix(every: dict[str, dict[str, Any]]) -> str:
         ("entries of a batch, written by a program", lambda found: _tests(found, "writer")),
         ("batches on LPM tries", lambda found: _yes(found["features"]["batches"])),
         ("batches on hash maps", lambda found: _tests(found, "batches")),
+        ("entries of ours, and the journal", lambda found: _tests(found, "installer")),
+        ("beside Cilium's", lambda found: f"{_tests(found, 'guest')}, {_tests(found, 'cilium')}"),
+        ("interfaces that come and go", lambda found: _tests(found, "interfaces")),
+        (
+            "pins, programs, what is kept",
+            lambda found: ", ".join(_tests(found, name) for name in ("pins", "programs", "kept")),
+        ),
+        ("TAPs, odd frames", lambda found: f"{_tests(found, 'taps')}, {_tests(found, 'frames')}"),
         ("stories of a node", lambda found: f"yes, {found['stories']['test_stories']}"),
         ("stories of two nodes", lambda found: f"yes, {found['stories']['test_two_nodes']}"),
     ]

@@ -50,7 +50,8 @@ def main(
 ) -> None:
     """Try decoders with bytes that others may write, led by coverage, or the TC programs with hostile frames.
 
-    Without a TARGET all decoders are tried, not the frames. Exit 1 if something broke; the input is then named.
+    Without a TARGET all decoders are tried, not the frames. Exit 1 if something broke; the input is then named. Exit 3
+    if something is missing.
     """
     decoders = [name for name in targets or TARGETS if name != FRAMES]
     if replay is not None:
@@ -60,9 +61,11 @@ def main(
         return
     broken = 0
     if decoders and importlib.util.find_spec("atheris") is None:
-        raise click.ClickException(
-            "needs atheris, which has packages for x86_64 only: fuzz there, or try `frames`"
+        print(
+            "fuzz: needs atheris, which has packages for x86_64 only: fuzz there, or try `frames`",
+            file=sys.stderr,
         )
+        sys.exit(3)
     if decoders:
         print(
             f"{'TARGET':<18} {'EXECUTIONS':>12} {'PER SECOND':>11} {'CORPUS':>7} {'COVERAGE':>9}  RESULT",
@@ -79,6 +82,9 @@ def main(
 
 def send_frames(count: int, seed: int | None, only: int | None) -> bool:
     """Send frames; False when what became of one is not what the reference says."""
+    if os.geteuid() != 0:
+        print("fuzz: frames need root, to load the programs", file=sys.stderr)
+        sys.exit(3)
     from tests.fuzz import frames  # noqa: PLC0415 (loads BCC, which decoders do not need)
 
     chosen = secrets.randbits(32) if seed is None else seed

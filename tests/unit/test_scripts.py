@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 
 from scripts.demo import parse_arguments
+from vm import guest
 
 ROOT = Path(__file__).parents[2]
 SCRIPTS = ROOT / "scripts"
@@ -34,7 +35,7 @@ def help_of(directory: Path, name: str, *words: str) -> str:
     "words",
     [
         *(["real-cilium"], ["real-cilium", "1.19.5"], ["manifests"]),
-        *(["kubernetes"], ["setup"], ["check"], ["helm"]),
+        *(["kubernetes"], ["setup"], ["check"], ["helm"], ["image"]),
     ],
     ids=" ".join,
 )
@@ -56,7 +57,50 @@ def test_help_of_real_cilium_has_every_option(tmp_path: Path) -> None:
     """They are read by another program, which cannot be asked before everything is built."""
     text = (SCRIPTS / "real_cilium.py").read_text()
     told = re.findall(r"^  (--[a-z-]+) ", help_of(tmp_path, "real-cilium"), re.MULTILINE)
-    assert told == re.findall(r'add_argument\("(--[a-z-]+)"', text)
+    assert told == re.findall(r'add_argument\("(--[a-z-]+)"(?!.*SUPPRESS)', text)
+
+
+@pytest.mark.parametrize("script", ["setup", "check", "vm", "image", "demo"])
+def test_script_is_found_from_where_it_stands(script: str) -> None:
+    """Called by a path that is no longer true after a change of directory."""
+    done = subprocess.run(
+        [f"./{script}", "--help"], cwd=SCRIPTS, capture_output=True, text=True, check=False, timeout=60
+    )
+    assert (done.returncode, done.stderr) == (0, "")
+    assert script in done.stdout
+
+
+@pytest.mark.parametrize(
+    ("words", "told"),
+    [
+        (["vm", "test", "--all", "6.1"], "test --all takes no kernels: it tries them all"),
+        (["vm", "up", "6.1", "6.12"], "up takes one kernel, not up 6.1 6.12"),
+        (["vm", "start"], "does not know: start"),
+        (["image", "--nope"], "no option --nope"),
+        (["demo", "--scene", "restart", "--picture", "/nonexistent/x.svg"], "no directory /nonexistent"),
+    ],
+    ids=" ".join,
+)
+def test_word_too_many_is_told_before_anything_is_done(words: list[str], told: str) -> None:
+    """Usage is exit 2, in a line that says where to look."""
+    done = run(SCRIPTS / words[0], *words[1:])
+    assert (done.returncode, done.stdout) == (2, "")
+    assert told in done.stderr
+
+
+def test_options_of_real_cilium_are_looked_at_before_anything_is_built(tmp_path: Path) -> None:
+    """By the program that reads them, which is run for that alone."""
+    words = [sys.executable, SCRIPTS / "real_cilium.py", "1.20.1", "--check-arguments"]
+    env = {"PYTHONPATH": str(ROOT)}
+    assert run(*words, "--json", tmp_path / "figures.json", env=env).returncode == 0
+    assert run(*words, "--json", tmp_path / "none" / "figures.json", env=env).returncode == 2
+    assert run(*words, "--nope", env=env).returncode == 2
+
+
+def test_every_module_of_the_datapath_tier_runs_on_other_kernels_or_is_left_out_with_a_reason() -> None:
+    """A new one would else be tried on one kernel alone, silently."""
+    modules = {path.stem for path in (ROOT / "tests" / "datapath").glob("test_*.py")}
+    assert sorted([*guest.GROUPS.values(), *guest.NOT_HERE]) == sorted(modules)
 
 
 @pytest.mark.parametrize(
