@@ -10,7 +10,7 @@ import pytest
 from lazymesh.core.model import Reason
 
 ROOT = Path(__file__).parents[2]
-PAGES = sorted((ROOT / "docs").glob("*.md"))
+PAGES = sorted((ROOT / "docs").rglob("*.md"))
 GENERATED = {"kernels.md"}
 """Written by the run that fills it."""
 
@@ -48,3 +48,16 @@ def test_links_lead_somewhere(page: Path) -> None:
             assert section in {re.sub(r"[^\w -]", "", title).lower().replace(" ", "-") for title in titles}, (
                 target
             )
+
+
+def test_cited_sections_exist() -> None:
+    """Comments cite the pages of docs/reference as "cilium-formats 4.1", or "cilium-formats 4.1 to 4.5"."""
+    sources = [
+        path for name in ("agent", "bpf", "bench", "tests") for path in (ROOT / name).rglob("*.[pch]*")
+    ]
+    text = " ".join(path.read_text() for path in sources if path.suffix in {".py", ".c", ".h"})
+    cited = re.findall(r"(cilium-(?:formats|live)) (\d[\d.]*\d|\d)", text)
+    assert cited
+    for name, section in cited:
+        page = (ROOT / "docs" / "reference" / f"{name}.md").read_text()
+        assert re.search(rf"^##+ {re.escape(section)}\.? ", page, re.MULTILINE), f"{name} {section}"
