@@ -1,4 +1,4 @@
-"""The chart's values as the tests try them, and what Helm makes of the chart with them."""
+"""The chart's values as the tests set them, and what Helm renders with them."""
 
 from __future__ import annotations
 
@@ -13,18 +13,22 @@ import yaml
 ROOT = Path(__file__).parents[2]
 CHART = ROOT / "deploy" / "chart"
 MEMBER: dict[str, Any] = {"name": "a", "id": 1}
-"""Which cluster of a mesh this is; nothing is rendered for those who do not say."""
+"""The cluster's name and id, without which the chart refuses to render."""
 POLICY = "kind: CiliumClusterwideNetworkPolicy\n"
 UNPRIVILEGED: dict[str, Any] = {"privileged": False}
 STANDALONE: dict[str, Any] = {"datapath": "standalone", "interfaces": ["lxc+"]}
-MONITORED: dict[str, Any] = {"metrics": {"podMonitor": True, "rules": True, "dashboard": True}}
+MONITORED: dict[str, Any] = {
+    "metrics": {kind: {"enabled": True} for kind in ("podMonitor", "rules", "dashboard")},
+}
 
 OTHERS: dict[str, tuple[Any, dict[str, Any]]] = {
     "image.repository": ("elsewhere/lazymesh", {}),
     "image.tag": ("9.9.9", {}),
     "image.digest": (f"sha256:{'f' * 64}", {}),
     "image.pullPolicy": ("Always", {}),
-    "image.pullSecrets": ([{"name": "regcred"}], {}),
+    "imagePullSecrets": ([{"name": "regcred"}], {}),
+    "nameOverride": ("mesh", {}),
+    "fullnameOverride": ("mesh", {}),
     "cluster.name": ("b", {}),
     "cluster.id": (2, {}),
     "cluster.maxConnected": (511, {}),
@@ -43,6 +47,8 @@ OTHERS: dict[str, tuple[Any, dict[str, Any]]] = {
     "ipcacheSize": (100_000, {}),
     "etcdTransport": ("grpcio", {}),
     "policy": (POLICY, STANDALONE | {"uplinks": ["eth0"]}),
+    "extraArgs": (["--log-level", "debug"], {}),
+    "extraEnv": ([{"name": "TZ", "value": "UTC"}], {}),
     "log.format": ("text", {}),
     "log.level": ("debug", {}),
     "clustermesh.secret": ("mesh", {}),
@@ -52,13 +58,14 @@ OTHERS: dict[str, tuple[Any, dict[str, Any]]] = {
     "clustermesh.hostAliases": ([{"ip": "192.0.2.1", "hostnames": ["b.mesh.cilium.io"]}], {}),
     "metrics.port": (9999, {}),
     "metrics.host": ("127.0.0.1", {}),
-    "metrics.podMonitor": (True, {}),
-    "metrics.interval": ("10s", MONITORED),
-    "metrics.rules": (True, {}),
-    "metrics.dashboard": (True, {}),
-    "metrics.labels": ({"release": "prometheus"}, MONITORED),
-    "metrics.dashboardLabels": ({"grafana": "yes"}, MONITORED),
-    "metrics.runbooks": ("https://docs.example/troubleshooting", MONITORED),
+    "metrics.podMonitor.enabled": (True, {}),
+    "metrics.podMonitor.interval": ("10s", MONITORED),
+    "metrics.podMonitor.labels": ({"release": "prometheus"}, MONITORED),
+    "metrics.rules.enabled": (True, {}),
+    "metrics.rules.labels": ({"release": "prometheus"}, MONITORED),
+    "metrics.rules.runbookUrl": ("https://docs.example/troubleshooting", MONITORED),
+    "metrics.dashboard.enabled": (True, {}),
+    "metrics.dashboard.labels": ({"grafana": "yes"}, MONITORED),
     "privileged": (False, {}),
     "capabilities.needed": (["NET_ADMIN"], UNPRIVILEGED),
     "capabilities.extra": (["SYS_RESOURCE"], UNPRIVILEGED),
@@ -79,7 +86,7 @@ OTHERS: dict[str, tuple[Any, dict[str, Any]]] = {
     "uninstall.timeout": (10, {}),
     "uninstall.tolerations": ([{"key": "dedicated", "operator": "Exists"}], {}),
 }
-"""For each value another one than the default, and what has to be set for it to matter."""
+"""For each value another one than the default, and what must be set for it to have an effect."""
 
 WRONG: list[dict[str, Any]] = [
     {"datapath": "magic"},
@@ -105,7 +112,12 @@ WRONG: list[dict[str, Any]] = [
     {"metrics": {"port": 0}},
     {"metrics": {"host": "foo"}},
     {"metrics": {"prot": 9968}},
-    {"metrics": {"labels": {"release": 1}}},
+    {"metrics": {"podMonitor": True}},
+    {"metrics": {"rules": {"labels": {"release": 1}}}},
+    {"imagePullSecrets": ["regcred"]},
+    {"fullnameOverride": "Not A Name"},
+    {"extraArgs": "--log-level debug"},
+    {"extraEnv": [{"name": "PORT", "value": 1}]},
     {"capabilities": {"extra": ["CAP_SYS_RESOURCE"]}},
     {"clustermesh": {"secret": ""}},
     {"resources": {"limits": {"memory": "lots"}}},
@@ -114,7 +126,7 @@ WRONG: list[dict[str, Any]] = [
 
 
 def helm(values: dict[str, Any], kubernetes: str = "1.31.0") -> subprocess.CompletedProcess[str]:
-    """Render the chart with values over those of a member of a mesh; hooks included."""
+    """Render the chart, hooks included, with values over those of a cluster in a mesh."""
     words = ("template", "lazymesh", CHART, "--namespace", "kube-system", "--kube-version", kubernetes)
     return subprocess.run(
         [ROOT / "scripts" / "helm", *words, "--values", "-"],
@@ -138,7 +150,7 @@ def rendered(values: dict[str, Any], kubernetes: str = "1.31.0") -> list[dict[st
 
 
 def merged(base: dict[str, Any], path: str, value: object) -> dict[str, Any]:
-    """Return values with one more set."""
+    """Return the values with one more set."""
     head, _, rest = path.partition(".")
     if not rest:
         return base | {head: value}

@@ -1,9 +1,16 @@
 {{- define "lazymesh.name" -}}
-{{- .Release.Name | trunc 52 | trimSuffix "-" -}}
+{{- .Values.nameOverride | default .Chart.Name | trunc 63 | trimSuffix "-" -}}
+{{- end -}}
+
+{{- /* The name of the objects; short enough for what some of them append to it. */ -}}
+{{- define "lazymesh.fullname" -}}
+{{- $name := include "lazymesh.name" . -}}
+{{- $full := contains $name .Release.Name | ternary .Release.Name (printf "%s-%s" .Release.Name $name) -}}
+{{- .Values.fullnameOverride | default $full | trunc 52 | trimSuffix "-" -}}
 {{- end -}}
 
 {{- define "lazymesh.selector" -}}
-app.kubernetes.io/name: lazymesh
+app.kubernetes.io/name: {{ include "lazymesh.name" . }}
 app.kubernetes.io/instance: {{ .Release.Name }}
 {{- end -}}
 
@@ -17,7 +24,7 @@ app.kubernetes.io/managed-by: {{ .Release.Service }}
 {{- define "lazymesh.image" -}}
 {{- with .Values.image.digest -}}
 {{- if $.Values.image.tag }}
-{{- fail "image.tag, image.digest: give one of them, and set the other to nothing; a tag would count for nothing beside a digest" }}
+{{- fail "image.tag, image.digest: give one of them and leave the other empty; a tag has no effect beside a digest" }}
 {{- end -}}
 {{ $.Values.image.repository }}@{{ . }}
 {{- else -}}
@@ -26,10 +33,10 @@ app.kubernetes.io/managed-by: {{ .Release.Service }}
 {{- end -}}
 
 {{- define "lazymesh.account" -}}
-{{ .Values.serviceAccount.name | default (include "lazymesh.name" .) }}
+{{ .Values.serviceAccount.name | default (include "lazymesh.fullname" .) }}
 {{- end -}}
 
-{{- /* What `lazymesh check` and other commands have to know that are run in the pod: they do not read the agent's file. */ -}}
+{{- /* What `lazymesh check` and other commands run in the pod need to know: they do not read the agent's file. */ -}}
 {{- define "lazymesh.env" -}}
 {{- if ne .Values.datapath "auto" }}
 - {name: LAZYMESH_DATAPATH, value: {{ .Values.datapath }}}
@@ -59,13 +66,13 @@ capabilities:
     {{- toYaml (concat .Values.capabilities.needed .Values.capabilities.extra | uniq) | nindent 4 }}
 seccompProfile: {type: RuntimeDefault}
 {{- if include "lazymesh.apparmor" . }}
-# A runtime's own profile lets nobody write below /sys/fs/bpf.
+# The runtimes' default profiles forbid writing below /sys/fs/bpf.
 appArmorProfile: {type: Unconfined}
 {{- end }}
 {{- end }}
 {{- end -}}
 
-{{- /* Whether the API knows appArmorProfile; before there was an annotation. */ -}}
+{{- /* Whether the API has the field appArmorProfile; before it there was an annotation. */ -}}
 {{- define "lazymesh.apparmor" -}}
 {{- if semverCompare ">=1.30.0-0" .Capabilities.KubeVersion.Version }}yes{{ end -}}
 {{- end -}}
