@@ -6,28 +6,28 @@ PYTEST = .venv/bin/python -m pytest
 help: ## show this list
 	@grep -hE '^[a-z ]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 26
 
-setup: ## install what is needed; the program is then .venv/bin/lazymesh
+setup: ## install what is needed, and .venv/bin/lazymesh
 	@scripts/setup
 
-check: ## style, format, types, direction of imports
+check: ## check style, format, types and direction of imports
 	@scripts/check
 
-format: setup ## rewrite the Python code in the house style
+format: setup ## reformat the Python code
 	@.venv/bin/ruff check --quiet --fix . ; .venv/bin/ruff format .
 
-test: ## the checks and every test this machine can run
+test: ## run the checks and every test that this machine can run
 	@scripts/test
 
-unit datapath mesh ship: setup ## tests of one tier: unit, datapath, mesh or ship
+unit datapath mesh ship: setup ## run the tests of one tier: unit, datapath, mesh or ship
 	@$(PYTEST) tests/$@
 
-image: setup ## the image, from packages: an OCI archive and its unpacked root
+image: setup ## build the image from packages: an OCI archive and its unpacked root
 	@scripts/image
 
-demo: ## two clusters in network namespaces, without and with lazymesh
+demo: ## run two clusters in network namespaces, without and with lazymesh
 	@scripts/demo
 
-bench: ## figures, each beside what it is compared with
+bench: ## measure, each figure beside a reference
 	@scripts/bench
 
 clean: ## remove .venv, caches and build leftovers

@@ -1,9 +1,9 @@
 """The demo: the same traffic from a pod to remote pods in a sync gap, without lazymesh and in each of its modes.
 
-Every time the same program enforces the same policy (egress denied, except to ``app=server``), and none of the
-remote pods is in the ipcache yet. Off: the agent knows no cluster to ask, so the peers stay unknown and policy
-drops their packets, as it does while a record is on its way. Pass, drop, hold: the first packet misses, the agent
-fetches the record, and meanwhile the packet goes on as world, is dropped, or waits.
+In each run the same program enforces the same policy (egress denied, except to ``app=server``), and none of the
+remote pods is in the ipcache yet. Off: the agent follows no cluster, so the peers stay unknown and policy drops
+their packets, as it does before a record arrives. Pass, drop, hold: the first packet misses and the agent fetches
+the record; meanwhile the packet passes as world, is dropped, or waits.
 """
 
 from __future__ import annotations
@@ -30,18 +30,18 @@ if TYPE_CHECKING:
 Numbers = dict[str, Any]
 _BEGAN = time.monotonic()
 MODES = {"off": "OFF", "drop": "DROP", "pass": "PASS", "hold": "HOLD (default)"}
-"""What becomes of a missed packet, and how its column is called."""
+"""What happens to a missed packet, and the name of the column."""
 
 
 @dataclass(frozen=True)
 class Plan:
-    """What is sent where; both runs get the same."""
+    """What is sent where; the same in every run."""
 
     connections: int
 
     @property
     def probe(self) -> Probe:
-        """What the client does; it starts one at a time, so that its own work is not measured."""
+        """What the client does; it starts one connection at a time, so that its own work is not measured."""
         return Probe(tcp=self.tcp, udp=self.udp, stagger=min(0.002, 1 / self.connections))
 
     @property
@@ -51,13 +51,13 @@ class Plan:
 
     @property
     def udp(self) -> tuple[str, ...]:
-        """The peers of the UDP exchanges: others, because a peer misses only once."""
+        """The peers of the UDP exchanges: other ones, because a peer misses only once."""
         start = self.connections
         return tuple(remote_address(number, 6 if number % 2 else 4) for number in range(start, 2 * start))
 
 
 def main() -> int:
-    """Run the demo; 0 if it showed what it promises, 1 if not, 3 if it could not run."""
+    """Run the demo; return 0 if it shows what it promises, 1 if not, 3 if it cannot run."""
     options = parse_arguments()
     if os.geteuid() != 0:
         return fail("needs root, for network namespaces and BPF")
@@ -66,7 +66,7 @@ def main() -> int:
         with tidy_signals():
             results = scene.run(options)
     except KeyboardInterrupt:
-        say("interrupted; everything it made is removed")
+        say("interrupted; everything that it created is removed")
         return 130
     except (OSError, RuntimeError) as error:
         return fail(str(error))
@@ -95,7 +95,7 @@ def parse_arguments() -> argparse.Namespace:
         type=count(1, 400),
         default=20,
         metavar="N",
-        help="gap: of each protocol (default: 20)",
+        help="gap: connections of each protocol (default: 20)",
     )
     parser.add_argument(
         "--endpoints",
@@ -110,26 +110,26 @@ def parse_arguments() -> argparse.Namespace:
         metavar="DIR",
         help="gap: run the agent inside this unpacked image (scripts/image), in a container",
     )
-    parser.add_argument("--picture", type=Path, metavar="FILE", help="restart: draw it, as .svg or .png")
+    parser.add_argument(
+        "--picture", type=Path, metavar="FILE", help="restart: draw a picture, as .svg or .png"
+    )
     options = parser.parse_args()
     if options.picture is not None and options.scene != "restart":
-        parser.error("--picture is of the restart scene")
+        parser.error("--picture needs --scene restart")
     if options.image is not None and options.scene != "gap":
-        parser.error("--image is of the gap scene")
+        parser.error("--image needs --scene gap")
     if options.picture is not None and options.picture.suffix not in (".svg", ".png"):
-        parser.error("--picture: give a name that ends in .svg or .png")
+        parser.error("--picture: the name must end in .svg or .png")
     if options.picture is not None and not options.picture.absolute().parent.is_dir():
-        parser.error(f"--picture: there is no directory {options.picture.absolute().parent}")
+        parser.error(f"--picture: no directory {options.picture.absolute().parent}")
     return options
 
 
 def directory(text: str) -> Path:
-    """Read the name of a directory, as whoever is elsewhere needs it: a container mounts it from where it is itself."""
+    """Return the absolute path of a directory, since a container mounts it from another working directory."""
     path = Path(text).resolve()
     if not path.is_dir():
-        raise argparse.ArgumentTypeError(
-            f"there is no directory {text}; scripts/image makes .cache/image/root"
-        )
+        raise argparse.ArgumentTypeError(f"no directory {text}; scripts/image makes .cache/image/root")
     return path
 
 
@@ -139,14 +139,14 @@ def count(least: int, most: int) -> Callable[[str], int]:
     def read(text: str) -> int:
         number = int(text)
         if not least <= number <= most:
-            raise argparse.ArgumentTypeError(f"give {least} to {most}")
+            raise argparse.ArgumentTypeError(f"give a number from {least} to {most}")
         return number
 
     return read
 
 
 def run(plan: Plan, image: Path | None = None) -> Numbers:
-    """Build the lab, send the traffic twice, and return what came of it."""
+    """Build the lab, send the traffic in each mode, and return the results."""
     say("building two clusters in network namespaces, with an etcd")
     with Lab(pods=1) as lab:
         if image is not None:
@@ -160,7 +160,7 @@ def run(plan: Plan, image: Path | None = None) -> Numbers:
 
 
 def run_once(lab: Lab, plan: Plan, mode: str) -> tuple[Numbers, dict[str, int]]:
-    """Send the traffic past a fresh agent; return the numbers, and the ipcache's size before and after."""
+    """Send the traffic past a new agent; return the numbers, and the size of the ipcache before and after."""
     say(f"{mode}: starting the agent")
     if mode == "off":
         cidrs = [word for cidr in REMOTE_CIDRS for word in ("--mesh-cidr", f"{lab.remote_name}={cidr}")]
@@ -176,7 +176,7 @@ def run_once(lab: Lab, plan: Plan, mode: str) -> tuple[Numbers, dict[str, int]]:
 
 
 def summarize(exchanges: Sequence[Exchange]) -> Numbers:
-    """Count and rank what the client saw."""
+    """Count and rank the client's results."""
     tcp = [exchange for exchange in exchanges if exchange.protocol == "tcp"]
     udp = [exchange for exchange in exchanges if exchange.protocol == "udp"]
     return {
@@ -186,7 +186,7 @@ def summarize(exchanges: Sequence[Exchange]) -> Numbers:
 
 
 def answered(exchanges: Sequence[Exchange]) -> int:
-    """Count those whose peer answered at all."""
+    """Count the exchanges whose peer answered."""
     return sum(exchange.ok for exchange in exchanges)
 
 
@@ -207,7 +207,7 @@ def percentiles(values: Sequence[float]) -> dict[str, float | None]:
 
 
 def shows_the_difference(results: Numbers) -> bool:
-    """Tell whether nothing passed without, and everything with."""
+    """Return whether nothing passed without lazymesh, and everything with it."""
     without = results["without"]
     return without["tcp"]["connected"] == without["udp"]["answered"] == 0 and all(
         run["tcp"]["connected"] == run["tcp"]["attempted"] and run["udp"]["answered"] == run["udp"]["sent"]
@@ -217,7 +217,7 @@ def shows_the_difference(results: Numbers) -> bool:
 
 
 def table(results: Numbers) -> str:
-    """Draw the results for a person."""
+    """Return the results as a table."""
     sides: list[tuple[str, Callable[[Numbers], str]]] = [
         ("TCP connections made", lambda r: f"{r['tcp']['connected']} of {r['tcp']['attempted']}"),
         ("  first packet, p50 / p99", lambda r: milliseconds(r["tcp"]["first_ms"])),
@@ -231,9 +231,9 @@ def table(results: Numbers) -> str:
     head = f"{'pod to remote pods':<27}" + "".join(f"{name:>18}" for name in MODES.values())
     entries = results["ipcache"]
     verdict = (
-        "Off: dropped by policy. With lazymesh: slow at first, then normal."
+        "Off: dropped by policy. With lazymesh: the first packet is slow, then it is normal."
         if shows_the_difference(results)
-        else "Not as promised: with lazymesh off nothing should pass, in each other mode everything should."
+        else "Not as promised: nothing should pass with lazymesh off, and everything in each other mode."
     )
     return "\n".join(
         [
@@ -243,7 +243,7 @@ def table(results: Numbers) -> str:
             "",
             verdict,
             f"ipcache entries: {entries['before']} before, {entries['after']} after (hold).",
-            "First packet: until its answer, repeats included.",
+            "First packet: time until its answer, retransmissions included.",
         ]
     )
 
@@ -261,19 +261,19 @@ def short(value: float) -> str:
 
 
 def say(words: str) -> None:
-    """Tell the person what is going on."""
+    """Report progress on standard error."""
     print(f"demo: {time.monotonic() - _BEGAN:4.1f} s  {words}", file=sys.stderr, flush=True)
 
 
 def fail(words: str) -> int:
-    """Say why it could not run."""
+    """Report why the demo cannot run."""
     print(f"demo: {words}", file=sys.stderr)
     return 3
 
 
 @dataclass(frozen=True)
 class Show:
-    """One of the scenes."""
+    """A scene."""
 
     run: Callable[[argparse.Namespace], Numbers]
     table: Callable[[Numbers], str]

@@ -1,4 +1,4 @@
-"""Draws the restart scene: packets per 100 ms over time, sent and lost, without lazymesh above and with it below."""
+"""Draw the restart scene: packets per 100 ms over time, sent and lost; without lazymesh above, with it below."""
 
 from __future__ import annotations
 
@@ -16,11 +16,11 @@ if TYPE_CHECKING:
 
 _EVENTS = {"restart": "agent restarts", "switched": "programs switch", "filled": "map filled"}
 _STYLE = {"svg.fonttype": "none", "svg.hashsalt": "lazymesh", "font.size": 10}
-"""Text stays text, and the same numbers make the same file."""
+"""Keeps text as text, and makes the same file from the same numbers."""
 
 
 def draw(results: dict[str, Any], path: Path) -> None:
-    """Write the picture, as SVG or PNG by the file's name."""
+    """Write the picture, as SVG or PNG according to the file's name."""
     with mpl.rc_context(_STYLE):
         figure = Figure(figsize=(9, 4.2), layout="constrained")
         panels = figure.subplots(2, 1, sharex=True, sharey=True)

@@ -1,8 +1,8 @@
-"""The restart scene: a Cilium agent starts again under traffic, without lazymesh beside it and with it.
+"""The restart scene: a Cilium agent restarts under traffic, without lazymesh and with it.
 
-At each start the agent makes a new, empty ipcache and fills it; its programs move there when their time has come,
-filled or not, and take every pod that is still missing for the world's. The agent here is the tests' stand-in, written
-from what real ones were seen to do; the traffic, the programs, the kernel and the etcd are real.
+At each start the agent makes a new, empty ipcache and fills it. After some time its programs switch to it, filled or
+not, and treat every pod that is still missing as world. The agent here is the tests' stand-in, which does what real
+ones were observed to do; the traffic, the programs, the kernel and the etcd are real.
 """
 
 from __future__ import annotations
@@ -21,20 +21,20 @@ if TYPE_CHECKING:
 
 Numbers = dict[str, Any]
 FILL_RATE, FULL, SWITCH_AT = 3_000, 200_000, 0.3
-"""Entries per second; what the switch comes in the middle of, as a share of the filling."""
+"""Entries per second; entries; when the programs switch, as a share of the time that filling takes."""
 BIN_S = 0.1
-"""Of the picture."""
+"""The width of a bin in the picture."""
 SIDES = {"without": "Without lazymesh", "with": "With lazymesh"}
 
 
 def scene_of(endpoints: int) -> Scene:
-    """Return the scene for a mesh of so many endpoints."""
+    """Return the scene for a mesh with this number of endpoints."""
     filling = endpoints / FILL_RATE
     return Scene(endpoints, FILL_RATE, switch_after_s=1 + SWITCH_AT * filling, lead_s=2)
 
 
 def run(endpoints: int, say: Callable[[str], None]) -> Numbers:
-    """Play it twice, and return what came of it."""
+    """Play the scene twice, and return the results."""
     scene, peers = scene_of(endpoints), addresses(endpoints)
     say("building two clusters in network namespaces, with an etcd")
     with Lab(pods=1) as lab:
@@ -58,7 +58,7 @@ def run(endpoints: int, say: Callable[[str], None]) -> Numbers:
 
 
 def numbers(outcome: Outcome) -> Numbers:
-    """Return what was seen, for JSON."""
+    """Return the results for JSON."""
     fates = outcome.fates
     first = sorted(took for _, took in fates.fresh if took is not None)
     bins = fates.per_bin(BIN_S)
@@ -76,7 +76,7 @@ def numbers(outcome: Outcome) -> Numbers:
 
 
 def shows_the_difference(results: Numbers) -> bool:
-    """Tell whether much was lost without, nothing with, and nothing of Cilium's was written over."""
+    """Return whether packets were lost only without lazymesh, and no entry of Cilium was overwritten."""
     return (
         results["without"]["flow_packets"]["lost"] > 0
         and all(
@@ -88,7 +88,7 @@ def shows_the_difference(results: Numbers) -> bool:
 
 
 def table(results: Numbers) -> str:
-    """Draw the results for a person."""
+    """Return the results as a table."""
     rows = [
         (
             "packets of 50 established flows lost",
@@ -110,8 +110,8 @@ def table(results: Numbers) -> str:
         f" {at['filled'] - at['restart']:.1f} s."
     )
     verdict = (
-        "Without: dropped by policy until the entry is there. With: nothing lost, nothing of Cilium's written over."
+        "Without: dropped by policy until the entry is there. With: nothing lost, no entry of Cilium overwritten."
         if shows_the_difference(results)
-        else "Not as promised: much should be lost without lazymesh, and nothing with it."
+        else "Not as promised: packets should be lost without lazymesh, and none with it."
     )
     return "\n".join([head, "-" * len(head), *lines, "", verdict, told])

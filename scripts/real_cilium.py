@@ -1,7 +1,7 @@
-"""lazymesh beside an unmodified cilium-agent: what is promised of it, looked at one by one, with figures.
+"""Check each promise of lazymesh beside an unmodified cilium-agent, with measurements.
 
 Run by scripts/real-cilium, which builds what is needed. The agent, its programs, its policy, the kube-apiserver and
-both etcds are real; the other cluster's records are the lab's, written as its clustermesh-apiserver writes them.
+both etcds are real; the lab writes the other cluster's records as its clustermesh-apiserver would.
 """
 
 from __future__ import annotations
@@ -39,36 +39,36 @@ if TYPE_CHECKING:
 _BEGAN = time.monotonic()
 _TAG = b"lm"
 PUSHED, UNKNOWN = 50, 60_100
-"""Pods that the agent is told of while stories are told; numbers of those it is not told of begin behind."""
+"""The number of pods that the agent knows in the scenarios, and the first number of a pod that it does not know."""
 HEARTBEAT_EVERY_S = 20.0
 
 
 class Report:
-    """What was looked at: a line each, and figures by name."""
+    """The results: a line for each check, and figures by name."""
 
     def __init__(self) -> None:
         self.figures: dict[str, Any] = {}
         self.wrong: list[str] = []
 
     def check(self, ok: bool, promise: str, seen: object = "") -> None:
-        """Note whether a promise was kept, and what was seen."""
+        """Record whether a promise was kept, and what was observed."""
         print(f"{'ok' if ok else 'NO':<3} {promise}" + (f": {seen}" if seen != "" else ""), flush=True)
         if not ok:
             self.wrong.append(promise)
 
     def note(self, name: str, value: object) -> None:
-        """Note a figure."""
+        """Record a figure."""
         self.figures[name] = value
         print(f"    {name}: {value}", flush=True)
 
 
 def say(text: str) -> None:
-    """Tell the person at the terminal what is going on."""
+    """Report progress on standard error."""
     print(f"[{time.monotonic() - _BEGAN:5.1f} s] {text}", file=sys.stderr, flush=True)
 
 
 def main() -> int:
-    """Tell all stories; 0 if every promise was kept."""
+    """Run all scenarios; return 0 if every promise was kept."""
     arguments = parse_arguments()
     build = Build(arguments.version, arguments.binaries, arguments.sources, arguments.tools)
     report = Report()
@@ -90,7 +90,7 @@ def main() -> int:
                 restarts(report, lab, cilium, arguments.endpoints, compare=not arguments.with_only)
     if arguments.json:
         arguments.json.write_text(json.dumps({"version": build.version, **report.figures}, indent=2) + "\n")
-    print(f"\n{len(report.wrong)} of the promises broken" if report.wrong else "\nevery promise kept")
+    print(f"\n{len(report.wrong)} promises broken" if report.wrong else "\nevery promise kept")
     return 1 if report.wrong else 0
 
 
@@ -101,13 +101,13 @@ def parse_arguments() -> argparse.Namespace:
     for name in ("binaries", "sources", "tools"):
         parser.add_argument(f"--{name}", type=Path, help=argparse.SUPPRESS)
     parser.add_argument("--check-arguments", action="store_true", help=argparse.SUPPRESS)
-    parser.add_argument("--endpoints", type=int, default=100_000, help="of the restart; 0 leaves that out")
-    parser.add_argument("--restart-only", action="store_true", help="leave out everything but the restart")
-    parser.add_argument("--with-only", action="store_true", help="restart only with lazymesh beside it")
+    parser.add_argument("--endpoints", type=int, default=100_000, help="at the restart; 0 skips it")
+    parser.add_argument("--restart-only", action="store_true", help="only the restart")
+    parser.add_argument("--with-only", action="store_true", help="only the restart with lazymesh")
     parser.add_argument("--wait", type=float, default=5, help="clustermesh-sync-timeout, in seconds")
-    parser.add_argument("--tunnel", action="store_true", help="VXLAN between the nodes, instead of routes")
-    parser.add_argument("--option", action="append", default=[], help="one more of cilium-agent's")
-    parser.add_argument("--json", type=Path, help="write the figures here")
+    parser.add_argument("--tunnel", action="store_true", help="VXLAN between the nodes instead of routes")
+    parser.add_argument("--option", action="append", default=[], help="another option for cilium-agent")
+    parser.add_argument("--json", type=Path, help="write the figures to this file")
     parser.add_argument("--logs", type=Path, help="keep the agents' logs in this directory")
     options = parser.parse_args()
     if options.json is not None and not options.json.absolute().parent.is_dir():
@@ -119,7 +119,7 @@ def parse_arguments() -> argparse.Namespace:
 
 @contextlib.contextmanager
 def beating(lab: Lab) -> Iterator[None]:
-    """Say again and again that cluster b lives: an agent drops a peer that has been silent for two minutes."""
+    """Write the heartbeat of cluster b: an agent gives up a peer without one for two minutes."""
     stop = threading.Event()
     store = Store(lab.node_a, ETCD_PORT)
 
@@ -139,7 +139,7 @@ def beating(lab: Lab) -> Iterator[None]:
 
 @contextlib.contextmanager
 def keeping_logs(lab: Lab, cilium: RealCilium, directory: Path | None) -> Iterator[None]:
-    """Copy the logs away before they go with the lab."""
+    """Keep copies of the logs, which are deleted with the lab."""
     try:
         yield
     finally:
@@ -150,16 +150,16 @@ def keeping_logs(lab: Lab, cilium: RealCilium, directory: Path | None) -> Iterat
                     (directory / f"{path.parent.name}-{path.name}").write_bytes(path.read_bytes())
 
 
-# The stories.
+# The scenarios.
 
 
 def compare_with_stand_in(report: Report, lab: Lab, cilium: RealCilium) -> None:
-    """Hold the stand-in against the agent: what it would have written, and what stands there."""
+    """Compare what the stand-in would have written with what is in the agent's map."""
     world = World(CiliumSettings())
     world.learn_node_a(lab.pods)
-    # Which number the pods' labels are given is chance, within the range of cluster a.
+    # The identity of the pods' labels is random, within the range of cluster a.
     mine = cilium.entries()[lab.pods[0].ipv4].identity
-    report.check(mine >> 16 == 1, "the pods' identity is of cluster a's range", mine)
+    report.check(mine >> 16 == 1, "the pods' identity is in the range of cluster a", mine)
     for pod in lab.pods:
         world.own |= {one: world.own[one]._replace(identity=mine) for one in (pod.ipv4, pod.ipv6)}
     world.learn_node(RemoteNode())
@@ -191,19 +191,19 @@ def compare_with_stand_in(report: Report, lab: Lab, cilium: RealCilium) -> None:
 
 
 def without_lazymesh(report: Report, lab: Lab, cilium: RealCilium) -> None:
-    """The gap that lazymesh is there to close."""
+    """Without lazymesh, a pod that the agent does not know cannot be reached."""
     known, unknown = remote_address(0), remote_address(UNKNOWN)
     lab.publish(unknown, space="ondemand")
     pod = lab.pods[0].namespace
     denied = cilium.drops()
     seen = probe(pod, Probe(tcp=(known, unknown), udp=(known,), timeout=1.5, echoes=1))
     report.check(seen[0].ok and seen[2].ok, "without lazymesh: a pod that the agent knows is reached")
-    report.check(not seen[1].ok, "without lazymesh: a pod that it was not told of is not", seen[1].error)
-    report.check(cilium.drops() > denied, "its policy has denied that", f"{cilium.drops() - denied} packets")
+    report.check(not seen[1].ok, "without lazymesh: a pod that it does not know is not", seen[1].error)
+    report.check(cilium.drops() > denied, "its policy denied that", f"{cilium.drops() - denied} packets")
 
 
 def with_lazymesh(report: Report, lab: Lab, cilium: RealCilium) -> None:
-    """First connections, good manners, reloads, a takeover; then the agent of ours ends and leaves its pins."""
+    """First connections, ownership, reloads, a takeover; then our agent ends and leaves its pins."""
     before = cilium.dump()
     with beside(lab) as agent:
         is_at_home(report, lab, cilium)
@@ -215,11 +215,11 @@ def with_lazymesh(report: Report, lab: Lab, cilium: RealCilium) -> None:
         for words in (["status"], ["check", *checked(lab)]):
             done = lab.cli(*words, check=False)
             print(f"\n$ lazymesh {words[0]}\n{done.stdout}{done.stderr}", flush=True)
-            report.check(done.returncode == 0, f"lazymesh {words[0]} finds nothing wrong", done.returncode)
+            report.check(done.returncode == 0, f"lazymesh {words[0]} reports no problem", done.returncode)
 
 
 def is_at_home(report: Report, lab: Lab, cilium: RealCilium) -> None:
-    """Auto has found Cilium's map, and our programs are the first on the hooks."""
+    """--datapath auto has found Cilium's map, and our programs are first on the hooks."""
     shown = status(lab)
     ipcache = shown["datapath"]["ipcache"]
     report.check(
@@ -232,11 +232,11 @@ def is_at_home(report: Report, lab: Lab, cilium: RealCilium) -> None:
         report.check(
             len(names) > 1 and names[0].startswith("lm_"), f"first on {device}", " then ".join(names)
         )
-    report.check(shown["wrong"] == [], "status has nothing to complain of", shown["wrong"])
+    report.check(shown["wrong"] == [], "status reports no problem", shown["wrong"])
 
 
 def first_connections(report: Report, lab: Lab, cilium: RealCilium, agent: AgentProcess) -> None:
-    """Pods that the agent never hears of: the first packet arrives, and the policy holds."""
+    """To pods that the agent does not know: the first packet arrives, and the policy still applies."""
     numbers = range(UNKNOWN + 1, UNKNOWN + 1 + 40)
     tcp = tuple(remote_address(n, 6 if n % 2 else 4) for n in numbers)
     udp = tuple(remote_address(n + 100, 6 if n % 2 else 4) for n in numbers)
@@ -264,37 +264,39 @@ def first_connections(report: Report, lab: Lab, cilium: RealCilium, agent: Agent
         if line.startswith(("lazymesh_held", "lazymesh_hold"))
     ]
     report.note("held packets", [line for line in held if not line.endswith(" 0.0")])
-    report.check(cilium.drops() == denied, "the policy has denied none of them", cilium.drops() - denied)
-    report.check(metric(agent, "lazymesh_entries_owned") == 80, "80 entries are ours")
+    report.check(cilium.drops() == denied, "the policy denied none of them", cilium.drops() - denied)
+    report.check(metric(agent, "lazymesh_entries_owned") == 80, "lazymesh owns 80 entries")
     other = remote_address(UNKNOWN + 300)
     lab.publish(other, OTHER_IDENTITY, space="ondemand")
     refused = probe(pod, Probe(tcp=(other,), timeout=1.5))[0]
     report.check(
         not refused.ok and cilium.entries()[other].identity == OTHER_IDENTITY and cilium.drops() > denied,
-        "what the policy denies stays denied, for the right identity",
+        "a pod that the policy denies is still denied, by its own identity",
         f"identity {cilium.entries()[other].identity}, {cilium.drops() - denied} packets",
     )
 
 
 def is_polite(report: Report, cilium: RealCilium, before: dict[bytes, bytes]) -> None:
-    """What was there is there; what came carries our mark; the agent itself reads it all."""
+    """Existing entries are unchanged, new ones have our tag, and cilium-dbg reads them all."""
     now = cilium.dump()
     report.check(
-        all(now.get(key) == value for key, value in before.items()), "Cilium's entries are untouched"
+        all(now.get(key) == value for key, value in before.items()), "Cilium's entries are unchanged"
     )
     fresh = {key: value for key, value in now.items() if key not in before}
     report.check(
         len(fresh) == 81 and all(value[20:22] == _TAG for value in fresh.values()),
-        "ours are marked",
+        "lazymesh's entries have its tag",
         len(fresh),
     )
     address = remote_address(UNKNOWN + 2)
     theirs = cilium.dbg("bpf", "ipcache", "get", address).strip()
-    report.check("identity=131073" in theirs and "hastunnel" in theirs, "cilium-dbg reads ours", theirs)
+    report.check(
+        "identity=131073" in theirs and "hastunnel" in theirs, "cilium-dbg reads lazymesh's entry", theirs
+    )
 
 
 def stays_first(report: Report, lab: Lab, cilium: RealCilium) -> None:
-    """Endpoints regenerated: our program is first again, and the next unknown pod is reached."""
+    """After endpoints are regenerated our program is first, and the next unknown pod is reached."""
     for one in cilium.endpoints():
         cilium.dbg("endpoint", "regenerate", str(one["id"]))
     cilium.wait_regenerated()
@@ -302,47 +304,52 @@ def stays_first(report: Report, lab: Lab, cilium: RealCilium) -> None:
     peer = remote_address(UNKNOWN + 310)
     lab.publish(peer, space="ondemand")
     seen = probe(lab.pods[0].namespace, Probe(tcp=(peer,)))[0]
-    report.check(names[0].startswith("lm_"), "after a regeneration ours is first", " then ".join(names))
+    report.check(
+        names[0].startswith("lm_"), "after a regeneration lazymesh's program is first", " then ".join(names)
+    )
     report.check(
         seen.ok and (seen.first_ms or 0) < 900, "and the next first connection succeeds", seen.first_ms
     )
 
 
 def is_taken_over(report: Report, lab: Lab, cilium: RealCilium) -> None:
-    """The agent is told of a pod that we had: its entry wins, and we neither change nor remove it."""
+    """The agent learns of a pod that we resolved: its entry takes precedence, and we neither change nor remove it."""
     peer = remote_address(UNKNOWN + 320)
     lab.publish(peer, space="ondemand")
     seen = probe(lab.pods[0].namespace, Probe(tcp=(peer,)))[0]
     key = pack_key(peer)
-    report.check(seen.ok and cilium.dump()[key][20:22] == _TAG, "an entry of ours")
+    report.check(seen.ok and cilium.dump()[key][20:22] == _TAG, "an entry of lazymesh")
     lab.publish(peer)
-    wait_until(lambda: cilium.dump()[key][20:22] == b"\0\0", what="the agent writes over ours")
+    wait_until(lambda: cilium.dump()[key][20:22] == b"\0\0", what="the agent overwrites our entry")
     lab.withdraw(peer, space="ondemand")
     time.sleep(1)
     report.check(
-        cilium.dump().get(key, b"")[20:22] == b"\0\0", "what the agent writes over ours stays its own"
+        cilium.dump().get(key, b"")[20:22] == b"\0\0",
+        "an entry that the agent has overwritten stays the agent's",
     )
     lab.withdraw(peer)
-    wait_until(lambda: key not in cilium.dump(), what="the agent deletes what it owns")
-    report.check(True, "and goes when the agent says so")
+    wait_until(lambda: key not in cilium.dump(), what="the agent deletes its entry")
+    report.check(True, "and the agent deletes it with its record")
 
 
 def uninstalled(report: Report, lab: Lab, cilium: RealCilium) -> None:
-    """Nothing of ours is left, nothing of Cilium's has gone."""
+    """Nothing of lazymesh is left, and nothing of Cilium is missing."""
     ours = sum(value[20:22] == _TAG for value in cilium.dump().values())
     theirs = {key: value for key, value in cilium.dump().items() if value[20:22] != _TAG}
     done = lab.cli("uninstall", check=False)
     report.check(done.returncode == 0, "uninstall", f"{ours} entries; {(done.stdout + done.stderr).strip()}")
-    report.check(cilium.dump() == theirs, "the map is as it was without us", f"{len(theirs)} entries")
+    report.check(cilium.dump() == theirs, "the map is as it was without lazymesh", f"{len(theirs)} entries")
     for device in (*(pod.interface for pod in lab.pods), "eth0"):
         names = chain(lab, device)
         report.check(
-            bool(names) and all(name.startswith("cil_") for name in names), f"{device} is Cilium's", names
+            bool(names) and all(name.startswith("cil_") for name in names),
+            f"only Cilium's programs are on {device}",
+            names,
         )
 
 
 def restarts(report: Report, lab: Lab, cilium: RealCilium, endpoints: int, *, compare: bool) -> None:
-    """A restart with a big mesh, under established flows and new connections, without us and with us."""
+    """Restart with a large mesh, under established flows and new connections, without and with lazymesh."""
     peers = addresses(endpoints)
     say(f"publishing {endpoints:,} remote pods")
     lab.publish_many(peers)
@@ -356,28 +363,28 @@ def restarts(report: Report, lab: Lab, cilium: RealCilium, endpoints: int, *, co
         shown = status(lab)["datapath"]["ipcache"]
         report_restart(report, "with", fates, times)
         report.check(
-            fates.lost == 0, "a restart of the agent beside lazymesh loses nothing", f"{fates.lost} packets"
+            fates.lost == 0, "a restart of the agent with lazymesh loses nothing", f"{fates.lost} packets"
         )
         known = {pack_key(one) for one in peers}
         over = sum(key in known and value[20:22] == _TAG for key, value in cilium.dump().items())
-        report.check(over == 0, "no entry of ours stands where the agent has its own", over)
+        report.check(over == 0, "no entry of lazymesh is in place of one of the agent", over)
         report.note("new map noticed after, ms", shown["noticedMs"])
-        report.note("lent", shown["lent"])
+        report.note("carried over", shown["lent"])
         report.note("misses", packets(agent, "missed"))
         wait_until(lambda: len(status(lab)["datapath"]["ipcache"]["maps"]) == 1, 60, "one map is left")
-        # What it says of misses that were answered late is true for some seconds more.
+        # A problem of misses that were answered late is still reported for some seconds.
         settled = _within(60, lambda: status(lab)["wrong"] == [])
-        report.check(settled, "status is content after the restart", status(lab)["wrong"])
+        report.check(settled, "status reports no problem after the restart", status(lab)["wrong"])
     report.check(
         not any(value[20:22] == _TAG for value in cilium.dump().values()),
-        "--cleanup leaves none of our entries",
+        "--cleanup leaves no entry of lazymesh",
     )
 
 
 def restart_under_traffic(
     lab: Lab, cilium: RealCilium, peers: Sequence[str]
 ) -> tuple[Fates, dict[str, float]]:
-    """Restart the agent while 50 flows and new connections go on; return fates, and steps in seconds of the start."""
+    """Restart the agent under 50 flows and new connections; return fates, and the seconds until each step."""
     in_order = sorted(peers)
     flows = in_order[:: max(1, len(in_order) // 50)][:50]
     fresh = in_order[:: max(1, len(in_order) // 997)]
@@ -396,7 +403,7 @@ def restart_under_traffic(
 
 
 def report_restart(report: Report, side: str, fates: Fates, times: dict[str, float]) -> None:
-    """Note the figures of one restart."""
+    """Record the figures of one restart."""
     lost = [at for at, took in (*fates.flows, *fates.fresh) if took is None]
     report.note(f"{side}: steps, s", {name: round(at, 1) for name, at in times.items()})
     report.note(
@@ -412,11 +419,11 @@ def report_restart(report: Report, side: str, fates: Fates, times: dict[str, flo
     )
 
 
-# Small things.
+# Helpers.
 
 
 def _within(seconds: float, holds: Callable[[], bool]) -> bool:
-    """Tell whether something holds before so many seconds have passed."""
+    """Return whether something becomes true within this number of seconds."""
     with contextlib.suppress(TimeoutError):
         return bool(wait_until(holds, seconds))
     return False
@@ -424,7 +431,7 @@ def _within(seconds: float, holds: Callable[[], bool]) -> bool:
 
 @contextlib.contextmanager
 def beside(lab: Lab, *more: str) -> Iterator[AgentProcess]:
-    """Run an agent of ours that has to find out for itself that there is a Cilium."""
+    """Run our agent, which must detect by itself that there is a Cilium."""
     with launched(lab, *options(lab, datapath="auto", policy=None), *more) as agent:
         agent.wait_ready()
         yield agent

@@ -1,4 +1,4 @@
-"""Lists what is in an unpacked image, from the package databases inside it, as CycloneDX JSON (``scripts/image``)."""
+"""List the contents of an unpacked image, from its package databases, as CycloneDX JSON (for ``scripts/image``)."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def main(root: Path) -> None:
 
 
 def _debian(root: Path, release: str) -> Iterator[dict[str, Any]]:
-    """Yield the packages: a file each, since the image has no package manager."""
+    """Yield the Debian packages; each has a file, since the image has no package manager."""
     for path in sorted((root / "var/lib/dpkg/status.d").iterdir()):
         fields = HeaderParser().parsestr(path.read_text(encoding="utf-8"))
         name, version, arch = fields["Package"], fields["Version"], fields["Architecture"]

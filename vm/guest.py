@@ -1,6 +1,6 @@
-"""What a machine of the quick lane does: load the datapath, try what kernels differ in, run rows of the datapath tier.
+"""Load the datapath, try what kernels differ in, and run tests of the datapath tier, in a machine of the quick tests.
 
-Runs in the guest as root, started by init, in the checkout. Its one argument is where the results go, as one JSON
+Runs in the guest as root, started by init, in the checkout. Its only argument is the file for the results, one JSON
 object: ``kernel``, ``features`` (by name), ``check`` (the findings of `lazymesh check`) and ``tests`` (by group:
 ``passed``, ``failed`` and ``skipped``, the last two with their reasons).
 """
@@ -54,27 +54,27 @@ GROUPS = {
     "programs": "test_program",
     "cilium": "test_cilium",
 }
-"""By name in the results: the module of the datapath tier."""
-NOT_HERE = {
-    "test_abi_layout": "layouts of structs, which are the compiler's",
-    "test_fuzzed_frames": "a great deal of what the others have rows of",
-    "test_holdmaps": "plain maps, which `maps` tries",
-    "test_loader": "the loader's process; every lane loads",
-    "test_source": "text",
+"""The module of the datapath tier for each group of results."""
+LEFT_OUT_MODULES = {
+    "test_abi_layout": "compares structs, without the kernel",
+    "test_fuzzed_frames": "many frames of the kinds that the others try one by one",
+    "test_holdmaps": "plain maps, as in test_maps",
+    "test_loader": "the loader's process; every group loads programs",
+    "test_source": "reads text only",
 }
-"""Modules of that tier that are not run on other kernels, and why."""
+"""Modules of that tier that do not run on other kernels, with the reason."""
 LEFT_OUT = (
     "ingress-IPv4", "egress-IPv6",
-    # A great deal of each, of what does not depend on the kernel.
+    # Large numbers of cases that do not depend on the kernel.
     "random_bytes", "cut_anywhere", "what_cannot_be_read", "every_shape", "every_miss_is_counted", "full_ring",
     "reader_receives", "ten_thousand", "every_prefix", "any_history", "whatever_lies_between",
 )  # fmt: skip
-"""Emulated processors are some twenty times slower than real ones. So of rows that differ in family and direction
-alone, half are run: each way and each family once."""
+"""Emulated processors are some twenty times slower than real ones. So of tests that differ only in family and
+direction, half are run: each direction and each family once."""
 
 
 def features() -> dict[str, object]:
-    """Try each thing that kernels differ in."""
+    """Try each feature that kernels differ in."""
     began = time.monotonic()
     found: dict[str, object] = {"loads": True, "programs": [*PROGRAMS, *HOLD_PROGRAMS, HOLD_FILTER, INSTALL]}
     pins, file = Pins.under(BPFFS), Path("/tmp/programs.json")
@@ -99,7 +99,7 @@ def features() -> dict[str, object]:
 
 
 def _load_kept(pins: Pins, file: Path) -> bool:
-    """Load what the first start has kept, over which the tests go then; tell whether there was anything."""
+    """Load what the first start has cached, for the tests to use; return whether there was anything."""
     found = kept.read(file, origin())
     if found is not None:
         pins.remove()
@@ -109,13 +109,13 @@ def _load_kept(pins: Pins, file: Path) -> bool:
 
 
 async def findings() -> list[dict[str, str]]:
-    """Return what `lazymesh check` says of this node; of a mesh it has none."""
+    """Return the findings of `lazymesh check` on this node, which has no mesh."""
     with tempfile.TemporaryDirectory() as empty:
         return [asdict(finding) async for finding in check_node(BPFFS, {"--clustermesh-config": Path(empty)})]
 
 
 def start_tests(report: Path, groups: list[str], **environment: str) -> subprocess.Popen[bytes]:
-    """Run some groups in one pytest, which writes a report."""
+    """Start one pytest for some groups; it writes a report."""
     words = ["-p", "no:cacheprovider", "--color=no", "-v", "--tb=short", "-n", "0", f"--junitxml={report}"]
     chosen = " and ".join(f"not {each}" for each in LEFT_OUT)
     files = [str(TESTS / f"{GROUPS[name]}.py") for name in groups]
@@ -124,7 +124,7 @@ def start_tests(report: Path, groups: list[str], **environment: str) -> subproce
 
 
 def read_reports(*reports: Path) -> dict[str, dict[str, Any]]:
-    """Return what became of every test, by group."""
+    """Return the outcome of every test, by group."""
     results: dict[str, dict[str, Any]] = {name: {"passed": 0, "failed": [], "skipped": []} for name in GROUPS}
     by_module = {module: name for name, module in GROUPS.items()}
     for case in [case for report in reports for case in ET.parse(report).iter("testcase")]:
@@ -144,9 +144,9 @@ def _count(group: dict[str, Any], case: ET.Element) -> None:
 
 
 def main() -> None:
-    """Do it all, and write the results even when something broke.
+    """Run everything, and write the results even if something failed.
 
-    Two at a time, as there are two processors: holding, which loads a datapath of its own, and everything else.
+    Two pytests run at a time on the two processors: holding, which loads its own datapath, and everything else.
     """
     subprocess.run(["modprobe", "tun"], check=False)
     results: dict[str, object] = {"kernel": os.uname().release, "version": os.uname().version}

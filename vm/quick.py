@@ -1,10 +1,10 @@
-"""The quick lane: boot each kernel under plain QEMU, run vm/guest.py in it, write down what it found.
+"""The quick tests: boot each kernel under plain QEMU, run vm/guest.py in it, and record its results.
 
     python vm/quick.py SYSTEM PROJECT RESULTS [--matrix FILE] [KERNEL ...]
 
-SYSTEM is what vm/build made, PROJECT the disk with the checkout; a result is RESULTS/KERNEL.json, its console
-RESULTS/KERNEL.log. The matrix (docs/kernels.md) tells of the other lane, too, whose reports are RESULTS/KERNEL.xml; it
-is written when nothing has failed. Exit 1 if a kernel failed.
+SYSTEM is the output of vm/build, PROJECT the disk with the checkout; the result is RESULTS/KERNEL.json, the console
+RESULTS/KERNEL.log. The matrix (docs/kernels.md) also includes the scenarios, whose reports are RESULTS/KERNEL.xml; it
+is written only if nothing has failed. Exit 1 if a kernel failed.
 """
 
 from __future__ import annotations
@@ -23,13 +23,13 @@ if TYPE_CHECKING:
     from collections.abc import Callable
 
 SHOWN = 10
-"""Failures of one kernel that are told at once."""
+"""The failures of one kernel that are shown."""
 PATIENCE_S = 600
-"""For one kernel, boot included: about five times what it takes on two idle processors without KVM."""
+"""For one kernel, boot included: about five times the duration on two idle processors without KVM."""
 
 
 def boot(kernel: str, system: Path, project: Path, results: Path) -> dict[str, Any]:
-    """Run one kernel to its end and return its results; with an ``error`` when there are none."""
+    """Run one kernel until it ends and return its results, with an ``error`` if there are none."""
     log, answer = results / f"{kernel}.log", results / f"{kernel}.json"
     answer.unlink(missing_ok=True)
     driver = os.environ.get("VM_DRIVER", "tcg")
@@ -68,15 +68,15 @@ def boot(kernel: str, system: Path, project: Path, results: Path) -> dict[str, A
 
 
 def failures(found: dict[str, Any]) -> list[str]:
-    """Return what is wrong with a kernel's results, a line each."""
+    """Return what is wrong with a kernel's results, one line for each problem."""
     if "error" in found:
         return [found["error"]]
     if "tests" not in found:
-        return ["broke off before the tests had ended"]
+        return ["ended before the tests were finished"]
     features = found["features"]
     wrong = [] if features["loads"] else [f"does not load: {features['complaint']}"]
     wrong += (
-        [] if features.get("keeps") else [f"does not load what was kept: {features.get('kept_complaint')}"]
+        [] if features.get("keeps") else [f"does not load cached programs: {features.get('kept_complaint')}"]
     )
     for name, group in found["tests"].items():
         wrong += [f"{name}: {line}" for line in group["failed"]]
@@ -86,7 +86,7 @@ def failures(found: dict[str, Any]) -> list[str]:
 
 
 def matrix(every: dict[str, dict[str, Any]]) -> str:
-    """Return docs/kernels.md: what each kernel has, and what is done where it lacks something."""
+    """Return docs/kernels.md: what each kernel has, and the fallback for what it lacks."""
     rows: list[tuple[str, Callable[[dict[str, Any]], str]]] = [
         ("kernel", lambda found: found["version"].partition("Debian ")[2].split()[0]),
         ("fewest capabilities", lambda found: ", ".join(found["features"]["needs"])),
@@ -152,9 +152,9 @@ def _tests(found: dict[str, Any], name: str) -> str:
 
 
 def stories(report: Path) -> dict[str, int]:
-    """Return how many stories have passed, by module, as pytest's report says; not all of them, and we end here."""
+    """Return how many scenarios have passed, by module, from pytest's report; exit if one has not."""
     if not report.exists():
-        raise SystemExit(f"vm: {report.stem}: its stories were not told")
+        raise SystemExit(f"vm: {report.stem}: its scenarios were not run")
     passed: dict[str, int] = {}
     for case in ET.parse(report).iter("testcase"):
         if len(case):
@@ -165,7 +165,7 @@ def stories(report: Path) -> dict[str, int]:
 
 
 def main() -> int:
-    """Boot them one after the other."""
+    """Boot the kernels one after the other."""
     parser = argparse.ArgumentParser()
     for name in ("system", "project", "results"):
         parser.add_argument(name, type=Path)
@@ -175,7 +175,7 @@ def main() -> int:
     system, project, results = (each.resolve() for each in (asked.system, asked.project, asked.results))
     known = [line.split()[0] for line in (system / "kernels").read_text(encoding="utf-8").splitlines()]
     if strange := set(asked.kernels) - set(known):
-        print(f"vm: no kernel {', '.join(sorted(strange))}; there are {', '.join(known)}", file=sys.stderr)
+        print(f"vm: no kernel {', '.join(sorted(strange))}; choose from {', '.join(known)}", file=sys.stderr)
         return 2
     results.mkdir(parents=True, exist_ok=True)
     every, status = {}, 0
@@ -188,7 +188,7 @@ def main() -> int:
         for line in wrong[:SHOWN]:
             print(f"vm: {kernel}: {line}", file=sys.stderr)
         if wrong:
-            print(f"vm: {kernel}: everything is in {results / kernel}.log", file=sys.stderr)
+            print(f"vm: {kernel}: the full output is in {results / kernel}.log", file=sys.stderr)
             status = 1
     if asked.matrix and not status:
         for kernel, found in every.items():

@@ -69,5 +69,5 @@ def test_interrupted_demo_leaves_nothing(after_s: float) -> None:
     # On a busy machine half a second is before its first line has run: then there is nothing to tell.
     if demo.returncode != -signal.SIGINT:
         assert (demo.returncode, out) == (130, "")
-        assert re.search(r"interrupted; everything it made is removed\n$", err)
+        assert re.search(r"interrupted; everything that it created is removed\n$", err)
     assert left_of(demo.pid) == []

@@ -1,4 +1,4 @@
-"""The scripts' command lines: help costs nothing, and what was given wrong is told in a line."""
+"""The scripts' command lines: help does nothing else, and wrong usage is reported in one line."""
 
 from __future__ import annotations
 
@@ -18,12 +18,12 @@ SCRIPTS = ROOT / "scripts"
 
 
 def run(*words: str | Path, env: dict[str, str] | None = None) -> subprocess.CompletedProcess[str]:
-    """Run a script to its end."""
+    """Run a script until it ends."""
     return subprocess.run(words, capture_output=True, text=True, check=False, timeout=60, env=env)
 
 
 def help_of(directory: Path, name: str, *words: str) -> str:
-    """Return a script's help, from where there is nothing that it could install or build something with instead."""
+    """Return a script's help, with a PATH that has no program to install or build anything."""
     for program in ("sed", "dirname"):
         (directory / program).symlink_to(str(shutil.which(program)))
     done = run("/bin/bash", SCRIPTS / name, *words, "--help", env={"PATH": str(directory)})
@@ -40,21 +40,21 @@ def help_of(directory: Path, name: str, *words: str) -> str:
     ids=" ".join,
 )
 def test_help_is_all_that_it_does(words: list[str], tmp_path: Path) -> None:
-    """Half an hour of building is not what was asked for."""
+    """It does not start to build for half an hour."""
     assert re.search(rf"^Usage: scripts/{words[0]}\b", help_of(tmp_path, *words), re.MULTILINE)
 
 
 @pytest.mark.parametrize("script", ["setup", "check"])
 @pytest.mark.parametrize("word", ["--nope", "agent"])
-def test_word_that_a_script_does_not_know_is_told(script: str, word: str) -> None:
-    """Who wanted something else of it is not to take what it does for that."""
+def test_unknown_argument_is_refused(script: str, word: str) -> None:
+    """So that no one mistakes what the script does for something else."""
     done = run(SCRIPTS / script, word)
     told = f"{script}: takes no arguments, not {word}; see scripts/{script} --help\n"
     assert (done.returncode, done.stdout, done.stderr) == (2, "", told)
 
 
 def test_help_of_real_cilium_has_every_option(tmp_path: Path) -> None:
-    """They are read by another program, which cannot be asked before everything is built."""
+    """Another program reads them, which cannot run before everything is built."""
     text = (SCRIPTS / "real_cilium.py").read_text()
     told = re.findall(r"^  (--[a-z-]+) ", help_of(tmp_path, "real-cilium"), re.MULTILINE)
     assert told == re.findall(r'add_argument\("(--[a-z-]+)"(?!.*SUPPRESS)', text)
@@ -100,18 +100,18 @@ def test_options_of_real_cilium_are_looked_at_before_anything_is_built(tmp_path:
 def test_every_module_of_the_datapath_tier_runs_on_other_kernels_or_is_left_out_with_a_reason() -> None:
     """A new one would else be tried on one kernel alone, silently."""
     modules = {path.stem for path in (ROOT / "tests" / "datapath").glob("test_*.py")}
-    assert sorted([*guest.GROUPS.values(), *guest.NOT_HERE]) == sorted(modules)
+    assert sorted([*guest.GROUPS.values(), *guest.LEFT_OUT_MODULES]) == sorted(modules)
 
 
 @pytest.mark.parametrize(
     ("word", "said"),
     [
-        ("--hlep", "no option --hlep; see scripts/manifests --help"),
-        ("nowhere", "there is no directory nowhere"),
+        ("--hlep", "unknown option --hlep; see scripts/manifests --help"),
+        ("nowhere", "no directory nowhere"),
     ],
 )
-def test_manifests_go_into_a_directory_that_is_there(word: str, said: str) -> None:
-    """An option is none."""
+def test_manifests_need_an_existing_directory(word: str, said: str) -> None:
+    """An option is not a directory."""
     done = run(SCRIPTS / "manifests", word)
     assert done.returncode == 2
     assert done.stderr.startswith(f"manifests: {said}")
@@ -119,8 +119,8 @@ def test_manifests_go_into_a_directory_that_is_there(word: str, said: str) -> No
 
 
 @pytest.mark.needs("helm")
-def test_chart_is_rendered_without_a_word_on_the_version_of_kubernetes() -> None:
-    """Which is heeded where it is said: the chart refuses what is older than it was tried with."""
+def test_chart_is_rendered_without_a_kubernetes_version() -> None:
+    """A version that is given is used: the chart refuses one that is older than it supports."""
     words = ("template", "lazymesh", ROOT / "deploy/chart", "--set=cluster.name=a,cluster.id=1")
     assert run(SCRIPTS / "helm", *words).returncode == 0
     done = run(SCRIPTS / "helm", *words, "--kube-version=1.20.0")
@@ -131,7 +131,7 @@ def test_chart_is_rendered_without_a_word_on_the_version_of_kubernetes() -> None
 def test_demo_finds_an_image_from_where_it_is_started(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """The container would look for it elsewhere; and a name that is none of a directory is told at once."""
+    """The container has another working directory; a name that is not a directory is refused at once."""
     (tmp_path / "root").mkdir()
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(sys, "argv", ["demo", "--image", "root"])
@@ -139,4 +139,4 @@ def test_demo_finds_an_image_from_where_it_is_started(
     monkeypatch.setattr(sys, "argv", ["demo", "--image", "nowhere"])
     with pytest.raises(SystemExit):
         parse_arguments()
-    assert "there is no directory nowhere" in capsys.readouterr().err
+    assert "no directory nowhere" in capsys.readouterr().err
