@@ -1,4 +1,4 @@
-"""A store with a cluster in it, and how it is reached: in the clear, or with certificates on both sides."""
+"""A store with a cluster in it, and how it is reached: without TLS, or with certificates on both sides."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""First connections to pods that are not in the ipcache: dropped, held, and warm ones beside them in the same run."""
+"""First connections to pods that are not in the ipcache, dropped and held, beside warm ones in the same run."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ def run(say: Callable[[str], None]) -> Part:
     with Lab(pods=1) as lab:
         say("dropped: 20 connections at once, their first SYN denied as world")
         dropped = measure_dropped(lab)
-        say(f"held: {CONNECTIONS} connections one after the other, warm ones in turns")
+        say(f"held: {CONNECTIONS} connections one after the other, in turns with warm ones")
         held, warm, lost = measure_held(lab)
         say(f"held: {SLOW_CONNECTIONS} with etcd answering {SLOW_S * 1_000:.0f} ms later")
         slow, slow_lost = measure_slow(lab)
@@ -39,7 +39,7 @@ def run(say: Callable[[str], None]) -> Part:
 
 
 def rows(figures: dict) -> list[Row]:
-    """Say what is to be compared."""
+    """Return the comparisons."""
     hold, warm, slow = figures["hold_ms"], figures["warm_ms"], figures["hold_slow_etcd_ms"]
     against = f"warm {milliseconds(warm['p50'])} / {milliseconds(warm['p99'])}"
     dropped = figures["dropped_ms"]["p50"]
@@ -52,14 +52,14 @@ def rows(figures: dict) -> list[Row]:
         ),
         Row("SYNs sent twice", str(figures["syns_lost"]), "none", figures["syns_lost"], 0, "SYNs"),
         Row(
-            "held, p50 of a dropped one's", milliseconds(hold["p50"]), f"dropped {milliseconds(dropped)}",
+            "held p50 by dropped p50", milliseconds(hold["p50"]), f"dropped {milliseconds(dropped)}",
             hold["p50"] / dropped,
         ),
     ]  # fmt: skip
 
 
 def measure_dropped(lab: Lab) -> list[float]:
-    """With ``pass`` the first SYN is world to the policy, and the second comes a second later."""
+    """With ``pass`` the policy denies the first SYN as world; the second comes a second later."""
     addresses = fresh(20)
     lab.publish_many(addresses)
     with running(lab, "--on-miss", "pass"):
@@ -68,7 +68,7 @@ def measure_dropped(lab: Lab) -> list[float]:
 
 
 def measure_held(lab: Lab) -> tuple[list[float], list[float], int]:
-    """Blocks of first connections and of warm ones in turns, straight to etcd; and how many SYNs were lost."""
+    """Measure blocks of first and of warm connections in turns, directly to etcd; also count the lost SYNs."""
     addresses = fresh(CONNECTIONS)
     lab.publish_many(addresses)
     pod = lab.pods[0].namespace
@@ -83,7 +83,7 @@ def measure_held(lab: Lab) -> tuple[list[float], list[float], int]:
 
 
 def measure_slow(lab: Lab) -> tuple[list[float], int]:
-    """The same through a proxy that keeps each answer back."""
+    """Do the same through a proxy that delays each answer."""
     addresses = fresh(SLOW_CONNECTIONS)
     lab.publish_many(addresses)
     config = lab.directory / "slow"

@@ -1,4 +1,4 @@
-"""A flood of distinct mesh addresses; another pod's round trips to known peers, with ours and with an empty program."""
+"""Another pod's round trips to known peers during a flood of distinct mesh addresses, beside an empty program."""
 
 from __future__ import annotations
 
@@ -98,7 +98,7 @@ def _part(ours: list[Fates], empty: list[Fates], counted: dict[str, int], rates:
     }
     rows = [
         Row(
-            f"known peers' round trip in a flood of {rates['ours']:,.0f} misses a second, {rank}",
+            f"known peers' round trip, flood of {rates['ours']:,.0f} misses per second, {rank}",
             milliseconds(times["ours"][rank]),
             f"an empty program, {rates['empty']:,.0f}/s: {milliseconds(times['empty'][rank])}",
             times["ours"][rank] / times["empty"][rank], 2,

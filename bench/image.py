@@ -1,8 +1,7 @@
-"""How long the image takes to be ready as a node has it: from the start of its container to the first /readyz of 200.
+"""How long the image takes to become ready: from the start of its container to the first /readyz of 200.
 
-Privileged, and with the chart's capabilities and a runtime's default list of system calls. Once with the programs to be
-compiled, with the image's own headers, as after a boot or an upgrade; and again as they were kept from there. From
-before, nothing is pinned.
+Privileged, and with the chart's capabilities and a runtime's default list of system calls. First the programs must be
+compiled, with the image's own headers, as after a boot or an upgrade; then they are cached. Nothing is pinned before.
 """
 
 from __future__ import annotations
@@ -23,7 +22,7 @@ REPEATS, MOST_S = 5, 5
 
 def run(say: Callable[[str], None]) -> Part:
     """Measure."""
-    say("the image is built, if need be")
+    say("building the image, if needed")
     root = image_root()
     kinds = {"privileged": None, "unprivileged": needed_capabilities()}
     took: dict[str, list[float]] = {words: [] for kind in kinds for words in (kind, f"{kind}, kept")}
@@ -53,7 +52,7 @@ def run(say: Callable[[str], None]) -> Part:
 
 
 def start(lab: Lab) -> float:
-    """Start a container, wait for it to be ready, and have it clean up; return the seconds until it was."""
+    """Start a container, wait until it is ready, and let it clean up; return the seconds until it was ready."""
     began = time.monotonic()
     agent = lab.start_agent("--cleanup")
     took = time.monotonic() - began

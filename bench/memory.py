@@ -1,4 +1,4 @@
-"""The agent's resident memory beside meshes of different sizes, none of whose pods is talked to."""
+"""The agent's resident memory in meshes of different sizes, without traffic."""
 
 from __future__ import annotations
 
@@ -41,13 +41,13 @@ def run(say: Callable[[str], None]) -> Part:
             store.fill("pods", there, size - there)
             there = size
             with running(lab, clustermesh_config=str(bed.config)) as agent:
-                time.sleep(SETTLE_S)  # beside its start nothing happens here
+                time.sleep(SETTLE_S)  # nothing but its start happens here
                 figures[f"rss_{name}_mib"] = round(memory_mib(agent.pid), 1)
     return Part(figures, rows(figures))
 
 
 def rows(figures: dict[str, float]) -> list[Row]:
-    """Say what is to be compared."""
+    """Return the comparisons."""
     small, large, alone = figures["rss_1k_mib"], figures["rss_500k_mib"], figures["import_mib"]
     return [
         Row("resident, 500,000 endpoints", f"{large} MiB", f"1,000: {small} MiB", large / small, MOST_GROWTH),

@@ -1,5 +1,5 @@
 /* SPDX-License-Identifier: (GPL-2.0-only OR BSD-2-Clause) */
-/* What a packet through lazymesh's program is compared with: nothing at all, and the one lookup that cannot be saved. */
+/* The references for a packet through lazymesh's program: an empty program, and the one lookup that is unavoidable. */
 #include <linux/bpf.h>
 #include <linux/if_ether.h>
 #include <linux/ip.h>

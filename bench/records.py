@@ -1,4 +1,4 @@
-"""What the benchmarks' stores hold: clusters, nodes, identities and pods in Cilium's shapes, any number of them."""
+"""The contents of the benchmarks' stores: any number of clusters, nodes, identities and pods in Cilium's formats."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ if TYPE_CHECKING:
     from collections.abc import Iterator
 
 POD_CIDR = "10.64.0.0/10"
-"""The pods of cluster ``b`` that are there for the benchmarks; the lab's own are in 10.2.0.0/16."""
+"""The benchmarks' pods of cluster ``b``; the lab's own pods are in 10.2.0.0/16."""
 IDENTITY, HOST = 131_073, "192.168.100.2"
 PUSHED, PULL_ONLY = "cilium/state/ip/v1/default/", "cilium/state/ip/v1/ondemand/"
 _FIRST = int(ipaddress.ip_address("10.64.0.5"))
@@ -36,7 +36,7 @@ def pods(first: int, count: int) -> Iterator[Pair]:
 
 
 def cluster_b(nodes: int) -> Iterator[Pair]:
-    """Yield what the lab's cluster ``b`` says of itself, its nodes holding the pods of the benchmarks."""
+    """Yield the records of the lab's cluster ``b``, whose nodes have the benchmarks' pods."""
     capabilities = {"syncedCanaries": True, "maxConnectedClusters": 255}
     yield _pair("cilium/cluster-config/b", {"id": 2, "capabilities": capabilities})
     for resource in ("nodes", "services", "identities", "ip"):
@@ -62,7 +62,7 @@ def cluster_b(nodes: int) -> Iterator[Pair]:
 
 
 def mesh(first: int, clusters: int, nodes: int, identities: int) -> Iterator[Pair]:
-    """Yield all that a kvstoremesh's cache holds of clusters, but for their pods."""
+    """Yield a kvstoremesh's cache of clusters, without their pods."""
     for cluster_id in range(first, first + clusters):
         yield from _cluster(f"cluster-{cluster_id}", cluster_id, nodes, identities)
 
@@ -99,7 +99,7 @@ def _cluster(name: str, cluster_id: int, nodes: int, identities: int) -> Iterato
 
 def _node(cluster: str, cluster_id: int, number: int) -> Pair:
     name = f"{cluster}-node-{number}"
-    # 172.16.0.0/12 for nodes; each cluster has a /16 of pods, as far as there are any in 10.0.0.0/8.
+    # 172.16.0.0/12 for nodes; each cluster has a /16 of pods, as long as 10.0.0.0/8 has any.
     host = str(ipaddress.IPv4Address(0xAC100000 + (cluster_id << 12) + number + 1))
     pods_v4 = base64.b64encode(bytes([255, 255, 255, 0])).decode()
     record = {

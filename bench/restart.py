@@ -1,4 +1,4 @@
-"""A Cilium agent restarts with a big mesh under traffic: packets lost, without lazymesh and with it."""
+"""Packets lost while a Cilium agent restarts in a large mesh under traffic, without lazymesh and with it."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ def run(say: Callable[[str], None]) -> Part:
 
 
 def rows(figures: dict) -> list[Row]:
-    """Say what is to be compared."""
+    """Return the comparisons."""
     ours, alone = figures["with"], figures["without"]
     lost = {side: _lost(figures[side]) for side in ("without", "with")}
     return [
@@ -30,7 +30,7 @@ def rows(figures: dict) -> list[Row]:
             "first to last lost packet", f"{ours['lost_for_s']:.1f} s", f"without {alone['lost_for_s']:.1f} s",
             ours["lost_for_s"] / alone["lost_for_s"], 0,
         ),
-        Row("entries of Cilium's written over", str(ours["overwritten"]), "none", ours["overwritten"], 0, "entries"),
+        Row("entries of Cilium overwritten", str(ours["overwritten"]), "none", ours["overwritten"], 0, "entries"),
         Row(
             "new map noticed after", f"{ours['noticed_ms']} ms", f"bound {NOTICE_MS} ms",
             ours["noticed_ms"] / NOTICE_MS, 1,

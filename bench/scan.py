@@ -1,4 +1,4 @@
-"""One pod scans the mesh at full speed; another pod's first connections, beside its own quiet ones."""
+"""Another pod's first connections while one pod scans the mesh at full speed, beside those without a scan."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ ROUNDS, CONNECTIONS, PAUSE_S = 3, 300, 0.005
 
 
 class Scan:
-    """A process in a pod that sends a datagram to each address of a /17, over and over."""
+    """A process in a pod that sends datagrams to the addresses of a /17 in a loop."""
 
     _CODE = """
 import itertools, socket
@@ -48,7 +48,7 @@ for number in itertools.cycle(range(1 << 15)):
 
 
 class Peak:
-    """Watches how much is parked, by the agent's own account."""
+    """Watches how much is parked, by the agent's metrics."""
 
     def __init__(self, agent: AgentProcess) -> None:
         self._agent = agent
@@ -77,7 +77,7 @@ def run(say: Callable[[str], None]) -> Part:
         scanner, pod = (one.namespace for one in lab.pods)
         for number in range(ROUNDS):
             say(
-                f"round {number + 1} of {ROUNDS}: {CONNECTIONS} connections quiet, {CONNECTIONS} beside a scan"
+                f"round {number + 1} of {ROUNDS}: {CONNECTIONS} connections without a scan, {CONNECTIONS} with one"
             )
             addresses = fresh(2 * CONNECTIONS)
             lab.publish_many(addresses)
@@ -102,7 +102,7 @@ def run(say: Callable[[str], None]) -> Part:
 
 
 def books(agent: AgentProcess) -> int:
-    """Return by how much the counters of held packets do not add up."""
+    """Return the difference in the counters of held packets."""
     fates = {
         fate: int(metric(agent, "lazymesh_held_packets_total", outcome=fate))
         for fate in ("held", "gated", "returned", "discarded")
@@ -111,7 +111,7 @@ def books(agent: AgentProcess) -> int:
 
 
 def rows(figures: dict) -> list[Row]:
-    """Say what is to be compared."""
+    """Return the comparisons."""
     quiet, beside = figures["quiet_ms"], figures["beside_scan_ms"]
     bound = HoldLimits().total_bytes
     return [

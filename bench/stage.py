@@ -1,4 +1,4 @@
-"""What the parts share: an agent over the lab, blocks of first connections, counters."""
+"""Shared by the parts: an agent in the lab, blocks of first connections, counters."""
 
 from __future__ import annotations
 
@@ -24,20 +24,20 @@ _numbers = itertools.count(100)
 
 
 def fresh(count: int) -> list[str]:
-    """Return addresses of remote pods that nothing has been sent to."""
+    """Return addresses of remote pods that have not been used."""
     return [remote_address(number) for number in itertools.islice(_numbers, count)]
 
 
 @contextlib.contextmanager
 def running(lab: Lab, *words: str, **changes: str | None) -> Iterator[AgentProcess]:
-    """Run an agent, ready."""
+    """Run an agent, and wait until it is ready."""
     with launched(lab, *options(lab, **changes), *words, "--cleanup") as agent:
         agent.wait_ready()
         yield agent
 
 
 def connect_each(namespace: Namespace, addresses: list[str], pause_s: float = 0.0) -> list[float]:
-    """Connect to one after the other; return milliseconds."""
+    """Connect to the addresses one after the other; return milliseconds."""
 
     def run() -> list[float]:
         took = []
@@ -52,16 +52,16 @@ def connect_each(namespace: Namespace, addresses: list[str], pause_s: float = 0.
 
 
 def syn_retransmits(namespace: Namespace) -> int:
-    """Return how many SYNs were sent twice."""
+    """Return the number of SYNs that were sent again."""
     return counters(namespace)["TcpExt.TCPSynRetrans"]
 
 
 def cpu_s(pid: int) -> float:
-    """Return the processor time that a process has had, exactly."""
+    """Return the exact processor time of a process."""
     threads = Path(f"/proc/{pid}/task").iterdir()
     return sum(int((thread / "schedstat").read_text().split()[0]) for thread in threads) / 1e9
 
 
 def load() -> float:
-    """Return the machine's load average of the last minute."""
+    """Return the load average of the last minute."""
     return float(Path("/proc/loadavg").read_text().split()[0])

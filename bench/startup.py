@@ -1,8 +1,8 @@
-"""How long an agent takes to be ready in a mesh of 1, 10 and 100 clusters, beside a bare list of the same records.
+"""How long an agent takes to become ready in a mesh of 1, 10 and 100 clusters, beside a bare list of the same records.
 
-The clusters' nodes and identities are in one etcd, as a kvstoremesh keeps them. Ready means that every cluster is
-listed and its addresses can be resolved; the time runs from the process' start. Once with the datapath to be compiled,
-as after a boot or an upgrade; and again as it was kept from there.
+The clusters' nodes and identities are in one etcd, as a kvstoremesh stores them. Ready means that every cluster is
+listed and its addresses can be resolved; the time starts with the process. First the programs must be compiled, as
+after a boot or an upgrade; then they are cached.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ def run(say: Callable[[str], None]) -> Part:
         config, kept = lab.directory / "clusters", lab.directory / "programs.json"
         _configure(config, lab.etcd.url, 1)
         store = stack.enter_context(Store(lab.node_a, config / f"cluster-{FIRST_ID}"))
-        say(f"{max(CLUSTERS)} clusters of {NODES} nodes and {IDENTITIES:,} identities are published")
+        say(f"publishing {max(CLUSTERS)} clusters of {NODES} nodes and {IDENTITIES:,} identities")
         store.fill("mesh", FIRST_ID, max(CLUSTERS), NODES, IDENTITIES)
         for number in range(REPEATS):
             say(f"round {number + 1} of {REPEATS}: {', '.join(map(str, CLUSTERS))} clusters")
@@ -62,7 +62,7 @@ def run(say: Callable[[str], None]) -> Part:
 
 
 def start(lab: Lab, config: Path, count: int, kept: Path) -> dict[str, float]:
-    """Start an agent and wait for it; return seconds, and its own processor time."""
+    """Start an agent and wait until it is ready; return the seconds, and its processor time."""
     words = options(lab, clustermesh_config=str(config), program_cache=str(kept))
     began = time.monotonic()
     with launched(lab, *words, "--cleanup") as agent:
@@ -71,7 +71,7 @@ def start(lab: Lab, config: Path, count: int, kept: Path) -> dict[str, float]:
         clusters = status(lab)["clusters"]
         listed = [one for one in clusters if (one["nodes"], one["identities"]) == (NODES, IDENTITIES)]
         if len(listed) != count:
-            raise RuntimeError(f"{len(listed)} of {count} clusters are listed whole: {clusters}")
+            raise RuntimeError(f"{len(listed)} of {count} clusters are listed completely: {clusters}")
     return {"ready_s": took, "cpu_s": cpu}
 
 
@@ -87,14 +87,16 @@ def _median(values: list[float]) -> float:
 
 
 def rows(figures: dict[str, Any]) -> list[Row]:
-    """Say what is to be compared."""
+    """Return the comparisons."""
     found = []
     for count, took in figures["ready_s"].items():
         bare = figures["bare_list_s"][count]
         words = f"ready, {count} clusters"
         found.append(Row(words, f"{took:.2f} s", f"bare list {bare:.2f} s", took / bare))
         after = figures["again_s"][count]
-        found.append(Row(f"{words}, programs kept", f"{after:.2f} s", f"compiled {took:.2f} s", after / took))
+        found.append(
+            Row(f"{words}, cached programs", f"{after:.2f} s", f"compiled {took:.2f} s", after / took)
+        )
     most = figures["ready_s"][str(max(CLUSTERS))]
     found.append(
         Row(f"ready, {max(CLUSTERS)} clusters", f"{most:.2f} s", f"bound {MOST_S} s", most, MOST_S, "s")

@@ -1,7 +1,7 @@
 """Our etcd client alone, in a process on node ``a``: fills the store, and reads from it for comparison.
 
-``Store`` is the benchmark's side, ``python -m bench.store CONFIG`` the other: one JSON array a line, a method's name
-and its arguments, is answered by one JSON value a line.
+``Store`` is the benchmark's side, ``python -m bench.store CONFIG`` the process. Each request is a line with a JSON
+array, a method's name and its arguments; each answer is a line with a JSON value.
 """
 
 from __future__ import annotations
@@ -30,11 +30,11 @@ if TYPE_CHECKING:
     from tests.support.namespaces import Namespace
 
 READS, IN_FLIGHT = 128, 8
-"""Of the bare loop, as the agent has it: etcd's limit for a transaction, and transactions at once."""
+"""Of the bare loop, the same as the agent's: etcd's limit for a transaction, and concurrent transactions."""
 
 
 class Store:
-    """The process, up when entered."""
+    """The process; it runs while entered."""
 
     def __init__(self, node: Namespace, config: Path, transport: str = "native") -> None:
         self._words = (sys.executable, "-m", "bench.store", str(config), transport)
@@ -51,7 +51,7 @@ class Store:
         self._process.communicate()
 
     def fill(self, kind: str, *arguments: int) -> int:
-        """Write the records that a function of bench.records yields; return how many."""
+        """Write the records that a function of bench.records yields; return their number."""
         return self._ask("fill", kind, *arguments)
 
     def read(self, keys: list[str], pause_s: float = 0) -> list[float]:
@@ -59,11 +59,11 @@ class Store:
         return self._ask("read", keys, pause_s)
 
     def bare(self, first: int, count: int) -> dict[str, float]:
-        """Read pods in full transactions, and nothing else; return seconds, CPU seconds, how many there were."""
+        """Read pods in full transactions, and nothing else; return seconds, CPU seconds and the number found."""
         return self._ask("bare", first, count)
 
     def list(self, prefixes: list[str]) -> dict[str, float]:
-        """List prefixes, all at once; return seconds, CPU seconds and how many keys there were."""
+        """List prefixes concurrently; return seconds, CPU seconds and the number of keys."""
         return self._ask("list", prefixes)
 
     def _ask(self, *words: object) -> Any:
@@ -72,7 +72,7 @@ class Store:
         print(json.dumps(words), file=self._process.stdin, flush=True)
         line = self._process.stdout.readline()
         if not line:
-            raise RuntimeError("the reader of the store has died; see its words above")
+            raise RuntimeError("the process that reads the store has died; see its output above")
         return json.loads(line)
 
 
@@ -95,12 +95,12 @@ class _Worker:
             found = (await self._client.read_many([key])).values[0]
             took.append((time.perf_counter() - began) * 1e6)
             if found is None:
-                raise RuntimeError(f"nothing under {key.decode()}")
+                raise RuntimeError(f"no value for {key.decode()}")
             await asyncio.sleep(pause_s)
         return took
 
     async def bare(self, first: int, count: int) -> dict[str, float]:
-        """As the agent does it: no task for a transaction, the next one goes out when an answer is in."""
+        """As the agent does it: no task for a transaction; the next one is sent when an answer arrives."""
         spaces = (records.PUSHED, records.PULL_ONLY)
         left = iter(
             [[f"{s}{records.pod_ip(n)}".encode() for s in spaces] for n in range(first, first + count)]

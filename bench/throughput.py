@@ -1,6 +1,6 @@
-"""Bulk TCP and 64-byte UDP from a pod to one of another cluster: through the program, and from a pod without it.
+"""Bulk TCP and 64-byte UDP from a pod to a pod of another cluster: with the program, and from a pod without it.
 
-The two pods take turns, a second each; what counts is what arrives at the other node.
+The two pods take turns of a second; what arrives at the other node is counted.
 """
 
 from __future__ import annotations
@@ -70,7 +70,7 @@ def run(say: Callable[[str], None]) -> Part:
         say(f"{ROUNDS} rounds of {SECONDS:g} s each, TCP and UDP, with and without the program")
         for number in range(ROUNDS):
             pods = [("lazymesh", lab.pods[0]), ("bare", lab.pods[1])]
-            for who, pod in pods if number % 2 else reversed(pods):  # who is first has no advantage
+            for who, pod in pods if number % 2 else reversed(pods):  # so that going first is no advantage
                 took[f"{who}_gbps"].append(_arrived(lab.node_b, pod, _TCP.format(**words))["bytes"] * 8 / 1e9)
                 took[f"{who}_mpps"].append(_arrived(lab.node_b, pod, _UDP.format(**words))["packets"] / 1e6)
         sink.kill()
@@ -82,11 +82,11 @@ def run(say: Callable[[str], None]) -> Part:
 
 
 def _arrived(node: Namespace, pod: Pod, code: str) -> dict[str, float]:
-    """Run a sender in a pod; return bytes and packets a second that came to the other node."""
+    """Run a sender in a pod; return the bytes and packets per second that arrived at the other node."""
     before, began = node.call(_received), time.monotonic()
     process = pod.namespace.popen(*_python(code))
     if process.wait():
-        raise RuntimeError("the sender failed; see its words above")
+        raise RuntimeError("the sender failed; see its output above")
     took, after = time.monotonic() - began, node.call(_received)
     return {name: (after[name] - before[name]) / took for name in before}
 
@@ -106,10 +106,10 @@ def _python(code: str) -> list[str]:
 
 
 def rows(figures: dict[str, Any]) -> list[Row]:
-    """Say what is to be compared; the budget is of what it would be without the program by what it is."""
+    """Return the comparisons; the budget is of the rate without the program by the rate with it."""
     return [
         Row(
-            f"{words} without the program, by with it", f"{figures[f'lazymesh_{what}']:.3g} {unit}",
+            f"{words}: rate without the program by rate with it", f"{figures[f'lazymesh_{what}']:.3g} {unit}",
             f"bare {figures[f'bare_{what}']:.3g} {unit}",
             figures[f"bare_{what}"] / figures[f"lazymesh_{what}"], 1 / LEAST,
         )
