@@ -79,7 +79,8 @@ class HoldQueues:
     drop_on_timeout: bool = False
     _queues: dict[bytes, list[Frame]] = field(default_factory=dict)
     _deadlines: list[tuple[float, bytes, int]] = field(default_factory=list)
-    """A heap: deadline, address and slot of a queue's first packet. (Not the packet: it may be long gone by then.)"""
+    """A heap: deadline and address of a queue, and when its first packet was parked. (Not the packet, which may be long
+    gone by then; nor its slot, which may have another packet of the same address by then.)"""
     _answered: OrderedDict[bytes, tuple[float, bool]] = field(default_factory=OrderedDict)
     """Since when, and whether to discard what comes late."""
 
@@ -118,8 +119,8 @@ class HoldQueues:
         """Release packets that have waited too long, and those that came behind them."""
         returns: list[Return] = []
         while self._deadlines and self._deadlines[0][0] <= now:
-            _, address, slot = heapq.heappop(self._deadlines)
-            if self._is_first(address, slot):
+            _, address, parked_ns = heapq.heappop(self._deadlines)
+            if self._is_first(address, parked_ns):
                 self._remember(address, now, self.drop_on_timeout)
                 returns += [
                     Return(frame, Cause.TIMEOUT, self.drop_on_timeout) for frame in self._queues.pop(address)
@@ -141,11 +142,11 @@ class HoldQueues:
 
     def _wait(self, address: bytes, frames: list[Frame]) -> None:
         self._queues[address] = frames
-        heapq.heappush(self._deadlines, (frames[0].parked_at + self.limit_s, address, frames[0].slot))
+        heapq.heappush(self._deadlines, (frames[0].parked_at + self.limit_s, address, frames[0].parked_ns))
 
-    def _is_first(self, address: bytes, slot: int) -> bool:
+    def _is_first(self, address: bytes, parked_ns: int) -> bool:
         queue = self._queues.get(address)
-        return queue is not None and queue[0].slot == slot
+        return queue is not None and queue[0].parked_ns == parked_ns
 
     def _remember(self, address: bytes, since: float, discard: bool) -> None:
         self._answered[address] = (since, discard)

@@ -33,6 +33,17 @@ def released(returns: list[Return]) -> list[Frame]:
     return [each.frame for each in returns]
 
 
+def test_slot_that_is_used_again_does_not_inherit_a_deadline() -> None:
+    """The packet that had it before was answered; the one that has it now may wait as long as any other."""
+    queues = HoldQueues(limit_s=LIMIT)
+    queues.park(Frame(5, A, round(10e9), Why.FIRST, b""))
+    assert len(queues.answer(A, Cause.INSTALLED, 10.1)) == 1
+    queues.park(Frame(5, A, round(10.2e9), Why.FIRST, b""))
+    assert queues.expire(10.2 + LIMIT - 0.001) == []
+    assert queues.next_deadline() == pytest.approx(10.2 + LIMIT)
+    assert [each.cause for each in queues.expire(10.2 + LIMIT)] == [Cause.TIMEOUT]
+
+
 @pytest.mark.parametrize("cause", [Cause.INSTALLED, Cause.NEGATIVE])
 def test_an_answer_lets_all_of_its_address_go_in_order(cause: Cause) -> None:
     """Good or bad, and nothing of another address."""
