@@ -17,6 +17,7 @@ from lazymesh.cli.options import (
     config_option,
     socket_option,
 )
+from lazymesh.kvstore.transport import KINDS as TRANSPORTS
 from lazymesh.roles.agent import run_agent
 from lazymesh.roles.logs import configure_logging
 from lazymesh.settings import (
@@ -99,7 +100,7 @@ from lazymesh.settings import (
 )
 @click.option(
     "--etcd-transport",
-    type=click.Choice(["native", "grpcio"]),
+    type=click.Choice(TRANSPORTS),
     default="native",
     show_default=True,
     help="native: HTTP/2 of our own, at half the latency. grpcio: Google's library.",

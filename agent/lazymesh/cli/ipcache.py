@@ -9,6 +9,7 @@ import click
 
 from lazymesh.cli.options import SettingsCommand, bpffs_option, socket_option
 from lazymesh.cli.output import output_option, print_json, print_table, print_words
+from lazymesh.core.model import EntryFlag
 from lazymesh.errors import DatapathError, LazymeshError
 from lazymesh.roles.control import ask
 from lazymesh.roles.inspect import IpcacheView, Row
@@ -17,7 +18,13 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Collection
     from pathlib import Path
 
-_FLAG_NAMES = ((1, "skiptunnel"), (2, "hastunnel"), (4, "ipv6tunnel"), (8, "remotecluster"))
+_FLAG_NAMES = {
+    EntryFlag.SKIP_TUNNEL: "skiptunnel",
+    EntryFlag.HAS_TUNNEL_EP: "hastunnel",
+    EntryFlag.IPV6_TUNNEL_EP: "ipv6tunnel",
+    EntryFlag.REMOTE_CLUSTER: "remotecluster",
+}
+"""As Cilium prints them."""
 
 
 @click.group()
@@ -131,7 +138,7 @@ def _print_change(event: str, row: Row) -> None:
 
 
 def _flags(flags: int) -> list[str]:
-    return [name for bit, name in _FLAG_NAMES if flags & bit]
+    return [name for flag, name in _FLAG_NAMES.items() if flags & flag]
 
 
 def _as_json(row: Row) -> dict[str, Any]:

@@ -61,8 +61,8 @@ class KubeApi:
             )
         return cls(f"https://{f'[{host}]' if ':' in host else host}:{port}", account)
 
-    def set_config(self, name: str, values: dict[str, str | None]) -> None:
-        """Set keys of a ConfigMap; None takes one out."""
+    def set_config(self, name: str, values: dict[str, str]) -> None:
+        """Set keys of a ConfigMap; the others stay."""
         self._ask("PATCH", f"configmaps/{name}", {"data": values})
 
     def pods(self, selector: str) -> list[Pod]:

@@ -38,7 +38,7 @@ class Time:
 class Api(Protocol):
     """What is needed of the Kubernetes API (kube/api.py)."""
 
-    def set_config(self, name: str, values: dict[str, str | None]) -> None:
+    def set_config(self, name: str, values: dict[str, str]) -> None:
         """Set keys of a ConfigMap."""
 
     def pods(self, selector: str) -> list[Pod]:

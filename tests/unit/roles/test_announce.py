@@ -30,9 +30,9 @@ class Cluster:
     """Seconds in which the API does not answer."""
     now: float = 0.0
     told_at: float | None = None
-    config: dict[str, str | None] = field(default_factory=dict)
+    config: dict[str, str] = field(default_factory=dict)
 
-    def set_config(self, name: str, values: dict[str, str | None]) -> None:
+    def set_config(self, name: str, values: dict[str, str]) -> None:
         """Note the word."""
         assert name == "lazymesh"
         self.told_at = self.now
