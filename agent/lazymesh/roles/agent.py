@@ -45,12 +45,13 @@ from lazymesh.roles.configdir import check_directories
 from lazymesh.roles.control import ControlServer
 from lazymesh.roles.driver import Driver, Shadow
 from lazymesh.roles.enforcement import Enforcement
+from lazymesh.roles.export import Sources, export
 from lazymesh.roles.guest import GuestIpcaches
 from lazymesh.roles.holding import Holding, HoldSettings
 from lazymesh.roles.inlets import Inbox, Valve
 from lazymesh.roles.ipcaches import OwnIpcache
 from lazymesh.roles.mesh import Mesh
-from lazymesh.roles.status import Parts, Starting, Status, export
+from lazymesh.roles.status import Parts, Starting, Status
 from lazymesh.roles.uninstall import take_out_everywhere
 from lazymesh.settings import CILIUM_INTERFACES
 from lazymesh.tasks import together
@@ -350,7 +351,7 @@ class Agent:
             },
             lambda on: setattr(parts.driver, "publish", control.publish if on else None),
         )
-        export(self._metrics, status, control, auditor.log)
+        export(self._metrics, Sources(status, control, auditor.log))
         parts.ipcaches.export(self._metrics)
         self._metrics.collect_counter(
             "lazymesh_unexpected_errors", "Errors that nobody expected; each is in the log", (),

@@ -8,19 +8,11 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any, cast
 
-import pytest
-
-from lazymesh.core.audit import AuditLog
 from lazymesh.core.model import Direction, Reason
 from lazymesh.errors import DatapathError
-from lazymesh.kvstore.config import parse_config
-from lazymesh.metrics import Metrics
-from lazymesh.roles.link import LinkConfig
-from lazymesh.roles.status import Parts, Starting, Status, certificates_of, export
-from tests.support.etcd import Authority
+from lazymesh.roles.status import Parts, Starting, Status
 
 if TYPE_CHECKING:
-    from lazymesh.roles.control import ControlServer
     from lazymesh.settings import AgentSettings
 
 
@@ -211,39 +203,6 @@ def test_store_that_does_not_come_back_has_its_latest_reason() -> None:
     assert status({"b": silent})._cluster("b")["problem"] == "the certificate has expired"
     back = link("ready", last_error="the certificate has expired")
     assert list(status({"b": back})._wrong()) == []
-
-
-def test_each_client_certificate_is_shown_once_however_many_clusters_have_it(tmp_path: Path) -> None:
-    """Behind a cache that is all of them; what cannot be read has no series, and status says why."""
-    pair = Authority(tmp_path / "ca").issue("remote")
-    words = "endpoints: ['https://{host}:1']\ncert-file: {cert}\nkey-file: {key}\n"
-    stores = [
-        parse_config(words.format(host=host, cert=cert, key=pair.key), str(tmp_path / host))
-        for host, cert in (("b", pair.cert), ("c", pair.cert), ("d", tmp_path / "none"))
-    ]
-    links = {
-        "b": SimpleNamespace(config=LinkConfig("b", stores[0])),
-        "c": SimpleNamespace(config=LinkConfig("c", stores[1], stores[2])),
-    }
-    (((path,), end),) = certificates_of(status(links))
-    assert path == str(pair.cert)
-    assert 0 < end - time.time() < 3 * 86_400
-
-
-@pytest.mark.parametrize(
-    ("name", "count"),
-    [
-        ("lazymesh_hold_answers_dropped_total", 3),
-        ("lazymesh_stream_lines_dropped_total", 4),
-        ("lazymesh_open_windows_forgotten_total", 5),
-    ],
-)
-def test_what_gets_lost_is_exported(name: str, count: int) -> None:
-    """Each is counted where it happens, and read at the scrape."""
-    metrics, control = Metrics(), SimpleNamespace(dropped=4)
-    export(metrics, status({}), cast("ControlServer", control), AuditLog(forgotten_total=5))
-    (family,) = metrics.registry.restricted_registry([name]).collect()
-    assert [sample.value for sample in family.samples] == [count]
 
 
 def test_line_of_a_cluster_names_its_store() -> None:
