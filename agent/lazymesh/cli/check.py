@@ -16,7 +16,7 @@ from lazymesh.settings import CILIUM_INTERFACES, DEFAULT_CLUSTERMESH_CONFIG
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator
 
-    from lazymesh.roles.finding import Finding
+    from lazymesh.roles.checkresult import CheckResult
 
 _MARKS = {"ok": ("ok", "green"), "warn": ("WARN", "yellow"), "fail": ("FAIL", "red")}
 
@@ -50,28 +50,28 @@ _MARKS = {"ok": ("ok", "green"), "warn": ("WARN", "yellow"), "fail": ("FAIL", "r
 @output_option
 def check(output: str, **options: Any) -> None:
     """Check kernel, headers, bcc, bpffs, Cilium, etcd and certificates. Exit 3 if a needed part is missing."""
-    configure_logging("text", "error")  # what is wrong is told by the findings
+    configure_logging("text", "error")  # what is wrong is told by the results
     directories = {"--clustermesh-config": options["clustermesh_config"]}
     if options["remote_config"] is not None:
         directories["--remote-config"] = options["remote_config"]
-    findings = check_node(options["bpffs"], directories, options["interface"], options["datapath"])
-    if asyncio.run(_run(findings, output)):
+    results = check_node(options["bpffs"], directories, options["interface"], options["datapath"])
+    if asyncio.run(_run(results, output)):
         raise SystemExit(3)
 
 
-async def _run(check: AsyncIterator[Finding], output: str) -> bool:
-    """Print findings as they come; tell whether one failed."""
-    failed, findings = False, []
-    async for finding in check:
-        failed |= finding.verdict == "fail"
-        findings.append({"name": finding.name, "verdict": finding.verdict, "text": finding.text})
+async def _run(check: AsyncIterator[CheckResult], output: str) -> bool:
+    """Print results as they come; tell whether one failed."""
+    failed, results = False, []
+    async for result in check:
+        failed |= result.verdict == "fail"
+        results.append({"name": result.name, "verdict": result.verdict, "text": result.text})
         if output == "table":
-            _show(finding)
+            _show(result)
     if output == "json":
-        print_json({"ok": not failed, "findings": findings})
+        print_json({"ok": not failed, "findings": results})
     return failed
 
 
-def _show(finding: Finding) -> None:
-    word, colour = _MARKS[finding.verdict]
-    click.echo(f"{click.style(f'{word:<5}', fg=colour)} {finding.name:<22} {finding.text}")
+def _show(result: CheckResult) -> None:
+    word, colour = _MARKS[result.verdict]
+    click.echo(f"{click.style(f'{word:<5}', fg=colour)} {result.name:<22} {result.text}")

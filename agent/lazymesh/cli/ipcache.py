@@ -12,7 +12,7 @@ from lazymesh.cli.output import output_option, print_json, print_table, print_wo
 from lazymesh.core.model import EntryFlag
 from lazymesh.errors import DatapathError, LazymeshError
 from lazymesh.roles.control import ask
-from lazymesh.roles.inspect import IpcacheView, Row
+from lazymesh.roles.ipcachereader import IpcacheReader, Row
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Collection
@@ -41,11 +41,11 @@ def list_(bpffs: Path, socket: Path, output: str) -> None:
 
     Stale are entries of ours whose cluster is silent; an agent knows, if there is one.
     """
-    view = _open(bpffs, _stale(socket))
+    reader = _open(bpffs, _stale(socket))
     if output == "json":
-        print_json({row.prefix: _as_json(row) for row in view.rows()})
+        print_json({row.prefix: _as_json(row) for row in reader.rows()})
         return
-    rows = list(view.rows())
+    rows = list(reader.rows())
     if not rows:
         print_words("No entries found.")
         return
@@ -84,12 +84,12 @@ def get(ip: str, bpffs: Path, socket: Path, output: str) -> None:
 @output_option
 def watch(bpffs: Path, interval: float, output: str) -> None:
     """Print what changes in the map, one line each, until interrupted."""
-    view = _open(bpffs)
+    reader = _open(bpffs)
     show: Callable[[str, Row], None] = _print_change_json if output == "json" else _print_change
-    known = {row.prefix: row for row in view.rows()}
+    known = {row.prefix: row for row in reader.rows()}
     while True:
         time.sleep(interval)
-        now = {row.prefix: row for row in view.rows()}
+        now = {row.prefix: row for row in reader.rows()}
         for prefix, row in now.items():
             if prefix not in known:
                 show("added", row)
@@ -107,9 +107,9 @@ def _address(text: str) -> str:
     return host if length == ("128" if ":" in host else "32") else text
 
 
-def _open(bpffs: Path, stale: Collection[str] = ()) -> IpcacheView:
+def _open(bpffs: Path, stale: Collection[str] = ()) -> IpcacheReader:
     try:
-        return IpcacheView.open(bpffs, stale)
+        return IpcacheReader.open(bpffs, stale)
     except DatapathError as exc:
         if isinstance(exc.__cause__, PermissionError):
             raise DatapathError(f"{exc}: that needs root") from exc

@@ -1,4 +1,4 @@
-"""Looks whether this node has what lazymesh needs, one finding at a time, and says what to do about what it lacks."""
+"""Looks whether this node has what lazymesh needs, one result at a time, and says what to do about what it lacks."""
 
 from __future__ import annotations
 
@@ -24,8 +24,8 @@ from lazymesh.errors import DatapathError, KvstoreError, LazymeshError
 from lazymesh.kvstore.certificate import certificate_facts
 from lazymesh.kvstore.client import EtcdClient
 from lazymesh.roles.checkcilium import check_cilium
+from lazymesh.roles.checkresult import CheckResult
 from lazymesh.roles.configdir import read_directory
-from lazymesh.roles.finding import Finding
 from lazymesh.settings import CILIUM_INTERFACES
 
 if TYPE_CHECKING:
@@ -47,24 +47,24 @@ async def check_node(
     directories: dict[str, Path],
     interfaces: tuple[str, ...] = CILIUM_INTERFACES,
     datapath: str = "auto",
-) -> AsyncIterator[Finding]:
-    """Yield a finding for every need: first the node's, then those of a Cilium on it, then each cluster's.
+) -> AsyncIterator[CheckResult]:
+    """Yield a result for every need: first the node's, then those of a Cilium on it, then each cluster's.
 
     directories: of clusters, by the option that names them.
     """
     for name, look in _NODE_CHECKS.items():
-        yield _found(name, look)
-    yield _found("capabilities", lambda: ", ".join(check_capabilities()))
-    yield _found("bpffs", lambda: _bpffs(bpffs))
-    yield _found("map layout", lambda: _layout(bpffs))
-    async for finding in check_cilium(bpffs, interfaces, datapath):
-        yield finding
+        yield _checked(name, look)
+    yield _checked("capabilities", lambda: ", ".join(check_capabilities()))
+    yield _checked("bpffs", lambda: _bpffs(bpffs))
+    yield _checked("map layout", lambda: _layout(bpffs))
+    async for result in check_cilium(bpffs, interfaces, datapath):
+        yield result
     room = asyncio.Semaphore(STORES_AT_A_TIME)
     found = [each for option, path in directories.items() for each in _clusters(path, option, room)]
-    waited_for = [each for each in found if not isinstance(each, Finding)]
+    waited_for = [each for each in found if not isinstance(each, CheckResult)]
     try:
         for each in found:
-            yield each if isinstance(each, Finding) else await each
+            yield each if isinstance(each, CheckResult) else await each
     finally:
         for task in waited_for:
             task.cancel()
@@ -73,35 +73,37 @@ async def check_node(
 
 def _clusters(
     directory: Path, option: str, room: asyncio.Semaphore
-) -> Iterator[Finding | asyncio.Task[Finding]]:
+) -> Iterator[CheckResult | asyncio.Task[CheckResult]]:
     """Look at a directory's files, and begin to ask their stores."""
     try:
         files = read_directory(directory, option)
     except LazymeshError as exc:
-        yield Finding("clustermesh", "fail", str(exc))
+        yield CheckResult("clustermesh", "fail", str(exc))
         return
     if not files and option == "--remote-config":
-        yield Finding(
+        yield CheckResult(
             "clustermesh", "ok", f"{directory} describes no cluster: none is read past a local cache"
         )
     elif not files:
-        yield Finding("clustermesh", "warn", f"{directory} describes no cluster: misses cannot be resolved")
+        yield CheckResult(
+            "clustermesh", "warn", f"{directory} describes no cluster: misses cannot be resolved"
+        )
     for cluster, file in files.items():
         if file.config is None:
-            yield Finding(f"cluster {cluster}", "fail", file.error or "no configuration")
+            yield CheckResult(f"cluster {cluster}", "fail", file.error or "no configuration")
             continue
         yield from _certificates(cluster, file.config)
         yield asyncio.create_task(_store(cluster, file.config, room))
 
 
-def _found(name: str, look: Callable[[], str]) -> Finding:
+def _checked(name: str, look: Callable[[], str]) -> CheckResult:
     try:
         text = look()
     except LazymeshError as exc:
-        return Finding(name, "fail", str(exc))
+        return CheckResult(name, "fail", str(exc))
     except OSError as exc:
-        return Finding(name, "fail", f"{exc.strerror}: run this as root, or in a privileged container")
-    return Finding(name, "warn" if text.startswith("warning: ") else "ok", text.removeprefix("warning: "))
+        return CheckResult(name, "fail", f"{exc.strerror}: run this as root, or in a privileged container")
+    return CheckResult(name, "warn" if text.startswith("warning: ") else "ok", text.removeprefix("warning: "))
 
 
 def _root() -> str:
@@ -191,30 +193,32 @@ def _layout(bpffs: Path) -> str:
     return f"{path}: {ipcache.view.words}, {ipcache.max_entries} entries"
 
 
-def _certificates(cluster: str, config: EtcdConfig) -> Iterator[Finding]:
+def _certificates(cluster: str, config: EtcdConfig) -> Iterator[CheckResult]:
     config = config.with_files_at_hand()
     for path in (config.ca_file, config.cert_file, config.key_file):
         if path is not None and not os.access(path, os.R_OK):
-            yield Finding(f"certificate {cluster}", "fail", f"cannot read {path}, named in {config.source}")
+            yield CheckResult(
+                f"certificate {cluster}", "fail", f"cannot read {path}, named in {config.source}"
+            )
             return
     if config.cert_file is None:
         return
     facts = certificate_facts(Path(config.cert_file).read_bytes())
     name = f"certificate {cluster}"
     if facts is None:
-        yield Finding(name, "fail", f"{config.cert_file} holds no certificate in PEM form")
+        yield CheckResult(name, "fail", f"{config.cert_file} holds no certificate in PEM form")
         return
     left = facts.not_after - datetime.now(UTC)
     text = f"{config.cert_file}: user {facts.common_name}, valid until {facts.not_after:%Y-%m-%d}"
     if left <= timedelta():
-        yield Finding(name, "fail", f"{text}: expired, renew it")
+        yield CheckResult(name, "fail", f"{text}: expired, renew it")
     else:
         soon = left < EXPIRY_WARNING
         why = f" (less than {EXPIRY_WARNING.days} days)" if soon else ""
-        yield Finding(name, "warn" if soon else "ok", f"{text}{why}")
+        yield CheckResult(name, "warn" if soon else "ok", f"{text}{why}")
 
 
-async def _store(cluster: str, config: EtcdConfig, room: asyncio.Semaphore) -> Finding:
+async def _store(cluster: str, config: EtcdConfig, room: asyncio.Semaphore) -> CheckResult:
     """Connect, read the cluster's description, and try what a miss would read."""
     name = f"cluster {cluster}"
     async with room, EtcdClient(config) as client:
@@ -225,7 +229,7 @@ async def _store(cluster: str, config: EtcdConfig, room: asyncio.Semaphore) -> F
             text = str(exc)
         except TimeoutError:
             text = f"no answer in {ETCD_TIMEOUT_S:.0f} s: {client.info.last_error or 'silence'}"
-        return Finding(name, "fail", text + await _about_names(config))
+        return CheckResult(name, "fail", text + await _about_names(config))
 
 
 async def _about_names(config: EtcdConfig) -> str:
@@ -243,15 +247,17 @@ async def _about_names(config: EtcdConfig) -> str:
     return ""
 
 
-async def _ask_store(name: str, cluster: str, client: EtcdClient) -> Finding:
+async def _ask_store(name: str, cluster: str, client: EtcdClient) -> CheckResult:
     found = await client.get(keys.cluster_config_key(cluster))
     endpoint = client.info.endpoint
     if found is None:
-        return Finding(name, "warn", f"{endpoint} answers, but holds no cluster-config of {cluster} yet")
+        return CheckResult(name, "warn", f"{endpoint} answers, but holds no cluster-config of {cluster} yet")
     try:
         described = decode_cluster_config(found.value)
     except RecordError as exc:
-        return Finding(name, "fail", f"{endpoint}: cluster-config of {cluster} is malformed: {exc.detail}")
+        return CheckResult(
+            name, "fail", f"{endpoint}: cluster-config of {cluster} is malformed: {exc.detail}"
+        )
     space = Space.CACHED if described.cached else Space.PULL_ONLY
     kind, role = ("local cache", "local") if described.cached else ("cluster's own store", "remote")
     try:
@@ -259,16 +265,16 @@ async def _ask_store(name: str, cluster: str, client: EtcdClient) -> Finding:
         identities = await _some(client, keys.identities_prefix(described.cached, cluster))
     except KvstoreError as exc:
         hint = f" (the certificate for a {kind} is `{role}`)" if exc.kind == "permission" else ""
-        return Finding(name, "fail", f"{exc}{hint}")
+        return CheckResult(name, "fail", f"{exc}{hint}")
     text = f"{endpoint}: id {described.cluster_id}, {kind}, may be read"
     if not identities:
-        return Finding(
+        return CheckResult(
             name,
             "warn",
             f"{text}, but holds no identities: every endpoint will be refused as unknown-identity;"
             " look into its clustermesh-apiserver",
         )
-    return Finding(name, "ok", text)
+    return CheckResult(name, "ok", text)
 
 
 async def _some(client: EtcdClient, prefix: bytes) -> bool:

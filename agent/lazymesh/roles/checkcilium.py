@@ -10,7 +10,7 @@ from lazymesh.datapath.interfaces import InterfaceSelection
 from lazymesh.datapath.maps import IpcacheMap
 from lazymesh.datapath.pins import PROGRAMS
 from lazymesh.errors import DatapathError
-from lazymesh.roles.finding import Finding
+from lazymesh.roles.checkresult import CheckResult
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Iterator
@@ -25,81 +25,83 @@ _STARTING = (
 
 async def check_cilium(
     bpffs: Path, interfaces: tuple[str, ...], datapath: str = "auto"
-) -> AsyncIterator[Finding]:
-    """Yield findings on Cilium's maps, its programs, and ours beside them; one if there is no Cilium."""
+) -> AsyncIterator[CheckResult]:
+    """Yield results on Cilium's maps, its programs, and ours beside them; one if there is no Cilium."""
     try:
         pinned = pinned_ipcaches(bpffs)
         async with NodeView(InterfaceSelection(interfaces)) as node:
             read = await node.ipcaches()
             chains, netkit = await node.chains(), await node.netkit()
     except (DatapathError, OSError) as exc:
-        yield Finding("cilium", "fail", f"cannot look at Cilium's maps and programs: {exc}")
+        yield CheckResult("cilium", "fail", f"cannot look at Cilium's maps and programs: {exc}")
         return
     if netkit:
-        yield Finding(
+        yield CheckResult(
             "interfaces",
             "fail",
             f"{_some(netkit)}: netkit devices, which lazymesh does not support yet; Cilium makes veth pairs with"
             " bpf.datapathMode=veth",
         )
     if pinned:
-        for finding in _maps(pinned, read):
-            yield finding
+        for result in _maps(pinned, read):
+            yield result
     else:
         none = f"no ipcache of Cilium's in {pins_directory(bpffs)}"
         if datapath == "cilium":
-            yield Finding(
+            yield CheckResult(
                 "cilium",
                 "fail",
                 f"{none}, for which the agent waits: does Cilium's start here, with this BPF file system?"
                 " --datapath standalone does without",
             )
         else:
-            yield Finding("cilium", "ok", f"{none}: lazymesh brings its own")
-    for finding in _order(chains, tcx_in_use=node.tcx_in_use):
-        yield finding
+            yield CheckResult("cilium", "ok", f"{none}: lazymesh brings its own")
+    for result in _order(chains, tcx_in_use=node.tcx_in_use):
+        yield result
 
 
-def _maps(pinned: dict[Path, int], read: frozenset[int]) -> Iterator[Finding]:
+def _maps(pinned: dict[Path, int], read: frozenset[int]) -> Iterator[CheckResult]:
     running = running_ipcache(pinned.values(), read)
     for path, map_id in pinned.items():
         name = f"cilium {path.name.removeprefix('cilium_')}"
         try:
             ipcache = IpcacheMap.pinned(path)
         except DatapathError as exc:
-            yield Finding(name, "fail", str(exc))
+            yield CheckResult(name, "fail", str(exc))
             continue
         text = f"map {map_id}: {ipcache.view.words}, {ipcache.max_entries} entries"
         ipcache.close()
         if running is not None and map_id < running:
             others = f"the running agent's is map {running}"
-            yield Finding(name, "warn", f"{text}; of another version of Cilium, {others}: it may be removed")
+            yield CheckResult(
+                name, "warn", f"{text}; of another version of Cilium, {others}: it may be removed"
+            )
         elif not read:
-            yield Finding(
+            yield CheckResult(
                 name, "warn", f"{text}; no program here reads it: do --interface or lxc+ match any pod's?"
             )
         elif map_id not in read:
             old = ", ".join(map(str, sorted(read)))
-            yield Finding(
+            yield CheckResult(
                 name, "warn", f"{text}; Cilium's programs still read map {old} instead: {_STARTING}"
             )
         elif len(read) > 1:
             old = ", ".join(map(str, sorted(read - {map_id})))
-            yield Finding(
+            yield CheckResult(
                 name, "warn", f"{text}; some of Cilium's programs still read map {old}: {_STARTING}"
             )
         else:
-            yield Finding(name, "ok", text)
+            yield CheckResult(name, "ok", text)
 
 
-def _order(chains: dict[str, list[Attachment]], *, tcx_in_use: bool) -> Iterator[Finding]:
+def _order(chains: dict[str, list[Attachment]], *, tcx_in_use: bool) -> Iterator[CheckResult]:
     """Say where our programs are, if they are anywhere."""
     ours = {name: [each.name in PROGRAMS for each in chain] for name, chain in chains.items()}
     carried = [name for name, places in ours.items() if any(places)]
     clsact = [name for name in carried if chains[name][ours[name].index(True)].style == "clsact"]
     behind = {name: chains[name][0].name for name in carried if not ours[name][0]}
     if tcx_in_use and clsact:
-        yield Finding(
+        yield CheckResult(
             "attachment",
             "fail",
             f"{_some(clsact)}: ours is a clsact filter, but Cilium is on tcx, which comes first and deletes filters of"
@@ -107,14 +109,14 @@ def _order(chains: dict[str, list[Attachment]], *, tcx_in_use: bool) -> Iterator
         )
     elif behind:
         name, first = next(iter(behind.items()))
-        yield Finding(
+        yield CheckResult(
             "attachment",
             "warn",
             f"{_some(list(behind))}: {first} is ahead of our program on {name}: what it decides"
             " we never see; the agent goes back to the front every few seconds",
         )
     elif carried:
-        yield Finding("attachment", "ok", f"our program is the first on {_some(carried)}")
+        yield CheckResult("attachment", "ok", f"our program is the first on {_some(carried)}")
 
 
 def _some(names: list[str]) -> str:

@@ -9,7 +9,7 @@ import pytest
 from click.testing import CliRunner
 
 from lazymesh.cli import check as module
-from lazymesh.roles.check import Finding
+from lazymesh.roles.checkresult import CheckResult
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator
@@ -21,10 +21,10 @@ def test_exit_code_is_3_only_if_a_need_is_missing(
 ) -> None:
     """A warning is no failure."""
 
-    async def findings(*_: object) -> AsyncIterator[Finding]:
-        yield Finding("bpffs", verdict, "words")
+    async def results(*_: object) -> AsyncIterator[CheckResult]:
+        yield CheckResult("bpffs", verdict, "words")
 
-    monkeypatch.setattr(module, "check_node", findings)
+    monkeypatch.setattr(module, "check_node", results)
     monkeypatch.setattr(module, "configure_logging", lambda *_: None)
     table = CliRunner().invoke(module.check)
     assert (table.exit_code, table.output.split()) == (

@@ -11,7 +11,7 @@ import pytest
 from click.testing import CliRunner
 
 from lazymesh.cli import ipcache as module
-from lazymesh.roles.inspect import Row
+from lazymesh.roles.ipcachereader import Row
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -39,7 +39,7 @@ class View:
 
 def invoke(monkeypatch: pytest.MonkeyPatch, view: View, *argv: str) -> tuple[int, str]:
     """Run the command on that view."""
-    monkeypatch.setattr(module.IpcacheView, "open", lambda _bpffs, _stale=(): view)
+    monkeypatch.setattr(module.IpcacheReader, "open", lambda _bpffs, _stale=(): view)
     result = CliRunner().invoke(module.ipcache, argv)
     return result.exit_code, result.stdout
 
@@ -71,7 +71,9 @@ def test_what_nobody_confirms_is_marked(monkeypatch: pytest.MonkeyPatch) -> None
 def test_an_agent_is_asked_what_is_stale_and_need_not_be_there(monkeypatch: pytest.MonkeyPatch) -> None:
     """The map is read without one."""
     asked = []
-    monkeypatch.setattr(module.IpcacheView, "open", lambda _bpffs, stale: asked.append(stale) or View([ROW]))
+    monkeypatch.setattr(
+        module.IpcacheReader, "open", lambda _bpffs, stale: asked.append(stale) or View([ROW])
+    )
     assert CliRunner().invoke(module.ipcache, ["list", "--socket", "/nowhere"]).exit_code == 0
     monkeypatch.setattr(module, "ask", lambda *_: iter([{"addresses": ["10.2.0.5"]}]))
     CliRunner().invoke(module.ipcache, ["list"])
@@ -100,7 +102,7 @@ def test_get_takes_an_address_as_the_list_has_it(
     """Of full length it is one; what is shorter is not."""
     seen: list[str] = []
     view = SimpleNamespace(get=lambda ip: seen.append(ip) or ROW)
-    monkeypatch.setattr(module.IpcacheView, "open", lambda *_: view)
+    monkeypatch.setattr(module.IpcacheReader, "open", lambda *_: view)
     result = CliRunner().invoke(module.ipcache, ["get", text, "-o", "json"])
     assert json.loads(result.output)["address"] == asked
     assert seen == [asked]

@@ -1,4 +1,4 @@
-"""What is looked at, and how findings are worded."""
+"""What is looked at, and how results are worded."""
 
 from __future__ import annotations
 
@@ -32,16 +32,16 @@ def fail(error: Exception) -> str:
         (PermissionError(1, "Operation not permitted"), "Operation not permitted: run this as root"),
     ],
 )
-def test_failure_is_a_finding(error: Exception, words: str) -> None:
+def test_failure_is_a_result(error: Exception, words: str) -> None:
     """Never a traceback."""
-    finding = check._found("x", lambda: fail(error))
-    assert (finding.verdict, finding.text.startswith(words)) == ("fail", True)
+    result = check._checked("x", lambda: fail(error))
+    assert (result.verdict, result.text.startswith(words)) == ("fail", True)
 
 
 def test_warning_is_told_apart() -> None:
     """By its first word."""
-    assert check._found("x", lambda: "warning: old").verdict == "warn"
-    assert check._found("x", lambda: "fine").verdict == "ok"
+    assert check._checked("x", lambda: "warning: old").verdict == "warn"
+    assert check._checked("x", lambda: "fine").verdict == "ok"
 
 
 def test_kernel_older_than_5_10_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -50,7 +50,7 @@ def test_kernel_older_than_5_10_is_refused(monkeypatch: pytest.MonkeyPatch) -> N
     for release, verdict in (("4.19.0-x", "fail"), ("5.9.16", "fail"), ("5.10.0-8", "ok"), ("10.1", "ok")):
         fields = (name.sysname, name.nodename, release, name.version, name.machine)
         monkeypatch.setattr(os, "uname", lambda fields=fields: os.uname_result(fields))
-        assert check._found("kernel", check._kernel).verdict == verdict
+        assert check._checked("kernel", check._kernel).verdict == verdict
 
 
 @pytest.mark.parametrize("has", [True, False])
@@ -60,11 +60,11 @@ def test_what_a_kernel_lacks_is_named_with_what_is_done_instead(
     """What is only slower is no warning."""
     for probe in ("has_lpm_batches", "has_tcx", "kernel_honours_noexist"):
         monkeypatch.setattr(check, probe, lambda: has)
-    hook, maps = check._found("hook", check._hook), check._found("kernel maps", check._maps)
+    hook, maps = check._checked("hook", check._hook), check._checked("kernel maps", check._maps)
     assert hook.verdict == maps.verdict == ("ok" if has else "warn")
     assert ("clsact" in hook.text, "one by one" in maps.text) == (not has, not has)
     monkeypatch.setattr(check, "kernel_honours_noexist", lambda: True)
-    assert check._found("kernel maps", check._maps).verdict == "ok"
+    assert check._checked("kernel maps", check._maps).verdict == "ok"
 
 
 def test_certificates_are_read_and_dated(tmp_path: Path) -> None:
@@ -73,13 +73,13 @@ def test_certificates_are_read_and_dated(tmp_path: Path) -> None:
     for expired, verdict in ((False, "warn"), (True, "fail")):
         pair = authority.issue("remote", expired=expired)
         text = f"endpoints: ['https://x:1']\ncert-file: {pair.cert}\nkey-file: {pair.key}\n"
-        (finding,) = check._certificates("b", parse_config(text, "file-b"))
-        assert finding.verdict == verdict
-        assert "user remote" in finding.text
-        assert finding.text.endswith("expired, renew it" if expired else "(less than 30 days)")
+        (result,) = check._certificates("b", parse_config(text, "file-b"))
+        assert result.verdict == verdict
+        assert "user remote" in result.text
+        assert result.text.endswith("expired, renew it" if expired else "(less than 30 days)")
     text = f"endpoints: ['https://x:1']\ncert-file: {tmp_path}/none\nkey-file: {pair.key}\n"
-    (finding,) = check._certificates("b", parse_config(text, "file-b"))
-    assert (finding.verdict, finding.text) == ("fail", f"cannot read {tmp_path}/none, named in file-b")
+    (result,) = check._certificates("b", parse_config(text, "file-b"))
+    assert (result.verdict, result.text) == ("fail", f"cannot read {tmp_path}/none, named in file-b")
 
 
 async def test_every_cluster_of_every_directory_is_asked(tmp_path: Path) -> None:
@@ -163,8 +163,8 @@ async def test_many_stores_are_asked_at_a_time_and_told_of_in_order(
             (tmp_path / name).write_text(f"endpoints: ['http://127.0.0.1:{port}']\n")
         (tmp_path / "a").write_text("endpoints: [")
         directories = {"--clustermesh-config": tmp_path}
-        findings = check.check_node(tmp_path, directories)
-        told = {each.name: time.monotonic() async for each in findings if each.name.startswith("cluster ")}
+        results = check.check_node(tmp_path, directories)
+        told = {each.name: time.monotonic() async for each in results if each.name.startswith("cluster ")}
     assert list(told) == [f"cluster {name}" for name in ("a", *names)]
     assert silence.most == check.STORES_AT_A_TIME
     assert told["cluster a"] + 0.4 < told["cluster c00"] < told[f"cluster {names[-1]}"] - 0.2

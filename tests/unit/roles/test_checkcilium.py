@@ -13,7 +13,7 @@ from lazymesh.roles import checkcilium as module
 from lazymesh.roles.checkcilium import check_cilium
 
 if TYPE_CHECKING:
-    from lazymesh.roles.finding import Finding
+    from lazymesh.roles.checkresult import CheckResult
 
 
 class FakeNode:
@@ -48,7 +48,7 @@ def look(monkeypatch: pytest.MonkeyPatch) -> Any:
 
     async def found(
         netkit: list[str], chains: dict[str, list[Attachment]] | None = None
-    ) -> dict[str, Finding]:
+    ) -> dict[str, CheckResult]:
         monkeypatch.setattr(module, "pinned_ipcaches", lambda _bpffs: {})
         monkeypatch.setattr(module, "NodeView", lambda _selection: FakeNode(netkit, chains or {}))
         return {each.name: each async for each in check_cilium(Path("/sys/fs/bpf"), ("lxc+",))}
@@ -58,12 +58,12 @@ def look(monkeypatch: pytest.MonkeyPatch) -> Any:
 
 async def test_netkit_devices_are_named_as_unsupported(look: Any) -> None:
     """The first few, and how many more; with what to do."""
-    finding = (await look([f"lxc{number}" for number in range(5)]))["interfaces"]
-    assert finding.verdict == "fail"
-    assert finding.text.startswith(
+    result = (await look([f"lxc{number}" for number in range(5)]))["interfaces"]
+    assert result.verdict == "fail"
+    assert result.text.startswith(
         "lxc0, lxc1, lxc2 and 2 more: netkit devices, which lazymesh does not support"
     )
-    assert "veth" in finding.text
+    assert "veth" in result.text
     assert "interfaces" not in await look([])
 
 
@@ -81,13 +81,13 @@ async def test_place_of_our_programs(look: Any) -> None:
     assert "attachment" not in await look([], {"lxc0": [theirs], "lxc1": []})
 
 
-async def test_what_cannot_be_looked_at_is_a_finding(monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_what_cannot_be_looked_at_is_a_result(monkeypatch: pytest.MonkeyPatch) -> None:
     """Without root, for one."""
 
     def refuse(_bpffs: Path) -> dict[Path, int]:
         raise DatapathError("cannot open it: Permission denied")
 
     monkeypatch.setattr(module, "pinned_ipcaches", refuse)
-    (finding,) = [each async for each in check_cilium(Path("/sys/fs/bpf"), ("lxc+",))]
-    assert finding.verdict == "fail"
-    assert "Permission denied" in finding.text
+    (result,) = [each async for each in check_cilium(Path("/sys/fs/bpf"), ("lxc+",))]
+    assert result.verdict == "fail"
+    assert "Permission denied" in result.text

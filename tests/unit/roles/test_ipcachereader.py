@@ -11,7 +11,7 @@ from lazymesh.core.model import Address, Entry, Network, parse_address
 from lazymesh.datapath.abi import OwnedEntry
 from lazymesh.datapath.maps import Standing
 from lazymesh.errors import SettingsError
-from lazymesh.roles.inspect import IpcacheView
+from lazymesh.roles.ipcachereader import IpcacheReader
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -52,44 +52,44 @@ class FakeJournal(dict[Address, OwnedEntry]):
         return self.get(address)
 
 
-def view(entries: dict[str, Entry], lines: dict[Address, OwnedEntry], cluster_id: int = 0) -> IpcacheView:
-    """Return a view of fakes."""
+def reader(entries: dict[str, Entry], lines: dict[Address, OwnedEntry], cluster_id: int = 0) -> IpcacheReader:
+    """Return a reader of fakes."""
     fake = cast("IpcacheMap", FakeMap(entries, cluster_id))
-    return IpcacheView(fake, cast("Journal", FakeJournal(lines)))
+    return IpcacheReader(fake, cast("Journal", FakeJournal(lines)))
 
 
 def test_entry_is_ours_while_it_is_what_the_journal_says() -> None:
     """The line before a replacement counts too; a stranger's entry under our line is the stranger's."""
     lines = {IP: OwnedEntry(OURS, THEIRS, 2)}
     for entry, owner in ((OURS, "lazymesh"), (THEIRS, "lazymesh"), (Entry(77), "other")):
-        (row,) = view({"10.2.0.5/32": entry}, lines).rows()
+        (row,) = reader({"10.2.0.5/32": entry}, lines).rows()
         assert (row.prefix, row.owner) == ("10.2.0.5/32", owner)
 
 
 def test_entry_in_the_map_of_cilium_is_ours_while_it_is_tagged() -> None:
     """There is no journal that could be asked: the value says it."""
     entries = {"10.2.0.5/32": Entry(131_073, encrypt_key=9), "10.2.0.6/32": OURS}
-    rows = IpcacheView(cast("IpcacheMap", FakeMap(entries))).rows()
+    rows = IpcacheReader(cast("IpcacheMap", FakeMap(entries))).rows()
     assert [row.owner for row in rows] == ["lazymesh", "other"]
 
 
 def test_prefixes_are_never_ours() -> None:
     """Not even one that starts with an address of ours."""
-    (row,) = view({"10.2.0.0/24": OURS}, {parse_address("10.2.0.0"): OwnedEntry(OURS, OURS, 2)}).rows()
+    (row,) = reader({"10.2.0.0/24": OURS}, {parse_address("10.2.0.0"): OwnedEntry(OURS, OURS, 2)}).rows()
     assert row.owner == "other"
 
 
 def test_cluster_id_of_a_key_is_shown() -> None:
     """As Cilium does, behind an @."""
-    (row,) = view({"10.2.0.0/24": OURS}, {}, 7).rows()
+    (row,) = reader({"10.2.0.0/24": OURS}, {}, 7).rows()
     assert row.prefix == "10.2.0.0/24@7"
 
 
 def test_get_asks_as_the_datapath_does() -> None:
     """Text that is no address is wrong usage."""
-    row = view({"fd00::5/128": THEIRS}, {}).get("fd00:0::5")
+    row = reader({"fd00::5/128": THEIRS}, {}).get("fd00:0::5")
     assert row is not None
     assert (row.prefix, row.tunnel_endpoint) == ("fd00::5", "0.0.0.0")
-    assert view({}, {}).get("10.2.0.5") is None
+    assert reader({}, {}).get("10.2.0.5") is None
     with pytest.raises(SettingsError):
-        view({}, {}).get("host")
+        reader({}, {}).get("host")

@@ -37,7 +37,7 @@ class Row:
     """It is ours, and served although its cluster does not confirm it now."""
 
 
-class IpcacheView:
+class IpcacheReader:
     """A look at the map that lazymesh serves, or would: its own, or the running Cilium agent's.
 
     In our own map an entry is ours while it is what the journal says, in Cilium's while it carries our tag.
@@ -52,7 +52,7 @@ class IpcacheView:
         self._stale = {parse_address(text) for text in stale}
 
     @classmethod
-    def open(cls, bpffs: Path, stale: Collection[str] = ()) -> IpcacheView:
+    def open(cls, bpffs: Path, stale: Collection[str] = ()) -> IpcacheReader:
         """Open the pins; DatapathError when there are none, or what they hold cannot be read."""
         pins = Pins.under(bpffs)
         if not os.access(pins.path(IPCACHE), os.F_OK) and (pinned := pinned_ipcaches(bpffs)):
