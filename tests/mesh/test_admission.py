@@ -72,7 +72,7 @@ def test_late_answers_let_fewer_misses_in_until_they_are_in_time_again(lab: Lab)
             proxy.delay(0.4)
             wait_until(lambda: metric(agent, "lazymesh_admitted_ratio") < 1, 30, "a smaller share")
             assert metric(agent, "lazymesh_admission_cuts_total", reason="latency") >= 1
-            assert any("is let in" in line for line in status(lab)["wrong"])
+            assert any("misses are throttled" in line for line in status(lab)["wrong"])
             refused = packets(agent, "suppressed_rate")
             wait_until(
                 lambda: packets(agent, "suppressed_rate") > refused + 50, 30, "misses that are not let in"

@@ -376,7 +376,7 @@ def secured(lab: Lab) -> Iterator[tuple[EtcdServer, Authority, Path]]:
 @pytest.mark.parametrize(
     ("kind", "words"),
     [
-        ("good", "may be read"),
+        ("good", "readable"),
         ("other authority", "certificate"),
         ("expired", "expired"),
         ("other user", "permission"),

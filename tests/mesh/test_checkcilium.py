@@ -39,14 +39,14 @@ def test_node_without_cilium(lab: Lab) -> None:
     """It is no failure."""
     verdict, text = findings(lab)["cilium"]
     assert verdict == "ok"
-    assert "lazymesh brings its own" in text
+    assert "lazymesh uses its own" in text
 
 
 def test_node_without_the_cilium_that_the_agent_insists_on(lab: Lab) -> None:
     """Said by whoever knows the agent's options; what is told of a Cilium that is there does not depend on it."""
     verdict, text = findings(lab, "--datapath", "cilium")["cilium"]
     assert verdict == "fail"
-    assert text.startswith(f"no ipcache of Cilium's in {lab.bpffs}/tc/globals, for which the agent waits")
+    assert text.startswith(f"no Cilium ipcache in {lab.bpffs}/tc/globals, which the agent waits for")
     assert findings(lab, "--datapath", "standalone") == findings(lab)
     with Cilium(lab):
         assert findings(lab, "--datapath", "cilium") == findings(lab)

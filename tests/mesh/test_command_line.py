@@ -172,7 +172,7 @@ def test_ipcache_get_is_the_longest_prefix_answer(lab: Lab, agent: AgentProcess)
     silent = lab.cli("ipcache", "get", ABSENT, "-o", "json", check=False)
     assert (silent.returncode, silent.stdout) == (1, "")
     bad = lab.cli("ipcache", "get", "10.2.0", check=False)
-    assert (bad.returncode, bad.stderr) == (2, "lazymesh: '10.2.0' is no IP address\n")
+    assert (bad.returncode, bad.stderr) == (2, "lazymesh: '10.2.0' is not an IP address\n")
 
 
 @pytest.mark.parametrize("words", [("list",), ("list", "-o", "json"), ("get", SERVER)], ids=" ".join)

@@ -279,7 +279,7 @@ def test_full_map_is_ciliums_also_from_what_an_earlier_life_left(lab: Lab) -> No
             ours.wait_ready()
             shown = status(lab)
             assert (shown["entries"]["owned"], shown["entries"]["stale"]) == (3, 3)
-            assert "3 entries are served as they were last known" in " ".join(shown["wrong"])
+            assert "3 entries are kept as last known" in " ".join(shown["wrong"])
             assert metric(ours, "lazymesh_entries_stale", target_cluster="id 2") == 3
             assert connect(pod, peers[0]) is not None
             cilium.upsert(peers[0])
@@ -332,7 +332,7 @@ def test_agent_that_waits_for_cilium_is_alive_and_says_so(lab: Lab) -> None:
         assert "lazymesh_build_info" in waiting.get("/metrics")
         screen = lab.cli("status", check=False)
         assert screen.returncode == 1
-        assert f"Not ready: {what}\nWRONG: nothing is resolved before Cilium" in screen.stdout
+        assert f"Not ready: {what}\nWRONG: nothing is resolved until Cilium" in screen.stdout
         answer = json.loads(lab.cli("status", "-o", "json", check=False).stdout)
         assert (answer["ready"], answer["notReady"], len(answer["wrong"])) == (False, what, 1)
         for words in (["audit"], ["config", "on-miss", "pass"]):

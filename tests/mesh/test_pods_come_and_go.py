@@ -126,6 +126,6 @@ def test_node_whose_pods_are_seen_by_no_program_is_told(lab: Lab, agent: AgentPr
     lab.unplug(pod)
     wait_until(lambda: status(lab)["wrong"] != [], 5, "it to be told")
     (line,) = status(lab)["wrong"]
-    assert line.startswith("no pod's interface carries the program")
+    assert line.startswith("not attached to any pod interface")
     lab.plug(pod)
     wait_until(lambda: status(lab)["wrong"] == [], 5, "a pod again")

@@ -54,7 +54,7 @@ def test_stale_entries_are_marked_everywhere_until_their_cluster_confirms_them(l
     assert owners(lab) == {KEPT: "lazymesh (stale)", REUSED: "lazymesh (stale)"}
     listed = json.loads(lab.cli("ipcache", "list", "-o", "json").stdout)
     assert listed[f"{KEPT}/32"]["stale"] is True
-    assert "2 entries are served as they were last known" in lab.cli("status", check=False).stdout
+    assert "2 entries are kept as last known" in lab.cli("status", check=False).stdout
     lab.etcd.start()
     lab.publish(REUSED, OTHER_IDENTITY)
     wait_identity(lab, REUSED, OTHER_IDENTITY, 40)

@@ -217,7 +217,7 @@ def test_agent_that_starts_while_etcd_is_away_keeps_the_known_peers(lab: Lab) ->
     agent = lab.start_agent()
     shown = status(lab)
     assert (shown["clusters"][0]["state"], shown["entries"]["stale"]) == ("silent", 2)
-    assert "2 entries are served as they were last known: their cluster (id 2)" in " ".join(shown["wrong"])
+    assert "2 entries are kept as last known: their cluster (id 2)" in " ".join(shown["wrong"])
     assert set(entries(lab)) == {kept, deleted}
     assert connect(lab.pods[0].namespace, kept) is not None, "the policy map was kept too"
     lab.etcd.start()

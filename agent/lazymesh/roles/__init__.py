@@ -1,1 +1,1 @@
-"""The imperative shells: one file per process role, and the parts they are made of."""
+"""The imperative shells: one file per process role, and the parts that the roles are made of."""

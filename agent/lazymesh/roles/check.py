@@ -1,4 +1,4 @@
-"""Looks whether this node has what lazymesh needs, one result at a time, and says what to do about what it lacks."""
+"""Checks one by one what lazymesh needs of this node, and says what to do about what is missing."""
 
 from __future__ import annotations
 
@@ -37,9 +37,9 @@ OLDEST_KERNEL = (5, 10)
 EXPIRY_WARNING = timedelta(days=30)
 ETCD_TIMEOUT_S = 5.0
 CILIUM_NAMES = ".mesh.cilium.io"
-"""What Cilium calls the stores of clusters that are given by their addresses; no DNS knows it."""
+"""Domain under which Cilium names the stores of clusters that are given by address; it is not in any DNS."""
 STORES_AT_A_TIME = 16
-"""Those that do not answer would otherwise be waited for one after the other."""
+"""Stores that do not answer would otherwise be waited for one after another."""
 
 
 async def check_node(
@@ -50,7 +50,7 @@ async def check_node(
 ) -> AsyncIterator[CheckResult]:
     """Yield a result for every need: first the node's, then those of a Cilium on it, then each cluster's.
 
-    directories: of clusters, by the option that names them.
+    directories: with the clusters' files, by the option that names them.
     """
     for name, look in _NODE_CHECKS.items():
         yield _checked(name, look)
@@ -74,7 +74,7 @@ async def check_node(
 def _clusters(
     directory: Path, option: str, room: asyncio.Semaphore
 ) -> Iterator[CheckResult | asyncio.Task[CheckResult]]:
-    """Look at a directory's files, and begin to ask their stores."""
+    """Check a directory's files, and start to check their stores."""
     try:
         files = read_directory(directory, option)
     except LazymeshError as exc:
@@ -82,11 +82,13 @@ def _clusters(
         return
     if not files and option == "--remote-config":
         yield CheckResult(
-            "clustermesh", "ok", f"{directory} describes no cluster: none is read past a local cache"
+            "clustermesh",
+            "ok",
+            f"{directory} has no cluster file: no store is read directly, past a local cache",
         )
     elif not files:
         yield CheckResult(
-            "clustermesh", "warn", f"{directory} describes no cluster: misses cannot be resolved"
+            "clustermesh", "warn", f"{directory} has no cluster file: misses cannot be resolved"
         )
     for cluster, file in files.items():
         if file.config is None:
@@ -108,7 +110,7 @@ def _checked(name: str, look: Callable[[], str]) -> CheckResult:
 
 def _root() -> str:
     if os.geteuid() != 0:
-        raise LazymeshError("not root: the agent must be (sudo, or a privileged container)")
+        raise LazymeshError("not root, which the agent needs: use sudo, or a privileged container")
     return "root"
 
 
@@ -116,20 +118,20 @@ def _kernel() -> str:
     release = os.uname().release
     version = tuple(int(n) for n in re.findall(r"\d+", release)[:2])
     if version < OLDEST_KERNEL:
-        raise LazymeshError(f"kernel {release} is too old: 5.10 is the oldest that lazymesh supports")
+        raise LazymeshError(f"kernel {release} is too old: lazymesh needs 5.10 or later")
     return release
 
 
 def _headers() -> str:
     headers = find_headers()
-    return f"{headers.source}" + ("" if headers.running else f" (of {headers.release}; good enough)")
+    return f"{headers.source}" + ("" if headers.running else f" (of {headers.release}, which will do)")
 
 
 def _bcc() -> str:
     if importlib.util.find_spec("bcc") is None:
         raise LazymeshError(
             "the Python package bcc is missing: install python3-bpfcc, and run lazymesh from an environment"
-            " made with `/usr/bin/python3 -m venv --system-site-packages`"
+            " made by `/usr/bin/python3 -m venv --system-site-packages`"
         )
     return "installed"
 
@@ -140,12 +142,12 @@ def _libbpf() -> str:
 
 
 def _maps() -> str:
-    batches = "" if has_lpm_batches() else "; LPM tries are written one by one (batches came with 5.13)"
+    batches = "" if has_lpm_batches() else "; LPM tries are written one by one (batches need 5.13)"
     if kernel_honours_noexist():
         return f"conditional writes to the ipcache work{batches}"
     return (
         "warning: this kernel ignores BPF_NOEXIST on LPM tries; a guarded fallback is used"
-        f" (fixed in 6.13 and later stable releases){batches}"
+        f" (fixed in 6.13 and in later stable releases){batches}"
     )
 
 
@@ -153,8 +155,8 @@ def _hook() -> str:
     if has_tcx():
         return "tcx links"
     return (
-        "warning: clsact filters, as this kernel has no tcx (it came with 6.6): a Cilium that loads its programs anew"
-        " deletes them, and they are put back within milliseconds"
+        "warning: clsact filters, as this kernel has no tcx (which needs 6.6): a Cilium that reloads its programs"
+        " deletes them, and the agent restores them within milliseconds"
     )
 
 
@@ -162,10 +164,10 @@ def _holding() -> str:
     try:
         udp_gso = try_tap()
     except DatapathError as exc:
-        return f"warning: missed packets cannot be held, and are passed on as world instead: {exc}"
+        return f"warning: missed packets cannot be held, and pass as world instead: {exc}"
     if udp_gso:
         return "missed packets can be held"
-    return "warning: missed packets can be held, but not UDP segments (UDP GSO), which Linux 6.2 is the first to allow"
+    return "warning: missed packets can be held, except for UDP segments (UDP GSO), which need Linux 6.2"
 
 
 _NODE_CHECKS: dict[str, Callable[[], str]] = {
@@ -188,7 +190,7 @@ def _bpffs(bpffs: Path) -> str:
 def _layout(bpffs: Path) -> str:
     path = Pins.under(bpffs).path(IPCACHE)
     if not path.exists():
-        return "no ipcache of our own: the agent makes it, unless it works beside Cilium"
+        return "lazymesh has no ipcache of its own: the agent makes one, unless it works beside Cilium"
     ipcache = IpcacheMap.pinned(path)
     return f"{path}: {ipcache.view.words}, {ipcache.max_entries} entries"
 
@@ -206,7 +208,7 @@ def _certificates(cluster: str, config: EtcdConfig) -> Iterator[CheckResult]:
     facts = certificate_facts(Path(config.cert_file).read_bytes())
     name = f"certificate {cluster}"
     if facts is None:
-        yield CheckResult(name, "fail", f"{config.cert_file} holds no certificate in PEM form")
+        yield CheckResult(name, "fail", f"{config.cert_file} does not contain a certificate in PEM format")
         return
     left = facts.not_after - datetime.now(UTC)
     text = f"{config.cert_file}: user {facts.common_name}, valid until {facts.not_after:%Y-%m-%d}"
@@ -219,7 +221,7 @@ def _certificates(cluster: str, config: EtcdConfig) -> Iterator[CheckResult]:
 
 
 async def _store(cluster: str, config: EtcdConfig, room: asyncio.Semaphore) -> CheckResult:
-    """Connect, read the cluster's description, and try what a miss would read."""
+    """Connect, read the cluster's own configuration record, and try what a miss would read."""
     name = f"cluster {cluster}"
     async with room, EtcdClient(config) as client:
         try:
@@ -233,16 +235,16 @@ async def _store(cluster: str, config: EtcdConfig, room: asyncio.Semaphore) -> C
 
 
 async def _about_names(config: EtcdConfig) -> str:
-    """Say what to do about a name that only the pods know to which Cilium's chart gives it as a host alias."""
+    """Say what to do about a name that exists only as a host alias in the pods of Cilium's chart."""
     for endpoint in config.endpoints:
         if endpoint.address is None and endpoint.host.endswith(CILIUM_NAMES):
             try:
                 async with asyncio.timeout(ETCD_TIMEOUT_S):
                     await asyncio.get_running_loop().getaddrinfo(endpoint.host, endpoint.port)
-            except OSError:  # a TimeoutError is one, too
+            except OSError:  # a TimeoutError is one
                 return (
-                    f"; {endpoint.host} has no address here: Cilium's chart gives such names to its own pods, give them"
-                    " to this one by the value clustermesh.hostAliases (docs/install.md)"
+                    f"; {endpoint.host} has no address here: Cilium's chart gives such names to its own pods only; set"
+                    " clustermesh.hostAliases in lazymesh's values, too (docs/install.md)"
                 )
     return ""
 
@@ -251,7 +253,7 @@ async def _ask_store(name: str, cluster: str, client: EtcdClient) -> CheckResult
     found = await client.get(keys.cluster_config_key(cluster))
     endpoint = client.info.endpoint
     if found is None:
-        return CheckResult(name, "warn", f"{endpoint} answers, but holds no cluster-config of {cluster} yet")
+        return CheckResult(name, "warn", f"{endpoint} answers, but has no cluster-config of {cluster} yet")
     try:
         described = decode_cluster_config(found.value)
     except RecordError as exc:
@@ -264,20 +266,20 @@ async def _ask_store(name: str, cluster: str, client: EtcdClient) -> CheckResult
         await client.get(keys.ip_key(space, bytes(4), cluster))
         identities = await _some(client, keys.identities_prefix(described.cached, cluster))
     except KvstoreError as exc:
-        hint = f" (the certificate for a {kind} is `{role}`)" if exc.kind == "permission" else ""
+        hint = f" (a {kind} takes the certificate of user `{role}`)" if exc.kind == "permission" else ""
         return CheckResult(name, "fail", f"{exc}{hint}")
-    text = f"{endpoint}: id {described.cluster_id}, {kind}, may be read"
+    text = f"{endpoint}: id {described.cluster_id}, {kind}, readable"
     if not identities:
         return CheckResult(
             name,
             "warn",
-            f"{text}, but holds no identities: every endpoint will be refused as unknown-identity;"
-            " look into its clustermesh-apiserver",
+            f"{text}, but has no identities: every endpoint will be refused as unknown-identity;"
+            " check its clustermesh-apiserver",
         )
     return CheckResult(name, "ok", text)
 
 
 async def _some(client: EtcdClient, prefix: bytes) -> bool:
-    """Tell whether a prefix has keys."""
+    """Return whether a prefix has any keys."""
     async with aclosing(client.list_prefix(prefix, page=1)) as pages:
         return bool((await anext(pages)).items)

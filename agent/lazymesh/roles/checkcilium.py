@@ -1,4 +1,4 @@
-"""Looks at a Cilium on this node as the agent would: which ipcache counts, whose programs come first."""
+"""Checks a Cilium on this node as the agent would: which ipcache is in use, which programs come first."""
 
 from __future__ import annotations
 
@@ -18,44 +18,42 @@ if TYPE_CHECKING:
 
     from lazymesh.datapath.hooks import Attachment
 
-_STARTING = (
-    "while its agent starts this is as it should be, for a minute or two; if it stays, restart that agent"
-)
+_STARTING = "expected for a minute or two while Cilium's agent starts; if it lasts, restart that agent"
 
 
 async def check_cilium(
     bpffs: Path, interfaces: tuple[str, ...], datapath: str = "auto"
 ) -> AsyncIterator[CheckResult]:
-    """Yield results on Cilium's maps, its programs, and ours beside them; one if there is no Cilium."""
+    """Yield results for Cilium's maps, its programs and ours beside them; a single one if there is no Cilium."""
     try:
         pinned = pinned_ipcaches(bpffs)
         async with NodeView(InterfaceSelection(interfaces)) as node:
             read = await node.ipcaches()
             chains, netkit = await node.chains(), await node.netkit()
     except (DatapathError, OSError) as exc:
-        yield CheckResult("cilium", "fail", f"cannot look at Cilium's maps and programs: {exc}")
+        yield CheckResult("cilium", "fail", f"cannot read Cilium's maps and programs: {exc}")
         return
     if netkit:
         yield CheckResult(
             "interfaces",
             "fail",
-            f"{_some(netkit)}: netkit devices, which lazymesh does not support yet; Cilium makes veth pairs with"
+            f"{_some(netkit)}: netkit devices, which lazymesh does not support yet; have Cilium make veth pairs with"
             " bpf.datapathMode=veth",
         )
     if pinned:
         for result in _maps(pinned, read):
             yield result
     else:
-        none = f"no ipcache of Cilium's in {pins_directory(bpffs)}"
+        none = f"no Cilium ipcache in {pins_directory(bpffs)}"
         if datapath == "cilium":
             yield CheckResult(
                 "cilium",
                 "fail",
-                f"{none}, for which the agent waits: does Cilium's start here, with this BPF file system?"
-                " --datapath standalone does without",
+                f"{none}, which the agent waits for: check that Cilium's agent starts here, with this BPF file system,"
+                " or use --datapath standalone",
             )
         else:
-            yield CheckResult("cilium", "ok", f"{none}: lazymesh brings its own")
+            yield CheckResult("cilium", "ok", f"{none}: lazymesh uses its own")
     for result in _order(chains, tcx_in_use=node.tcx_in_use):
         yield result
 
@@ -74,11 +72,13 @@ def _maps(pinned: dict[Path, int], read: frozenset[int]) -> Iterator[CheckResult
         if running is not None and map_id < running:
             others = f"the running agent's is map {running}"
             yield CheckResult(
-                name, "warn", f"{text}; of another version of Cilium, {others}: it may be removed"
+                name, "warn", f"{text}; left by another version of Cilium ({others}): it can be removed"
             )
         elif not read:
             yield CheckResult(
-                name, "warn", f"{text}; no program here reads it: do --interface or lxc+ match any pod's?"
+                name,
+                "warn",
+                f"{text}; no program on this node reads it: check that --interface matches the pods' interfaces",
             )
         elif map_id not in read:
             old = ", ".join(map(str, sorted(read)))
@@ -95,7 +95,7 @@ def _maps(pinned: dict[Path, int], read: frozenset[int]) -> Iterator[CheckResult
 
 
 def _order(chains: dict[str, list[Attachment]], *, tcx_in_use: bool) -> Iterator[CheckResult]:
-    """Say where our programs are, if they are anywhere."""
+    """Yield where in the chains our programs are, if they are attached at all."""
     ours = {name: [each.name in PROGRAMS for each in chain] for name, chain in chains.items()}
     carried = [name for name, places in ours.items() if any(places)]
     clsact = [name for name in carried if chains[name][ours[name].index(True)].style == "clsact"]
@@ -104,16 +104,16 @@ def _order(chains: dict[str, list[Attachment]], *, tcx_in_use: bool) -> Iterator
         yield CheckResult(
             "attachment",
             "fail",
-            f"{_some(clsact)}: ours is a clsact filter, but Cilium is on tcx, which comes first and deletes filters of"
-            " others: restart the agent without --attach clsact",
+            f"{_some(clsact)}: our program is a clsact filter, but Cilium uses tcx, which comes first, and deletes the"
+            " filters of others: restart the agent without --attach clsact",
         )
     elif behind:
         name, first = next(iter(behind.items()))
         yield CheckResult(
             "attachment",
             "warn",
-            f"{_some(list(behind))}: {first} is ahead of our program on {name}: what it decides"
-            " we never see; the agent goes back to the front every few seconds",
+            f"{_some(list(behind))}: {first} is ahead of our program on {name}, which does not see"
+            " what that one decides; the agent moves ours back to the front every few seconds",
         )
     elif carried:
         yield CheckResult("attachment", "ok", f"our program is the first on {_some(carried)}")

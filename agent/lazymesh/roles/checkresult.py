@@ -1,4 +1,4 @@
-"""What a check says."""
+"""What a check finds."""
 
 from __future__ import annotations
 
@@ -7,10 +7,10 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True, slots=True)
 class CheckResult:
-    """One line of the check."""
+    """One line of ``lazymesh check``."""
 
     name: str
     verdict: str
     """``ok``, ``warn`` or ``fail``."""
     text: str
-    """What was found, and for warn and fail what to do."""
+    """What was found; for warn and fail also what to do."""

@@ -1,7 +1,7 @@
-"""The agent's control socket: one JSON object asks, one answers; a stream answers with one a line until someone leaves.
+"""The agent's control socket: one JSON object asks, one answers; a stream sends one per line until either side leaves.
 
-Requests: ``{"ask": "misses"}`` for the stream, else whatever the agent answers (``status``, ``audit``, ``on-miss``),
-with arguments beside it. Only root can open the socket.
+Requests: ``{"ask": "misses"}`` for the stream, otherwise one of the agent's answers (``status``, ``audit``,
+``on-miss``), with arguments beside it. Only root can open the socket.
 """
 
 from __future__ import annotations
@@ -21,16 +21,16 @@ if TYPE_CHECKING:
     from pathlib import Path
 
 Answer = Callable[[dict[str, Any]], dict[str, Any] | Awaitable[dict[str, Any]]]
-"""Takes the request, returns the object to send; one that takes long to make is awaited."""
+"""Takes the request and returns the object to send; an object that takes long to make is awaited."""
 
 LIMIT_S = 10.0
-"""So long one side waits for the other: a command for its answer, the agent until it has asked and taken that."""
+"""How long each side waits for the other: a command for its answer, the agent for the request and the answer taken."""
 STREAM_BACKLOG = 10_000
-"""Lines kept for a reader that is slower than the misses; beyond, the newest are dropped and counted."""
+"""Lines kept for a reader that is slower than the misses; beyond that the newest are dropped and counted."""
 
 
 class ControlServer:
-    """Serves status and the stream of misses."""
+    """Serves the agent's answers and the stream of misses."""
 
     def __init__(
         self,
@@ -38,17 +38,17 @@ class ControlServer:
         answers: Mapping[str, Answer],
         streaming: Callable[[bool], None] = lambda _on: None,
     ) -> None:
-        """``streaming`` is called with True when the first reader of misses comes, False when the last has left."""
+        """Streaming: called with True when the first reader of misses arrives, with False when the last one left."""
         self._path = path
         self._answers = answers
         self._streaming = streaming
         self._streams: set[asyncio.Queue[str]] = set()
         self._server: asyncio.Server | None = None
         self.dropped = 0
-        """Stream lines that a slow reader never got."""
+        """Lines of the stream that slow readers never got."""
 
     async def start(self) -> None:
-        """Listen; LazymeshError when somebody else does already, or nobody can there."""
+        """Listen; LazymeshError if another agent does already, or the path cannot be used."""
         try:
             self._path.parent.mkdir(parents=True, exist_ok=True)
             if await self._is_taken():
@@ -57,9 +57,9 @@ class ControlServer:
                 )
             if self._path.exists() and not self._path.is_socket():
                 raise LazymeshError(
-                    f"cannot listen on {self._path}: what is there is no socket; remove it, or choose another --socket"
+                    f"cannot listen on {self._path}: it is not a socket; remove it, or choose another --socket"
                 )
-            # What a dead agent has left is replaced: asyncio does so, if it is a socket.
+            # The socket that a dead agent left is replaced: asyncio does that.
             self._server = await asyncio.start_unix_server(self._serve, self._path)
             self._path.chmod(0o600)
         except OSError as exc:
@@ -75,13 +75,13 @@ class ControlServer:
                 self._path.unlink()
 
     def use(self, answers: Mapping[str, Answer], streaming: Callable[[bool], None]) -> None:
-        """Answer with these from now on; who streams misses already goes on with it."""
+        """Answer with these from now on; streams of misses that are open continue."""
         self._answers, self._streaming = answers, streaming
         if self._streams:
             streaming(True)
 
     def publish(self, line: dict[str, Any]) -> None:
-        """Send one object to everyone who streams misses."""
+        """Send one object to every reader of misses."""
         text = json.dumps(line)
         for queue in self._streams:
             try:
@@ -98,7 +98,7 @@ class ControlServer:
         return True
 
     async def _serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        # What is drained is the kernel's then, and closing waits for nobody.
+        # Then what is drained has been handed to the kernel, and closing waits for no reader.
         writer.transport.set_write_buffer_limits(0)
         try:
             async with asyncio.timeout(LIMIT_S) as limit:
@@ -115,7 +115,7 @@ class ControlServer:
             writer.transport.abort()
 
     async def _answer(self, request: dict[str, Any]) -> dict[str, Any]:
-        """Return the object that answers a request; words when it makes no sense, or cannot be answered."""
+        """Return the object that answers a request; an ``error`` if it makes no sense or cannot be answered."""
         answer = self._answers.get(str(request.get("ask")))
         if answer is None:
             return {"error": f"ask for misses, {', '.join(sorted(self._answers))}"}
@@ -150,7 +150,7 @@ class ControlServer:
 
 
 async def _encode(answer: dict[str, Any]) -> bytes:
-    """Return an object as a line of JSON; its lists may have thousands of elements, and are made in pieces."""
+    """Return an object as a line of JSON; lists, which may have thousands of elements, are encoded in pieces."""
     texts = []
     for name, value in answer.items():
         text = await _encode_list(value) if isinstance(value, list) else json.dumps(value)
@@ -165,13 +165,13 @@ async def _encode_list(values: list[Any]) -> str:
 
 
 async def _left(reader: asyncio.StreamReader) -> None:
-    """Return when the other side has left; what it says until then is of no interest, and not kept."""
+    """Return when the other side has left; what it sends until then is ignored and not kept."""
     while await reader.read(65_536):
         pass
 
 
 async def read_request(reader: asyncio.StreamReader) -> dict[str, Any] | None:
-    """Read what somebody asks for; an empty object for what makes no sense, None if nothing was asked."""
+    """Read a request; an empty object for what makes no sense, None if the other side left without one."""
     try:
         line = await reader.readline()
         request = json.loads(line) if line else None
@@ -181,9 +181,9 @@ async def read_request(reader: asyncio.StreamReader) -> dict[str, Any] | None:
 
 
 def ask(path: Path, what: str, **arguments: object) -> Iterator[dict[str, Any]]:
-    """Ask the agent behind a socket; yields its answer, or the objects of a stream as they come: one at least.
+    """Ask the agent behind a socket; yield its answer, or the objects of a stream as they arrive: at least one.
 
-    LazymeshError when nobody answers, or with the words of an agent that cannot.
+    LazymeshError if there is no answer, or with the message of an agent that cannot answer.
     """
     with socket.socket(socket.AF_UNIX) as sock:
         sock.settimeout(LIMIT_S)
@@ -191,7 +191,7 @@ def ask(path: Path, what: str, **arguments: object) -> Iterator[dict[str, Any]]:
             sock.connect(str(path))
         except PermissionError as exc:
             raise LazymeshError(f"cannot reach the agent on {path}: that needs root") from exc
-        except BlockingIOError as exc:  # so many wait already that the kernel takes no more
+        except BlockingIOError as exc:  # the kernel queues no more connections
             raise _hangs(path) from exc
         except OSError as exc:
             raise LazymeshError(
@@ -203,7 +203,7 @@ def ask(path: Path, what: str, **arguments: object) -> Iterator[dict[str, Any]]:
             with sock.makefile("r", encoding="utf-8") as lines:
                 for line in lines:
                     answered = True
-                    sock.settimeout(None)  # the next line of a stream comes when something happens
+                    sock.settimeout(None)  # the next line of a stream arrives when something happens
                     answer = json.loads(line)
                     if "error" in answer:
                         raise LazymeshError(answer["error"])
@@ -212,14 +212,16 @@ def ask(path: Path, what: str, **arguments: object) -> Iterator[dict[str, Any]]:
             raise _hangs(path) from exc
         except (OSError, ValueError) as exc:
             raise LazymeshError(
-                f"the agent behind {path} broke off in the middle of its answer: {exc}"
+                f"the agent behind {path} stopped in the middle of its answer: {exc}"
             ) from exc
         if not answered:
-            raise LazymeshError(f"the agent behind {path} left without an answer: it is about to stop")
+            raise LazymeshError(
+                f"the agent behind {path} closed the connection without an answer: it is about to stop"
+            )
 
 
 def _hangs(path: Path) -> LazymeshError:
     return LazymeshError(
-        f"the agent behind {path} does not answer: it hangs, or has no time; if that lasts, look into its log and"
-        " start it anew"
+        f"the agent behind {path} does not answer: it hangs or is overloaded; if that lasts, read its log and"
+        " restart it"
     )

@@ -1,4 +1,4 @@
-"""Reads the ipcache for people; needs no agent and writes nothing."""
+"""Reads the ipcache for ``lazymesh ipcache``; needs no agent and writes nothing."""
 
 from __future__ import annotations
 
@@ -34,35 +34,35 @@ class Row:
     owner: str
     """``lazymesh`` or ``other``."""
     stale: bool = False
-    """It is ours, and served although its cluster does not confirm it now."""
+    """It is lazymesh's, and in use although its cluster does not confirm it now."""
 
 
 class IpcacheReader:
-    """A look at the map that lazymesh serves, or would: its own, or the running Cilium agent's.
+    """Reads the map that lazymesh writes, or would: its own, or the running Cilium agent's.
 
-    In our own map an entry is ours while it is what the journal says, in Cilium's while it carries our tag.
+    In our own map an entry is ours while it equals what the journal says, in Cilium's while it carries our tag.
     """
 
     def __init__(
         self, ipcache: IpcacheMap, journal: Journal | None = None, stale: Collection[str] = ()
     ) -> None:
-        """Journal: of our own map; None: the map is Cilium's. Stale: addresses of which an agent says so."""
+        """Journal: that of our own map, or None for Cilium's. Stale: addresses that the agent reports as stale."""
         self._ipcache = ipcache
         self._journal = journal
         self._stale = {parse_address(text) for text in stale}
 
     @classmethod
     def open(cls, bpffs: Path, stale: Collection[str] = ()) -> IpcacheReader:
-        """Open the pins; DatapathError when there are none, or what they hold cannot be read."""
+        """Open the pinned maps; DatapathError if there are none, or they cannot be read."""
         pins = Pins.under(bpffs)
         if not os.access(pins.path(IPCACHE), os.F_OK) and (pinned := pinned_ipcaches(bpffs)):
-            # Each start of an agent makes a new map, and ids count up: the youngest is the running agent's.
+            # Each start of Cilium's agent makes a new map, and ids only grow: the highest is the running agent's.
             path = max(pinned, key=pinned.__getitem__)
             return cls(IpcacheMap.pinned(path, TAG, read_only=True), None, stale)
         return cls(IpcacheMap.pinned(pins.path(IPCACHE)), Journal(open_map(pins.path(JOURNAL))), stale)
 
     def rows(self) -> Iterator[Row]:
-        """Yield every entry in the map's order."""
+        """Yield every entry, in the map's order."""
         lines = {} if self._journal is None else dict(self._journal.items())
         for network, cluster_id, standing in self._ipcache.items():
             address = network.network_address.packed if network.num_addresses == 1 else None
@@ -70,11 +70,11 @@ class IpcacheReader:
             yield self._row(prefix, standing, lines.get(address) if address else None, address)
 
     def get(self, text: str) -> Row | None:
-        """Return the longest-prefix answer for an address; SettingsError if the text is none."""
+        """Return the longest-prefix match for an address; SettingsError if the text is not an address."""
         try:
             address = parse_address(text)
         except ValueError as exc:
-            raise SettingsError(f"{text!r} is no IP address") from exc
+            raise SettingsError(f"{text!r} is not an IP address") from exc
         standing = self._ipcache.stands(address)
         if standing is None:
             return None

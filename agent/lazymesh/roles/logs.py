@@ -1,4 +1,4 @@
-"""Structured logs on stderr, for people (text) or for machines (one JSON object a line)."""
+"""Structured logs on stderr, for people (text) or for machines (one JSON object per line)."""
 
 from __future__ import annotations
 
@@ -15,14 +15,14 @@ if TYPE_CHECKING:
 
 
 class LogSink:
-    """A file descriptor for lines that may be lost: a full disk or a reader that hangs must not stop who logs.
+    """A file descriptor for lines that may be lost: a full disk or a reader that hangs must not stop the agent.
 
-    Without a buffer, since what is left in one fails again at the process's end.
+    It has no buffer, since what is left in one would fail again when the process exits.
     """
 
     def __init__(self, fd: int) -> None:
         self.lost = 0
-        """Lines that could not be written, at least not whole."""
+        """Lines that could not be written, or not completely."""
         self._fd = fd
         self._room = select.poll()
         self._room.register(fd, select.POLLOUT)
@@ -32,7 +32,7 @@ class LogSink:
         data = text.encode(errors="backslashreplace")
         try:
             while data:
-                # A pipe that says yes takes this much at once; one that says no is full, and a write would wait.
+                # A pipe that is ready takes this much at once; one that is not is full, and a write would block.
                 if not self._room.poll(0):
                     raise BlockingIOError
                 data = data[os.write(self._fd, data[: select.PIPE_BUF]) :]
@@ -40,7 +40,7 @@ class LogSink:
             self.lost += 1
 
     def flush(self) -> None:
-        """There is nothing to flush."""
+        """Do nothing: there is no buffer."""
 
 
 stderr = LogSink(2)
@@ -68,9 +68,9 @@ def configure_logging(form: str, level: str) -> None:
 
 
 class OncePer:
-    """Lets a key through once per period, and a bounded number of keys: for logs of what others can cause.
+    """Lets a key through once per period, and a bounded number of keys: for log lines that others can cause.
 
-    Whoever is one of many has a table of his own, so that the others are still heard when he has filled it.
+    Give each of several sources an instance of its own, so that one that fills its table does not silence the others.
     """
 
     def __init__(self, period_s: float, keys: int = 1_024) -> None:
@@ -81,17 +81,17 @@ class OncePer:
 
     @property
     def full(self) -> bool:
-        """No other key is let through for a while."""
+        """Whether other keys are refused for a while."""
         return len(self._until) >= self._keys
 
     def __call__(self, key: object, now: float) -> bool:
-        """Tell whether this key may speak now."""
+        """Return whether this key may be logged now."""
         if now < self._full_until or self._until.get(key, 0.0) > now:
             return False
         if self.full:
             self._until = {k: t for k, t in self._until.items() if t > now}
             if self.full:
-                # A look through all keys for each that is turned away would cost more than the words.
+                # Looking through all keys for each one refused would cost more than the log lines.
                 self._full_until = min(self._until.values())
                 return False
         self._until[key] = now + self._period_s

@@ -32,7 +32,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, slots=True)
 class Parts:
-    """The running parts of an agent."""
+    """The parts of a running agent."""
 
     settings: AgentSettings
     datapath: Datapath
@@ -47,12 +47,12 @@ class Parts:
     reader: SignalReader
     limits: Limits
     attached: asyncio.Event
-    """Set once the programs are on the interfaces that were there at start."""
+    """Set once the programs are on the interfaces that were there at the start."""
     started: float
 
 
 class Starting:
-    """What is told of an agent that has no parts to look at yet."""
+    """What an agent reports before it has parts to look at."""
 
     def __init__(self, settings: AgentSettings, started: float) -> None:
         self._settings = settings
@@ -61,11 +61,11 @@ class Starting:
         self._wrong: list[str] = []
 
     def wait_for_cilium(self, directory: Path) -> None:
-        """Say that Cilium has to come first."""
+        """Report that Cilium must come first."""
         self._waits_for = f"waiting for Cilium to pin its ipcache in {directory}"
         self._wrong.append(
-            "nothing is resolved before Cilium has pinned its ipcache: does its agent start on this node, with the BPF"
-            " file system of --bpffs?"
+            "nothing is resolved until Cilium has pinned its ipcache: check that its agent starts on this node, with"
+            " the BPF file system of --bpffs"
         )
 
     def not_ready(self) -> str:
@@ -73,11 +73,11 @@ class Starting:
         return self._waits_for
 
     def describe(self) -> dict[str, Any]:
-        """Return what there is by now of ``lazymesh status``."""
+        """Return as much of ``lazymesh status`` as is known by now."""
         return _head(self._settings, self._started, self._waits_for) | {"wrong": self._wrong}
 
     def refuse(self, _request: dict[str, Any]) -> dict[str, Any]:
-        """Answer what only the parts could."""
+        """Refuse a request that only the parts could answer."""
         return {"error": f"the agent is still starting: {self._waits_for}"}
 
 
@@ -88,13 +88,13 @@ class Status:
         self.parts = parts
 
     def not_ready(self) -> str | None:
-        """Return what readiness still waits for, None when ready."""
+        """Return what readiness still waits for; None when ready."""
         if not self.parts.attached.is_set():
             return "programs are not attached yet"
         if self.parts.holding.state == "starting":
             return "the holder is not up yet"
         if is_marked(self.parts.settings.uninstall_mark):
-            return "marked to be uninstalled: stopped, it leaves nothing behind"
+            return "marked to be uninstalled: it cleans up when it is stopped"
         waiting = [name for name, link in self.parts.mesh.links.items() if not link.tried]
         return f"clusters not listed yet: {', '.join(sorted(waiting))}" if waiting else None
 
@@ -103,7 +103,7 @@ class Status:
         return asdict(self.parts.datapath.counters.read(direction))
 
     def describe(self) -> dict[str, Any]:
-        """Return the one screen of ``lazymesh status`` as an object."""
+        """Return what ``lazymesh status`` shows, as an object."""
         settings, counts = self.parts.settings, self.parts.resolver.counts
         clusters = self.parts.resolver.clusters
         return _head(settings, self.parts.started, self.not_ready()) | {
@@ -169,7 +169,7 @@ class Status:
         }
 
     def problems(self) -> int:
-        """Count what is wrong; what cannot be told counts as one more, for who scrapes must get an answer."""
+        """Count what is wrong; a check that fails counts as one more, since a scrape must get an answer."""
         count = 0
         try:
             for _ in self._wrong():
@@ -194,48 +194,45 @@ class Status:
         wanted, follower = self.parts.settings.datapath, self.parts.follower
         carried = follower.attached.values()
         if not carried:
-            yield "no interface carries the program: does --interface match any?"
+            yield "not attached to any interface: no miss is seen; check --interface and --uplink"
         elif wanted.uplinks and Direction.INGRESS not in carried:
-            yield "no uplink carries the program, what comes in is not seen and not judged: does --uplink match any?"
+            yield "not attached to any uplink: incoming traffic is neither resolved nor policed; check --uplink"
         elif wanted.interfaces and Direction.EGRESS not in carried:
-            yield (
-                "no pod's interface carries the program, what pods send is not seen and not judged: does --interface"
-                " match any?"
-            )
+            yield "not attached to any pod interface: pods' traffic is neither resolved nor policed; check --interface"
         for name, reason in follower.failed:
-            yield f"cannot attach to {name}: {reason}: its misses are not seen"
+            yield f"cannot attach to {name}: {reason}; its misses are not seen"
         for name in follower.behind:
-            yield f"another program insists on being ahead of ours on {name}: what it decides we never see"
+            yield f"another program insists on being ahead of ours on {name}: ours does not see what that one decides"
 
     def _about_maps(self) -> Iterator[str]:
         pins = self.parts.datapath.pins
         if missing := pins.missing(own_ipcache=not self.parts.ipcaches.shared):
             yield (
-                f"{len(missing)} pins are gone from {pins.directory}, {missing[0]} among them: this"
-                " agent goes on, commands and the next agent find nothing; restart it to make them anew"
+                f"{len(missing)} pins are gone from {pins.directory}, {missing[0]} among them: this agent keeps"
+                " working, but commands and the next agent find nothing; restart it to pin them again"
             )
         if full := self.parts.resolver.absent.get(Reason.MAP_FULL):
             yield (
-                f"{full} addresses have no entry because the ipcache map is full: `lazymesh ipcache list` shows whose"
-                " entries those are"
+                f"{full} addresses have no entry because the ipcache map is full: `lazymesh ipcache list` shows who"
+                " owns its entries"
             )
 
     def _about_misses(self) -> Iterator[str]:
         holding, resolver = self.parts.holding, self.parts.resolver
         if holding.problem and self.parts.datapath.config.read().on_miss == OnMiss.HOLD:
-            yield f"packets are not held, missed ones are passed on: {holding.problem}"
+            yield f"packets are not held, and pass when they miss: {holding.problem}"
         if self.parts.reader.crowded:
-            yield "signals are muted: misses come faster than they can be resolved"
+            yield "signals are muted: misses arrive faster than they can be resolved"
         admission = resolver.admission
         if admission.share < 1:
             yield (
-                f"only {admission.share:.0%} of --signal-rate is let in: misses came faster than they could be answered"
-                f" (99th percentile {admission.p99 * 1000:.0f} ms)"
+                f"misses are throttled to {admission.share:.0%} of --signal-rate: they arrived faster than they could"
+                f" be answered (99th percentile {admission.p99 * 1000:.0f} ms)"
             )
         if unknown := resolver.absent.get(Reason.UNKNOWN_IDENTITY):
             yield (
-                f"{unknown} addresses are refused because their clusters do not publish their identities, without which"
-                " no policy can select them: `lazymesh misses` names them"
+                f"{unknown} addresses are refused because their clusters do not publish their identities, so"
+                " no policy can select them: `lazymesh misses` lists them"
             )
 
     def _about_mesh(self) -> Iterator[str]:
@@ -243,17 +240,17 @@ class Status:
         if mesh.problem:
             yield f"the pod CIDRs in force are out of date: {mesh.problem}"
         if mesh.unread:
-            yield f"clusters are followed as they were last described: {mesh.unread}"
+            yield f"clusters are followed by their last known configuration: {mesh.unread}"
         if mesh.nobody:
             yield mesh.nobody
         for name in sorted(mesh.unknown_owners):
-            yield f"--mesh-cidr names cluster {name}, which is not described: nobody can be asked for its addresses"
+            yield f"--mesh-cidr names cluster {name}, which is not configured: its addresses cannot be resolved"
 
     def _about_clusters(self) -> Iterator[str]:
         mesh, stale = self.parts.mesh, self.parts.resolver.stale
         for name, link in sorted(mesh.links.items()):
             if link.state != "ready":
-                kept = f" ({stale[name]} entries are served as they were last known)" if name in stale else ""
+                kept = f" ({stale[name]} entries are kept as last known)" if name in stale else ""
                 yield f"cluster {name} is {link.state}{kept}: {problem_of(link) or 'not listed yet'}"
             elif link.read_problem:
                 yield f"cluster {name}: the last read failed: {link.read_problem}"
@@ -264,8 +261,8 @@ class Status:
         for name, count in sorted(stale.items()):
             if name not in mesh.links:
                 yield (
-                    f"{count} entries are served as they were last known: their cluster ({name}) has not joined since"
-                    " this agent started"
+                    f"{count} entries are kept as last known: their cluster ({name}) has not joined since this agent"
+                    " started"
                 )
 
 
@@ -280,7 +277,7 @@ def _head(settings: AgentSettings, started: float, not_ready: str | None) -> dic
 
 
 def problem_of(link: ClusterLink) -> str | None:
-    """Return why a cluster is not ready, None when it is; of a store that is gone, why it does not come back."""
+    """Return why a cluster is not ready, None when it is; for a lost store, why it does not come back."""
     info = link.client.info
     gone = link.state == "silent" and not info.endpoint
     return (info.last_error if gone else None) or link.problem

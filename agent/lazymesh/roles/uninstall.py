@@ -1,4 +1,4 @@
-"""Takes everything of lazymesh off a node: entries, programs, pins. The agent must have been stopped."""
+"""Removes everything of lazymesh from a node: entries, programs, pins. The agent must have been stopped."""
 
 from __future__ import annotations
 
@@ -18,25 +18,25 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, slots=True)
 class Removed:
-    """What there was."""
+    """What was removed."""
 
     entries: int
-    """Entries of ours in Cilium's ipcache; those in a map of our own went with it."""
+    """Our entries in Cilium's ipcaches; those in a map of our own went with it."""
     interfaces: tuple[str, ...]
-    """That carried our programs."""
+    """Those that carried our programs."""
     pins: bool
     """Whether maps and programs were pinned."""
 
 
 async def uninstall(bpffs: Path) -> Removed:
-    """Remove it all; DatapathError while an agent runs, or without the rights to."""
+    """Remove everything; DatapathError while an agent runs, or without root."""
     if os.geteuid() != 0:
         raise DatapathError("lazymesh uninstall needs root: it detaches BPF programs")
     check_bpffs(bpffs)
     pins = Pins.under(bpffs)
     there = pins.directory.is_dir()
     with alone(*([pins.directory] if there else ())):
-        # Programs first: who detached, holds nothing back that nobody resolves any more.
+        # Programs first: once they are detached, no packet is held that nothing would resolve.
         interfaces = await detach_everywhere(pins)
         entries = await take_out_everywhere(bpffs)
         pins.remove()
@@ -44,7 +44,7 @@ async def uninstall(bpffs: Path) -> Removed:
 
 
 async def take_out_everywhere(bpffs: Path) -> int:
-    """Delete every entry of ours from Cilium's ipcaches; return how many there were."""
-    # While a Cilium agent starts, programs read maps without a pin, and ours stand in these, too.
+    """Delete our entries from all of Cilium's ipcaches; return how many there were."""
+    # While a Cilium agent starts, programs read maps that are no longer pinned, and these have entries of ours, too.
     async with NodeView(InterfaceSelection(("+",))) as node:
         return take_out_ours(bpffs, await node.ipcaches())

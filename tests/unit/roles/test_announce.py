@@ -104,7 +104,7 @@ def test_agent_that_is_started_again_late_is_given_the_time_from_then_on() -> No
 
 def test_agent_that_does_not_live_long_enough_to_clean_up_is_named() -> None:
     """However long it is waited for: there is no process that could."""
-    with pytest.raises(LazymeshError, match=r": node-of-x \(its agent does not run\);"):
+    with pytest.raises(LazymeshError, match=r": node-of-x \(its agent is not running\);"):
         Cluster({"x": None, "y": 1.0}, crashing=frozenset({"x"})).announce()
 
 
@@ -113,16 +113,16 @@ def test_api_that_is_away_for_a_moment_ends_nothing() -> None:
     cluster = Cluster({"x": 60.0}, away=range(10, 30))
     assert cluster.announce() == 1
     assert cluster.now == 60.0
-    with pytest.raises(
-        LazymeshError, match=r"node-of-x;.*the last look at them failed: https://api does not"
-    ):
+    with pytest.raises(LazymeshError, match=r"node-of-x;.*the last request failed: https://api does not"):
         Cluster({"x": 60.0}, away=range(10, 400)).announce()
 
 
 def test_to_have_told_nobody_is_no_success() -> None:
     """The labels may be wrong, or agents have gone that left their nodes as they were."""
     cluster = Cluster({})
-    with pytest.raises(LazymeshError, match="no pod has the labels app=lazymesh, so nobody can be told"):
+    with pytest.raises(
+        LazymeshError, match="no pod has the labels app=lazymesh, so there is no agent to tell"
+    ):
         cluster.announce()
     assert cluster.config == {}
 

@@ -97,7 +97,7 @@ async def test_directory_without_clusters(tmp_path: Path, option: str, verdict: 
     """Nobody can be asked; or nobody need be, where no cache stands between."""
     found = {f.name: f async for f in check.check_node(tmp_path, {option: tmp_path})}
     assert found["clustermesh"].verdict == verdict
-    assert f"{tmp_path} describes no cluster" in found["clustermesh"].text
+    assert f"{tmp_path} has no cluster file" in found["clustermesh"].text
 
 
 ALIASES = "cilium-host-aliases: [{{hostname: b.mesh.cilium.io, ips: [127.0.0.1]}}]"

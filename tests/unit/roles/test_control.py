@@ -265,7 +265,7 @@ async def test_what_is_no_socket_is_not_replaced(tmp_path: Path) -> None:
     file = tmp_path / "precious"
     file.write_text("data")
     server = ControlServer(file, {})
-    with pytest.raises(LazymeshError, match="is no socket; remove it, or choose another --socket"):
+    with pytest.raises(LazymeshError, match="it is not a socket; remove it, or choose another --socket"):
         await server.start()
     await server.close()
     assert file.read_text() == "data"

@@ -100,7 +100,7 @@ def test_agent_without_parts_says_what_it_waits_for() -> None:
     answer = starting.describe()
     assert (answer["cluster"], answer["ready"], round(answer["uptimeSeconds"])) == ("a", False, 7)
     assert answer["notReady"] == "waiting for Cilium to pin its ipcache in /bpf/tc/globals"
-    assert "does its agent start on this node" in answer["wrong"][0]
+    assert "check that its agent starts on this node" in answer["wrong"][0]
     assert answer["notReady"] in starting.refuse({"ask": "audit"})["error"]
 
 
@@ -110,7 +110,7 @@ def test_marked_to_be_uninstalled_is_not_ready(tmp_path: Path) -> None:
     marked = status({"b": link("ready")}, mark=mark)
     assert marked.not_ready() is None
     mark.write_text("true")
-    assert marked.not_ready() == "marked to be uninstalled: stopped, it leaves nothing behind"
+    assert marked.not_ready() == "marked to be uninstalled: it cleans up when it is stopped"
     mark.write_text("false")
     assert marked.not_ready() is None
 
@@ -139,35 +139,38 @@ def test_everything_that_is_wrong_is_a_line() -> None:
         )._wrong()
     )
     assert lines == [
-        "cannot attach to lxc7: no such luck: its misses are not seen",
+        "cannot attach to lxc7: no such luck; its misses are not seen",
         "two maps",
         (
-            "2 pins are gone from /bpf, lm_owned among them: this agent goes on, commands and the next agent find"
-            " nothing; restart it to make them anew"
+            "2 pins are gone from /bpf, lm_owned among them: this agent keeps working, but commands and the next agent"
+            " find nothing; restart it to pin them again"
         ),
         (
-            "7 addresses have no entry because the ipcache map is full: `lazymesh ipcache list` shows whose entries"
-            " those are"
+            "7 addresses have no entry because the ipcache map is full: `lazymesh ipcache list` shows who owns its"
+            " entries"
         ),
-        "signals are muted: misses come faster than they can be resolved",
-        "only 25% of --signal-rate is let in: misses came faster than they could be answered (99th percentile 80 ms)",
+        "signals are muted: misses arrive faster than they can be resolved",
         (
-            "3 addresses are refused because their clusters do not publish their identities, without which no policy"
-            " can select them: `lazymesh misses` names them"
+            "misses are throttled to 25% of --signal-rate: they arrived faster than they could be answered"
+            " (99th percentile 80 ms)"
+        ),
+        (
+            "3 addresses are refused because their clusters do not publish their identities, so no policy can"
+            " select them: `lazymesh misses` lists them"
         ),
         "the pod CIDRs in force are out of date: no space",
-        "clusters are followed as they were last described: cannot read it",
-        "--mesh-cidr names cluster y, which is not described: nobody can be asked for its addresses",
-        "--mesh-cidr names cluster z, which is not described: nobody can be asked for its addresses",
-        "cluster b is silent (7 entries are served as they were last known): gone",
+        "clusters are followed by their last known configuration: cannot read it",
+        "--mesh-cidr names cluster y, which is not configured: its addresses cannot be resolved",
+        "--mesh-cidr names cluster z, which is not configured: its addresses cannot be resolved",
+        "cluster b is silent (7 entries are kept as last known): gone",
         "cluster c is connecting: not listed yet",
         "cluster d: the last read failed: denied",
         "cluster d: its own store is not followed: no such host",
         "cluster e: not YAML",
-        "4 entries are served as they were last known: their cluster (id 9) has not joined since this agent started",
+        "4 entries are kept as last known: their cluster (id 9) has not joined since this agent started",
     ]
     assert list(status({}, nobody="nobody to ask")._wrong()) == ["nobody to ask"]
-    assert "no interface carries the program" in next(status({}, attached=False)._wrong())
+    assert "not attached to any interface" in next(status({}, attached=False)._wrong())
 
 
 def test_lines_of_what_is_wrong_are_counted_for_whoever_scrapes() -> None:
@@ -191,9 +194,9 @@ def test_direction_that_was_asked_for_and_is_seen_nowhere_is_wrong() -> None:
     assert list(status({}, carried=pod)._wrong()) == []
     assert list(status({}, carried=pod | uplink, uplinks=("eth+",))._wrong()) == []
     (line,) = status({}, carried=pod, uplinks=("nosuch+",))._wrong()
-    assert line.startswith("no uplink carries the program, what comes in is not seen")
+    assert line.startswith("not attached to any uplink: incoming traffic is neither")
     (line,) = status({}, carried=uplink, uplinks=("eth+",))._wrong()
-    assert line.startswith("no pod's interface carries the program, what pods send is not seen")
+    assert line.startswith("not attached to any pod interface: pods' traffic is neither")
 
 
 def test_store_that_does_not_come_back_has_its_latest_reason() -> None:
