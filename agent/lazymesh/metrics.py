@@ -1,8 +1,8 @@
 """Prometheus metrics, and the small HTTP server for /metrics, /healthz and /readyz.
 
-Names are CFP-44921's where it proposed one, else ``lazymesh_<noun>_<unit>``. No label ever holds an address. What the
-kernel counts is read when somebody scrapes. All of it happens on the event loop: what is read there cannot change under
-the reader's hands, and an agent whose loop hangs does not answer /healthz.
+Names are CFP-44921's where it proposes one, otherwise ``lazymesh_<noun>_<unit>``. No label ever holds an address. What
+the kernel counts is read at each scrape. Everything runs on the event loop: nothing changes while it is being read, and
+an agent whose loop hangs does not answer /healthz.
 """
 
 from __future__ import annotations
@@ -25,12 +25,12 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Iterable
 
 RESOLUTION_BUCKETS = (0.0002, 0.0005, 0.001, 0.002, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5)
-"""Seconds: from a co-located etcd's answer to the read's time limit."""
+"""Seconds: from the answer of an etcd on the same node to the time limit of a read."""
 
 REQUEST_LIMIT_S = 5.0
-"""A client that has not sent its request and taken the answer after this long is hung up on."""
+"""A client that has not sent its request and taken the answer after this long is disconnected."""
 CONNECTIONS = 32
-"""So many at once; for one more the oldest is hung up on. A probe sends its request as it comes, and is answered."""
+"""How many at once; one more, and the oldest is closed. A probe sends its request at once, and is answered."""
 _PLAIN = "text/plain; charset=utf-8"
 
 Sample = tuple[tuple[str, ...], float]
@@ -38,13 +38,13 @@ Sample = tuple[tuple[str, ...], float]
 
 
 class Metrics:
-    """Everything the agent counts by itself."""
+    """What the agent counts itself, and the registry of all metrics."""
 
     def __init__(self) -> None:
         self.registry = CollectorRegistry()
         ProcessCollector(registry=self.registry)
         self.collect_gauge(
-            "lazymesh_build_info", "1, for the version that runs", ("version",), lambda: [((__version__,), 1)]
+            "lazymesh_build_info", "1, for the running version", ("version",), lambda: [((__version__,), 1)]
         )
         counter = self._counter
         self.signals = counter(
@@ -52,17 +52,19 @@ class Metrics:
         )
         self.duration = Durations(
             "cilium_ipcache_miss_resolution_duration_seconds",
-            "From the packet's miss to its answer in force",
+            "From the miss of a packet until its answer is in force",
         )
         self.registry.register(self.duration)
         self.errors = counter(
             "cilium_ipcache_miss_resolution_errors", "Misses that got no entry, by reason", "reason"
         )
         self.outcomes = counter("lazymesh_resolutions", "Ends of resolutions", "outcome", "cached")
-        self.evictions = counter("lazymesh_entries_evicted", "Entries of ours taken out, by reason", "reason")
+        self.evictions = counter(
+            "lazymesh_entries_evicted", "Entries that lazymesh removed, by reason", "reason"
+        )
         self.hung_up = counter(
             "lazymesh_http_connections_dropped",
-            "Connections of this server that were hung up on: too late with request or answer, or too many",
+            "Connections that this server closed: request or answer took too long, or there were too many",
             "reason",
         )
 
@@ -83,16 +85,16 @@ class Metrics:
 
 
 class Durations(Collector):
-    """A histogram by outcome that is cheap to observe: it is done for every miss."""
+    """A histogram by outcome that is cheap to update, as every miss does."""
 
     def __init__(self, name: str, text: str) -> None:
         self._name, self._text = name, text
         self._counts: dict[str, list[int]] = {}
-        """By outcome; one for each bucket, and the last for what is beyond."""
+        """By outcome; one count for each bucket, and a last one for what is beyond."""
         self._sums: dict[str, float] = {}
 
     def observe(self, outcome: str, durations: Iterable[float]) -> None:
-        """Take durations, seconds; what is negative took no time."""
+        """Add durations in seconds; negative ones count as zero."""
         counts = self._counts.get(outcome)
         if counts is None:
             counts = self._counts[outcome] = [0] * (len(RESOLUTION_BUCKETS) + 1)
@@ -104,11 +106,11 @@ class Durations(Collector):
         self._sums[outcome] += total
 
     def describe(self) -> Iterable[Metric]:
-        """Give the name."""
+        """Return the family without samples."""
         return [HistogramMetricFamily(self._name, self._text, labels=("outcome",))]
 
     def collect(self) -> Iterable[Metric]:
-        """Show what was observed."""
+        """Return what was observed."""
         metric = HistogramMetricFamily(self._name, self._text, labels=("outcome",))
         bounds = [*(str(float(bound)) for bound in RESOLUTION_BUCKETS), "+Inf"]
         for outcome, counts in self._counts.items():
@@ -132,11 +134,11 @@ class _Reading(Collector):
         self._read = read
 
     def describe(self) -> Iterable[Metric]:
-        """Give the names without reading anything: registration must not touch the datapath."""
+        """Return the family without reading anything: registration must not touch the datapath."""
         return [self._make()]
 
     def collect(self) -> Iterable[Metric]:
-        """Read now."""
+        """Read the samples."""
         metric = self._make()
         for labels, value in self._read():
             metric.add_metric(labels, value)
@@ -144,9 +146,9 @@ class _Reading(Collector):
 
 
 class HttpServer:
-    """Serves /metrics, /healthz and /readyz; one request for each connection.
+    """Serves /metrics, /healthz and /readyz; one request per connection.
 
-    ready: returns None when ready, else one line saying what is still missing.
+    ready: returns None when ready, otherwise one line that says what is missing.
     """
 
     def __init__(self, address: tuple[str, int], metrics: Metrics, ready: Callable[[], str | None]) -> None:
@@ -155,17 +157,17 @@ class HttpServer:
         self._hung_up = metrics.hung_up
         self._ready = ready
         self._connections: dict[asyncio.WriteTransport, None] = {}
-        """In the order in which they came."""
+        """Oldest first."""
         self._server: asyncio.Server | None = None
 
     async def start(self) -> None:
-        """Listen; LazymeshError when the port is taken or the host is none of ours."""
+        """Listen; LazymeshError if the port is taken or the address is not this node's."""
         host, port = self._address
         try:
-            # The backlog is also what is accepted in one turn of the loop, before any of it can be hung up on.
+            # asyncio also accepts up to this many in one turn of the loop, before any of them can be closed.
             self._server = await asyncio.start_server(self._serve, host, port, backlog=CONNECTIONS)
         except OSError as exc:
-            # asyncio puts the address into strerror once more; a name that means nothing has no errno of its own.
+            # asyncio repeats the address in strerror; a name that does not resolve has no errno of its own.
             why = os.strerror(exc.errno) if exc.errno and exc.errno > 0 else exc.strerror
             where = f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
             raise LazymeshError(
@@ -181,7 +183,7 @@ class HttpServer:
         self._make_room()
         transport = writer.transport
         self._connections[transport] = None
-        # What is drained is the kernel's then, and closing waits for nobody.
+        # Then what is drained has been handed to the kernel, and closing waits for no client.
         transport.set_write_buffer_limits(0)
         try:
             async with asyncio.timeout(REQUEST_LIMIT_S):
@@ -193,7 +195,7 @@ class HttpServer:
         except TimeoutError:
             self._hung_up.labels("late").inc()
         except (OSError, ValueError):
-            pass  # the client left, or a line is longer than any of a request that we would answer
+            pass  # the client left, or a line is longer than any in a request that we answer
         finally:
             self._connections.pop(transport, None)
             transport.abort()
@@ -218,7 +220,7 @@ class HttpServer:
 
 
 async def _request(reader: asyncio.StreamReader) -> tuple[str, str]:
-    """Read a request's head; return its path, without what follows a question mark, and its Accept header."""
+    """Read a request's head; return its path, without the query, and its Accept header."""
     words = (await reader.readline()).decode("latin-1").split()
     if len(words) < 2:
         raise ValueError("no request line")

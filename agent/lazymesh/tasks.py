@@ -1,4 +1,4 @@
-"""Coroutines that belong together: they run at once, and end at once; and those that must not take all the time."""
+"""Coroutines that run and end together, and long work that must leave time for others."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ SPELL_S = 0.002
 
 
 async def together(*parts: Coroutine[Any, Any, Any]) -> None:
-    """Run all parts until the first one ends, then cancel the others; if it failed, its error is raised."""
+    """Run all parts until the first one ends, then cancel the others; raise its error if it failed."""
     tasks = [asyncio.create_task(part) for part in parts]
     try:
         done, _ = await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
@@ -29,16 +29,16 @@ async def together(*parts: Coroutine[Any, Any, Any]) -> None:
 
 
 class FairShare:
-    """Keeps long work from taking all of the event loop's time: packets of other clusters wait for it, too.
+    """Keeps long work from taking all of the event loop's time, for which packets of other clusters wait, too.
 
-    It is done in pieces, and after every spell of it comes a pause that is as long.
+    The work is done in pieces, and each spell of it is followed by a pause as long as the spell.
     """
 
     def __init__(self) -> None:
         self._worked = 0.0
 
     async def work(self, items: Sequence[Item], take: Callable[[Sequence[Item]], object]) -> None:
-        """Have the items taken, piece by piece; what is short leaves no trace but in the next spell."""
+        """Pass the items on, piece by piece; work shorter than a spell counts towards the next one."""
         for at in range(0, len(items), PIECE):
             began = time.monotonic()
             take(items[at : at + PIECE])

@@ -39,7 +39,7 @@ def test_cluster_that_is_in_no_mesh_is_refused(name: str, number: int) -> None:
 def test_one_cidr_for_two_clusters_is_refused() -> None:
     """Whose addresses those are nobody could say."""
     network = ipaddress.ip_network("10.2.0.0/16")
-    with pytest.raises(SettingsError, match=r"--mesh-cidr 10\.2\.0\.0/16: given to both b and c"):
+    with pytest.raises(SettingsError, match=r"--mesh-cidr 10\.2\.0\.0/16: assigned to both b and c"):
         MeshSettings("a", 1, mesh_cidrs=(("b", network), ("c", network)))
     MeshSettings("a", 1, mesh_cidrs=(("b", network), ("b", network)))
 

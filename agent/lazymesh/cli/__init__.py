@@ -1,1 +1,1 @@
-"""click commands, one file per noun: they print and exit, they decide nothing."""
+"""The click commands, one file each: they print and exit, and decide nothing."""

@@ -39,27 +39,28 @@ from lazymesh.settings import (
     type=DATAPATHS,
     default="auto",
     show_default=True,
-    help="standalone: an ipcache of our own. cilium: that of the Cilium agent here. auto: Cilium's, if there is any.",
+    help="Which ipcache to fill. standalone: lazymesh's own. cilium: that of the Cilium agent on this node. auto:"
+    " Cilium's if there is one.",
 )
 @click.option(
     "--interface",
     multiple=True,
     metavar="IF",
-    help="Pods' host-side interface; 'lxc+' matches a prefix, and is the default beside Cilium. Repeatable; in the"
-    " environment, several are separated by blanks.",
+    help="Host-side interface of pods; 'lxc+' matches a prefix, and is the default beside Cilium. Repeatable; separate"
+    " several by blanks in the environment.",
 )
 @click.option(
     "--uplink",
     multiple=True,
     metavar="IF",
-    help="Interface to the network, for misses of packets coming in. Repeatable.",
+    help="Interface to the network, where incoming packets may miss. Repeatable.",
 )
 @click.option(
     "--attach",
     type=click.Choice(["auto", "tcx", "clsact"]),
     default="auto",
     show_default=True,
-    help="How programs get onto interfaces. auto: tcx where the kernel has it (6.6 and later).",
+    help="How programs are attached to interfaces. auto: by tcx where the kernel has it (6.6 and later).",
 )
 @click.option(
     "--clustermesh-config",
@@ -74,43 +75,52 @@ from lazymesh.settings import (
     type=PATH,
     default=None,
     metavar="DIR",
-    help="The same for direct access to the owners' etcds, where the other leads to a kvstoremesh cache.",
+    help="Directory of etcd client files for the clusters' own etcds, if those of --clustermesh-config lead to a"
+    " kvstoremesh cache.",
 )
 @click.option(
-    "--cluster-name", default="default", help="Our own cluster's name, to be given, as Cilium has it."
+    "--cluster-name",
+    default="default",
+    help="Name of this cluster, the same as Cilium's cluster-name (required).",
 )
-@click.option("--cluster-id", type=int, default=0, help="Our own cluster's id, in the same way.")
+@click.option(
+    "--cluster-id",
+    type=int,
+    default=0,
+    help="Id of this cluster, the same as Cilium's cluster-id (required).",
+)
 @click.option(
     "--max-connected-clusters",
     type=click.Choice(["255", "511"]),
     default="255",
     show_default=True,
-    help="As in the whole mesh.",
+    help="Must match Cilium's setting in every cluster of the mesh.",
 )
 @click.option(
     "--mesh-cidr",
     multiple=True,
     metavar="CLUSTER=CIDR",
-    help="Pod CIDR of a cluster, which then no other can claim; also for node records that have none. Repeatable.",
+    help="Assign a pod CIDR to a cluster; overrides node records, or supplies the CIDR when they have none."
+    " Repeatable.",
 )
 @click.option(
     "--cluster-region",
     default=None,
-    help="Our region: records of scope `regional` from other regions are refused.",
+    help="Region of this cluster: records of scope `regional` from other regions are refused.",
 )
 @click.option(
     "--etcd-transport",
     type=click.Choice(TRANSPORTS),
     default="native",
     show_default=True,
-    help="native: HTTP/2 of our own, at half the latency. grpcio: Google's library.",
+    help="Transport of the etcd client. native: lazymesh's own HTTP/2, at half the latency. grpcio: Google's library.",
 )
 @click.option(
     "--on-miss",
     type=click.Choice(["hold", "pass", "drop"]),
     default="hold",
     show_default=True,
-    help="What becomes of a missed packet while its address is resolved: held back, passed on as world, dropped.",
+    help="What to do with a missed packet while its address is resolved: hold it, pass it as world, or drop it.",
 )
 @click.option(
     "--hold-timeout",
@@ -118,64 +128,65 @@ from lazymesh.settings import (
     default=250,
     show_default=True,
     metavar="MS",
-    help="Milliseconds after which a held packet is let go without an answer.",
+    help="How long to hold a packet without an answer, in milliseconds.",
 )
 @click.option(
     "--hold-timeout-action",
     type=click.Choice(["pass", "drop"]),
     default="pass",
     show_default=True,
-    help="Whether such a packet goes on as world, or is dropped.",
+    help="What to do with a packet held that long: pass it as world, or drop it.",
 )
 @click.option(
     "--policy",
     type=PATH,
     default=None,
     metavar="FILE",
-    help="CiliumClusterwideNetworkPolicy documents to enforce, which takes --interface and --uplink.",
+    help="Policies to enforce, as CiliumClusterwideNetworkPolicy documents (standalone mode; requires --interface and"
+    " --uplink).",
 )
 @click.option(
     "--signal-rate",
     type=click.IntRange(min=0),
     default=250,
     show_default=True,
-    help="Misses per second that a pod may have resolved, after a burst of 1,000 (uplink: 4 times as many,"
-    " all together: 10 times); 0: no limit.",
+    help="Misses per second to resolve for one pod, after a burst of 1,000 (4 times as many for an uplink, 10 times for"
+    " the node); 0 for no limit.",
 )
 @click.option(
     "--ipcache-size",
     type=click.IntRange(min=1_000),
     default=IPCACHE_SIZE,
     show_default=True,
-    help="Entries of an ipcache of our own; one in twenty may be a resolved address.",
+    help="Size of lazymesh's own ipcache, in entries; at most one in twenty is a resolved address.",
 )
 @click.option(
     "--program-cache",
     default=str(DEFAULT_PROGRAM_CACHE),
     show_default=True,
     metavar="FILE",
-    help="Keeps the programs as they were compiled, so that the next start needs no compiler; 'off' for nowhere.",
+    help="File caching the compiled BPF programs, so that later starts skip the compiler; 'off' disables it.",
 )
 @click.option(
     "--stale-limit",
     type=Period(),
     default="10m",
     show_default=True,
-    help="How long an entry is served that its cluster does not confirm because it is silent: 90s, 15m, 1h30m.",
+    help="How long to keep using entries of a cluster that cannot be reached: 90s, 15m, 1h30m.",
 )
 @click.option(
     "--shadow",
     is_flag=True,
-    help="Resolve and report; write nothing into the ipcache, enforce nothing, drop nothing.",
+    help="Resolve and report only: write nothing to the ipcache, enforce nothing, hold and drop nothing.",
 )
-@click.option("--cleanup", is_flag=True, help="When stopped, leave no pin, no filter and no entry behind.")
+@click.option("--cleanup", is_flag=True, help="When stopped, remove all pins, programs and entries.")
 @click.option(
     "--uninstall-mark",
     type=PATH,
     default=None,
     metavar="FILE",
-    help="The same while this file exists, unless it is empty or says 'false': so a whole cluster's agents can be told."
-    " Such an agent is not ready.",
+    help="While this file exists, unless it is empty or says 'false': act as with --cleanup, and report not ready. For"
+    " uninstalling lazymesh from a whole cluster.",
 )
 @bpffs_option
 @socket_option
@@ -184,14 +195,24 @@ from lazymesh.settings import (
     default="127.0.0.1:9968",
     show_default=True,
     metavar="HOST:PORT",
-    help="Where /metrics, /healthz and /readyz are served; 'off' for nowhere.",
+    help="Where to serve /metrics, /healthz and /readyz; 'off' disables it.",
 )
-@click.option("--log-format", type=click.Choice(["text", "json"]), default="text", show_default=True)
 @click.option(
-    "--log-level", type=click.Choice(["debug", "info", "warning", "error"]), default="info", show_default=True
+    "--log-format",
+    type=click.Choice(["text", "json"]),
+    default="text",
+    show_default=True,
+    help="Form of the log lines on stderr.",
+)
+@click.option(
+    "--log-level",
+    type=click.Choice(["debug", "info", "warning", "error"]),
+    default="info",
+    show_default=True,
+    help="Least severe lines to log.",
 )
 def agent(**options: Any) -> None:
-    """Run the node agent in the foreground: page missed addresses into the ipcache."""
+    """Resolve ipcache misses on demand: run the node agent in the foreground."""
     configure_logging(options["log_format"], options["log_level"])
     run_agent(_settings(options))
 

@@ -25,11 +25,11 @@ if TYPE_CHECKING:
 @socket_option
 @output_option
 def audit(since: float, socket: Path, output: str) -> None:
-    """List every open window: when, how long, how much, and what policy says of the peer now that it is known.
+    """List the windows in which an address was open as world, and what policy says of the peer now that it is known.
 
-    The record is the agent's, of 10,000 windows at most, and the kernel's of some 16,000 that are open: it begins when
-    the agent was started, or later. VERDICT is that of the agent's own --policy, and `allowed` without one; beside
-    Cilium it is always `unknown`, as Cilium's policy cannot be asked.
+    The agent remembers at most 10,000 closed windows, the kernel some 16,000 open ones: the record begins when the
+    agent was started, or later. VERDICT is that of the agent's own --policy, and `allowed` without one; beside Cilium
+    it is always `unknown`, as Cilium's policy cannot be asked.
     """
     answer = next(ask(socket, "audit", since=since))
     if output == "json":
@@ -40,7 +40,7 @@ def audit(since: float, socket: Path, output: str) -> None:
         _show(windows)
     else:
         print_words("Nothing went through unresolved.")
-    print_words(f"Recorded since {answer['recordedSince']}: what went through before may be forgotten.")
+    print_words(f"Recorded since {answer['recordedSince']}: earlier windows may have been forgotten.")
 
 
 def _show(windows: list[dict[str, Any]]) -> None:

@@ -1,4 +1,4 @@
-"""``lazymesh check``: does this node have what it takes, a line each."""
+"""``lazymesh check``: whether this node has what lazymesh needs, one line for each need."""
 
 from __future__ import annotations
 
@@ -31,26 +31,32 @@ _MARKS = {"ok": ("ok", "green"), "warn": ("WARN", "yellow"), "fail": ("FAIL", "r
     metavar="DIR",
     help="Cilium's directory of etcd client files.",
 )
-@click.option("--remote-config", type=PATH, default=None, metavar="DIR", help="The agent's --remote-config.")
+@click.option(
+    "--remote-config",
+    type=PATH,
+    default=None,
+    metavar="DIR",
+    help="As for the agent: directory of etcd client files for the clusters' own etcds.",
+)
 @click.option(
     "--interface",
     multiple=True,
     default=CILIUM_INTERFACES,
     show_default=True,
     metavar="IF",
-    help="The agent's interfaces.",
+    help="As for the agent: host-side interface of pods. Repeatable.",
 )
 @click.option(
     "--datapath",
     type=DATAPATHS,
     default="auto",
     show_default=True,
-    help="The agent's; with cilium there must be one.",
+    help="As for the agent; with cilium, there must be a Cilium.",
 )
 @output_option
 def check(output: str, **options: Any) -> None:
-    """Check kernel, headers, bcc, bpffs, Cilium, etcd and certificates. Exit 3 if a needed part is missing."""
-    configure_logging("text", "error")  # what is wrong is told by the results
+    """Check kernel, headers, bcc, bpffs, Cilium, etcd and certificates. Exit 3 if something required is missing."""
+    configure_logging("text", "error")  # the results say what is wrong
     directories = {"--clustermesh-config": options["clustermesh_config"]}
     if options["remote_config"] is not None:
         directories["--remote-config"] = options["remote_config"]
@@ -60,7 +66,7 @@ def check(output: str, **options: Any) -> None:
 
 
 async def _run(check: AsyncIterator[CheckResult], output: str) -> bool:
-    """Print results as they come; tell whether one failed."""
+    """Print results as they arrive; return whether one failed."""
     failed, results = False, []
     async for result in check:
         failed |= result.verdict == "fail"

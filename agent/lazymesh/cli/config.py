@@ -16,15 +16,15 @@ if TYPE_CHECKING:
 
 @click.group()
 def config() -> None:
-    """Change settings of the running agent, until it is started anew."""
+    """Change a setting of the running agent, until it is restarted."""
 
 
 @config.command("on-miss", cls=SettingsCommand)
 @click.argument("action", type=click.Choice(["hold", "pass", "drop"]))
 @socket_option
 def on_miss(action: str, socket: Path) -> None:
-    """Say what becomes of a missed packet from now on: hold, pass or drop."""
+    """Change what the agent does with a missed packet: hold, pass or drop it."""
     answer = next(ask(socket, "on-miss", action=action))
     click.echo(f"on miss: {answer['onMiss']}")
     if action == "hold" and answer["problem"]:
-        print_words(f"Nothing is held, missed packets are passed on: {answer['problem']}")
+        print_words(f"Nothing is held, missed packets pass: {answer['problem']}")

@@ -1,4 +1,4 @@
-"""``lazymesh ipcache``: the map as the datapath sees it; works on the pinned map, with or without an agent."""
+"""``lazymesh ipcache``: the map as the datapath sees it; reads the pinned map, with or without an agent."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ _FLAG_NAMES = {
 
 @click.group()
 def ipcache() -> None:
-    """Inspect the ipcache map: list it, ask it for one address, or watch it change."""
+    """Inspect the ipcache map: list it, look up one address, or watch it change."""
 
 
 @ipcache.command("list", cls=SettingsCommand)
@@ -37,9 +37,9 @@ def ipcache() -> None:
 @socket_option
 @output_option
 def list_(bpffs: Path, socket: Path, output: str) -> None:
-    """List every entry, with its owner: lazymesh, or other.
+    """List every entry with its owner: lazymesh or other.
 
-    Stale are entries of ours whose cluster is silent; an agent knows, if there is one.
+    Entries of lazymesh are marked stale while their cluster cannot be reached; only a running agent knows that.
     """
     reader = _open(bpffs, _stale(socket))
     if output == "json":
@@ -60,7 +60,7 @@ def list_(bpffs: Path, socket: Path, output: str) -> None:
 @socket_option
 @output_option
 def get(ip: str, bpffs: Path, socket: Path, output: str) -> None:
-    """Ask what the datapath would: the entry of the longest prefix that covers IP. Exit 1 if there is none."""
+    """Look up IP as the datapath would: the entry with the longest prefix. Exit 1 if there is none."""
     ip = _address(ip)
     row = _open(bpffs, _stale(socket)).get(ip)
     if row is None:
@@ -79,11 +79,11 @@ def get(ip: str, bpffs: Path, socket: Path, output: str) -> None:
     type=click.FloatRange(min=0.05),
     default=1.0,
     show_default=True,
-    help="Seconds between looks.",
+    help="Seconds between two reads of the map.",
 )
 @output_option
 def watch(bpffs: Path, interval: float, output: str) -> None:
-    """Print what changes in the map, one line each, until interrupted."""
+    """Print each change of the map on a line, until interrupted."""
     reader = _open(bpffs)
     show: Callable[[str, Row], None] = _print_change_json if output == "json" else _print_change
     known = {row.prefix: row for row in reader.rows()}
@@ -102,7 +102,7 @@ def watch(bpffs: Path, interval: float, output: str) -> None:
 
 
 def _address(text: str) -> str:
-    """Take the full length off an address, which the list has there."""
+    """Return an address without its full prefix length, which `list` prints."""
     host, _, length = text.partition("/")
     return host if length == ("128" if ":" in host else "32") else text
 
@@ -117,7 +117,7 @@ def _open(bpffs: Path, stale: Collection[str] = ()) -> IpcacheReader:
 
 
 def _stale(socket: Path) -> frozenset[str]:
-    """Ask the agent which entries nobody confirms; without one nobody knows."""
+    """Ask the agent which entries are stale; without an agent, none is known to be."""
     try:
         answer = next(ask(socket, "stale"), {})
     except LazymeshError:

@@ -1,7 +1,7 @@
-"""The entry point: finds the command, turns every failure into one line on stderr and an exit code.
+"""The entry point: finds the command, and turns every failure into one line on stderr and an exit code.
 
-0 ok, 1 the answer is no, 2 wrong usage, 3 a needed part is missing or taken; as shells have it, 130 for Ctrl-C and 141
-for a reader that has left.
+0 ok, 1 the answer is no, 2 wrong usage, 3 something required is missing or taken; as in shells, 130 for Ctrl-C and 141
+for a reader that left.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ _COMMANDS = {
 
 
 class _LazyGroup(click.Group):
-    """Imports a command's module only when it is asked for: `ipcache get` needs no gRPC."""
+    """Imports a command's module only when the command is used: `ipcache get` needs no gRPC."""
 
     def list_commands(self, ctx: click.Context) -> list[str]:  # noqa: ARG002 (click's signature)
         return list(_COMMANDS)
@@ -46,22 +46,22 @@ class _LazyGroup(click.Group):
 )
 @click.version_option(__version__, prog_name="lazymesh")
 def cli() -> None:
-    """Demand paging for the Cilium ipcache: a packet that misses gets its peer's identity from the mesh's etcd.
+    """Demand paging for the Cilium ipcache: when a packet misses, its peer's identity is read from the mesh's etcd.
 
-    Every option can also be given as LAZYMESH_<OPTION> in the environment; the agent reads a YAML file too (--config).
-    Data goes to stdout, words to stderr. Exit codes: 0 ok, 1 the answer is no, 2 wrong usage, 3 a needed part is
-    missing or taken.
+    Every option can also be given as LAZYMESH_<OPTION> in the environment; the agent also reads a YAML file (--config).
+    Data goes to stdout, messages to stderr. Exit codes: 0 ok, 1 the answer is no, 2 wrong usage, 3 something required
+    is missing or taken.
     """
 
 
 def main() -> None:
     """Run the command line and exit."""
     if os.getpid() == 1:
-        # The kernel keeps from a container's first process what it does not handle, and its pod would be waited for
-        # in vain. The agent's own way to stop takes this one's place once it is there.
+        # The kernel does not deliver to a container's first process the signals that it does not handle, and its pod
+        # would not stop. The agent replaces this handler by its own.
         signal.signal(signal.SIGTERM, lambda number, _frame: os._exit(128 + number))
     check_stdout()
-    # Without a word of the user's (no-color.org) it depends on the terminal.
+    # Unless the user says so (no-color.org), it depends on the terminal.
     colour = False if os.environ.get("NO_COLOR") else None
     try:
         cli.main(prog_name="lazymesh", standalone_mode=False, color=colour)
@@ -77,7 +77,7 @@ def main() -> None:
     except (KeyboardInterrupt, click.Abort):
         sys.exit(130)
     except OutputError as exc:
-        # What is still in the buffer goes nowhere: Python would complain once more when it flushes at exit.
+        # Discard what is still in the buffer: Python would fail again when it flushes at exit.
         os.dup2(os.open(os.devnull, os.O_WRONLY), STDOUT)
         if exc.errno == errno.EPIPE:
             sys.exit(141)  # the reader (head, less) has seen enough

@@ -1,4 +1,4 @@
-"""``lazymesh misses``: the live stream of misses and how each ended."""
+"""``lazymesh misses``: the live stream of misses and their outcomes."""
 
 from __future__ import annotations
 
@@ -18,9 +18,9 @@ if TYPE_CHECKING:
 @click.command(cls=SettingsCommand)
 @socket_option
 @output_option
-@click.option("--count", type=click.IntRange(min=1), default=None, help="Stop after so many.")
+@click.option("--count", type=click.IntRange(min=1), default=None, help="Stop after this many misses.")
 def misses(socket: Path, output: str, count: int | None) -> None:
-    """Follow misses and their outcome, one line each, until interrupted or the agent stops."""
+    """Follow misses and their outcomes, one per line, until interrupted or the agent stops."""
     seen = 0
     for event in ask(socket, "misses"):
         if "streaming" in event:

@@ -1,4 +1,4 @@
-"""What options share: environment names, the YAML file, and the ways to reach map and agent."""
+"""What the options of all commands share: types, environment names, the YAML file, how to reach map and agent."""
 
 from __future__ import annotations
 
@@ -16,9 +16,9 @@ from lazymesh.settings import DEFAULT_BPFFS, DEFAULT_SOCKET
 
 
 class SomePath(click.Path):
-    """A path that may be there or not; nothing is none, which pathlib would take for the directory where we are.
+    """A path that need not exist; not the empty one, which pathlib takes for the current directory.
 
-    Whether it may be read is for those to say who read it, and who know what for: click would call it wrong usage.
+    Whether it can be read is left to the code that reads it and knows why: click would report wrong usage.
     """
 
     def __init__(self, *, dir_okay: bool = True) -> None:
@@ -27,7 +27,7 @@ class SomePath(click.Path):
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
         """Return the path."""
         if value == "":
-            self.fail("'' is no path: name one, or leave the option out", param, ctx)
+            self.fail("'' is not a path: name one, or leave the option out", param, ctx)
         return super().convert(value, param, ctx)
 
 
@@ -35,7 +35,7 @@ PATH = SomePath()
 
 
 class Period(click.ParamType[float]):
-    """Seconds, as people write them."""
+    """A period as people write it, in seconds."""
 
     name = "period"
     _UNITS: ClassVar = {"d": 86400, "h": 3600, "m": 60, "s": 1}
@@ -45,14 +45,14 @@ class Period(click.ParamType[float]):
         """Return seconds."""
         found = self._FORM.fullmatch(str(value))
         if found is None or not found[0]:
-            self.fail(f"{value!r} is no period: write 90s, 15m, 1h30m or 7d", param, ctx)
+            self.fail(f"{value!r} is not a period: write 90s, 15m, 1h30m or 7d", param, ctx)
         return sum(
             int(count or 0) * each for count, each in zip(found.groups(), self._UNITS.values(), strict=True)
         )
 
 
 class Milliseconds(click.ParamType[float]):
-    """A number of milliseconds, whether or not that is said."""
+    """A number of milliseconds, with or without the unit."""
 
     name = "milliseconds"
 
@@ -75,7 +75,7 @@ DATAPATHS = click.Choice(["auto", "standalone", "cilium"])
 
 
 class SettingsCommand(click.Command):
-    """A command whose every option may come from ``LAZYMESH_<OPTION>``."""
+    """A command whose options may all come from ``LAZYMESH_<OPTION>``."""
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
@@ -85,7 +85,7 @@ class SettingsCommand(click.Command):
                 param.show_envvar = True
 
     def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
-        """Have an error say which command it is about, and which of an option's three ways brought the value."""
+        """Make an error name the command, and where the option's value came from: flag, environment or file."""
         try:
             return super().parse_args(ctx, args)
         except click.UsageError as exc:
@@ -96,11 +96,11 @@ class SettingsCommand(click.Command):
 
 
 _CONFIG = "lazymesh.config"
-"""In a context's meta: the file whose keys are the defaults."""
+"""Key in a context's meta: the file that has the defaults."""
 
 
 def _hint(ctx: click.Context, option: click.Option) -> str | None:
-    """Name an option as whoever gave it did; None: as click does, which names the environment's variable too."""
+    """Name an option as it was given; None leaves it to click, which names the environment variable, too."""
     source = ctx.get_parameter_source(str(option.name))
     if source is ParameterSource.DEFAULT_MAP:
         return f"{option.opts[0].removeprefix('--')!r} in --config {ctx.meta[_CONFIG]}"
@@ -108,7 +108,7 @@ def _hint(ctx: click.Context, option: click.Option) -> str | None:
 
 
 def _read_config(ctx: click.Context, me: click.Parameter, path: Path | None) -> None:
-    """Make the file's keys the defaults of this command's options."""
+    """Make the file's values the defaults of this command's options."""
     if path is None:
         return
     try:
@@ -123,7 +123,7 @@ def _read_config(ctx: click.Context, me: click.Parameter, path: Path | None) -> 
     unknown = sorted(str(key) for key in content if key not in options)
     if unknown:
         raise SettingsError(
-            f"--config {path}: no option is called {unknown[0]!r}; keys are named as the options are"
+            f"--config {path}: no option is called {unknown[0]!r}; keys are the options' names, without --"
         )
     ctx.meta[_CONFIG] = path
     ctx.default_map = {
@@ -134,7 +134,7 @@ def _read_config(ctx: click.Context, me: click.Parameter, path: Path | None) -> 
 
 
 def _as_words(path: Path, option: click.Parameter, value: object) -> object:
-    """Return a YAML value as the command line would have it: words, several only where several are taken."""
+    """Return a YAML value as on the command line: a word, or several if the option is repeatable."""
     if isinstance(value, list) and option.multiple:
         return [_word(path, option, item) for item in value]
     return [_word(path, option, value)] if option.multiple else _word(path, option, value)
@@ -152,7 +152,7 @@ config_option = click.option(
     is_eager=True,
     expose_value=False,
     callback=_read_config,
-    help="YAML file with options as keys, named as here without the dashes in front.",
+    help="YAML file whose keys are the options listed here, without the leading dashes.",
 )
 
 bpffs_option = click.option(
@@ -160,7 +160,7 @@ bpffs_option = click.option(
     type=PATH,
     default=DEFAULT_BPFFS,
     show_default=True,
-    help="Mounted BPF file system; the pins are in lazymesh/ under it.",
+    help="Mounted BPF file system; pins are in its directory lazymesh/.",
 )
 
 socket_option = click.option(
@@ -168,5 +168,5 @@ socket_option = click.option(
     type=PATH,
     default=DEFAULT_SOCKET,
     show_default=True,
-    help="The agent's control socket.",
+    help="Control socket of the agent.",
 )

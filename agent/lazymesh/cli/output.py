@@ -1,4 +1,4 @@
-"""Output that every command shares: a plain table for people, JSON for programs."""
+"""Output shared by all commands: a plain table for people, JSON for programs."""
 
 from __future__ import annotations
 
@@ -16,9 +16,9 @@ STDOUT = 1
 
 
 class OutputError(Exception):
-    """Standard output takes no more.
+    """Standard output cannot be written.
 
-    No OSError, on purpose: of a broken pipe click makes exit code 1, which here means that the answer is no.
+    Not an OSError, on purpose: click turns a broken pipe into exit code 1, which here means that the answer is no.
     """
 
     def __init__(self, cause: OSError) -> None:
@@ -35,9 +35,9 @@ class _CheckedOutput(io.FileIO):
 
 
 def check_stdout() -> None:
-    """Have whatever writes to standard output from now on raise OutputError if that fails."""
+    """Make every failed write to standard output raise OutputError from now on."""
     out = sys.__stdout__
-    if out is not None and out is sys.stdout:  # else it is closed, or a test's
+    if out is not None and out is sys.stdout:  # otherwise it is closed, or replaced by a test
         file = io.BufferedWriter(_CheckedOutput(STDOUT, "w", closefd=False))
         sys.stdout = io.TextIOWrapper(file, out.encoding, out.errors, line_buffering=out.line_buffering)
 
@@ -55,22 +55,22 @@ def output_option(command: F) -> F:
 
 
 def print_words(words: str) -> None:
-    """Print words for people on stderr, where there may be nobody to read them; what is done and answered stays so."""
+    """Print a message for people on stderr; if stderr is closed, go on: the answer and the exit code stay the same."""
     try:
         click.echo(words, err=True)
     except OSError:
-        # Left in place, Python would fail on it once more at exit, and change the code.
+        # Otherwise Python would fail on it again at exit, and change the exit code.
         sys.stderr = None
 
 
 def print_json(value: object) -> None:
-    """Print one object on one line, at once: it may go to a pipe that waits for it."""
+    """Print an object on one line, and flush: a pipe may be waiting for it."""
     sys.stdout.write(json.dumps(value, separators=(", ", ": ")) + "\n")
     sys.stdout.flush()
 
 
 def print_table(header: Sequence[str], rows: Iterable[Sequence[object]]) -> None:
-    """Print columns as wide as what stands in them, three blanks apart, as Cilium's own tools do."""
+    """Print columns as wide as their widest cell, three blanks apart, as Cilium's tools do."""
     lines = [list(header), *([str(cell) for cell in row] for row in rows)]
     widths = [max(len(line[i]) for line in lines) for i in range(len(header))]
     for line in lines:

@@ -1,4 +1,4 @@
-"""``lazymesh status``: one screen: datapath, clusters, queue, entries, what is wrong."""
+"""``lazymesh status``: datapath, clusters, queue, entries and what is wrong, on one screen."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 @socket_option
 @output_option
 def status(socket: Path, output: str) -> None:
-    """Show how the agent is doing. Exit 1 if something is wrong."""
+    """Show the state of the agent. Exit 1 if something is wrong."""
     answer = next(ask(socket, "status"))
     if output == "json":
         print_json(answer)
@@ -63,7 +63,7 @@ def _show_parts(answer: dict[str, Any]) -> None:
         f"Entries:    {entries['owned']} of at most {entries['budget']} ours{stale}, map of {entries['mapSize']}{would}"
     )
     muted = ", MUTED" if queue["muted"] else ""
-    muted += f", {queue['admitted']:.0%} of misses let in" if queue["admitted"] < 1 else ""
+    muted += f", {queue['admitted']:.0%} of misses admitted" if queue["admitted"] < 1 else ""
     click.echo(
         f"Queue:      {queue['waiting']} waiting, {queue['inFlight']} in flight, {queue['negative']} negative{muted}"
     )

@@ -1,4 +1,4 @@
-"""``lazymesh uninstall``: leave the node as it was before."""
+"""``lazymesh uninstall``: leave the node as it was before lazymesh."""
 
 from __future__ import annotations
 
@@ -24,26 +24,26 @@ if TYPE_CHECKING:
     "--announce",
     metavar="CONFIGMAP",
     default=None,
-    help="In a pod: change no node, but tell all agents that mount this ConfigMap to clean up when they are stopped,"
-    " and wait until they have heard.",
+    help="In a pod: leave this node alone, tell all agents that mount this ConfigMap to clean up when they are stopped,"
+    " and wait until they have taken note.",
 )
 @click.option(
     "--selector",
     metavar="LABELS",
     default="app.kubernetes.io/name=lazymesh",
     show_default=True,
-    help="With --announce: the labels of these agents' pods.",
+    help="With --announce: labels of the agents' pods.",
 )
 @click.option(
     "--timeout",
     type=click.FloatRange(min=1),
     default=300,
     show_default=True,
-    help="With --announce: seconds to wait.",
+    help="With --announce: how long to wait, in seconds.",
 )
 @output_option
 def uninstall(bpffs: Path, announce: str | None, selector: str, timeout: float, output: str) -> None:
-    """Detach our programs, delete our entries and nobody else's, and remove our pins. Stop the agent first."""
+    """Remove lazymesh's programs, pins and entries, and nothing else, from this node. Stop the agent first."""
     if announce is not None:
         agents = tell(KubeApi.of_this_pod(), announce, selector, timeout)
         if output == "json":

@@ -23,21 +23,21 @@ TIMEOUT_S = 10.0
 
 @dataclass(frozen=True, slots=True)
 class Pod:
-    """As much of a pod as is asked for."""
+    """What is needed of a pod."""
 
     name: str
     node: str
-    """Empty before it has one."""
+    """Empty until it has been scheduled."""
     ready: bool
-    """As its own probe says; the pod's condition says no, too, of a node that nobody hears of."""
+    """According to its own probe; the pod's condition is also false when its node is unreachable."""
     container: str
-    """Its id, another one after each restart; empty while it does not run."""
+    """Its id, which changes with each restart; empty while it is not running."""
 
 
 class KubeApi:
     """One namespace of the cluster; every failure is a LazymeshError.
 
-    account: the directory with ``token``, ``ca.crt`` and ``namespace``; read at each call, since tokens are renewed.
+    account: the directory with ``token``, ``ca.crt`` and ``namespace``; the token is read at each call: it is renewed.
     """
 
     def __init__(self, url: str, account: Path) -> None:
@@ -48,12 +48,12 @@ class KubeApi:
             self._tls = ssl.create_default_context(cafile=str(account / "ca.crt"))
         except OSError as exc:
             raise LazymeshError(
-                f"no service account at {account}: {exc.strerror}; this runs in a pod that mounts one"
+                f"no service account at {account}: {exc.strerror}; run this in a pod that mounts one"
             ) from exc
 
     @classmethod
     def of_this_pod(cls, account: Path = ACCOUNT) -> Self:
-        """Find the API as every pod does."""
+        """Return the API of the cluster that this pod runs in."""
         host, port = (os.environ.get(f"KUBERNETES_SERVICE_{part}", "") for part in ("HOST", "PORT"))
         if not host:
             raise LazymeshError(
@@ -66,13 +66,13 @@ class KubeApi:
         self._ask("PATCH", f"configmaps/{name}", {"data": values})
 
     def pods(self, selector: str) -> list[Pod]:
-        """Return the pods that have these labels."""
+        """Return the pods with these labels."""
         query = urllib.parse.urlencode({"labelSelector": selector})
         found: list[dict[str, Any]] = self._ask("GET", f"pods?{query}")["items"]
         return [_pod(item) for item in found]
 
     def _ask(self, method: str, path: str, body: object = None) -> dict[str, Any]:
-        request = urllib.request.Request(  # noqa: S310 (https, by construction)
+        request = urllib.request.Request(  # noqa: S310 (always https)
             f"{self._url}/api/v1/namespaces/{self.namespace}/{path}",
             method=method,
             data=None if body is None else json.dumps(body).encode(),

@@ -39,7 +39,7 @@ def test_holding_that_is_impossible_is_said_so(monkeypatch: pytest.MonkeyPatch) 
     answer_with(monkeypatch, {"onMiss": "hold", "problem": "cannot open /dev/net/tun"})
     result = CliRunner().invoke(module.config, ["on-miss", "hold"])
     assert result.exit_code == 0
-    assert "Nothing is held, missed packets are passed on: cannot open /dev/net/tun" in result.output
+    assert "Nothing is held, missed packets pass: cannot open /dev/net/tun" in result.output
 
 
 def test_other_actions_are_wrong_usage(monkeypatch: pytest.MonkeyPatch) -> None:

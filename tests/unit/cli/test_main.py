@@ -82,7 +82,7 @@ def test_nothing_is_no_path(words: tuple[str, ...]) -> None:
     """A variable of the shell that is not set: nobody has meant the directory where we are."""
     done = CliRunner().invoke(main_module.cli, [*words, ""])
     assert done.exit_code == 2
-    assert f"Invalid value for '{words[-1]}': '' is no path" in done.output
+    assert f"Invalid value for '{words[-1]}': '' is not a path" in done.output
 
 
 def test_paths_are_where_they_were_looked_for() -> None:

@@ -52,7 +52,7 @@ def test_screen_shows_what_is_wrong_and_exits_1(monkeypatch: pytest.MonkeyPatch)
     result = CliRunner().invoke(module.status)
     assert result.exit_code == 1
     lines = result.output.splitlines()
-    assert "Queue:      0 waiting, 0 in flight, 2 negative, MUTED, 50% of misses let in" in lines
+    assert "Queue:      0 waiting, 0 in flight, 2 negative, MUTED, 50% of misses admitted" in lines
     assert "Entries:    5 of at most 25600 ours, 4 stale, map of 512000" in lines
     assert "WRONG: cluster b is silent: gone" in lines
     assert ["b", "-", "silent", "0", "0", "open", "-"] in [line.split() for line in lines]
