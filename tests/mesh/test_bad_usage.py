@@ -381,7 +381,7 @@ def secured(lab: Lab) -> Iterator[tuple[EtcdServer, Authority, Path]]:
         ("expired", "expired"),
         ("other user", "permission"),
         ("missing file", "cannot read"),
-        ("garbage", "no certificate in pem form"),
+        ("garbage", "does not contain a certificate in pem format"),
     ],
 )
 def test_wrong_certificate_is_told_by_check_and_status(

@@ -1,6 +1,6 @@
 """``lazymesh agent``: loads the datapath, follows the mesh and resolves misses, until it is told to stop.
 
-This file puts the parts together and takes them apart again; each part says itself what it does: signals
+This file puts the parts together and takes them apart again; each module says what its part does: signals
 (datapath/signals.py) go to the driver, which asks the resolver (core/resolver/) and carries its commands out with
 links (roles/link.py) and the installer (datapath/installer.py).
 """
@@ -302,12 +302,12 @@ class Agent:
         return [((), self._unexpected)]
 
     async def _tick(self, driver: Driver, status: Status) -> None:
-        told = False
+        logged = False
         while True:
             await asyncio.sleep(TICK_S)
             driver.feed(events.Tick())
-            if not told and status.not_ready() is None:
-                told = True
+            if not logged and status.not_ready() is None:
+                logged = True
                 log.info("ready", after_s=round(time.monotonic() - self._started, 3))
 
     async def _note_use(self, datapath: Datapath, driver: Driver) -> None:

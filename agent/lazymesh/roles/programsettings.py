@@ -67,7 +67,7 @@ class ProgramSettings:
         return {"onMiss": action, "holding": holding.state, "problem": holding.problem}
 
     def _may_remember(self, on_miss: OnMiss) -> bool:
-        """Tell whether the programs may remember an answer until the next tick.
+        """Return whether the programs may remember an answer until the next tick.
 
         Cilium's agent may remove an entry meanwhile: a packet then goes on as world, unless misses are to be held.
         """
