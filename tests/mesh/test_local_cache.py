@@ -122,7 +122,7 @@ def test_owners_store_that_cannot_be_reached_is_told(
         assert problem in wrong
         assert metric(agent, "lazymesh_owner_ready", target_cluster="b") == 0
         assert metric(agent, "lazymesh_cluster_ready", target_cluster="b") == 1
-        assert agent.log.count("the owner's store is not followed") == 1
+        assert agent.log.count("not watching the cluster's own etcd") == 1
         assert lab.cli("status", check=False).returncode == 1
 
 

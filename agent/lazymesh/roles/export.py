@@ -96,7 +96,7 @@ def _ready(sources: Sources) -> Iterator[Sample]:
 def _owners_ready(sources: Sources) -> Iterator[Sample]:
     for name, link in sources.links.items():
         if link.config.names_owner:
-            yield (name,), float(link.owner_problem is None)
+            yield (name,), float(link.owner.problem is None)
 
 
 def _refused(sources: Sources) -> Iterator[Sample]:

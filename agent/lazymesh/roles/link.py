@@ -10,8 +10,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 from dataclasses import dataclass
-from functools import partial
-from typing import TYPE_CHECKING, NamedTuple, Protocol
+from typing import TYPE_CHECKING, Protocol
 
 import structlog
 
@@ -22,35 +21,21 @@ from lazymesh.errors import KvstoreError
 from lazymesh.kvstore.client import EtcdClient
 from lazymesh.kvstore.follower import PrefixFollower
 from lazymesh.kvstore.model import Connected
-from lazymesh.kvstore.requests import Reads, Whole
 from lazymesh.kvstore.supervisor import Options
 from lazymesh.kvstore.transport import Transport
-from lazymesh.roles.keywatches import KeyWatches, neighbours_of
-from lazymesh.roles.logs import OncePer
+from lazymesh.roles.addressreads import AddressReads
+from lazymesh.roles.ownerstore import OwnerStore
+from lazymesh.roles.storeconfig import RETRY_S, describe_store
 from lazymesh.tasks import together
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Coroutine, Sequence
+    from collections.abc import Callable, Sequence
 
-    from lazymesh.core.model import Address
     from lazymesh.core.records import ClusterConfig
     from lazymesh.kvstore.config import EtcdConfig
-    from lazymesh.kvstore.model import Change, ClientEvent, Values, WatchLoss
+    from lazymesh.kvstore.model import Change, ClientEvent, WatchLoss
 
 log = structlog.get_logger()
-
-READ_TIMEOUT_S = 5.0
-"""A miss that was not answered for this long has failed (CFP-44921's own limit)."""
-RETRY_S = 0.5
-"""Between looks for a cluster-config or a canary that is not there yet."""
-REWATCH_S = 1.0
-"""Lost key watches are collected for this long before the cluster's addresses are read again."""
-
-READ_PROBLEM_S = 600.0
-"""Why a read failed is told for so long: on a quiet node none may follow for hours that succeeds."""
-
-QUIET_S = 60.0
-"""What goes wrong with many reads alike is logged once in this time."""
 
 DIRECT = ((Space.PUSHED, Space.PULL_ONLY),)
 
@@ -126,26 +111,20 @@ class ClusterLink:
         self._observer = observer
         options = Options(transport=Transport(kind=config.transport))
         self._primary = EtcdClient(config.primary, options)
-        self._remote = EtcdClient(config.remote, options) if config.remote else None
+        remote = EtcdClient(config.remote, options) if config.remote else None
+        self._primary.on_crash = self.fail
+        if remote is not None:
+            remote.on_crash = self.fail
+        self.owner = OwnerStore(config.name, remote, config.remote_error, self._reset)
+        self.addresses = AddressReads(config.name, self._primary, self.owner, self._tell, self._reset)
+        # Bound here, so that a miss pays for no call in between.
+        self.read = self.addresses.read
+        self.watch = self.addresses.watch
+        self.unwatch = self.addresses.unwatch
         self._followers: list[PrefixFollower] = []
         self._synced: set[bytes] = set()
-        self._followed = {space: self._key_watches(space) for space in Space}
         self._stale = asyncio.Event()
-        self._tasks: set[asyncio.Task[None]] = set()
         self._failure: asyncio.Future[None] | None = None
-        self._rewatch: asyncio.TimerHandle | None = None
-        self._said = OncePer(QUIET_S)
-        self._read_failed: tuple[str, float] | None = None
-        """Why the last read of addresses failed, and when; None when it did not, or owner_problem says it."""
-        self._cached = False
-        """The primary store is a local cache."""
-        self._owner_complete = config.remote_error is None
-        """Whether the owner's own store, behind a cache, may be believed; while not, it is looked at, if it can be."""
-        self._owner_lacks = "it was not looked at yet"
-        """Why it may not, as of the last look."""
-        self._primary.on_crash = self.fail
-        if self._remote is not None:
-            self._remote.on_crash = self.fail
 
     @property
     def client(self) -> EtcdClient:
@@ -153,56 +132,30 @@ class ClusterLink:
         return self._primary
 
     @property
-    def watched_keys(self) -> int:
-        """How many keys of addresses are being watched."""
-        return sum(len(one) for one in self._followed.values())
-
-    @property
-    def watched_ranges(self) -> int:
-        """How many watches that takes."""
-        return sum(one.ranges for one in self._followed.values())
-
-    @property
     def sizes(self) -> tuple[int, int]:
         """Numbers of nodes and identities told so far."""
         return (len(self._followers[0]), len(self._followers[1])) if self._followers else (0, 0)
 
-    @property
-    def read_problem(self) -> str | None:
-        """Why the last read of addresses failed, None when it did not, or that is long ago."""
-        if self._read_failed is None:
-            return None
-        why, at = self._read_failed
-        return why if asyncio.get_running_loop().time() < at + READ_PROBLEM_S else None
-
-    @property
-    def owner_problem(self) -> str | None:
-        """Why the owner's own store, behind a cache, is not followed; None when it is, or was not given."""
-        if self._remote is None:
-            return self.config.remote_error
-        info = self._remote.info
-        lacks = None if self._owner_complete else self._owner_lacks
-        return lacks if info.endpoint else info.last_error or lacks or "it does not answer"
-
     async def run(self) -> None:
         """Keep the link until cancelled; what raises in a callback of ours is raised here."""
         self._failure = asyncio.get_running_loop().create_future()
-        async with contextlib.AsyncExitStack() as stack:
-            await stack.enter_async_context(self._primary)
-            if self._remote:
-                await stack.enter_async_context(self._remote)
-                self._remote.add_listener(self._on_remote_event)
-                self._await_owner(self._remote, again=False)
+        async with self._primary:
             self._primary.add_listener(self._on_primary_event)
-            stack.push_async_callback(self._stop_tasks)
-            while not self._failure.done():
-                self._stale.clear()
-                described = await self._complete()
-                if described is not None:
-                    await self._follow(*described)
-                else:
-                    await asyncio.sleep(RETRY_S)
+            try:
+                await together(self.owner.run(), self._keep(self._failure))
+            finally:
+                self.addresses.stop()
         self._failure.result()
+
+    async def _keep(self, failure: asyncio.Future[None]) -> None:
+        """Follow the primary store, again after each replacement, until the link has failed."""
+        while not failure.done():
+            self._stale.clear()
+            described = await self._complete()
+            if described is not None:
+                await self._follow(*described)
+            else:
+                await asyncio.sleep(RETRY_S)
 
     def guard(self, tell: Callable[[], None]) -> None:
         """Call on behalf of a watch or a connection, which many share and no exception of ours must end."""
@@ -218,103 +171,27 @@ class ClusterLink:
             self._failure.exception()  # seen: it may come when nobody waits any more
             self._stale.set()
 
-    # --- reads and watches of single addresses ----------------------------------------------------------------------
-
-    def read(self, command: events.Read) -> None:
-        """Read the keys of some addresses; the answer comes as an event, in any case: the resolver counts on it."""
-        apart, whole = command.addresses, []
-        for count in command.whole:
-            some, apart = apart[:count], apart[count:]
-            text = keys.common_text(some[0])
-            prefixes = [keys.ip_prefix(space, self.name) + text for space in command.spaces]
-            whole.append(Whole(prefixes, keys.own_texts(some)))
-        reads = Reads(keys.ip_keys(command.spaces, apart, self.name), whole)
-        client = self._client_of(command.spaces[0])
-        if not self._owner_complete and self._is_for_owner(command):
-            why = f"the store of {self.name} itself is not followed: {self.owner_problem}"
-            error = KvstoreError(why, "unavailable")
-            asyncio.get_running_loop().call_soon(self._on_read, command, error)
-        else:
-            client.read_soon(reads, READ_TIMEOUT_S, partial(self._on_read, command))
-
-    def _on_read(self, command: events.Read, outcome: Values | KvstoreError) -> None:
-        if isinstance(outcome, KvstoreError):
-            kind: events.ReadFailure = outcome.kind
-            if self._is_for_owner(command) and self.owner_problem:
-                kind = "owner"
-            else:
-                self._read_failed = str(outcome), asyncio.get_running_loop().time()
-            if command.whole and self._said("whole", asyncio.get_running_loop().time()):
-                log.warning("a /24 could not be read whole", cluster=self.name, error=str(outcome))
-            self._tell(events.ReadFailed(self.name, command.addresses, kind, bool(command.whole)))
-        else:
-            self._read_failed = None
-            self._tell(
-                events.Answered(
-                    self.name, command.spaces, command.addresses, outcome.values, outcome.revision
-                )
-            )
-
     def _tell(self, event: events.Event) -> None:
         try:
             self._observer.on_event(event)
         except Exception as exc:  # as in ``guard``
             self.fail(exc)
 
-    def watch(self, command: events.Watch) -> None:
-        """Watch the keys of some addresses."""
-        neighbours = neighbours_of(command.addresses)
-        for space in command.spaces:
-            self._followed[space].follow(neighbours, command.after)
-
-    def unwatch(self, address: Address) -> None:
-        """Stop watching every key of the address."""
-        for one in self._followed.values():
-            one.unfollow(address)
-
-    def _on_key_changed(self, space: Space, address: Address, change: Change) -> None:
-        self._tell(
-            events.Changed(self.name, events.KeyState(address, space, change.value, change.mod_revision))
-        )
-
-    def _on_keys_lost(self, loss: WatchLoss) -> None:
-        """Keys are not watched any more: collect such losses, then have everything of the cluster read again."""
-        if loss.kind == "reset":
-            return  # told by the client's own event, for all of them together
-        if self._said("lost", asyncio.get_running_loop().time()):
-            log.warning("a key watch was lost", cluster=self.name, kind=loss.kind, error=str(loss.error))
-        if self._rewatch is None:
-            self._rewatch = asyncio.get_running_loop().call_later(REWATCH_S, self._reset)
-
     def _reset(self) -> None:
         """Forget every key watch; the resolver reads all addresses again and asks for new ones."""
-        if self._rewatch is not None:
-            self._rewatch.cancel()
-            self._rewatch = None
-        for one in self._followed.values():
-            one.clear()
+        self.addresses.clear()
         self._observer.on_event(events.StoreReset(self.name))
         if self.state == "ready":
             self._observer.on_event(events.ClusterReady(self.name))
-
-    def _client_of(self, space: Space) -> EtcdClient:
-        return self._primary if space is Space.CACHED or self._remote is None else self._remote
-
-    def _is_for_owner(self, command: events.Read) -> bool:
-        """Tell whether a read is for the owner's own store, apart from the primary one."""
-        return command.spaces[0] is not Space.CACHED and (self._cached or self._remote is not None)
-
-    def _key_watches(self, space: Space) -> KeyWatches:
-        watches, prefix = self._client_of(space).watches, keys.ip_prefix(space, self.name)
-        return KeyWatches(watches, prefix, partial(self._on_key_changed, space), self._on_keys_lost)
 
     # --- the store as a whole ---------------------------------------------------------------------------------------
 
     async def _complete(self) -> tuple[ClusterConfig, int] | None:
         """Return how the store describes itself, at which revision; None when it is not complete, or refused."""
         try:
-            config, revision, missing = await self._describe(self._primary)
-            self._cached = config.cached if config else self._cached
+            config, revision, missing = await describe_store(self._primary, self.name)
+            if config is not None:
+                self.owner.behind_cache = config.cached
             refusal = self._observer.on_config(self, config, self._spaces(config)) if config else None
         except KvstoreError as exc:
             self._fall_silent(exc)
@@ -329,22 +206,6 @@ class ClusterLink:
             self._wait_for(missing or "")
             return None
         return config, revision
-
-    async def _describe(self, client: EtcdClient) -> _Description:
-        """Ask a store for its cluster-config, and whether it is complete."""
-        answer = await client.read_many([keys.cluster_config_key(self.name)])
-        found, revision = answer.values[0], answer.revision
-        if found is None:
-            return _Description(None, revision, "no cluster-config in its store yet")
-        config = decode_cluster_config(found.value)
-        if not config.synced_canaries:
-            return _Description(config, revision, None)
-        wanted = [keys.canary_key(what, config.cached, self.name) for what in ("nodes", "identities", "ip")]
-        result = await client.read_many(wanted)
-        for key, canary in zip(wanted, result.values, strict=True):
-            if canary is None:
-                return _Description(config, revision, f"its store is not complete yet: no {key.decode()}")
-        return _Description(config, revision, None)
 
     def _spaces(self, config: ClusterConfig) -> tuple[tuple[Space, ...], ...]:
         if not config.cached:
@@ -432,71 +293,6 @@ class ClusterLink:
                 "the store was replaced, or went back in time", cluster=self.name, endpoint=event.endpoint
             )
             self._stale.set()
-
-    def _on_remote_event(self, event: ClientEvent) -> None:
-        if not isinstance(event, Connected):
-            log.warning("the owner's store is silent", cluster=self.name, error=str(event.error))
-        elif event.reset and self._remote is not None:
-            self._await_owner(self._remote, again=True)
-
-    def _await_owner(self, remote: EtcdClient, *, again: bool) -> None:
-        """Believe the owner's store once it is complete, and read everything again if it is another one."""
-        if self._owner_complete:
-            self._owner_complete = False
-            self._start(self._look_at_owner(remote, again=again))
-
-    async def _look_at_owner(self, remote: EtcdClient, *, again: bool) -> None:
-        told = False
-        while not self._owner_complete:
-            try:
-                epoch = remote.epoch
-                missing = (await self._describe(remote)).missing
-                self._owner_complete = missing is None and epoch == remote.epoch
-                self._owner_lacks = missing or "it was replaced while it was looked at"
-            except KvstoreError as exc:
-                self._owner_lacks = str(exc)
-            except RecordError as exc:
-                self._owner_lacks = f"its cluster-config is {exc}"
-            if not self._owner_complete:
-                if not told:
-                    log.warning(
-                        "the owner's store is not followed", cluster=self.name, problem=self._owner_lacks
-                    )
-                told = True
-                await asyncio.sleep(RETRY_S)
-        if told:
-            log.info("the owner's store is followed", cluster=self.name)
-        if again:
-            self._reset()
-
-    def _start(self, work: Coroutine[None, None, None]) -> asyncio.Task[None]:
-        task = asyncio.create_task(work)
-        self._tasks.add(task)
-        task.add_done_callback(self._ended)
-        return task
-
-    def _ended(self, task: asyncio.Task[None]) -> None:
-        self._tasks.discard(task)
-        if not task.cancelled() and (error := task.exception()) is not None:
-            self.fail(error)
-
-    async def _stop_tasks(self) -> None:
-        if self._rewatch is not None:
-            self._rewatch.cancel()
-            self._rewatch = None
-        for task in list(self._tasks):
-            task.cancel()
-        await asyncio.gather(*self._tasks, return_exceptions=True)
-
-
-class _Description(NamedTuple):
-    """What a store says of itself."""
-
-    config: ClusterConfig | None
-    revision: int
-    """Of the store, when it said so."""
-    missing: str | None
-    """What it lacks to be complete."""
 
 
 @dataclass(frozen=True, slots=True)

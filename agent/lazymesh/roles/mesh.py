@@ -171,7 +171,7 @@ class Mesh:
             return
         self.file_errors.pop(name, None)
         if owner_error:
-            log.error("the owner's store is not followed", cluster=name, problem=owner_error)
+            log.error("not watching the cluster's own etcd", cluster=name, problem=owner_error)
         self._start(LinkConfig(name, file.config, owner, owner_error, self._settings.etcd_transport))
         log.info("cluster configured", cluster=name)
 

@@ -152,14 +152,14 @@ class Status:
             "name": name,
             "id": info.cluster_id if info else None,
             "state": link.state if link else "refused",
-            "problem": (link and (problem_of(link) or link.read_problem))
+            "problem": (link and (problem_of(link) or link.addresses.problem))
             or self.parts.mesh.file_errors.get(name),
-            "ownerProblem": link.owner_problem if link else None,
+            "ownerProblem": link.owner.problem if link else None,
             "nodes": nodes,
             "identities": identities,
             "staleEntries": self.parts.resolver.stale.get(name, 0),
-            "watchedKeys": link.watched_keys if link else 0,
-            "watchedRanges": link.watched_ranges if link else 0,
+            "watchedKeys": link.addresses.watched_keys if link else 0,
+            "watchedRanges": link.addresses.watched_ranges if link else 0,
             "breaker": reads.breaker if reads else "closed",
             "inFlight": reads.in_flight if reads else 0,
             "endpoint": client.endpoint if client else None,
@@ -252,9 +252,9 @@ class Status:
             if link.state != "ready":
                 kept = f" ({stale[name]} entries are kept as last known)" if name in stale else ""
                 yield f"cluster {name} is {link.state}{kept}: {problem_of(link) or 'not listed yet'}"
-            elif link.read_problem:
-                yield f"cluster {name}: the last read failed: {link.read_problem}"
-            if owner_problem := link.owner_problem:
+            elif link.addresses.problem:
+                yield f"cluster {name}: the last read failed: {link.addresses.problem}"
+            if owner_problem := link.owner.problem:
                 yield f"cluster {name}: its own store is not followed: {owner_problem}"
         for name, error in sorted(mesh.file_errors.items()):
             yield f"cluster {name}: {error}"

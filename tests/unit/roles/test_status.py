@@ -31,8 +31,9 @@ def link(
         endpoint=endpoint, cluster_id=0xAB, revision=3, reconnects=1, last_error=last_error
     )
     return SimpleNamespace(
-        state=state, tried=tried, problem=problem, read_problem=read_problem, sizes=(1, 2),
-        owner_problem=owner_problem, watched_keys=3, watched_ranges=1,
+        state=state, tried=tried, problem=problem, sizes=(1, 2),
+        owner=SimpleNamespace(problem=owner_problem),
+        addresses=SimpleNamespace(problem=read_problem, watched_keys=3, watched_ranges=1),
         client=SimpleNamespace(info=info),
     )  # fmt: skip
 
