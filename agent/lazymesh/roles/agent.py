@@ -25,7 +25,7 @@ from lazymesh.core.policy import PolicyEngine
 from lazymesh.core.resolver import Judge, Limits, Resolver
 from lazymesh.datapath.capabilities import check_capabilities
 from lazymesh.datapath.cilium import NodeView, take_out_ours
-from lazymesh.datapath.holdmaps import HoldControl, HoldCounterMap, HoldLimits
+from lazymesh.datapath.holdmaps import HoldControl, HoldCounterMap
 from lazymesh.datapath.installer import Installer
 from lazymesh.datapath.interfaces import InterfaceFollower, InterfaceSelection
 from lazymesh.datapath.maps import kernel_honours_noexist
@@ -219,7 +219,7 @@ class Agent:
         judge = Judge(mesh.table, mesh.identities, settings.mesh.region, ipcaches.here)
         resolver = Resolver(limits, judge, random.random)
         auditor = Auditor(datapath.windows, datapath.counters, self._allows(), resolver)
-        hold_settings = HoldSettings(HoldLimits(), wanted.hold_limit_s, wanted.drop_on_timeout)
+        hold_settings = HoldSettings(wanted.hold_limit_s, wanted.drop_on_timeout)
         holding = Holding(datapath, HoldControl(datapath.pins.directory), hold_settings)
         valve = Valve(datapath.config)
         driver = Driver(resolver, shadow or installer, mesh.links, self._metrics, valve)

@@ -3,9 +3,6 @@
 Started by the agent, in a session of its own, with one end of a socket pair; it ends when the other end does, after it
 has given everything back. So a crash of the agent loses no parked packet, and a crash of the holder only those in its
 hands: the next packet is not parked any more. It reads maps and the TAP, and imports neither BCC, gRPC nor pyroute2.
-
-Datagrams, first byte: ``a`` answers (agent to holder: cause, family and address, since when), ``c`` settings and ``g``
-go (JSON), ``q`` quit; ``u`` up (holder to agent, JSON), ``e`` error (one line).
 """
 
 from __future__ import annotations
@@ -24,12 +21,13 @@ import time
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from lazymesh.core.hold import Cause, Frame, HoldQueues, Return, Why
+from lazymesh.core.hold import Frame, HoldQueues, Return, Why
 from lazymesh.datapath import abi
 from lazymesh.datapath.libbpf import Map, open_pin
 from lazymesh.datapath.pins import HOLD_FILTER
 from lazymesh.datapath.tap import READ_SIZE, VNET_HEADER, Tap, open_tap
 from lazymesh.errors import DatapathError
+from lazymesh.roles.holdwire import ANSWER, ANSWERS, CAUSES, ERROR, GO, QUIT, SETTINGS, UP
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
@@ -46,9 +44,6 @@ FORGET_S = 60.0
 RUNT = 60
 """Length of the frame that stands for one that is dropped."""
 
-CAUSES = (Cause.INSTALLED, Cause.NEGATIVE)
-"""What an answer may say, by its byte."""
-ANSWER = struct.Struct("=B17sd")
 _HELD = frozenset(Why)
 
 
@@ -158,16 +153,16 @@ class Holder:
 
     def _obey(self, datagram: bytes) -> None:
         kind, body = datagram[:1], datagram[1:]
-        if kind in (b"", b"q"):
+        if kind in (b"", QUIT):
             self._ending = True
-        elif kind == b"a":
-            for cause, address, since in ANSWER.iter_unpack(body):
-                self._give_back(self._queues.answer(address, CAUSES[cause], since))
-        elif kind == b"c":
+        elif kind == ANSWERS:
+            for number, address, since in ANSWER.iter_unpack(body):
+                self._give_back(self._queues.answer(address, CAUSES[number], since))
+        elif kind == SETTINGS:
             settings = json.loads(body)
             self._queues.limit_s = settings["limit_s"]
             self._queues.drop_on_timeout = settings["drop_on_timeout"]
-        elif kind == b"g":
+        elif kind == GO:
             self._mapped.control.udp_gso = self._tap.udp_gso
             self._mapped.control.holder_beat_ns = time.monotonic_ns()
             self._mapped.control.tap_ifindex = self._tap.ifindex
@@ -261,9 +256,9 @@ def _start(agent: socket.socket, pins: Path) -> Holder | None:
         mapped = Mapped(pins)
         reset(pins, mapped)
     except (DatapathError, OSError) as exc:
-        agent.send(b"e" + str(exc).encode())
+        agent.send(ERROR + str(exc).encode())
         return None
-    agent.send(b"u" + json.dumps({"ifindex": tap.ifindex, "name": tap.name}).encode())
+    agent.send(UP + json.dumps({"ifindex": tap.ifindex, "name": tap.name}).encode())
     agent.setblocking(False)
     return Holder(tap, pins, mapped, agent)
 

@@ -10,26 +10,26 @@ import contextlib
 import json
 import secrets
 import socket
-import struct
 import subprocess
 import sys
 import time
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
 import structlog
 
-from lazymesh.core.hold import Cause
-from lazymesh.datapath.holdmaps import COOKIE_BITS
+from lazymesh.datapath.holdmaps import COOKIE_BITS, HoldLimits
 from lazymesh.datapath.hooks import mend_tap, prepare_tap
 from lazymesh.datapath.tap import NAMES
 from lazymesh.errors import DatapathError
+from lazymesh.roles.holdwire import ANSWER, ANSWERS, CAUSE_NUMBERS, FAMILIES, GO, QUIT, SETTINGS, UP
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
 
+    from lazymesh.core.hold import Cause
     from lazymesh.core.model import Address
-    from lazymesh.datapath.holdmaps import HoldControl, HoldLimits
+    from lazymesh.datapath.holdmaps import HoldControl
     from lazymesh.datapath.program import Datapath
 
 log = structlog.get_logger()
@@ -46,26 +46,25 @@ HUNG_LOOKS = 5
 """A holder that was silent for so long at so many looks in a row is killed. (One look may follow our own silence.)"""
 ANSWERS_PER_DATAGRAM = 1_000
 
-_CAUSE = {Cause.INSTALLED: 0, Cause.NEGATIVE: 1}
-_ANSWER = struct.Struct("=B17sd")
-_FINE = ("off", "starting", "on")
+State = Literal["off", "starting", "on", "failed"]
 
 
 @dataclass(frozen=True, slots=True)
 class HoldSettings:
-    """What a user may say about holding."""
+    """What a user may set about holding; how much may be parked is fixed (``HoldLimits``)."""
 
-    limits: HoldLimits
     limit_s: float = 0.25
     """After this long a packet is let go without an answer."""
     drop_on_timeout: bool = False
 
 
 class Holding:
-    """Owns the holder process; ``state`` is for people: off, starting, on, or why not."""
+    """Owns the holder process."""
 
     def __init__(self, datapath: Datapath, control: HoldControl, settings: HoldSettings) -> None:
-        self.state = "off"
+        self.state: State = "off"
+        self.problem: str | None = None
+        """Why packets are not held although they should be; set while the state is failed."""
         self.restarts = 0
         self.answers_dropped = 0
         """Answers that a holder that does not listen never got; its packets go after the time limit."""
@@ -77,14 +76,14 @@ class Holding:
         self._answers: list[bytes] = []
 
     @property
-    def problem(self) -> str | None:
-        """Why packets are not held although they should be; None while all is well."""
-        return None if self.state in _FINE else self.state
+    def summary(self) -> str:
+        """Return the state for people: off, starting, on, or what is wrong."""
+        return self.problem or self.state
 
     def want(self) -> None:
         """Have a holder from now on."""
         if not self._wanted.is_set():
-            self.state = "starting"
+            self._set("starting")
             self._wanted.set()
 
     async def run(self) -> None:
@@ -98,14 +97,14 @@ class Holding:
                 try:
                     await self._one_life()
                 except (DatapathError, OSError) as exc:
-                    if self.state != str(exc):
+                    if self.problem != str(exc):
                         log.warning("cannot hold packets; missed ones are passed on", error=str(exc))
-                    self.state = str(exc)
+                    self._set("failed", str(exc))
                     pause = min(2 * pause, RETRY_MOST_S)
                 else:
                     pause = RESTART_S
                     self.restarts += 1
-                    self.state = "the holder died and is started again"
+                    self._set("failed", "the holder died and is started again")
                     log.error(
                         "the holder died, or was killed because it hung: packets it held are lost, missed ones"
                         " are passed on meanwhile"
@@ -118,12 +117,12 @@ class Holding:
         """Let the packets go that wait for these addresses."""
         if self._socket is None:
             return
-        now_ns = time.monotonic_ns()
+        now_ns, number = time.monotonic_ns(), CAUSE_NUMBERS[cause]
         # A storm of misses may keep the loop from the next beat; this is as good a sign.
         self._control.beat(now_ns)
         for address in addresses:
-            family = b"\x01" if len(address) == 4 else b"\x02"
-            self._answers.append(_ANSWER.pack(_CAUSE[cause], family + address.ljust(16, b"\0"), now_ns / 1e9))
+            key = FAMILIES[len(address)] + address.ljust(16, b"\0")
+            self._answers.append(ANSWER.pack(number, key, now_ns / 1e9))
 
     def flush(self) -> None:
         """Send the answers of one step of the agent: one datagram for all of them."""
@@ -132,9 +131,12 @@ class Holding:
             part = answers[at : at + ANSWERS_PER_DATAGRAM]
             try:
                 if self._socket is not None:
-                    self._socket.send(b"a" + b"".join(part))
+                    self._socket.send(ANSWERS + b"".join(part))
             except OSError:  # full, because it hangs, or gone: the time limit or its end lets the packets go
                 self.answers_dropped += len(part)
+
+    def _set(self, state: State, problem: str | None = None) -> None:
+        self.state, self.problem = state, problem
 
     async def _beat(self) -> None:
         while True:
@@ -162,14 +164,14 @@ class Holding:
             try:
                 tap = await self._handshake(ours)
                 self._socket = ours
-                self.state = "on"
+                self._set("on")
                 await self._watch(ours, tap)
             except ConnectionError:
                 return
             finally:
                 self._socket = None
                 with contextlib.suppress(OSError):
-                    ours.send(b"q")
+                    ours.send(QUIT)
                 ours.close()
                 await asyncio.to_thread(_wait_for, process)
 
@@ -183,7 +185,10 @@ class Holding:
             except TimeoutError:
                 silent_s = time.monotonic() - self._control.holder_beat() / 1e9
                 looks = looks + 1 if silent_s > HUNG_S else 0
-                self.state = "the holder hangs" if looks else "on"
+                if looks:
+                    self._set("failed", "the holder hangs")
+                else:
+                    self._set("on")
                 if await mend_tap(self._datapath, tap):
                     log.warning("somebody changed the holder's TAP device: it is as it should be again")
             else:
@@ -196,7 +201,7 @@ class Holding:
                 datagram = await asyncio.get_running_loop().sock_recv(ours, 65_536)
         except TimeoutError as exc:
             raise DatapathError(f"the holder has not started in {BIRTH_S:g} s") from exc
-        if datagram[:1] != b"u":
+        if datagram[:1] != UP:
             raise DatapathError(datagram[1:].decode() or "the holder ended without a word")
         tap = json.loads(datagram[1:])
         if tap["name"] != NAMES[0]:
@@ -206,11 +211,11 @@ class Holding:
                 usual=NAMES[0],
             )
         await prepare_tap(self._datapath, tap["ifindex"], tap["name"])
-        self._control.set_limits(self._settings.limits, self._settings.limit_s)
+        self._control.set_limits(HoldLimits(), self._settings.limit_s)
         self._datapath.config.change(hold_cookie=secrets.randbelow((1 << COOKIE_BITS) - 1) + 1)
         words = {"limit_s": self._settings.limit_s, "drop_on_timeout": self._settings.drop_on_timeout}
-        ours.send(b"c" + json.dumps(words).encode())
-        ours.send(b"g")
+        ours.send(SETTINGS + json.dumps(words).encode())
+        ours.send(GO)
         return int(tap["ifindex"])
 
 

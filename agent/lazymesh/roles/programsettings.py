@@ -64,7 +64,7 @@ class ProgramSettings:
         if action == "hold":
             holding.want()
         log.info("on miss", action=action)
-        return {"onMiss": action, "holding": holding.state, "problem": holding.problem}
+        return {"onMiss": action, "holding": holding.summary, "problem": holding.problem}
 
     def _may_remember(self, on_miss: OnMiss) -> bool:
         """Return whether the programs may remember an answer until the next tick.

@@ -115,7 +115,7 @@ class Status:
                 },
                 "attach": self.parts.follower.attach,
                 "onMiss": OnMiss(self.parts.datapath.config.read().on_miss).name.lower(),
-                "holding": self.parts.holding.state,
+                "holding": self.parts.holding.summary,
                 "policy": str(settings.policy) if settings.policy else "none",
                 "ipcache": self.parts.ipcaches.describe(),
                 "packets": {d.name.lower(): self.packets(d) for d in Direction},

@@ -9,7 +9,6 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any, cast
 
-from lazymesh.datapath.holdmaps import HoldLimits
 from lazymesh.roles import holding
 from lazymesh.roles.holding import Holding, HoldSettings
 
@@ -31,9 +30,7 @@ async def test_a_holder_that_never_starts_is_killed(tmp_path: Path, monkeypatch:
     monkeypatch.setattr(holding, "BIRTH_S", 0.5)
     monkeypatch.setattr(holding, "RESTART_S", 0.1)
     datapath: Any = SimpleNamespace(pins=SimpleNamespace(directory=tmp_path))
-    keeper = Holding(
-        datapath, cast("Any", SimpleNamespace(beat=lambda _now: None)), HoldSettings(HoldLimits())
-    )
+    keeper = Holding(datapath, cast("Any", SimpleNamespace(beat=lambda _now: None)), HoldSettings())
     keeper.want()
     running = asyncio.create_task(keeper.run())
 
@@ -45,7 +42,8 @@ async def test_a_holder_that_never_starts_is_killed(tmp_path: Path, monkeypatch:
         while len(born()) < 2:
             assert not running.done()
             await asyncio.sleep(0.02)
-    assert keeper.problem == "the holder has not started in 0.5 s"
+    assert keeper.state == "failed"
+    assert keeper.problem == keeper.summary == "the holder has not started in 0.5 s"
     assert not alive(born()[0])
     running.cancel()
     with contextlib.suppress(asyncio.CancelledError):
