@@ -10,7 +10,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, Literal, Protocol
 
 import structlog
 
@@ -36,6 +36,8 @@ if TYPE_CHECKING:
     from lazymesh.kvstore.model import Change, ClientEvent, WatchLoss
 
 log = structlog.get_logger()
+
+State = Literal["connecting", "incomplete", "listing", "ready", "silent", "refused", "crashed"]
 
 DIRECT = ((Space.PUSHED, Space.PULL_ONLY),)
 
@@ -95,12 +97,12 @@ class LinkConfig:
 
 
 class ClusterLink:
-    """Runs one cluster; ``state`` is for people: connecting, incomplete, listing, ready, silent, refused, crashed."""
+    """Runs one cluster."""
 
     def __init__(self, config: LinkConfig, observer: LinkObserver) -> None:
         self.name = config.name
         self.config = config
-        self.state = "connecting"
+        self.state: State = "connecting"
         self.problem: str | None = None
         """One line saying why it is not ready, None when it is."""
         self.tried = False
