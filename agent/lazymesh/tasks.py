@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
+import math
 import time
 from typing import TYPE_CHECKING, Any, TypeVar
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Coroutine, Sequence
+    from collections.abc import Callable, Coroutine, Iterator, Sequence
 
 Item = TypeVar("Item")
 
@@ -26,6 +28,25 @@ async def together(*parts: Coroutine[Any, Any, Any]) -> None:
         for task in tasks:
             task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)
+
+
+async def wait(event: asyncio.Event, seconds: float) -> bool:
+    """Wait for an event, at most this long; clear it, and tell whether it came."""
+    with contextlib.suppress(TimeoutError):
+        async with asyncio.timeout(seconds):
+            await event.wait()
+    came = event.is_set()
+    event.clear()
+    return came
+
+
+async def take_turns(steps: Iterator[None], seconds: float = math.inf) -> None:
+    """Go through the steps, at most this long, and let others run in between; what is left stays in the iterator."""
+    until = time.monotonic() + seconds
+    for _ in steps:
+        await asyncio.sleep(0)
+        if time.monotonic() > until:
+            return
 
 
 class FairShare:

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 import pytest
 
-from lazymesh.tasks import PIECE, FairShare, together
+from lazymesh.tasks import PIECE, FairShare, take_turns, together, wait
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -87,3 +87,21 @@ async def test_short_work_is_done_at_once() -> None:
     with pytest.raises(StopIteration):
         working.send(None)
     assert taken == [1, 2]
+
+
+async def test_wait_tells_whether_the_event_came_and_clears_it() -> None:
+    """So that the next wait is for the next one."""
+    event = asyncio.Event()
+    event.set()
+    assert await wait(event, 5)
+    assert not await wait(event, 0.01)
+
+
+async def test_steps_that_take_too_long_can_be_gone_on_with() -> None:
+    """Others run between any two."""
+    done: list[int] = []
+    steps = (done.append(number) for number in range(5))
+    await take_turns(steps, -1)
+    assert done == [0]
+    await take_turns(steps)
+    assert done == [0, 1, 2, 3, 4]

@@ -16,13 +16,14 @@ from typing import TYPE_CHECKING, Any
 
 import structlog
 
-from lazymesh.core.ipcaches import ROOM_EVERY_S, Arrangement
+from lazymesh.core.ipcaches import Arrangement
 from lazymesh.datapath.cilium import TAG, pinned_ipcaches, pins_directory
 from lazymesh.datapath.maps import IpcacheMap
 from lazymesh.errors import DatapathError
 from lazymesh.roles.ipcaches import describe_map
 from lazymesh.roles.lending import SLICE, Lender
-from lazymesh.tasks import together
+from lazymesh.roles.room import EntryCount, MapRoom
+from lazymesh.tasks import take_turns, together, wait
 
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable, Container, Iterator, Mapping, Sequence
@@ -50,8 +51,6 @@ PIN_AWAY_S = 10.0
 SWEEP_EVERY_S = 30.0
 """Between looks for entries of ours that Cilium has taken over."""
 ADDRESSES_EVERY_S = 10.0
-COUNTS_APART_S = 1.0
-"""From count to count of a map's entries at least: with 500,000 one takes a third of it."""
 FIRST_S = 0.1
 """A new map is filled for so long before programs look into it; the rest comes while they do."""
 
@@ -75,7 +74,6 @@ class GuestIpcaches:
         """Maps that count no more, but are in force still, or have entries of ours."""
         self._read: frozenset[int] = frozenset()
         self._read_at, self._read_took = -math.inf, 0.0
-        self._used = 0
         self._noticed_s: float | None = None
         """How long after it was pinned the last new map was seen."""
         self._settled = asyncio.Event()
@@ -83,6 +81,7 @@ class GuestIpcaches:
         self._problem: str | None = None
         """Why Cilium's map cannot be used: meanwhile the last good arrangement stays in force."""
         self._lender: Lender | None = None
+        self._room = EntryCount(lambda: self._maps[0])
 
     @property
     def here(self) -> Container[Address]:
@@ -124,14 +123,14 @@ class GuestIpcaches:
     def connect(self, installer: Installer, driver: Driver, resolver: Resolver, mesh: Mesh) -> None:
         """Let entries be written."""
         self._lender = Lender(installer, driver, resolver, mesh)
-        installer.on_full = self._lender.count.set
+        self._room = MapRoom(lambda: self._maps[0], installer, driver, resolver)
 
     async def run(self) -> None:
         """Follow Cilium until cancelled."""
         parts = [
             _repeat(self._look_on, LOOK_EVERY_S),
             _repeat(self._learn_addresses, ADDRESSES_EVERY_S),
-            self._watch_room(self._lender),
+            self._room.run(),
         ]
         if self._lender is not None:
             parts.append(self._sweep(self._lender))
@@ -154,10 +153,10 @@ class GuestIpcaches:
                 f"nothing reads the pinned ipcache (map {self._arrangement.orphan}), Cilium's programs are on map"
                 f" {self._arrangement.maps[0]}, which is served instead: restart the Cilium agent"
             )
-        if self._lender is not None and self._lender.installer.crowded:
+        if self._room.crowded:
             yield (
-                f"the ipcache map is nearly full ({self._used} of {self._maps[0].max_entries} entries): what is left"
-                " is for Cilium, new addresses are refused; publish fewer endpoints, or more of them pull-only"
+                f"the ipcache map is nearly full ({self._room.used} of {self._maps[0].max_entries} entries): what is"
+                " left is for Cilium, new addresses are refused; publish fewer endpoints, or more of them pull-only"
             )
 
     def describe(self) -> dict[str, Any]:
@@ -167,7 +166,7 @@ class GuestIpcaches:
             "maps": [describe_map(one, "old" if n else first) for n, one in enumerate(self._maps)],
             "recreated": self.recreated_total,
             "noticedMs": None if self._noticed_s is None else round(self._noticed_s * 1000),
-            "entriesInMap": self._used,
+            "entriesInMap": self._room.used,
             "lent": dict(self.lent),
         }
 
@@ -192,7 +191,7 @@ class GuestIpcaches:
             "lazymesh_ipcache_entries",
             "Entries in the ipcache, whoever wrote them",
             (),
-            lambda: [((), self._used)],
+            lambda: [((), self._room.used)],
         )
 
     # --- which maps ---------------------------------------------------------------------------------------------------
@@ -237,17 +236,17 @@ class GuestIpcaches:
         if self._lender is not None:
             self._lender.installer.use(maps)
             if moved:
-                self._lender.begin()
+                self._room.begin()
         lending: Iterator[None] = iter(())
         if self._lender is not None and moved:
             lending = self._lender.lend_all(self._datapath.recent.newest_first(), maps[1:])
         # Cilium's programs go on reading the old map for seconds, so ours may for a moment.
-        await _take_turns(lending, FIRST_S)
+        await take_turns(lending, FIRST_S)
         self._datapath.views.show(maps)
         self._shown = True
-        await _take_turns(lending)
+        await take_turns(lending)
         if self._lender is not None and self._gone:
-            await _take_turns(self._lender.withdraw_all(self._gone))
+            await take_turns(self._lender.withdraw_all(self._gone))
         for one in self._gone:
             one.close()
         self._gone = []
@@ -280,7 +279,7 @@ class GuestIpcaches:
     async def _sweep(self, lender: Lender) -> None:
         """Look for entries of ours that are not ours any more, and let go of them."""
         while True:
-            await _wait(self._settled, SWEEP_EVERY_S)
+            await wait(self._settled, SWEEP_EVERY_S)
             for count, address in enumerate(lender.installer.owned_addresses(), 1):
                 # In a map that is being filled most of ours do not stand yet.
                 if not self._arrangement.settled:
@@ -288,36 +287,6 @@ class GuestIpcaches:
                 lender.give_up_if_lost(address)
                 if count % SLICE == 0:
                     await asyncio.sleep(0)
-
-    async def _watch_room(self, lender: Lender | None) -> None:
-        """Count the entries, often enough that Cilium finds room for its own."""
-        while True:
-            ipcache, began = self._maps[0], time.monotonic()
-            added = 0 if lender is None else lender.installer.added
-            used = await self._counted(ipcache, lender)
-            if used is not None and ipcache is self._maps[0]:  # else it says nothing of the one that is
-                self._used = used
-                if lender is not None:
-                    await _take_turns(lender.make_room(used, ipcache.max_entries, added))
-            if lender is None:
-                await asyncio.sleep(ROOM_EVERY_S)
-                continue
-            await asyncio.sleep(COUNTS_APART_S)
-            # What we add ourselves brings the next one forward.
-            while used is not None and time.monotonic() < began + lender.pause(ipcache.max_entries):
-                if await _wait(lender.count, COUNTS_APART_S):
-                    break
-
-    @staticmethod
-    async def _counted(ipcache: IpcacheMap, lender: Lender | None) -> int | None:
-        """Count a map's entries, and again before anything is done about it; None if the number cannot be believed."""
-        with contextlib.suppress(OSError):
-            used = await asyncio.to_thread(_count, ipcache.map_id)
-            if used is None or lender is None or not lender.room.looks_crowded(used, ipcache.max_entries):
-                return used
-            again = await asyncio.to_thread(_count, ipcache.map_id)
-            return None if again is None else min(used, again)
-        return None
 
     async def _learn_addresses(self) -> None:
         try:
@@ -336,31 +305,6 @@ def _pinned_at(bpffs: Path) -> float:
         with contextlib.suppress(FileNotFoundError):
             found.append(path.stat().st_ctime)
     return max(found, default=time.time())
-
-
-def _count(map_id: int) -> int | None:
-    """Count a map's entries, through a descriptor of our own: the agent may close its own meanwhile."""
-    with contextlib.closing(IpcacheMap.by_id(map_id)) as ipcache:
-        return ipcache.count()
-
-
-async def _wait(event: asyncio.Event, seconds: float) -> bool:
-    """Wait for an event, but not longer than so long; clear it, and tell whether it came."""
-    with contextlib.suppress(TimeoutError):
-        async with asyncio.timeout(seconds):
-            await event.wait()
-    came = event.is_set()
-    event.clear()
-    return came
-
-
-async def _take_turns(steps: Iterator[None], seconds: float = math.inf) -> None:
-    """Go through the steps, for so long, and let others have their turn in between; what is left stays."""
-    until = time.monotonic() + seconds
-    for _ in steps:
-        await asyncio.sleep(0)
-        if time.monotonic() > until:
-            return
 
 
 async def _repeat(step: Callable[[], Awaitable[None]], seconds: float) -> None:

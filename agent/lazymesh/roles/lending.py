@@ -6,17 +6,12 @@ installer's.
 
 from __future__ import annotations
 
-import asyncio
-import math
 from collections import Counter
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
-import structlog
-
 from lazymesh.core import events
 from lazymesh.core.identities import is_peer
-from lazymesh.core.ipcaches import Room
 from lazymesh.core.model import Reason, with_tunnel_flags
 
 if TYPE_CHECKING:
@@ -28,8 +23,6 @@ if TYPE_CHECKING:
     from lazymesh.datapath.maps import IpcacheMap
     from lazymesh.roles.driver import Driver
     from lazymesh.roles.mesh import Mesh
-
-log = structlog.get_logger()
 
 SLICE = 200
 """Entries handled between two looks at what else there is to do."""
@@ -43,19 +36,8 @@ class Lender:
     driver: Driver
     resolver: Resolver
     mesh: Mesh
-    room: Room = field(default_factory=Room)
-    count: asyncio.Event = field(default_factory=asyncio.Event)
-    """The map's entries are to be counted now: the kernel has found no room for one of ours, or the map is new."""
     lent: Counter[str] = field(default_factory=Counter)
     """What became of entries that were to be put into new maps."""
-    _added: int = 0
-    """The installer's account when the last count began."""
-
-    def begin(self) -> None:
-        """Take note that the map is a new one."""
-        self.room.begin()
-        self.installer.crowded, self.installer.added_most = False, math.inf
-        self.count.set()
 
     def lend_all(self, recent: Sequence[Address], old: Sequence[IpcacheMap]) -> Iterator[None]:
         """Fill a new map, in steps: with whom this node has talked to, the latest first, then with all of ours."""
@@ -82,25 +64,6 @@ class Lender:
         if self.installer.is_lost(address):
             self.installer.forget(address)
             self.driver.feed(events.Lost((address,)))
-
-    def make_room(self, used: int, size: int, added: int) -> Iterator[None]:
-        """Stop putting entries in where room is scarce, and take out what is too much, in steps.
-
-        used: a count of the map; added: the installer's account when it began.
-        """
-        before, surplus = self.room.crowded, self.room.step(used, size)
-        if self.room.crowded != before:
-            log.log(20 if before else 30, "room in the ipcache", crowded=not before, entries=used, size=size)
-        self._added = added
-        self.installer.crowded, self.installer.added_most = self.room.crowded, added + self.room.left(size)
-        while surplus > 0 and self.resolver.owned and self.room.crowded:  # a new map is not
-            self.driver.feed(events.Shrink(min(SLICE, surplus)))
-            surplus -= SLICE
-            yield
-
-    def pause(self, size: int) -> float:
-        """Return how long after the last count the next is due."""
-        return self.room.pause(size, self.installer.added - self._added)
 
     def _lend(self, address: Address, old: Sequence[IpcacheMap]) -> str | None:
         """Put an address into the new map, as ours or as the old maps know it; return what became of it, or None."""

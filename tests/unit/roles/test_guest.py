@@ -18,6 +18,7 @@ from lazymesh.datapath.maps import View
 from lazymesh.errors import DatapathError
 from lazymesh.metrics import Metrics
 from lazymesh.roles import guest as module
+from lazymesh.roles import room
 from lazymesh.roles.guest import GuestIpcaches
 from tests.support.playbook import B1, B2
 
@@ -85,7 +86,8 @@ def node(monkeypatch: pytest.MonkeyPatch) -> Node:
     made = Node()
     monkeypatch.setattr(module, "pinned_ipcaches", lambda _bpffs: made.pins)
     opened = SimpleNamespace(by_id=lambda number, _tag=0: FakeMap(number, made.counts))
-    monkeypatch.setattr(module, "IpcacheMap", opened)
+    for reader in (module, room):
+        monkeypatch.setattr(reader, "IpcacheMap", opened)
     for pause in ("LOOK_EVERY_S", "READ_EVERY_S", "READ_SETTLED_S", "ADDRESSES_EVERY_S"):
         monkeypatch.setattr(module, pause, 0.001)
     return made
@@ -220,7 +222,7 @@ async def test_count_that_would_crowd_the_map_is_taken_twice(node: Node) -> None
 
 async def test_count_that_cannot_be_is_none(node: Node, monkeypatch: pytest.MonkeyPatch) -> None:
     """Neither the first one nor one that is to confirm another; then it is counted again at once."""
-    monkeypatch.setattr(module, "COUNTS_APART_S", 0.001)
+    monkeypatch.setattr(room, "COUNTS_APART_S", 0.001)
     installs = Installs()
     node.counts = [None, 99, None, 40]
     async with following(node, installs) as guest:
@@ -232,7 +234,7 @@ async def test_map_is_counted_when_the_kernel_has_no_room(
     node: Node, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Though by the last count the next one is not due for a minute."""
-    monkeypatch.setattr(module, "COUNTS_APART_S", 0.001)
+    monkeypatch.setattr(room, "COUNTS_APART_S", 0.001)
     monkeypatch.setattr(FakeMap, "max_entries", 1_000_000)
     installs = Installs()
     async with following(node, installs) as guest:

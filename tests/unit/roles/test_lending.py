@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-import math
 from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any, cast
 
 import pytest
 
-from lazymesh.core.events import Adopted, Lost, Shrink, Used
+from lazymesh.core.events import Adopted, Lost, Used
 from lazymesh.core.model import Entry, Reason
 from lazymesh.core.resolver import Judge, Limits, Resolver
-from lazymesh.roles.lending import SLICE, Lender
+from lazymesh.roles.lending import Lender
 from tests.support.playbook import B1, B2, B3, CLAIMED_TWICE, STRANGER, WEB, WEB_OF_C, entry, mesh
 
 if TYPE_CHECKING:
@@ -27,8 +26,6 @@ class Installs:
         self.owned = list(owned)
         self.put: dict[Address, tuple[Entry, int]] = {}
         self.reason: Reason | None = None
-        self.crowded = False
-        self.added, self.added_most = 0, math.inf
         self.lost: set[Address] = set()
         self.withdrawn: list[tuple[Any, Address]] = []
 
@@ -81,11 +78,6 @@ class Node:
     def lend(self, recent: Sequence[Address], old: dict[Address, Entry] | None = None) -> None:
         """Fill a new map; what the old one says of whom."""
         for _ in self.lender.lend_all(recent, [cast("Any", SimpleNamespace(lookup=(old or {}).get))]):
-            pass
-
-    def counted(self, used: int, added: int = 0) -> None:
-        """Take a count of a map of a hundred entries; added: what our account said when it began."""
-        for _ in self.lender.make_room(used, 100, added):
             pass
 
 
@@ -165,49 +157,3 @@ def test_everything_of_ours_is_taken_out_of_every_map_that_does_not_count_any_mo
     for _ in node.lender.withdraw_all([cast("Any", "old"), cast("Any", "older")]):
         pass
     assert node.installs.withdrawn == [(one, address) for address in (B1, B2) for one in ("old", "older")]
-
-
-def test_map_without_room_gets_nothing_new_and_sheds_what_is_too_much() -> None:
-    """Until there is room again."""
-    node = Node()
-    node.counted(50)
-    assert not node.installs.crowded
-    node.counted(97)
-    assert node.installs.crowded
-    assert node.told == [Shrink(4)]
-    node.counted(50)
-    assert not node.installs.crowded
-
-
-def test_what_is_too_much_goes_in_steps() -> None:
-    """All of ours at once would keep the event loop for a third of a second; a new map ends it."""
-    node = Node()
-    steps = node.lender.make_room(97_500, 100_000, 0)
-    assert next(steps, True) is None
-    assert node.told == [Shrink(SLICE)]
-    assert list(steps) == [None] * (4_500 // SLICE)
-    assert node.told == [Shrink(SLICE)] * (4_500 // SLICE) + [Shrink(4_500 % SLICE)]
-    node.told.clear()
-    for _ in node.lender.make_room(97_500, 100_000, 0):
-        node.lender.begin()
-    assert node.told == [Shrink(SLICE)]
-
-
-def test_no_more_of_ours_comes_than_there_was_room_for_at_the_last_count() -> None:
-    """What came while the map was counted may not be in the count."""
-    node = Node()
-    node.installs.added = 30
-    node.counted(60, added=20)
-    assert node.installs.added_most == 20 + 35
-    assert node.lender.pause(100) == node.lender.room.pause(100, 10)
-    node.lender.begin()
-    assert node.installs.added_most == math.inf
-
-
-def test_new_map_is_counted_at_once() -> None:
-    """And is not crowded before it holds what the last one did."""
-    node = Node()
-    node.counted(97)
-    node.lender.begin()
-    assert node.lender.count.is_set()
-    assert not node.installs.crowded
