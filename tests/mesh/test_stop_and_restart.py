@@ -190,7 +190,7 @@ def test_more_than_the_budget_of_earlier_lives_is_evicted_at_once(lab: Lab) -> N
     # Nor does the map grow because a larger one is wanted by now.
     with launched(lab, *options(lab), "--ipcache-size", "2000", "--cleanup") as agent:
         agent.wait_ready()
-        assert "made for 1000 entries and keeps them" in lab.cli("status", check=False).stdout
+        assert "made for 1000 entries and keeps that size" in lab.cli("status", check=False).stdout
         assert metric(agent, "lazymesh_entries_evicted_total", reason="budget") == 10
         assert metric(agent, "lazymesh_entries_owned") == 50
         assert len(entries(lab)) == len(raw_entries(lab, "lm_owned")) == 50

@@ -35,13 +35,13 @@ from lazymesh.datapath.signals import SignalReader
 from lazymesh.errors import DatapathError
 from lazymesh.metrics import Metrics
 from lazymesh.roles.auditing import Auditor
+from lazymesh.roles.ciliumipcaches import CiliumIpcaches
 from lazymesh.roles.cleanup import CleanUp
 from lazymesh.roles.configdir import check_directories
 from lazymesh.roles.driver import Driver, Shadow
 from lazymesh.roles.endpoints import Endpoints
-from lazymesh.roles.guest import GuestIpcaches
 from lazymesh.roles.holding import Holding, HoldSettings
-from lazymesh.roles.inlets import Inbox, Valve
+from lazymesh.roles.inputs import MeshEventBuffer, MissThrottle
 from lazymesh.roles.ipcaches import OwnIpcache
 from lazymesh.roles.mesh import Mesh
 from lazymesh.roles.preflight import check_interfaces, read_policy, resolve_mode
@@ -141,15 +141,15 @@ class Agent:
     async def _load_and_serve(self, pins: Pins, maps: MeshMaps, cleanup: CleanUp) -> None:
         """Load while the mesh is already followed: compiling takes as long as listing a large one."""
         enforcement = self._programs.enforcement(maps, self._engine)
-        inbox = Inbox()
-        mesh = Mesh(self._settings.mesh, maps.cidrs, enforcement, inbox.feed)
+        buffer = MeshEventBuffer()
+        mesh = Mesh(self._settings.mesh, maps.cidrs, enforcement, buffer.feed)
         following = asyncio.create_task(mesh.run(), name="mesh")
         try:
             wanted = self._settings.datapath
             with cleanup.loading():
                 datapath = await asyncio.to_thread(load, pins, wanted.ipcache_size, wanted.program_cache)
             try:
-                await together(self._stop.wait(), self._serve(datapath, mesh, following, inbox, cleanup))
+                await together(self._stop.wait(), self._serve(datapath, mesh, following, buffer, cleanup))
             finally:
                 datapath.close()
         finally:
@@ -161,7 +161,7 @@ class Agent:
         datapath: Datapath,
         mesh: Mesh,
         following: asyncio.Task[None],
-        inbox: Inbox,
+        buffer: MeshEventBuffer,
         cleanup: CleanUp,
     ) -> None:
         self._programs.write(datapath.config)
@@ -170,7 +170,7 @@ class Agent:
             endpoints = Endpoints(self._settings, self._metrics, starting)
             await endpoints.open(stack)
             ipcaches = await self._open_ipcaches(datapath, starting, stack)
-            parts, auditor = self._assemble(datapath, ipcaches, mesh, inbox, cleanup.attached)
+            parts, auditor = self._assemble(datapath, ipcaches, mesh, buffer, cleanup.attached)
             stack.callback(parts.reader.close)
             status = endpoints.show(parts, auditor, self._programs)
             self._metrics.collect_counter(
@@ -196,7 +196,7 @@ class Agent:
         datapath: Datapath,
         ipcaches: NodeIpcaches,
         mesh: Mesh,
-        inbox: Inbox,
+        buffer: MeshEventBuffer,
         attached: asyncio.Event,
     ) -> tuple[Parts, Auditor]:
         """Make what resolves misses and holds packets, with what an earlier life left; nothing of it runs yet."""
@@ -221,8 +221,8 @@ class Agent:
         auditor = Auditor(datapath.windows, datapath.counters, self._allows(), resolver)
         hold_settings = HoldSettings(wanted.hold_limit_s, wanted.drop_on_timeout)
         holding = Holding(datapath, HoldControl(datapath.pins.directory), hold_settings)
-        valve = Valve(datapath.config)
-        driver = Driver(resolver, shadow or installer, mesh.links, self._metrics, valve)
+        throttle = MissThrottle(datapath.config)
+        driver = Driver(resolver, shadow or installer, mesh.links, self._metrics, throttle)
         driver.fail = self._fail
         driver.release, driver.released = holding.answer, holding.flush
         driver.installed = auditor.installed
@@ -232,9 +232,9 @@ class Agent:
             ipcaches.connect(installer, driver, resolver, mesh)
             if wanted.on_miss == "hold":
                 holding.want()
-        inbox.connect(driver, mesh)
+        buffer.connect(driver, mesh)
         hold_counters = HoldCounterMap(datapath.pins.directory)
-        valve.reader = SignalReader(datapath.signals, driver.on_signals, valve.mute)
+        throttle.reader = SignalReader(datapath.signals, driver.on_signals, throttle.mute)
         parts = Parts(
             settings=settings,
             datapath=datapath,
@@ -246,7 +246,7 @@ class Agent:
             follower=InterfaceFollower(datapath, self._selection, wanted.attach),
             holding=holding,
             hold_counters=hold_counters,
-            reader=valve.reader,
+            reader=throttle.reader,
             limits=limits,
             attached=attached,
             started=self._started,
@@ -272,14 +272,14 @@ class Agent:
         # An earlier life may have had no Cilium beside it.
         datapath.pins.path(IPCACHE).unlink(missing_ok=True)
         node = await stack.enter_async_context(NodeView(self._selection))
-        guest = GuestIpcaches(settings.bpffs, datapath, node)
-        await guest.open(starting.wait_for_cilium)
+        cilium = CiliumIpcaches(settings.bpffs, datapath, node)
+        await cilium.open(starting.wait_for_cilium)
         if settings.attach == "clsact" and node.tcx_in_use:
             raise DatapathError(
                 "Cilium is attached by tcx on this node, and deletes the clsact filters of others: leave out --attach"
                 " clsact"
             )
-        return guest
+        return cilium
 
     def _handle_signals(self) -> None:
         """Handle SIGTERM from the first moment on, so that --cleanup holds even if it arrives during compilation."""

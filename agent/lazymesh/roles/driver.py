@@ -49,7 +49,7 @@ class Installs(Protocol):
         """Take an entry of ours out."""
 
 
-class Intake(Protocol):
+class Throttle(Protocol):
     """What may come in."""
 
     def pause(self, on: bool) -> None:
@@ -105,13 +105,13 @@ class Driver:
         installer: Installs,
         links: Mapping[str, ClusterLink],
         metrics: Metrics,
-        valve: Intake,
+        throttle: Throttle,
     ) -> None:
         self._resolver = resolver
         self._installer = installer
         self._links = links
         self._metrics = metrics
-        self._valve = valve
+        self._throttle = throttle
         self._failed = False
         self._admitted = 1.0
         self._events: deque[events.Event] = deque()
@@ -226,7 +226,7 @@ class Driver:
             elif isinstance(command, events.Admit):
                 self._admit(command.share)
             else:
-                self._valve.pause(command.on)
+                self._throttle.pause(command.on)
         self._install(installs)
 
     def _install(self, installs: list[tuple[Address, Entry, int]]) -> None:
@@ -242,9 +242,9 @@ class Driver:
     def _admit(self, share: float) -> None:
         # The way back up takes many steps.
         if share < self._admitted or share == 1.0:
-            log.warning("share of misses that are let in", share=round(share, 3))
+            log.warning("miss admission changed", share=round(share, 3))
         self._admitted = share
-        self._valve.admit(share)
+        self._throttle.admit(share)
 
     def _read(self, command: events.Read) -> None:
         link = self._links.get(command.cluster)

@@ -1,4 +1,4 @@
-"""Where entries go: an ipcache of our own, on a node without Cilium. Beside Cilium it is ``guest``'s."""
+"""What the agent needs of a node's ipcaches, and the map of a node without Cilium; ciliumipcaches.py has the other."""
 
 from __future__ import annotations
 
@@ -23,23 +23,23 @@ if TYPE_CHECKING:
 
 
 class NodeIpcaches(Protocol):
-    """The ipcaches of a node, as the agent has them."""
+    """The ipcaches of a node that the agent uses."""
 
     mode: str
     """``standalone`` or ``cilium``."""
     shared: bool
-    """Somebody else writes there too."""
+    """Whether Cilium writes there too."""
 
     @property
     def here(self) -> Container[Address]:
-        """The node's own addresses, which no tunnel leads to; empty where there are no tunnels."""
+        """The node's own addresses, which no tunnel leads to; empty where tunnels are not used."""
 
     @property
     def maps(self) -> Sequence[IpcacheMap]:
         """The map that is written for good, then others that programs still read."""
 
     def connect(self, installer: Installer, driver: Driver, resolver: Resolver, mesh: Mesh) -> None:
-        """Say who writes; without this, in shadow mode, nothing is ever written."""
+        """Start writing; not called in shadow mode."""
 
     async def run(self) -> None:
         """Follow the maps until cancelled."""
@@ -48,14 +48,14 @@ class NodeIpcaches(Protocol):
         """Yield what is wrong, a line each."""
 
     def describe(self) -> dict[str, Any]:
-        """Return what there is to see, as an object for people."""
+        """Return the maps as an object for ``lazymesh status``."""
 
     def export(self, metrics: Metrics) -> None:
-        """Register what is counted."""
+        """Register the metrics."""
 
 
 class OwnIpcache:
-    """One map, and nobody else's."""
+    """A single map that only lazymesh writes."""
 
     mode = "standalone"
     shared = False
@@ -69,39 +69,39 @@ class OwnIpcache:
 
     @property
     def maps(self) -> Sequence[IpcacheMap]:
-        """The one."""
+        """The single map."""
         return (self._ipcache,)
 
     def connect(self, installer: Installer, driver: Driver, resolver: Resolver, mesh: Mesh) -> None:
-        """Nobody but the driver writes here."""
+        """Do nothing: the driver is the only writer."""
 
     async def run(self) -> None:
-        """Do nothing: it stays where it is."""
+        """Do nothing: the map never changes."""
         await asyncio.Event().wait()
 
     def problems(self) -> Iterator[str]:
-        """Say if a Cilium has come to this node, whose programs never look here, or the map has another size."""
+        """Report a Cilium that has come to this node, whose programs never look here, and a map of another size."""
         if is_pinned_here(self._bpffs):
             yield (
-                "Cilium has an ipcache of its own on this node, and nothing is resolved for it: restart this agent with"
+                "Cilium has its own ipcache on this node, and nothing is resolved for it: restart this agent with"
                 " --datapath cilium (auto chooses only once, at the start)"
             )
         if self._ipcache.max_entries != self._size:
             yield (
-                f"the ipcache was made for {self._ipcache.max_entries} entries and keeps them: --ipcache-size"
-                f" {self._size} counts after `lazymesh uninstall` on this node, or its next boot"
+                f"the ipcache was made for {self._ipcache.max_entries} entries and keeps that size: --ipcache-size"
+                f" {self._size} takes effect after `lazymesh uninstall` on this node, or its next boot"
             )
 
     def describe(self) -> dict[str, Any]:
-        """Show the map."""
+        """Return the map."""
         return {"maps": [describe_map(self._ipcache, "own")]}
 
     def export(self, metrics: Metrics) -> None:
-        """There is nothing to count."""
+        """Register nothing."""
 
 
 def describe_map(ipcache: IpcacheMap, role: str) -> dict[str, Any]:
-    """Return one map for people."""
+    """Return one map as an object for ``lazymesh status``."""
     return {
         "id": ipcache.map_id,
         "layout": ipcache.view.words,

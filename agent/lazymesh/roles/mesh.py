@@ -100,7 +100,7 @@ class Mesh:
         return bool(self.links) and every and not self.file_errors
 
     @property
-    def nobody(self) -> str | None:
+    def no_cluster(self) -> str | None:
         """Why no cluster is followed; None when one is, or its configuration is refused."""
         if self.links or self.file_errors:
             return None
@@ -152,8 +152,8 @@ class Mesh:
             if self._files.get(name) != pair:
                 self._configure(name, pair)
         self._files = files
-        if self.nobody and self._complained("nobody", time.monotonic()):
-            log.warning("nobody to ask", why=self.nobody)
+        if self.no_cluster and self._complained("no cluster", time.monotonic()):
+            log.warning("no remote cluster configured", why=self.no_cluster)
         if not self._swept and self.complete:
             self._sweep()
 

@@ -241,8 +241,8 @@ class Status:
             yield f"the pod CIDRs in force are out of date: {mesh.problem}"
         if mesh.unread:
             yield f"clusters are followed by their last known configuration: {mesh.unread}"
-        if mesh.nobody:
-            yield mesh.nobody
+        if mesh.no_cluster:
+            yield mesh.no_cluster
         for name in sorted(mesh.unknown_owners):
             yield f"--mesh-cidr names cluster {name}, which is not configured: its addresses cannot be resolved"
 

@@ -42,7 +42,10 @@ def test_map_that_keeps_its_size_is_told(monkeypatch: pytest.MonkeyPatch, tmp_pa
     monkeypatch.setattr(module, "open_own_ipcache", lambda _pins, _size: pinned)
     datapath = SimpleNamespace(pins=None, views=SimpleNamespace(show=lambda _ipcaches: None))
     (line,) = OwnIpcache(cast("Datapath", datapath), 200, tmp_path).problems()
-    assert "made for 100 entries and keeps them: --ipcache-size 200 counts after `lazymesh uninstall`" in line
+    assert (
+        "made for 100 entries and keeps that size: --ipcache-size 200 takes effect after `lazymesh uninstall`"
+        in line
+    )
 
 
 async def test_it_is_put_in_force_and_stays(own: tuple[OwnIpcache, list[Any]]) -> None:

@@ -188,7 +188,7 @@ async def test_directory_that_is_empty_at_first_is_not_taken_for_a_mesh_without_
     rights = [(Direction.EGRESS, 131_073)]
     stage = Stage(tmp_path, rights=rights)
     stage.look()
-    assert stage.mesh.nobody
+    assert stage.mesh.no_cluster
     assert events.AllListed() not in stage.told
     assert stage.policy.rights == set(rights)
     (stage.directory / "b").write_text(FILE, encoding="ascii")
@@ -201,19 +201,19 @@ async def test_directory_that_is_empty_at_first_is_not_taken_for_a_mesh_without_
 
 async def test_agent_that_has_nobody_to_ask_says_so(stage: Stage) -> None:
     """A Secret of another name, or our own cluster's name for the peer's, would else be silence."""
-    assert stage.mesh.nobody is None
+    assert stage.mesh.no_cluster is None
     (stage.directory / "b").rename(stage.directory / "a")
     stage.look_twice()
     assert (
-        stage.mesh.nobody
+        stage.mesh.no_cluster
         == f"no cluster but our own (a) is described in {stage.directory}: nothing can be resolved"
     )
     (stage.directory / "a").write_text("endpoint: ['http://127.0.0.1:1']\n", encoding="ascii")
     stage.look_twice()
-    assert stage.mesh.nobody == f"no cluster is described in {stage.directory}: nothing can be resolved"
+    assert stage.mesh.no_cluster == f"no cluster is described in {stage.directory}: nothing can be resolved"
     (stage.directory / "c").write_text("endpoints: [\n", encoding="ascii")
     stage.look()
-    assert stage.mesh.nobody is None, "c is refused, which is told in other words"
+    assert stage.mesh.no_cluster is None, "c is refused, which is told in other words"
 
 
 async def test_cidrs_by_hand_of_a_cluster_that_nobody_described_are_named(stage: Stage) -> None:

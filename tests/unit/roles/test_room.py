@@ -1,4 +1,4 @@
-"""What counts of Cilium's map lead to; the counting itself: in test_guest."""
+"""What counts of Cilium's map lead to; the counting itself: in test_ciliumipcaches."""
 
 from __future__ import annotations
 

@@ -54,7 +54,7 @@ def status(links: dict[str, Any], *, attached: bool = True, **mesh: Any) -> Stat
             file_errors=mesh.get("file_errors", {}),
             problem=mesh.get("problem"),
             unread=mesh.get("unread"),
-            nobody=mesh.get("nobody"),
+            no_cluster=mesh.get("no_cluster"),
             unknown_owners=mesh.get("unknown_owners", set()),
             table=SimpleNamespace(cluster=lambda _: None),
         ),
@@ -170,7 +170,7 @@ def test_everything_that_is_wrong_is_a_line() -> None:
         "cluster e: not YAML",
         "4 entries are kept as last known: their cluster (id 9) has not joined since this agent started",
     ]
-    assert list(status({}, nobody="nobody to ask")._wrong()) == ["nobody to ask"]
+    assert list(status({}, no_cluster="no cluster")._wrong()) == ["no cluster"]
     assert "not attached to any interface" in next(status({}, attached=False)._wrong())
 
 
@@ -186,7 +186,7 @@ def test_lines_of_what_is_wrong_are_counted_for_whoever_scrapes() -> None:
 
     spoiled.parts.datapath.pins.missing = fail  # type: ignore[method-assign]
     assert spoiled.problems() == 1
-    assert status({}, attached=False, nobody="nobody to ask").problems() == 2
+    assert status({}, attached=False, no_cluster="no cluster").problems() == 2
 
 
 def test_direction_that_was_asked_for_and_is_seen_nowhere_is_wrong() -> None:

@@ -1,4 +1,4 @@
-"""What comes in: kept until somebody can take it, and throttled where the kernel and its reader are told."""
+"""The resolver's inputs: buffered until there is a driver, throttled in the kernel and in the reader of signals."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, cast
 
 from lazymesh.core import events
 from lazymesh.core.clusters import MeshState
-from lazymesh.roles.inlets import Inbox, Valve
+from lazymesh.roles.inputs import MeshEventBuffer, MissThrottle
 
 if TYPE_CHECKING:
     from lazymesh.datapath.maps import ConfigMap
@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 def test_what_the_mesh_tells_before_there_is_a_driver_is_told_to_it() -> None:
     """The table that is in force by then first; clusters in their order; identities it sees for itself."""
     told: list[events.Event] = []
-    inbox = Inbox()
+    buffer = MeshEventBuffer()
     table = MeshState().table()
     for event in (
         events.TableChanged(MeshState(1).table()),
@@ -28,11 +28,11 @@ def test_what_the_mesh_tells_before_there_is_a_driver_is_told_to_it() -> None:
         events.ClusterSilent("b"),
         events.AllListed(),
     ):
-        inbox.feed(event)
-    inbox.connect(
+        buffer.feed(event)
+    buffer.connect(
         cast("Driver", SimpleNamespace(feed=told.append)), cast("Mesh", SimpleNamespace(table=table))
     )
-    inbox.feed(events.IdentitiesKnown((131_074,)))
+    buffer.feed(events.IdentitiesKnown((131_074,)))
     assert told == [
         events.TableChanged(table),
         events.ClusterReady("b"),
@@ -45,14 +45,14 @@ def test_what_the_mesh_tells_before_there_is_a_driver_is_told_to_it() -> None:
 def test_stores_that_come_and_go_while_there_is_no_driver_cost_no_more_than_the_clusters() -> None:
     """A Cilium may be waited for for days; how a cluster ended is what counts."""
     told: list[events.Event] = []
-    inbox = Inbox()
+    buffer = MeshEventBuffer()
     for _ in range(1_000):
         for event in (events.ClusterSilent("b"), events.StoreReset("b"), events.ClusterReady("b")):
-            inbox.feed(event)
-    inbox.feed(events.ClusterReady("c"))
-    inbox.feed(events.ClusterSilent("b"))
+            buffer.feed(event)
+    buffer.feed(events.ClusterReady("c"))
+    buffer.feed(events.ClusterSilent("b"))
     table = MeshState().table()
-    inbox.connect(
+    buffer.connect(
         cast("Driver", SimpleNamespace(feed=told.append)), cast("Mesh", SimpleNamespace(table=table))
     )
     assert told[1:] == [
@@ -63,16 +63,16 @@ def test_stores_that_come_and_go_while_there_is_no_driver_cost_no_more_than_the_
     ]
 
 
-def test_what_is_let_in_is_told_to_the_kernel_and_what_waits_to_its_reader() -> None:
+def test_kernel_is_told_what_is_admitted_and_the_reader_what_waits() -> None:
     """There may be no reader yet: then nothing is handed over anyway."""
     told: list[tuple[str, object]] = []
     config = SimpleNamespace(
         mute=lambda on: told.append(("mute", on)), admit=lambda share: told.append(("admit", share))
     )
-    valve = Valve(cast("ConfigMap", config))
-    valve.pause(True)
-    valve.mute(True)
-    valve.admit(0.5)
-    valve.reader = cast("SignalReader", SimpleNamespace(pause=lambda on: told.append(("pause", on))))
-    valve.pause(False)
+    throttle = MissThrottle(cast("ConfigMap", config))
+    throttle.pause(True)
+    throttle.mute(True)
+    throttle.admit(0.5)
+    throttle.reader = cast("SignalReader", SimpleNamespace(pause=lambda on: told.append(("pause", on))))
+    throttle.pause(False)
     assert told == [("mute", True), ("admit", 0.5), ("pause", False)]

@@ -17,9 +17,9 @@ from lazymesh.core.ipcaches import ORPHAN_AFTER_S
 from lazymesh.datapath.maps import View
 from lazymesh.errors import DatapathError
 from lazymesh.metrics import Metrics
-from lazymesh.roles import guest as module
+from lazymesh.roles import ciliumipcaches as module
 from lazymesh.roles import room
-from lazymesh.roles.guest import GuestIpcaches
+from lazymesh.roles.ciliumipcaches import CiliumIpcaches
 from tests.support.playbook import B1, B2
 
 if TYPE_CHECKING:
@@ -130,18 +130,18 @@ class Installs:
 
 
 @contextlib.asynccontextmanager
-async def following(node: Node, installs: Installs | None = None) -> AsyncIterator[GuestIpcaches]:
+async def following(node: Node, installs: Installs | None = None) -> AsyncIterator[CiliumIpcaches]:
     """Follow the node until the end of the block; installs: as one who writes there."""
     pins, recent = SimpleNamespace(linked=set), SimpleNamespace(newest_first=list)
     datapath = SimpleNamespace(views=SimpleNamespace(show=node.show), pins=pins, recent=recent)
-    guest = GuestIpcaches(Path("/sys/fs/bpf"), cast("Datapath", datapath), cast("NodeView", node))
-    await guest.open(lambda _: None)
+    cilium = CiliumIpcaches(Path("/sys/fs/bpf"), cast("Datapath", datapath), cast("NodeView", node))
+    await cilium.open(lambda _: None)
     if installs is not None:
         others = SimpleNamespace(feed=lambda _event: None, owned=2)
-        guest.connect(cast("Any", installs), *[cast("Any", others)] * 3)
-    task = asyncio.create_task(guest.run())
+        cilium.connect(cast("Any", installs), *[cast("Any", others)] * 3)
+    task = asyncio.create_task(cilium.run())
     try:
-        yield guest
+        yield cilium
         assert not task.done()
     finally:
         task.cancel()
@@ -157,67 +157,67 @@ async def until(condition: Any) -> None:
 
 async def test_kernel_that_does_not_answer_is_asked_again(node: Node) -> None:
     """What is in force stays so, and status says why nothing changes."""
-    async with following(node) as guest:
+    async with following(node) as cilium:
         node.refuses = {"ipcaches", "addresses"}
-        await until(lambda: node.refused == node.refuses and list(guest.problems()))
-        assert list(guest.problems()) == ["no ipcaches today"]
+        await until(lambda: node.refused == node.refuses and list(cilium.problems()))
+        assert list(cilium.problems()) == ["no ipcaches today"]
         node.refuses = set()
-        await until(lambda: not list(guest.problems()))
+        await until(lambda: not list(cilium.problems()))
     assert node.shown == [[5]]
 
 
 async def test_map_that_could_not_be_put_in_force_is_tried_again(node: Node) -> None:
     """It is a new one no more than once."""
-    async with following(node) as guest:
+    async with following(node) as cilium:
         node.refuses, node.pins = {"show"}, {Path("/tc/globals/cilium_ipcache_v2"): 9}
-        await until(lambda: list(guest.problems()))
+        await until(lambda: list(cilium.problems()))
         node.refuses = set()
-        await until(lambda: not list(guest.problems()))
+        await until(lambda: not list(cilium.problems()))
         assert node.shown == [[5], [9, 5]]
-        assert guest.recreated_total == 1
+        assert cilium.recreated_total == 1
         metrics = Metrics()
-        guest.export(metrics)
+        cilium.export(metrics)
         assert metrics.registry.get_sample_value("lazymesh_ipcache_recreated_total") == 1
 
 
 async def test_pinned_map_that_nothing_reads_is_told(node: Node, monkeypatch: pytest.MonkeyPatch) -> None:
     """Until the programs have had the time to take it up it is a start like any other."""
     node.read = frozenset({4})
-    async with following(node) as guest:
-        assert list(guest.problems()) == []
+    async with following(node) as cilium:
+        assert list(cilium.problems()) == []
         assert node.shown == [[5, 4]]
         later = time.monotonic() + ORPHAN_AFTER_S + 1
         monkeypatch.setattr(module, "time", SimpleNamespace(monotonic=lambda: later, time=time.time))
         await until(lambda: node.shown[-1] == [4])
-        (line,) = guest.problems()
+        (line,) = cilium.problems()
         assert "nothing reads the pinned ipcache (map 5), Cilium's programs are on map 4" in line
-        assert [one["role"] for one in guest.describe()["maps"]] == ["read"]
+        assert [one["role"] for one in cilium.describe()["maps"]] == ["read"]
 
 
 async def test_pin_that_stays_away_is_told(node: Node, monkeypatch: pytest.MonkeyPatch) -> None:
     """A moment without is part of each start; after that the agent has died in it, or is gone."""
-    async with following(node) as guest:
+    async with following(node) as cilium:
         node.pins = {}
         await asyncio.sleep(0.01)
-        assert list(guest.problems()) == []
+        assert list(cilium.problems()) == []
         later = time.monotonic() + 60
         monkeypatch.setattr(module, "time", SimpleNamespace(monotonic=lambda: later, time=time.time))
-        assert "has not been pinned in /sys/fs/bpf/tc/globals for 60 s" in next(guest.problems())
+        assert "has not been pinned in /sys/fs/bpf/tc/globals for 60 s" in next(cilium.problems())
         node.pins = {Path("/tc/globals/cilium_ipcache_v2"): 5}
-        await until(lambda: not list(guest.problems()))
+        await until(lambda: not list(cilium.problems()))
 
 
 async def test_count_that_would_crowd_the_map_is_taken_twice(node: Node) -> None:
     """A count may be far too high, and what it makes us take out is gone: the smaller one is believed."""
     node.counts = [99, 50, 50]
-    async with following(node, Installs()) as guest:
-        await until(lambda: guest.describe()["entriesInMap"] == 50)
-        assert list(guest.problems()) == []
+    async with following(node, Installs()) as cilium:
+        await until(lambda: cilium.describe()["entriesInMap"] == 50)
+        assert list(cilium.problems()) == []
     node.counts = [99, 97, 97]
     installs = Installs()
-    async with following(node, installs) as guest:
+    async with following(node, installs) as cilium:
         await until(lambda: installs.crowded)
-        assert "nearly full (97 of 100 entries)" in next(guest.problems())
+        assert "nearly full (97 of 100 entries)" in next(cilium.problems())
 
 
 async def test_count_that_cannot_be_is_none(node: Node, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -225,8 +225,8 @@ async def test_count_that_cannot_be_is_none(node: Node, monkeypatch: pytest.Monk
     monkeypatch.setattr(room, "COUNTS_APART_S", 0.001)
     installs = Installs()
     node.counts = [None, 99, None, 40]
-    async with following(node, installs) as guest:
-        await until(lambda: guest.describe()["entriesInMap"] == 40)
+    async with following(node, installs) as cilium:
+        await until(lambda: cilium.describe()["entriesInMap"] == 40)
         assert not installs.crowded
 
 
@@ -237,8 +237,8 @@ async def test_map_is_counted_when_the_kernel_has_no_room(
     monkeypatch.setattr(room, "COUNTS_APART_S", 0.001)
     monkeypatch.setattr(FakeMap, "max_entries", 1_000_000)
     installs = Installs()
-    async with following(node, installs) as guest:
-        await until(lambda: guest.describe()["entriesInMap"] == 3)
+    async with following(node, installs) as cilium:
+        await until(lambda: cilium.describe()["entriesInMap"] == 3)
         node.counts[:] = [990_000]
         await asyncio.sleep(0.02)
         assert not installs.crowded
@@ -282,7 +282,7 @@ async def test_pinned_map_that_is_left_alone_makes_no_new_one_of_what_programs_r
     """Nothing was pinned, so there is nothing to count, and no moment at which it was noticed."""
     monkeypatch.setattr(ipcaches, "ORPHAN_AFTER_S", 0.001)
     node.pins = {Path("/tc/globals/cilium_ipcache_v2"): 9}
-    async with following(node) as guest:
+    async with following(node) as cilium:
         await until(lambda: node.shown[-1] == [5])
-        assert "nothing reads the pinned ipcache (map 9)" in next(guest.problems())
-        assert (guest.recreated_total, guest.describe()["noticedMs"]) == (0, None)
+        assert "nothing reads the pinned ipcache (map 9)" in next(cilium.problems())
+        assert (cilium.recreated_total, cilium.describe()["noticedMs"]) == (0, None)

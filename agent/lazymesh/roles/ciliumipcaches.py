@@ -1,9 +1,9 @@
-"""Beside Cilium: its ipcache is ours to read, and to lend entries to; its agent's own writes win, silently.
+"""Beside Cilium: its ipcache is ours to read, and to add entries to; its agent's own writes win, silently.
 
-Cilium makes a new map at each start, and its programs move to it one by one. So this looks at pins and programs, puts
-all maps that count in front of our programs (core/ipcaches.py), and fills the new one at once with what this node
-needs: our own entries, and the peers that it talks to as the old map knew them, which the resolver then confirms with
-their clusters. What is missing still when a program switches is a miss like any other: held, resolved, given back.
+Cilium makes a new map at each start, and its programs move to it one by one. So this module looks at pins and programs,
+has our programs look into all maps that count (core/ipcaches.py), and fills the new one at once with what this node
+needs: our own entries, and its recent peers as the old map knew them, which the resolver then confirms with their
+clusters. Whatever is still missing when a program switches is a miss like any other: held, resolved, given back.
 """
 
 from __future__ import annotations
@@ -20,8 +20,8 @@ from lazymesh.core.ipcaches import Arrangement
 from lazymesh.datapath.cilium import TAG, pinned_ipcaches, pins_directory
 from lazymesh.datapath.maps import IpcacheMap
 from lazymesh.errors import DatapathError
+from lazymesh.roles.carryover import SLICE, CarryOver
 from lazymesh.roles.ipcaches import describe_map
-from lazymesh.roles.lending import SLICE, Lender
 from lazymesh.roles.room import EntryCount, MapRoom
 from lazymesh.tasks import take_turns, together, wait
 
@@ -43,20 +43,20 @@ log = structlog.get_logger()
 LOOK_EVERY_S = 0.05
 """Between looks at the pin: what Cilium re-creates is in our programs' view within 100 ms."""
 READ_EVERY_S, READ_SETTLED_S = 0.25, 2.0
-"""Between looks at the programs, while some of them may still read an old map, and otherwise."""
+"""Between looks at the programs: while some may still read an old map, and otherwise."""
 READ_SHARE = 0.1
-"""Of the time at most: hundreds of interfaces with filters take half a second to look at."""
+"""At most this share of the time goes into that: hundreds of interfaces with filters take half a second."""
 PIN_AWAY_S = 10.0
-"""No start of an agent takes the pin away for longer than a moment (cilium-live 6)."""
+"""An agent that starts removes the pin for a moment only (cilium-live 6)."""
 SWEEP_EVERY_S = 30.0
 """Between looks for entries of ours that Cilium has taken over."""
 ADDRESSES_EVERY_S = 10.0
 FIRST_S = 0.1
-"""A new map is filled for so long before programs look into it; the rest comes while they do."""
+"""A new map is filled for this long before our programs look into it; the rest follows while they do."""
 
 
-class GuestIpcaches:
-    """Cilium's maps: followed, looked into, and written to with good manners."""
+class CiliumIpcaches:
+    """Cilium's maps: followed, read, and written to without ever touching an entry of Cilium's."""
 
     mode = "cilium"
     shared = True
@@ -69,18 +69,18 @@ class GuestIpcaches:
         self._arrangement = Arrangement()
         self._maps: list[IpcacheMap] = []
         self._shown = False
-        """They are in force."""
+        """Whether they are in force."""
         self._gone: list[IpcacheMap] = []
-        """Maps that count no more, but are in force still, or have entries of ours."""
+        """Maps that no longer count, but are still in force or have entries of ours."""
         self._read: frozenset[int] = frozenset()
         self._read_at, self._read_took = -math.inf, 0.0
         self._noticed_s: float | None = None
         """How long after it was pinned the last new map was seen."""
         self._settled = asyncio.Event()
-        """Only one map is left: what is ours in it can be told from what is not."""
+        """Set when only one map is left, so that lost entries of ours can be recognized."""
         self._problem: str | None = None
-        """Why Cilium's map cannot be used: meanwhile the last good arrangement stays in force."""
-        self._lender: Lender | None = None
+        """Why Cilium's map cannot be used; meanwhile the last good arrangement stays in force."""
+        self._carry_over: CarryOver | None = None
         self._room = EntryCount(lambda: self._maps[0])
 
     @property
@@ -94,19 +94,19 @@ class GuestIpcaches:
         return self._arrangement.recreated
 
     @property
-    def lent(self) -> Mapping[str, int]:
-        """What became of entries at re-creations."""
-        return self._lender.lent if self._lender is not None else {}
+    def outcomes(self) -> Mapping[str, int]:
+        """Entries meant for new maps, by what became of them."""
+        return self._carry_over.outcomes if self._carry_over is not None else {}
 
     @property
     def maps(self) -> Sequence[IpcacheMap]:
-        """The one that Cilium's agent writes, then those that its programs still read."""
+        """The map that Cilium's agent writes, then those that its programs still read."""
         return tuple(self._maps)
 
     async def open(self, on_wait: Callable[[Path], None]) -> None:
-        """Wait until Cilium has pinned its map, and put it in force; DatapathError for a layout that we do not know.
+        """Wait until Cilium has pinned its map, and put it in force; DatapathError for an unknown layout.
 
-        on_wait is told, once, where the pin is waited for.
+        on_wait: called once, with the directory where the pin is awaited.
         """
         await self._learn_addresses()
         directory, waiting = pins_directory(self._bpffs), False
@@ -118,11 +118,11 @@ class GuestIpcaches:
             await asyncio.sleep(1)
         await self._look()
         if not self._maps:
-            raise DatapathError(f"no ipcache is pinned in {directory} any more: is Cilium leaving?")
+            raise DatapathError(f"no ipcache is pinned in {directory} any more: is Cilium being removed?")
 
     def connect(self, installer: Installer, driver: Driver, resolver: Resolver, mesh: Mesh) -> None:
-        """Let entries be written."""
-        self._lender = Lender(installer, driver, resolver, mesh)
+        """Start writing entries."""
+        self._carry_over = CarryOver(installer, driver, resolver, mesh)
         self._room = MapRoom(lambda: self._maps[0], installer, driver, resolver)
 
     async def run(self) -> None:
@@ -132,8 +132,8 @@ class GuestIpcaches:
             _repeat(self._learn_addresses, ADDRESSES_EVERY_S),
             self._room.run(),
         ]
-        if self._lender is not None:
-            parts.append(self._sweep(self._lender))
+        if self._carry_over is not None:
+            parts.append(self._sweep(self._carry_over))
         await together(*parts)
 
     def problems(self) -> Iterator[str]:
@@ -160,20 +160,20 @@ class GuestIpcaches:
             )
 
     def describe(self) -> dict[str, Any]:
-        """Show the maps."""
+        """Return the maps, and what became of entries meant for new ones."""
         first = "pinned" if self._arrangement.orphan is None else "read"
         return {
             "maps": [describe_map(one, "old" if n else first) for n, one in enumerate(self._maps)],
             "recreated": self.recreated_total,
             "noticedMs": None if self._noticed_s is None else round(self._noticed_s * 1000),
             "entriesInMap": self._room.used,
-            "lent": dict(self.lent),
+            "lent": dict(self.outcomes),
         }
 
     def export(self, metrics: Metrics) -> None:
-        """Register what is counted."""
+        """Register the metrics."""
         metrics.collect_gauge(
-            "lazymesh_ipcache_maps", "Ipcaches of Cilium's that count: more than one while it restarts", (),
+            "lazymesh_ipcache_maps", "Ipcaches of Cilium that count: more than one while it restarts", (),
             lambda: [((), len(self._maps))],
         )  # fmt: skip
         metrics.collect_counter(
@@ -185,7 +185,7 @@ class GuestIpcaches:
             "Entries put into new ipcaches: carried (ours), warmed (peers that the old one knew); taken: Cilium was"
             " first, refused: there was no room",
             ("outcome",),
-            lambda: [((fate,), count) for fate, count in self.lent.items()],
+            lambda: [((fate,), count) for fate, count in self.outcomes.items()],
         )
         metrics.collect_gauge(
             "lazymesh_ipcache_entries",
@@ -199,7 +199,7 @@ class GuestIpcaches:
     async def _look_on(self) -> None:
         try:
             await self._look()
-        except DatapathError as exc:  # what we have is better than nothing
+        except DatapathError as exc:  # the present arrangement is better than none
             self._complain(str(exc))
         else:
             self._problem = None
@@ -233,20 +233,20 @@ class GuestIpcaches:
         moved = bool(before) and before[0] is not maps[0]
         if before != maps:
             log.info("ipcaches", maps=[one.map_id for one in maps], layouts=[one.view.words for one in maps])
-        if self._lender is not None:
-            self._lender.installer.use(maps)
+        if self._carry_over is not None:
+            self._carry_over.installer.use(maps)
             if moved:
                 self._room.begin()
-        lending: Iterator[None] = iter(())
-        if self._lender is not None and moved:
-            lending = self._lender.lend_all(self._datapath.recent.newest_first(), maps[1:])
-        # Cilium's programs go on reading the old map for seconds, so ours may for a moment.
-        await take_turns(lending, FIRST_S)
+        filling: Iterator[None] = iter(())
+        if self._carry_over is not None and moved:
+            filling = self._carry_over.fill(self._datapath.recent.newest_first(), maps[1:])
+        # Cilium's programs read the old map for seconds more, so ours may for a moment.
+        await take_turns(filling, FIRST_S)
         self._datapath.views.show(maps)
         self._shown = True
-        await take_turns(lending)
-        if self._lender is not None and self._gone:
-            await take_turns(self._lender.withdraw_all(self._gone))
+        await take_turns(filling)
+        if self._carry_over is not None and self._gone:
+            await take_turns(self._carry_over.withdraw_all(self._gone))
         for one in self._gone:
             one.close()
         self._gone = []
@@ -254,12 +254,12 @@ class GuestIpcaches:
             self._settled.set()
 
     def _open(self, map_ids: tuple[int, ...]) -> list[IpcacheMap]:
-        """Return the maps, those opened already as they are; DatapathError if one is not what it should be."""
+        """Return the maps, reusing those already open; DatapathError if one is not what it should be."""
         opened = {one.map_id: one for one in self._maps}
         maps: list[IpcacheMap] = []
         try:
             for map_id in map_ids:
-                # A map may go with its last program while we look.
+                # A map may vanish with its last program while we look.
                 with contextlib.suppress(FileNotFoundError):
                     maps.append(opened.get(map_id) or IpcacheMap.by_id(map_id, TAG))
         except DatapathError:
@@ -276,15 +276,15 @@ class GuestIpcaches:
 
     # --- what is in them ----------------------------------------------------------------------------------------------
 
-    async def _sweep(self, lender: Lender) -> None:
-        """Look for entries of ours that are not ours any more, and let go of them."""
+    async def _sweep(self, carry_over: CarryOver) -> None:
+        """Look for entries that are no longer ours, and give them up."""
         while True:
             await wait(self._settled, SWEEP_EVERY_S)
-            for count, address in enumerate(lender.installer.owned_addresses(), 1):
-                # In a map that is being filled most of ours do not stand yet.
+            for count, address in enumerate(carry_over.installer.owned_addresses(), 1):
+                # A map that is being filled lacks most of ours.
                 if not self._arrangement.settled:
                     break
-                lender.give_up_if_lost(address)
+                carry_over.give_up_if_lost(address)
                 if count % SLICE == 0:
                     await asyncio.sleep(0)
 
@@ -292,14 +292,14 @@ class GuestIpcaches:
         try:
             found = await self._node.addresses()
         except DatapathError as exc:  # they hardly ever change
-            log.warning("the node's addresses are not known anew", error=str(exc))
+            log.warning("cannot refresh the node's addresses", error=str(exc))
             return
         self._here.clear()
         self._here.update(found)
 
 
 def _pinned_at(bpffs: Path) -> float:
-    """Return when the youngest pin was made."""
+    """Return when the newest pin was made."""
     found = []
     for path in pins_directory(bpffs).glob("cilium_ipcache*"):
         with contextlib.suppress(FileNotFoundError):

@@ -1,7 +1,6 @@
-"""What stands of ours in Cilium's maps: lent to a new one, given up when it is Cilium's, taken back from old ones.
+"""Our entries in Cilium's maps: carried over to a new one, given up when Cilium takes them, removed from old ones.
 
-Which maps count is guest.py's business; how one entry is written, so that Cilium's own are never touched, the
-installer's.
+Which maps count is decided in ciliumipcaches.py; the installer knows how to write one without touching Cilium's own.
 """
 
 from __future__ import annotations
@@ -29,30 +28,30 @@ SLICE = 200
 
 
 @dataclass(slots=True)
-class Lender:
-    """Who has a say in what stands in Cilium's map."""
+class CarryOver:
+    """Fills new maps, and removes our entries where they no longer belong."""
 
     installer: Installer
     driver: Driver
     resolver: Resolver
     mesh: Mesh
-    lent: Counter[str] = field(default_factory=Counter)
-    """What became of entries that were to be put into new maps."""
+    outcomes: Counter[str] = field(default_factory=Counter)
+    """Entries meant for new maps, by what became of them."""
 
-    def lend_all(self, recent: Sequence[Address], old: Sequence[IpcacheMap]) -> Iterator[None]:
-        """Fill a new map, in steps: with whom this node has talked to, the latest first, then with all of ours."""
+    def fill(self, recent: Sequence[Address], old: Sequence[IpcacheMap]) -> Iterator[None]:
+        """Fill a new map, in steps: with the peers this node has talked to, latest first, then with all of ours."""
         wanted = dict.fromkeys([*recent, *self.installer.owned_addresses()])
         for count, address in enumerate(wanted, 1):
-            fate = self._lend(address, old)
+            fate = self._put(address, old)
             if fate is not None:
-                self.lent[fate] += 1
+                self.outcomes[fate] += 1
             if count % SLICE == 0:
                 yield
-        # By the order of lending those that are used most would be the first to go again.
+        # In the order of installation, those used most recently would be the first to go again.
         self.driver.feed(events.Used(tuple(reversed(wanted))))
 
     def withdraw_all(self, gone: Sequence[IpcacheMap]) -> Iterator[None]:
-        """Take all of ours out of maps that do not count any more, in steps: not every one of them dies at once."""
+        """Remove all of ours from maps that no longer count, in steps: not every such map dies at once."""
         for count, address in enumerate(self.installer.owned_addresses(), 1):
             for ipcache in gone:
                 self.installer.withdraw(ipcache, address)
@@ -60,12 +59,12 @@ class Lender:
                 yield
 
     def give_up_if_lost(self, address: Address) -> None:
-        """Let go of an entry that is not ours any more."""
+        """Give up an entry that is no longer ours."""
         if self.installer.is_lost(address):
             self.installer.forget(address)
             self.driver.feed(events.Lost((address,)))
 
-    def _lend(self, address: Address, old: Sequence[IpcacheMap]) -> str | None:
+    def _put(self, address: Address, old: Sequence[IpcacheMap]) -> str | None:
         """Put an address into the new map, as ours or as the old maps know it; return what became of it, or None."""
         if self.installer.owns(address):
             reason = self.installer.carry_over(address)
@@ -75,7 +74,7 @@ class Lender:
         if self.resolver.describe(address) is not None:
             return None  # it is being resolved, or there is no such pod
         if self.resolver.room <= 0:
-            return None  # it would push out one that was talked to later
+            return None  # it would push out a more recent peer
         known = self._known(address, old)
         if known is None:
             return None
@@ -86,7 +85,7 @@ class Lender:
         return _fate("warmed", reason)
 
     def _known(self, address: Address, old: Sequence[IpcacheMap]) -> tuple[Entry, int] | None:
-        """Return what the old maps say of a peer, and whose it is; None for what no cluster of the mesh would say."""
+        """Return a peer's entry in the old maps and its cluster id; None if no cluster of the mesh would confirm it."""
         owners = self.mesh.table.owners(address)
         info = self.mesh.table.cluster(owners[0]) if len(owners) == 1 else None
         if info is None:

@@ -10,7 +10,7 @@ import pytest
 from lazymesh.core.events import Adopted, Lost, Used
 from lazymesh.core.model import Entry, Reason
 from lazymesh.core.resolver import Judge, Limits, Resolver
-from lazymesh.roles.lending import Lender
+from lazymesh.roles.carryover import CarryOver
 from tests.support.playbook import B1, B2, B3, CLAIMED_TWICE, STRANGER, WEB, WEB_OF_C, entry, mesh
 
 if TYPE_CHECKING:
@@ -60,7 +60,7 @@ class Installs:
 
 
 class Node:
-    """A lender, with what it tells the resolver."""
+    """Entries that are carried over, and what the resolver is told."""
 
     def __init__(self, *owned: Address, tracked: Sequence[Address] = ()) -> None:
         self.installs = Installs(*owned)
@@ -73,38 +73,38 @@ class Node:
             table=mesh(),
             identities={WEB, WEB_OF_C},
         )
-        self.lender = Lender(cast("Any", self.installs), *[cast("Any", others)] * 3)
+        self.carry_over = CarryOver(cast("Any", self.installs), *[cast("Any", others)] * 3)
 
-    def lend(self, recent: Sequence[Address], old: dict[Address, Entry] | None = None) -> None:
+    def fill(self, recent: Sequence[Address], old: dict[Address, Entry] | None = None) -> None:
         """Fill a new map; what the old one says of whom."""
-        for _ in self.lender.lend_all(recent, [cast("Any", SimpleNamespace(lookup=(old or {}).get))]):
+        for _ in self.carry_over.fill(recent, [cast("Any", SimpleNamespace(lookup=(old or {}).get))]):
             pass
 
 
 def test_peers_talked_to_last_are_the_last_to_go_again() -> None:
-    """They are lent first, so by the order of lending they would be the first."""
+    """They are put in first, so by the order of installation they would be the first."""
     node = Node(B1, B2, B3)
-    node.lend([B3, B1])
+    node.fill([B3, B1])
     assert node.told == [Used((B2, B1, B3))]
-    assert node.lender.lent == {"carried": 3}
+    assert node.carry_over.outcomes == {"carried": 3}
 
 
-def test_peer_is_lent_as_the_old_map_knew_it() -> None:
+def test_peer_is_carried_over_as_the_old_map_knew_it() -> None:
     """With the bits that its layout may not have had; the resolver confirms it with its cluster."""
     node = Node()
-    node.lend([B1], {B1: Entry(WEB, entry().tunnel_endpoint)})
+    node.fill([B1], {B1: Entry(WEB, entry().tunnel_endpoint)})
     assert node.installs.put == {B1: (entry(), 2)}
     assert node.told == [Adopted(B1, entry(), 2), Used((B1,))]
-    assert node.lender.lent == {"warmed": 1}
+    assert node.carry_over.outcomes == {"warmed": 1}
 
 
-def test_no_more_peers_are_lent_than_the_budget_has_room_for() -> None:
-    """Each one beyond it would push out the one that was lent first, and talked to last."""
+def test_no_more_peers_are_carried_over_than_the_budget_has_room_for() -> None:
+    """Each one beyond it would push out the one that was put in first, and talked to last."""
     node = Node()
     resolver = Resolver(Limits(owned=2), Judge(mesh(), {WEB}))
-    node.lender.resolver = resolver
-    node.lender.driver = cast("Any", SimpleNamespace(feed=lambda event: resolver.step(event, 0.0)))
-    node.lend([B1, B2, B3], dict.fromkeys([B1, B2, B3], entry()))
+    node.carry_over.resolver = resolver
+    node.carry_over.driver = cast("Any", SimpleNamespace(feed=lambda event: resolver.step(event, 0.0)))
+    node.fill([B1, B2, B3], dict.fromkeys([B1, B2, B3], entry()))
     assert node.installs.put.keys() == {B1, B2}
     assert resolver.owned == 2
 
@@ -121,11 +121,13 @@ def test_no_more_peers_are_lent_than_the_budget_has_room_for() -> None:
         pytest.param(B2, entry(), id="it is being resolved"),
     ],
 )
-def test_what_no_cluster_of_the_mesh_would_say_is_not_lent(address: Address, old: Entry | None) -> None:
+def test_what_no_cluster_of_the_mesh_would_confirm_is_not_carried_over(
+    address: Address, old: Entry | None
+) -> None:
     """It is a miss like any other."""
     node = Node(tracked=[B2])
-    node.lend([address], {} if old is None else {address: old})
-    assert (node.installs.put, dict(node.lender.lent)) == ({}, {})
+    node.fill([address], {} if old is None else {address: old})
+    assert (node.installs.put, dict(node.carry_over.outcomes)) == ({}, {})
     assert node.told == [Used((address,))]
 
 
@@ -133,11 +135,11 @@ def test_what_no_cluster_of_the_mesh_would_say_is_not_lent(address: Address, old
     ("reason", "fate"), [(Reason.TAKEN, "taken"), (Reason.NOT_OURS, "taken"), (Reason.MAP_FULL, "refused")]
 )
 def test_what_the_new_map_does_not_take_is_counted(reason: Reason, fate: str) -> None:
-    """Ours is lost then, and a peer that was to be lent was never ours."""
+    """Ours is lost then, and a peer that was to be carried over was never ours."""
     node = Node(B1)
     node.installs.reason = reason
-    node.lend([B1, B2], {B2: entry()})
-    assert node.lender.lent == {fate: 2}
+    node.fill([B1, B2], {B2: entry()})
+    assert node.carry_over.outcomes == {fate: 2}
     assert node.told == [Lost((B1,)), Used((B2, B1))]
 
 
@@ -146,7 +148,7 @@ def test_entry_that_cilium_has_written_over_is_let_go() -> None:
     node = Node(B1, B2)
     node.installs.lost = {B1}
     for address in (B1, B2):
-        node.lender.give_up_if_lost(address)
+        node.carry_over.give_up_if_lost(address)
     assert node.told == [Lost((B1,))]
     assert node.installs.owned == [B2]
 
@@ -154,6 +156,6 @@ def test_entry_that_cilium_has_written_over_is_let_go() -> None:
 def test_everything_of_ours_is_taken_out_of_every_map_that_does_not_count_any_more() -> None:
     """Several may have gone at once."""
     node = Node(B1, B2)
-    for _ in node.lender.withdraw_all([cast("Any", "old"), cast("Any", "older")]):
+    for _ in node.carry_over.withdraw_all([cast("Any", "old"), cast("Any", "older")]):
         pass
     assert node.installs.withdrawn == [(one, address) for address in (B1, B2) for one in ("old", "older")]

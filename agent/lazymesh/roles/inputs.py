@@ -1,4 +1,4 @@
-"""What comes in to the resolver: the misses of the kernel, as many as are let in, and what the mesh tells."""
+"""The resolver's inputs: the kernel's misses, throttled, and the mesh's events, buffered until there is a driver."""
 
 from __future__ import annotations
 
@@ -16,56 +16,56 @@ if TYPE_CHECKING:
 
 log = structlog.get_logger()
 
-_TO_BE_KEPT = (
+_BUFFERED = (
     events.ClusterReady,
     events.ClusterSilent,
     events.ClusterGone,
     events.StoreReset,
     events.AllListed,
 )
-"""What the mesh tells before there is a resolver, and a resolver has to know."""
+"""Events from before there is a resolver that the resolver must know of."""
 
 
-class Valve:
-    """How much is signalled, and how much of it handed over: told to the kernel and to the reader of its signals."""
+class MissThrottle:
+    """Limits what the kernel signals, and how much of it the reader of signals hands over."""
 
     def __init__(self, config: ConfigMap) -> None:
         self.reader: SignalReader | None = None
         self._config = config
 
     def pause(self, on: bool) -> None:
-        """Have signals wait, or go on."""
+        """Stop handing signals over, or resume."""
         if self.reader is not None:
             self.reader.pause(on)
 
     def mute(self, on: bool) -> None:
-        """Have nothing signalled, or go on."""
+        """Stop all signals, or resume."""
         self._config.mute(on)
-        log.warning("the kernel is told to signal nothing" if on else "the kernel may signal again")
+        log.warning("miss signals muted" if on else "miss signals unmuted")
 
     def admit(self, share: float) -> None:
-        """Let this share of the usual rates in."""
+        """Admit this share of the configured rates."""
         self._config.admit(share)
 
 
-class Inbox:
-    """Takes what the mesh tells; keeps it while there is no driver yet."""
+class MeshEventBuffer:
+    """Passes the mesh's events to the driver; keeps them while there is none yet."""
 
     def __init__(self) -> None:
         self._driver: Driver | None = None
         self._waiting: dict[events.Event, None] = {}
-        """Each once, where it came last: a Cilium may be waited for for days, while stores come and go."""
+        """Each event once, at its latest place: the wait for Cilium may take days, while stores come and go."""
 
     def feed(self, event: events.Event) -> None:
-        """Pass an event on, now or later."""
+        """Pass an event on, now or once there is a driver."""
         if self._driver is not None:
             self._driver.feed(event)
-        elif isinstance(event, _TO_BE_KEPT):
+        elif isinstance(event, _BUFFERED):
             self._waiting.pop(event, None)
             self._waiting[event] = None
 
     def connect(self, driver: Driver, mesh: Mesh) -> None:
-        """Tell a driver that knows nothing yet; the identities are the mesh's own, which it sees."""
+        """Pass on what a new driver must know; it sees the mesh's identities itself."""
         self._driver = driver
         driver.feed(events.TableChanged(mesh.table))
         waiting, self._waiting = self._waiting, {}

@@ -94,7 +94,7 @@ def costs_nothing_to_restart(cilium: Cilium, lab: Lab) -> None:
     )
 
 
-def test_nearly_full_map_is_lent_to_all_the_same_when_it_begins_anew(lab: Lab) -> None:
+def test_nearly_full_map_that_begins_anew_is_filled_all_the_same(lab: Lab) -> None:
     """97 %, as with 500,000 pods: what the old map had room for fits into the new one, and Cilium's own does, too."""
     with Cilium(lab, max_entries=3_100) as cilium:
         cilium.upsert_many(addresses(FULL_SCENE.endpoints))

@@ -1,4 +1,4 @@
-"""lazymesh as a guest on a node of Cilium's: what it resolves, and whose entries it leaves alone."""
+"""lazymesh beside Cilium on a node: what it resolves, and that it leaves Cilium's entries alone."""
 
 from __future__ import annotations
 
