@@ -283,7 +283,7 @@ def test_what_is_taken_off_its_device_is_put_back(
     """Somebody cleans the node: without filters and queue held packets are lost, while it is down none is held."""
     device = wait_until(lambda: next(iter(holding_devices(lab)), ""), 5, "a device")
     lab.node_a.run(*(word.format(device) for word in removal))
-    wait_until(lambda: "somebody changed the holder's TAP" in agent.log, 5, "the agent to notice")
+    wait_until(lambda: "the holder's TAP device was changed" in agent.log, 5, "the agent to notice")
     with Sink(lab.node_b) as sink, Ticker(lab.pods[0].namespace, KNOWN, fresh()) as ticker:
         before = counts(lab)["held"]
         wait_until(lambda: counts(lab)["held"] > before + 20, 5, "holding to resume")

@@ -148,7 +148,7 @@ def test_a_flood_of_identities_delays_nobody_else(
     assert refusals(agent, "identity") == sum(number >= others for number in numbers)
     log = agent.log[mark:]
     assert 0 < log.count("record refused") <= 1_024
-    assert log.count("more refused records of this cluster are only counted") == 1
+    assert log.count("further refused records of this cluster are only counted") == 1
     lab.publish_identity(65_537, {"app": "server"})
     wait_until(lambda: logged(agent, "record refused", "65537") == 1, 5, "b, which is still heard")
     memory.assert_bounded()

@@ -1,4 +1,4 @@
-"""Keeps the audit of the open window: reads the kernel's windows, closes them when their addresses are answered."""
+"""Keeps the audit of open windows: reads the kernel's windows, closes them when their addresses are answered."""
 
 from __future__ import annotations
 
@@ -25,15 +25,15 @@ if TYPE_CHECKING:
 
 LOOK_EVERY_S = 5.0
 MANY = 64
-"""From so many addresses on, to look once whether any window is open costs less than to look for the window of each."""
+"""From this many addresses on, checking once whether any window is open costs less than looking for each."""
 IDLE_S = 60.0
-"""A window through which nothing has passed for so long is closed, answered or not."""
+"""A window through which nothing has passed for this long is closed, answered or not."""
 
 
 class Auditor:
-    """Owns the log; the driver tells it which addresses have their entry now.
+    """Owns the log; the driver reports which addresses have their entry now.
 
-    allows: what policy says of a peer; None: somebody else decides that.
+    allows: policy's verdict on a peer; None where lazymesh does not enforce policy.
     """
 
     def __init__(
@@ -47,7 +47,7 @@ class Auditor:
         self._resolver = resolver
 
     def installed(self, addresses: Sequence[Address]) -> None:
-        """Close the addresses' windows, if they have any. Mostly none has: packets are held, or dropped."""
+        """Close the addresses' windows; mostly there are none, as packets are held or dropped."""
         if len(addresses) >= MANY and self._windows.is_empty():
             return
         for address in addresses:
@@ -56,15 +56,15 @@ class Auditor:
                 self.log.close(self._finding(window, open_=False))
 
     async def run(self) -> None:
-        """Close the windows of addresses that nobody talks to any more, until cancelled."""
+        """Close idle windows until cancelled."""
         while True:
             await asyncio.sleep(LOOK_EVERY_S)
             await FairShare().work(self._look(), self._close_idle)
 
     async def describe(self, since_s: float) -> dict[str, Any]:
-        """Return the findings of the last so many seconds, closed ones first, and since when there are all.
+        """Return the findings of the last ``since_s`` seconds, closed ones first, and since when they are complete.
 
-        Those of one moment: what is closed while thousands are made into objects is shown as open.
+        All are of one moment: a window that is closed while thousands are turned into objects is shown as open.
         """
         moment = time.monotonic() - since_s
         still_open, closed = self._look(), list(self.log.since(moment))
@@ -84,7 +84,7 @@ class Auditor:
                 yield _as_object(self._finding(window, open_=True))
 
     def _look(self) -> list[Element]:
-        """Return the windows that are open, and note whether others had to make room for them."""
+        """Return the open windows, and note whether others had to make room for them."""
         opened = self._counters.windows_opened()
         elements = self._windows.elements()
         self.log.compare(opened, len(elements), time.monotonic())

@@ -144,13 +144,13 @@ class CiliumIpcaches:
         if away > PIN_AWAY_S:
             yield (
                 f"Cilium's ipcache has not been pinned in {pins_directory(self._bpffs)} for {away:.0f} s, its last map"
-                " is served meanwhile: does its agent start? If Cilium has left this node, run `lazymesh uninstall`"
+                " is served meanwhile: does its agent start? If Cilium was removed, run `lazymesh uninstall`"
             )
         if self._node.tcx_in_use and not self._datapath.pins.linked():
-            yield "Cilium is attached by tcx here, our programs by clsact are never asked: leave out --attach clsact"
+            yield "Cilium is attached by tcx here, so our programs on clsact never run: leave out --attach clsact"
         if self._arrangement.orphan is not None:
             yield (
-                f"nothing reads the pinned ipcache (map {self._arrangement.orphan}), Cilium's programs are on map"
+                f"nothing reads the pinned ipcache (map {self._arrangement.orphan}), Cilium's programs read map"
                 f" {self._arrangement.maps[0]}, which is served instead: restart the Cilium agent"
             )
         if self._room.crowded:

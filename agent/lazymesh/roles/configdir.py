@@ -1,7 +1,7 @@
-"""Which clusters there are: Cilium's clustermesh directory, looked at twice a second.
+"""The configured clusters: Cilium's clustermesh directory, read twice a second.
 
 Every regular file that contains ``endpoints:`` is one cluster, and its name is the cluster's (cilium-formats 5).
-Kubernetes swaps such directories by symbolic links, so a file is known by what it holds, not by its times.
+Kubernetes swaps such directories by symbolic links, so a change is recognized by content, not by file times.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from pathlib import Path
 
 LOOK_EVERY_S = 0.5
-_NO_NAME = "its file has a name that is no UTF-8"
+_NO_NAME = "its file name is not UTF-8: rename the file"
 
 
 @dataclass(frozen=True, slots=True)
@@ -27,16 +27,16 @@ class ClusterFile:
     """One cluster's etcd client file."""
 
     digest: bytes
-    """Of the content: equal digests need no reconnect."""
+    """Digest of the content: while it is equal, no reconnect is needed."""
     config: EtcdConfig | None
     error: str | None
-    """One line when the content cannot be used; then config is None."""
+    """Why the content cannot be used, in one line; then config is None."""
 
 
 def read_directory(directory: Path, option: str | None = None) -> dict[str, ClusterFile]:
     """Return the clusters described in a directory, by name; SettingsError when it cannot be read at all.
 
-    option: by which the directory was given, if whoever reads the error may give another.
+    option: the option that names the directory, if the error should suggest it.
     """
     try:
         paths = sorted(path for path in directory.iterdir() if path.is_file())
@@ -58,7 +58,7 @@ def read_directory(directory: Path, option: str | None = None) -> dict[str, Clus
     return found
 
 
-@lru_cache(maxsize=1_024)  # two looks a second at hundreds of files that hardly ever change
+@lru_cache(maxsize=1_024)  # hundreds of files, read twice a second, hardly ever change
 def _parse(path: Path, content: bytes) -> ClusterFile:
     digest = hashlib.sha256(content).digest()
     try:
@@ -68,9 +68,9 @@ def _parse(path: Path, content: bytes) -> ClusterFile:
 
 
 def check_directories(clustermesh_config: Path, remote_config: Path | None) -> None:
-    """Read the directories once before anything is started: SettingsError for one that cannot be read, or no cluster.
+    """Read the directories once before anything starts; SettingsError if one is unreadable, or every file unusable.
 
-    One cluster's file that is bad is that cluster's problem alone, now as later; and the caches do without owners.
+    A bad file is only its own cluster's problem, now as later; and a cache works without its owner's store.
     """
     files = read_directory(clustermesh_config, "--clustermesh-config")
     errors = [f"cluster {name}: {file.error}" for name, file in files.items() if file.error is not None]

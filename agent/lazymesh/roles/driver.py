@@ -1,8 +1,8 @@
-"""Drives the resolver: feeds it events, carries its commands out with whoever owns them, and counts what happened.
+"""Drives the resolver: feeds it events, carries its commands out through links and installer, and counts the outcomes.
 
 One thread, the event loop's, owns the resolver. Effects that answer at once (an install) go back in as events before
-anything else. What raises here is a bug, or a kernel that refuses what it never refuses: ``fail`` is told, the books
-are closed, and the agent ends. Whoever fed the event (a watch of etcd, the perf ring) gets no exception.
+anything else. An exception here is a bug, or a kernel that refuses what it never refuses: ``fail`` is called, nothing
+more is counted, and the agent ends. The source of the event (an etcd watch, the perf ring) never sees the exception.
 """
 
 from __future__ import annotations
@@ -36,27 +36,27 @@ QUIET_S = 60.0
 """The same refusal of the same address is logged once in this time."""
 _GOOD: frozenset[events.Outcome] = frozenset({"installed", "updated"})
 _REFUSALS = frozenset({Reason.FORGED, Reason.MALFORMED, Reason.AMBIGUOUS, Reason.NOT_OURS, Reason.MAP_FULL})
-"""Answers that a person should look into."""
+"""Outcomes that a person should look into."""
 
 
 class Installs(Protocol):
-    """Where entries go: the map, or nowhere in shadow mode."""
+    """Takes entries: into the map, or nowhere in shadow mode."""
 
     def install_many(self, installs: Sequence[tuple[Address, Entry, int]]) -> list[Reason | None]:
-        """Put entries in; return of each why not."""
+        """Install entries; return why not, or None, for each."""
 
     def evict(self, address: Address) -> bool:
-        """Take an entry of ours out."""
+        """Remove our entry."""
 
 
 class Throttle(Protocol):
-    """What may come in."""
+    """Limits incoming misses."""
 
     def pause(self, on: bool) -> None:
-        """Nothing for the moment, or something again."""
+        """Stop them for the moment, or resume."""
 
     def admit(self, share: float) -> None:
-        """So much of what the settings allow."""
+        """Admit this share of what the settings allow."""
 
 
 class Shadow:
@@ -64,11 +64,11 @@ class Shadow:
 
     def __init__(self, ipcaches: HasMaps) -> None:
         self.changes_total = 0
-        """Installs that would have changed what programs take a peer for, and so what policy says of its packets."""
+        """Installs that would have changed a peer's identity for the programs, and so for policy."""
         self._ipcaches = ipcaches
 
     def install(self, address: Address, _entry: Entry, _cluster_id: int) -> Reason | None:
-        """Say that it went well, unless the map's owner has been quicker, as the installer would."""
+        """Return success, or TAKEN where the map's owner was first, as the installer would."""
         standing = self._ipcaches.maps[0].lookup(address)
         if standing is not None and is_peer(standing.identity):
             return Reason.TAKEN
@@ -76,28 +76,28 @@ class Shadow:
         return None
 
     def install_many(self, installs: Sequence[tuple[Address, Entry, int]]) -> list[Reason | None]:
-        """Say the same of several."""
+        """Do the same for several."""
         return [self.install(*each) for each in installs]
 
     def evict(self, _address: Address) -> bool:
-        """There is nothing to take out."""
+        """Return False: there is nothing to remove."""
         return False
 
 
 class HasMaps(Protocol):
-    """Whoever knows the ipcaches that count."""
+    """Knows the ipcaches that count."""
 
     @property
     def maps(self) -> Sequence[IpcacheMap]:
-        """The one that is written, then others."""
+        """The map that is written, then others."""
 
 
-def _no_one_to_tell(error: Exception) -> None:
+def _raise(error: Exception) -> None:
     raise error
 
 
 class Driver:
-    """Connects resolver, links, installer and whoever wants to hear of outcomes."""
+    """Connects the resolver with links, installer, holder, metrics and streams of misses."""
 
     def __init__(
         self,
@@ -117,27 +117,27 @@ class Driver:
         self._events: deque[events.Event] = deque()
         self._busy = False
         self._reports: list[tuple[events.Report, float]] = []
-        """With the time at which each came about: that of entries, when they stood."""
+        """Each with its time; for entries, when they were in the map."""
         self._stood = 0.0
-        """When the last installs were carried out."""
+        """When the last installs were done."""
         self._later: deque[events.Watch | events.Unwatch] = deque()
-        """Changes of watches: they start from a known revision, so nothing is missed while packets come first."""
+        """Changes of watches; packets come first, and nothing is missed, as watches start from a known revision."""
         self._said: dict[str | None, OncePer] = {}
-        """By cluster: one with many bad records silences itself alone."""
+        """By cluster: one with many bad records silences only itself."""
         self._directions = [metrics.signals.labels(direction.name.lower()) for direction in Direction]
-        self.fail: Callable[[Exception], None] = _no_one_to_tell
-        """Told, once, that the driver has ended by this error."""
+        self.fail: Callable[[Exception], None] = _raise
+        """Called once, with the error that has ended the driver."""
         self.publish: Callable[[dict[str, Any]], None] | None = None
-        """Takes one object per outcome while somebody streams misses; None while nobody does."""
+        """Takes one object per outcome while misses are being streamed, else None."""
 
         self.release: Callable[[Sequence[Address], Cause], None] | None = None
-        """Lets packets go that are held for addresses: they are answered."""
+        """Releases packets held for addresses that are answered."""
 
         self.released: Callable[[], None] = lambda: None
-        """Told when all answers of the moment are given."""
+        """Called after the last release of a moment."""
 
         self.installed: Callable[[Sequence[Address]], None] | None = None
-        """Told of addresses that have their entry now."""
+        """Called with addresses that have their entry now."""
 
     def on_signals(self, signals: Signals) -> None:
         """Take the misses of one wake-up."""
@@ -148,7 +148,7 @@ class Driver:
                 self._directions[direction].inc(count)
 
     def feed(self, event: events.Event) -> None:
-        """Take one event, now or behind those that are being worked on."""
+        """Take one event, now or after those being worked on."""
         self._events.append(event)
         self._run()
 
@@ -161,14 +161,14 @@ class Driver:
                 while self._events:
                     event = self._events.popleft()
                     if self._later and isinstance(event, (events.StoreReset, events.ClusterGone)):
-                        # The resolver forgets its watches, and so has the link: these would be nobody's.
+                        # Resolver and link both forget their watches, so these would belong to nothing.
                         self._later = deque(each for each in self._later if each.cluster != event.cluster)
                     now = time.monotonic()
                     commands = self._resolver.step(event, now)
                     self._carry_out(commands, self._stood if isinstance(event, events.InstallsEnded) else now)
                 self._finish()
         except Exception as exc:
-            # The resolver may be anywhere between two states: nothing more is decided from it.
+            # The resolver may be between two states, so it decides nothing more.
             self._failed = True
             self._events.clear()
             self.fail(exc)
@@ -176,7 +176,7 @@ class Driver:
             self._busy = False
 
     def _finish(self) -> None:
-        """Do what packets do not wait for, and first let go those that do."""
+        """Release the packets that wait, then do what no packet waits for."""
         reports, self._reports = self._reports, []
         if self.release is not None and reports:
             for report, _ in reports:
@@ -208,7 +208,7 @@ class Driver:
             link.unwatch(command.address)
 
     def _carry_out(self, commands: list[events.Command], now: float) -> None:
-        """Carry out the commands of one step, in their order; installs with nothing to do in between go together."""
+        """Carry out the commands of one step in order; consecutive installs go together."""
         installs: list[tuple[Address, Entry, int]] = []
         for command in commands:
             if isinstance(command, events.Install):
@@ -230,7 +230,7 @@ class Driver:
         self._install(installs)
 
     def _install(self, installs: list[tuple[Address, Entry, int]]) -> None:
-        """Put entries in, and have the resolver told how it went before anything else."""
+        """Install entries; how it went is the resolver's next event."""
         if not installs:
             return
         errors = self._installer.install_many(installs)
@@ -240,7 +240,7 @@ class Driver:
         installs.clear()
 
     def _admit(self, share: float) -> None:
-        # The way back up takes many steps.
+        # Recovery takes many steps, so only its end is logged.
         if share < self._admitted or share == 1.0:
             log.warning("miss admission changed", share=round(share, 3))
         self._admitted = share
@@ -248,7 +248,7 @@ class Driver:
 
     def _read(self, command: events.Read) -> None:
         link = self._links.get(command.cluster)
-        if link is None:  # it left between the decision and now
+        if link is None:  # the cluster has left since the decision
             self._events.append(events.ReadFailed(command.cluster, command.addresses, "unavailable"))
         else:
             link.read(command)

@@ -1,8 +1,8 @@
-"""The holder: a small process that keeps parked packets while the agent finds out whose they are.
+"""The holder: a small process that keeps parked packets while the agent resolves their addresses.
 
-Started by the agent, in a session of its own, with one end of a socket pair; it ends when the other end does, after it
-has given everything back. So a crash of the agent loses no parked packet, and a crash of the holder only those in its
-hands: the next packet is not parked any more. It reads maps and the TAP, and imports neither BCC, gRPC nor pyroute2.
+The agent starts it, in its own session, with one end of a socket pair; when the other end closes, it gives everything
+back and ends. So a crash of the agent loses no parked packet, and a crash of the holder only those that it holds: the
+next packet is not parked. It reads maps and the TAP, and imports neither BCC, gRPC nor pyroute2.
 """
 
 from __future__ import annotations
@@ -36,19 +36,19 @@ BEAT_S = 0.02
 READS_PER_TURN = 64
 SWEEP_S = 0.25
 LOST_AFTER_S = 1.0
-"""A packet that was given back this long ago and did not arrive never will."""
+"""A packet given back this long ago that has not arrived never will."""
 DRAIN_S = 0.02
-"""For so long a program that read that parking is on may still be parking after it was switched off."""
+"""For this long after parking is switched off, a program that has read the old value may still park."""
 FORGET_S = 60.0
-"""So often the accounts of interfaces that are gone are closed."""
+"""Between closures of the accounts of interfaces that are gone."""
 RUNT = 60
-"""Length of the frame that stands for one that is dropped."""
+"""Length of the frame that stands for a dropped one."""
 
 _HELD = frozenset(Why)
 
 
 class Mapped:
-    """Array maps in this process's memory: slots, control, and the counters that only the holder writes."""
+    """Array maps mapped into memory: slots, control, and the counters that only the holder writes."""
 
     def __init__(self, pins: Path) -> None:
         self._maps = [Map.pinned(pins / name) for name in ("lm_slots", "lm_hold_control", "lm_holder_stats")]
@@ -63,10 +63,10 @@ def _pages(size: int) -> int:
 
 
 def reset(pins: Path, mapped: Mapped) -> None:
-    """Make everything about holding as if nothing had ever been parked; what was out is counted as lost."""
+    """Reset the maps as if nothing had ever been parked; count packets still out as lost."""
     mapped.control.tap_ifindex = 0
     time.sleep(DRAIN_S)  # a program that read the old value may still be parking
-    # Counted in a copy: what still arrives while we count must not be counted twice.
+    # Counted in a copy: what arrives meanwhile must not be counted twice.
     found = type(mapped.slots).from_buffer_copy(mapped.slots)
     ctypes.memset(mapped.slots, 0, ctypes.sizeof(mapped.slots))
     mapped.stats.lost += sum(slot.state != abi.SLOT_FREE for slot in found)
@@ -85,7 +85,7 @@ def reset(pins: Path, mapped: Mapped) -> None:
 
 
 class Holder:
-    """The loop between TAP, queues and agent."""
+    """The loop that connects TAP, queues and agent."""
 
     def __init__(self, tap: Tap, pins: Path, mapped: Mapped, agent: socket.socket) -> None:
         self._tap = tap
@@ -93,13 +93,13 @@ class Holder:
         self._agent = agent
         self._queues = HoldQueues()
         self._written: list[tuple[float, int, int]] = []
-        """Given back: when, slot, and the slot's time of parking, which tells whether it has been used again."""
+        """Packets given back: when, slot, and its time of parking, which differs once the slot is used again."""
         self._interfaces = Map.pinned(pins / "lm_hold_if")
         self._next_sweep = self._next_forget = 0.0
         self._ending = False
 
     def run(self) -> None:
-        """Work until the agent's end of the socket is closed, or it says so."""
+        """Work until the agent closes its end of the socket, or sends QUIT."""
         selector = selectors.DefaultSelector()
         selector.register(self._tap.fd, selectors.EVENT_READ, self._read_tap)
         selector.register(self._agent, selectors.EVENT_READ, self._read_agent)
@@ -124,13 +124,13 @@ class Holder:
             self._next_forget = now + FORGET_S
 
     def _read_tap(self) -> bool:
-        """Take in what waits in the TAP, as much as one turn may; tell whether there was anything."""
+        """Read what waits in the TAP, up to one turn's share; tell whether there was anything."""
         for count in range(READS_PER_TURN):
             try:
                 data = os.read(self._tap.fd, READ_SIZE)
             except BlockingIOError:
                 return count > 0
-            except OSError:  # somebody has deleted the device: the agent starts another holder
+            except OSError:  # the device was deleted: the agent starts another holder
                 self._ending = True
                 return False
             frame = frame_of(data, self._mapped.slots)
@@ -147,7 +147,7 @@ class Holder:
             while not self._ending:
                 try:
                     datagram = self._agent.recv(65_536)
-                except ConnectionError:  # it was killed with words of ours unread
+                except ConnectionError:  # the agent was killed before it read everything
                     datagram = b""
                 self._obey(datagram)
 
@@ -172,7 +172,7 @@ class Holder:
         for item in returns:
             frame = item.frame
             if self._mapped.slots[frame.slot].parked_ns != frame.parked_ns:
-                continue  # another holder has taken over, and counted it as lost
+                continue  # another holder has taken over and counted it as lost
             self._written.append((time.monotonic(), frame.slot, frame.parked_ns))
             if item.discard:
                 self._discard(frame.slot)
@@ -181,7 +181,7 @@ class Holder:
             setattr(stats, item.cause.value, getattr(stats, item.cause.value) + 1)
 
     def _discard(self, number: int) -> None:
-        """Have the kernel uncount and drop a packet: a runt with its token stands for it."""
+        """Make the kernel uncount and drop a packet: a runt with its token stands for it."""
         slot = self._mapped.slots[number]
         slot.state = abi.SLOT_DISCARD
         token = struct.pack(">2sHH", b"\x02\x4c", slot.parked_ns >> 10 & 0xFFFF, number)
@@ -194,7 +194,7 @@ class Holder:
             self._mapped.stats.write_errors += 1  # the sweep finds its slot
 
     def _sweep(self, now: float) -> None:
-        """Find what was given back and never arrived, and have it uncounted: again and again, until it is."""
+        """Find what was given back and never arrived, and have it uncounted; repeat until it is."""
         late = list(itertools.takewhile(lambda item: item[0] <= now - LOST_AFTER_S, self._written))
         still_out = []
         for written, number, parked_ns in late:
@@ -206,21 +206,21 @@ class Holder:
         self._written[: len(late)] = still_out
 
     def _forget_interfaces(self) -> None:
-        """Close the accounts of interfaces that are gone: pods come and go, and there is room for so many only."""
+        """Close the accounts of interfaces that are gone: pods come and go, and room is limited."""
         keys = [key for key, _ in self._interfaces.items()]
-        # After that: what came in between has no account yet.
+        # Listed after the keys: an interface that came in between has no account yet.
         here = {index for index, _ in socket.if_nameindex()}
         self._interfaces.delete_many([key for key in keys if int.from_bytes(key, sys.byteorder) not in here])
 
     def _end(self) -> None:
-        """Park nothing more, give back what waits and what is still in the ring."""
+        """Stop parking; give back what waits and what is still in the ring."""
         if self._mapped.control.tap_ifindex == self._tap.ifindex:  # else another holder has taken over
             self._mapped.control.tap_ifindex = 0
         self._give_back(self._queues.drain())
         self._queues.limit_s = 0.0
         until = time.monotonic() + DRAIN_S
         while time.monotonic() < until:
-            if self._read_tap():  # the ring may be full; it does end, as nothing more is parked
+            if self._read_tap():  # this ends, even with a full ring, as nothing more is parked
                 self._give_back(self._queues.drain())
                 until = time.monotonic() + DRAIN_S
             else:
@@ -228,10 +228,10 @@ class Holder:
 
 
 def frame_of(data: bytes, slots: ctypes.Array[abi.Slot]) -> Frame | None:
-    """Return the parked packet in what was read from the TAP; its slot's number stands in place of its source MAC."""
+    """Return the parked packet read from the TAP; its slot's number is at the end of its source MAC."""
     number = int.from_bytes(data[VNET_HEADER + 10 : VNET_HEADER + 12], "big")
     if number >= len(slots) or slots[number].hold not in _HELD:
-        return None  # never parked, or another holder has taken over and begun anew
+        return None  # never parked, or another holder has taken over and reset the slots
     slot = slots[number]
     key = bytes((slot.family,)) + bytes(slot.addr)
     return Frame(number, key, slot.parked_ns, Why(slot.hold), data)
@@ -241,7 +241,7 @@ def main() -> None:
     """Run as ``python -m lazymesh.roles.holder FD PINS``."""
     agent, pins = socket.socket(fileno=int(sys.argv[1])), Path(sys.argv[2])
     holder = None
-    # The agent may have been killed meanwhile; its successor starts one of its own.
+    # The agent may have been killed meanwhile; its successor starts another holder.
     with contextlib.suppress(BrokenPipeError):
         holder = _start(agent, pins)
     if holder is not None:
@@ -249,9 +249,9 @@ def main() -> None:
 
 
 def _start(agent: socket.socket, pins: Path) -> Holder | None:
-    """Return a holder that its agent knows of; None when it cannot work, and the agent knows why."""
+    """Return a holder, reported to the agent as up; None when it cannot work, with the reason reported."""
     try:
-        tap = open_tap()  # first: until then an older holder may be giving back what it has
+        tap = open_tap()  # first: until this succeeds, an older holder may be giving back its packets
         tap.set_filter(open_pin(pins / HOLD_FILTER))
         mapped = Mapped(pins)
         reset(pins, mapped)

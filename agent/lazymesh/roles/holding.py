@@ -1,6 +1,6 @@
-"""The agent's side of holding: keeps a holder process, tells it the answers, and shows the kernel that we live.
+"""The agent's side of holding: keeps a holder process, sends it the answers, and shows the kernel that the agent lives.
 
-Where holding is not possible the agent says so once and runs as with ``--on-miss pass``.
+Where holding is not possible the agent logs that once and runs as with ``--on-miss pass``.
 """
 
 from __future__ import annotations
@@ -35,15 +35,15 @@ if TYPE_CHECKING:
 log = structlog.get_logger()
 
 BEAT_S = 0.03
-"""A third of what the kernel waits for before it parks nothing more."""
+"""A third of the silence after which the kernel stops parking."""
 RESTART_S = 1.0
 RETRY_MOST_S = 60.0
-"""Where holding is not possible it is tried again after a second, then after twice as long each time, up to this."""
+"""While holding is not possible, each retry comes after twice the pause of the last one, up to this."""
 BIRTH_S = 20.0
 """A holder that has not started by then is killed. (One starts in 0.2 s, ten times as long on emulated processors.)"""
 HUNG_S = 1.0
 HUNG_LOOKS = 5
-"""A holder that was silent for so long at so many looks in a row is killed. (One look may follow our own silence.)"""
+"""A holder silent this long at this many looks in a row is killed. (One look may follow the agent's own silence.)"""
 ANSWERS_PER_DATAGRAM = 1_000
 
 State = Literal["off", "starting", "on", "failed"]
@@ -54,7 +54,7 @@ class HoldSettings:
     """What a user may set about holding; how much may be parked is fixed (``HoldLimits``)."""
 
     limit_s: float = 0.25
-    """After this long a packet is let go without an answer."""
+    """A packet that has waited this long without an answer is released."""
     drop_on_timeout: bool = False
 
 
@@ -64,10 +64,10 @@ class Holding:
     def __init__(self, datapath: Datapath, control: HoldControl, settings: HoldSettings) -> None:
         self.state: State = "off"
         self.problem: str | None = None
-        """Why packets are not held although they should be; set while the state is failed."""
+        """Why packets are not held although they should be; set while the state is ``failed``."""
         self.restarts = 0
         self.answers_dropped = 0
-        """Answers that a holder that does not listen never got; its packets go after the time limit."""
+        """Answers that a holder failed to take; its packets are released after the time limit."""
         self._wanted = asyncio.Event()
         self._datapath = datapath
         self._control = control
@@ -81,7 +81,7 @@ class Holding:
         return self.problem or self.state
 
     def want(self) -> None:
-        """Have a holder from now on."""
+        """Start holding."""
         if not self._wanted.is_set():
             self._set("starting")
             self._wanted.set()
@@ -104,9 +104,9 @@ class Holding:
                 else:
                     pause = RESTART_S
                     self.restarts += 1
-                    self._set("failed", "the holder died and is started again")
+                    self._set("failed", "the holder died and is being restarted")
                     log.error(
-                        "the holder died, or was killed because it hung: packets it held are lost, missed ones"
+                        "the holder died, or was killed because it hung: the packets it held are lost, missed ones"
                         " are passed on meanwhile"
                     )
                 await asyncio.sleep(max(0.0, pause - (time.monotonic() - began)))
@@ -114,25 +114,25 @@ class Holding:
             beat.cancel()
 
     def answer(self, addresses: Iterable[Address], cause: Cause) -> None:
-        """Let the packets go that wait for these addresses."""
+        """Release the packets that wait for these addresses."""
         if self._socket is None:
             return
         now_ns, number = time.monotonic_ns(), CAUSE_NUMBERS[cause]
-        # A storm of misses may keep the loop from the next beat; this is as good a sign.
+        # A storm of misses may delay the next beat; this is as good a sign of life.
         self._control.beat(now_ns)
         for address in addresses:
             key = FAMILIES[len(address)] + address.ljust(16, b"\0")
             self._answers.append(ANSWER.pack(number, key, now_ns / 1e9))
 
     def flush(self) -> None:
-        """Send the answers of one step of the agent: one datagram for all of them."""
+        """Send the answers of one step of the agent: one datagram for all of them, if it holds them."""
         answers, self._answers = self._answers, []
         for at in range(0, len(answers), ANSWERS_PER_DATAGRAM):
             part = answers[at : at + ANSWERS_PER_DATAGRAM]
             try:
                 if self._socket is not None:
                     self._socket.send(ANSWERS + b"".join(part))
-            except OSError:  # full, because it hangs, or gone: the time limit or its end lets the packets go
+            except OSError:  # it hangs or is gone: the time limit, or its end, releases the packets
                 self.answers_dropped += len(part)
 
     def _set(self, state: State, problem: str | None = None) -> None:
@@ -144,10 +144,10 @@ class Holding:
             await asyncio.sleep(BEAT_S)
 
     async def _one_life(self) -> None:
-        """Start a holder and stay until it has ended; DatapathError when it cannot begin."""
+        """Run one holder until it ends; DatapathError when it cannot begin."""
         ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         with ours:
-            process = subprocess.Popen(  # noqa: S603, ASYNC220 (our own interpreter and module; a fork, no wait)
+            process = subprocess.Popen(  # noqa: S603, ASYNC220 (the same interpreter, our module; a fork, no wait)
                 [
                     sys.executable,
                     "-m",
@@ -157,7 +157,7 @@ class Holding:
                 ],
                 pass_fds=(theirs.fileno(),),
                 stdin=subprocess.DEVNULL,
-                start_new_session=True,  # Ctrl-C is for the agent, which tells it
+                start_new_session=True,  # Ctrl-C is for the agent, which ends the holder
             )
             theirs.close()
             ours.setblocking(False)
@@ -176,7 +176,7 @@ class Holding:
                 await asyncio.to_thread(_wait_for, process)
 
     async def _watch(self, ours: socket.socket, tap: int) -> None:
-        """Return when the holder has ended, or hangs for good; put back meanwhile what is taken off its TAP."""
+        """Return when the holder has ended or hangs for good; until then repair its TAP when it was changed."""
         looks = 0
         while looks < HUNG_LOOKS:
             try:
@@ -190,23 +190,23 @@ class Holding:
                 else:
                     self._set("on")
                 if await mend_tap(self._datapath, tap):
-                    log.warning("somebody changed the holder's TAP device: it is as it should be again")
+                    log.warning("the holder's TAP device was changed, and has been repaired")
             else:
                 return
 
     async def _handshake(self, ours: socket.socket) -> int:
-        """Make ready what the holder has opened; return its TAP's index."""
+        """Prepare the TAP that the holder has opened, and let it start; return the TAP's index."""
         try:
             async with asyncio.timeout(BIRTH_S):
                 datagram = await asyncio.get_running_loop().sock_recv(ours, 65_536)
         except TimeoutError as exc:
             raise DatapathError(f"the holder has not started in {BIRTH_S:g} s") from exc
         if datagram[:1] != UP:
-            raise DatapathError(datagram[1:].decode() or "the holder ended without a word")
+            raise DatapathError(datagram[1:].decode() or "the holder ended without giving a reason")
         tap = json.loads(datagram[1:])
         if tap["name"] != NAMES[0]:
             log.warning(
-                "the TAP's usual name is taken, by a holder that hangs or by somebody else's device",
+                "the TAP's usual name is taken, by a hung holder or another device",
                 name=tap["name"],
                 usual=NAMES[0],
             )

@@ -1,12 +1,12 @@
-"""Watches on the keys of single addresses, one for a whole neighbourhood: the pods of a node share it.
+"""Watches on the keys of single addresses, one per neighbourhood: the pods of a node share it.
 
-A store keeps every watch of every node in memory and looks through them at each write: their number is what a mesh pays
-for staying right. The texts of a node's pods mostly begin alike, so one watch on a range of keys serves them all: it
-costs as much as one on a key, and brings only what happens to that node's pods.
+A store keeps every watch of every node in memory and checks them all at each write: their number is what a mesh pays
+for staying correct. The keys of a node's pods mostly begin alike, so one watch on a range of keys serves them all: it
+costs as much as a watch on one key, and brings only changes of that node's pods.
 
-It may begin later than the read of another key of the range, and what happened to keys that nobody followed is not
-kept. So each range knows since which revision it is complete for any address; when an address's read is older, the
-range is watched anew from there. What comes twice by that is known by its revision (``Tracked.learn``).
+A watch may begin later than the read of another key in its range, and changes of keys that are not followed are not
+kept. So each range knows from which revision on it is complete for any address; when an address was read before that,
+the range is watched again from there. Changes that come twice are recognized by their revision (``Tracked.learn``).
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 
 
 class Watches(Protocol):
-    """Where a store's watches are kept (kvstore.hub)."""
+    """Keeps a store's watches (kvstore.hub)."""
 
     def add(self, key: bytes, listener: WatchListener, start_revision: int, *, prefix: bool = False) -> int:
         """Watch from a revision on; return the watch's id."""
@@ -35,19 +35,19 @@ class Watches(Protocol):
 
 
 Neighbours = tuple[bytes, set["Address"]]
-"""What the addresses of one group have in common, and such addresses."""
+"""A group, and some of its addresses."""
 
 
 def neighbours_of(addresses: Iterable[Address]) -> list[Neighbours]:
-    """Return the addresses by group; one that they come back to, twice."""
+    """Return runs of addresses of one group; a group may come more than once."""
     return [(group, set(some)) for group, some in groupby(addresses, group_of)]
 
 
 class KeyWatches:
     """The addresses whose keys below one prefix are followed.
 
-    on_change is called for each change of such a key, on_lost for each range that is not watched any more: its
-    addresses are not followed from then on.
+    on_change: called for each change of such a key.
+    on_lost: called for each range whose watch is lost; its addresses are no longer followed.
     """
 
     def __init__(
@@ -73,7 +73,7 @@ class KeyWatches:
         return len(self._ranges)
 
     def follow(self, neighbours: Iterable[Neighbours], after: int) -> None:
-        """Have all changes of these addresses told that come after the revision at which they were read."""
+        """Report all changes of these addresses after the revision at which they were read."""
         for group, some in neighbours:
             one = self._ranges.get(group)
             if one is None:
@@ -85,7 +85,7 @@ class KeyWatches:
             one.addresses |= some
 
     def unfollow(self, address: Address) -> None:
-        """Have nothing more of the address told."""
+        """Report nothing more about the address."""
         group = group_of(address)
         one = self._ranges.get(group)
         if one is None or address not in one.addresses:
@@ -97,13 +97,13 @@ class KeyWatches:
             self._watches.remove(one.watch_id)
 
     def clear(self) -> None:
-        """Follow nothing any more."""
+        """Stop following everything."""
         for one in self._ranges.values():
             self._watches.remove(one.watch_id)
         self._ranges.clear()
 
     def lost(self, one: _Range, loss: WatchLoss) -> None:
-        """Forget a range that is not watched any more."""
+        """Forget a range whose watch is lost."""
         if self._ranges.get(one.group) is one:
             del self._ranges[one.group]
         self._on_lost(loss)
@@ -122,13 +122,13 @@ class _Range:
         self.addresses: set[Address] = set()
         self.watch_id = 0
         self.since = 0
-        """Of an address that is not followed yet, everything from this revision on is still to come."""
+        """For an address not followed yet, every change from this revision on is still to come."""
         self.told = 0
-        """The last change that was told of a followed address: it is not still to come, should that be let go."""
+        """Revision of the last change reported for a followed address: once unfollowed, it does not come again."""
         self._owner = owner
 
     def on_live(self, watch_id: int, revision: int) -> None:
-        """Nothing hangs on it: the reads before it told the keys' state."""
+        """Do nothing: the reads before it have reported the keys' state."""
 
     def on_changes(self, _watch_id: int, changes: Sequence[Change]) -> None:
         for change in changes:
@@ -146,7 +146,7 @@ class _Range:
 def _address_in(text: bytes) -> Address | None:
     try:
         address = parse_address(text.decode())
-    except ValueError:  # no address, so none that is followed
+    except ValueError:  # not an address, so not a followed one
         return None
-    # Nobody reads a key in another form.
+    # A key in another form is never read.
     return address if format_address(address).encode() == text else None

@@ -1,8 +1,8 @@
-"""One cluster's link: its stores, what is followed in them, the reads and key watches of its addresses.
+"""One cluster's link: follows its nodes and identities for as long as the cluster is configured.
 
-A store is believed only when it is complete: its cluster-config is there, and so are the sync canaries it announces.
+A store is trusted only when it is complete: its cluster-config is there, and so are the sync canaries it announces.
 Otherwise an apiserver that comes back with an empty etcd would look like a cluster whose pods have all gone. So after
-each replacement of the store the followers wait for that again before they list (mark and sweep over what was told).
+each replacement of the store the followers wait for that again before they list (mark and sweep over what was known).
 """
 
 from __future__ import annotations
@@ -43,40 +43,40 @@ DIRECT = ((Space.PUSHED, Space.PULL_ONLY),)
 
 
 class LinkObserver(Protocol):
-    """Who is told what a link learns; called on the event loop."""
+    """Receives what a link learns, on the event loop."""
 
     def on_config(
         self, link: ClusterLink, config: ClusterConfig, spaces: tuple[tuple[Space, ...], ...]
     ) -> str | None:
-        """The cluster described itself; return why it is refused, or None."""
+        """Judge the cluster by its description of itself; return why it is refused, or None."""
 
     def on_nodes(self, link: ClusterLink, changes: Sequence[Change]) -> None:
-        """Node records changed; keys are below ``link.nodes_prefix``."""
+        """Take changed node records; keys are below ``link.nodes_prefix``."""
 
     def on_identities(self, link: ClusterLink, changes: Sequence[Change]) -> None:
-        """Identities changed; keys are below ``link.identities_prefix``."""
+        """Take changed identities; keys are below ``link.identities_prefix``."""
 
     def on_event(self, event: events.Event) -> None:
-        """Something for the resolver."""
+        """Take an event for the resolver."""
 
     def on_listed(self, link: ClusterLink) -> None:
-        """Nodes and identities are all told (again)."""
+        """Note that all nodes and identities have been reported (again)."""
 
     def on_silent(self, link: ClusterLink) -> None:
-        """The store does not answer."""
+        """Note that the store does not answer."""
 
     def on_relisting(self, link: ClusterLink) -> None:
-        """All nodes and identities will be told from the start: what is not told until on_listed is no more."""
+        """Note that all are about to be reported again: what is not reported by on_listed is gone."""
 
 
 @dataclass(frozen=True, slots=True)
 class LinkConfig:
-    """Where a cluster's records are to be read.
+    """Where to read a cluster's records.
 
-    primary: Cilium's own configuration, of the cluster's store or of the local cache.
-    remote: direct access to the cluster's store, if given apart.
-    remote_error: why that cannot be used as it was given; then remote is None.
-    transport: what carries the calls, native or grpcio.
+    primary: Cilium's own configuration, for the cluster's store or the local cache.
+    remote: direct access to the cluster's store, if configured separately.
+    remote_error: why that configuration cannot be used; then remote is None.
+    transport: carries the calls, native or grpcio.
     """
 
     name: str
@@ -87,12 +87,12 @@ class LinkConfig:
 
     @property
     def stores(self) -> tuple[EtcdConfig, ...]:
-        """All that is read."""
+        """All stores that are read."""
         return (self.primary,) if self.remote is None else (self.primary, self.remote)
 
     @property
     def names_owner(self) -> bool:
-        """Tell whether direct access was given, were it of no use."""
+        """Whether direct access is configured, even if its configuration cannot be used."""
         return self.remote is not None or self.remote_error is not None
 
 
@@ -104,9 +104,9 @@ class ClusterLink:
         self.config = config
         self.state: State = "connecting"
         self.problem: str | None = None
-        """One line saying why it is not ready, None when it is."""
+        """Why it is not ready, in one line; None when it is."""
         self.tried = False
-        """The first attempt to reach it is over, well or ill."""
+        """Whether the first attempt to reach it is over, successful or not."""
         self.nodes_prefix = b""
         self.identities_prefix = b""
         self.refused_total: dict[str, int] = {"node": 0, "identity": 0, "cluster-config": 0}
@@ -135,11 +135,11 @@ class ClusterLink:
 
     @property
     def sizes(self) -> tuple[int, int]:
-        """Numbers of nodes and identities told so far."""
+        """Numbers of nodes and identities known so far."""
         return (len(self._followers[0]), len(self._followers[1])) if self._followers else (0, 0)
 
     async def run(self) -> None:
-        """Keep the link until cancelled; what raises in a callback of ours is raised here."""
+        """Keep the link until cancelled; raise what its callbacks raise."""
         self._failure = asyncio.get_running_loop().create_future()
         async with self._primary:
             self._primary.add_listener(self._on_primary_event)
@@ -160,17 +160,17 @@ class ClusterLink:
                 await asyncio.sleep(RETRY_S)
 
     def guard(self, tell: Callable[[], None]) -> None:
-        """Call on behalf of a watch or a connection, which many share and no exception of ours must end."""
+        """Call on behalf of a watch or connection, which is shared, so that no exception of ours may end it."""
         try:
             tell()
         except Exception as exc:
             self.fail(exc)
 
     def fail(self, error: BaseException) -> None:
-        """End the link: something is wrong with us, not with the store."""
+        """End the link: the fault is in lazymesh, not in the store."""
         if self._failure is not None and not self._failure.done():
             self._failure.set_exception(error)
-            self._failure.exception()  # seen: it may come when nobody waits any more
+            self._failure.exception()  # mark it retrieved: nothing may be waiting any more
             self._stale.set()
 
     def _tell(self, event: events.Event) -> None:
@@ -180,7 +180,7 @@ class ClusterLink:
             self.fail(exc)
 
     def _reset(self) -> None:
-        """Forget every key watch; the resolver reads all addresses again and asks for new ones."""
+        """Forget every key watch; the resolver reads all addresses again and asks for new watches."""
         self.addresses.clear()
         self._observer.on_event(events.StoreReset(self.name))
         if self.state == "ready":
@@ -189,7 +189,7 @@ class ClusterLink:
     # --- the store as a whole ---------------------------------------------------------------------------------------
 
     async def _complete(self) -> tuple[ClusterConfig, int] | None:
-        """Return how the store describes itself, at which revision; None when it is not complete, or refused."""
+        """Return the store's description of itself and its revision; None when it is incomplete or refused."""
         try:
             config, revision, missing = await describe_store(self._primary, self.name)
             if config is not None:
@@ -212,7 +212,7 @@ class ClusterLink:
     def _spaces(self, config: ClusterConfig) -> tuple[tuple[Space, ...], ...]:
         if not config.cached:
             return DIRECT
-        # An owner that cannot be asked is as good as down: what the cache does not have may be there all the same.
+        # An owner whose configuration is unusable counts as down: it may have what the cache has not.
         return ((Space.CACHED,), *DIRECT) if self.config.names_owner else ((Space.CACHED,),)
 
     def _wait_for(self, problem: str) -> None:
@@ -229,7 +229,7 @@ class ClusterLink:
         self.state, self.problem = "refused", problem
 
     async def _follow(self, config: ClusterConfig, revision: int) -> None:
-        """Follow nodes and identities until the store is replaced, or describes itself differently."""
+        """Follow nodes and identities until the store is replaced or describes itself differently."""
         self.state = "listing"
         self.nodes_prefix = keys.nodes_prefix(config.cached, self.name)
         self.identities_prefix = keys.identities_prefix(config.cached, self.name)
@@ -249,12 +249,12 @@ class ClusterLink:
         self._reset()
 
     def on_config_changed(self, known: ClusterConfig, value: bytes) -> None:
-        """Begin anew if it says something else now: another id, for one."""
+        """Start over if the description has changed: another id, for example."""
         with contextlib.suppress(RecordError):
             if decode_cluster_config(value) == known:
-                return  # it is written again every few minutes
-        self._fall_silent(KvstoreError("it describes itself differently, and is listed anew"))
-        self._followers = []  # what was refused because of it is to be told once more
+                return  # it is rewritten every few minutes
+        self._fall_silent(KvstoreError("it describes itself differently and is listed again"))
+        self._followers = []  # what was refused because of it must be reported once more
         self._stale.set()
 
     def on_prefix_changes(self, prefix: bytes, changes: Sequence[Change]) -> None:
@@ -265,7 +265,7 @@ class ClusterLink:
             self._observer.on_identities(self, changes)
 
     def on_prefix_synced(self, prefix: bytes) -> None:
-        """Once both are told, the cluster is ready."""
+        """Make the cluster ready once both prefixes are listed."""
         self._synced.add(prefix)
         if len(self._synced) == len(self._followers):
             if self.state != "ready":
@@ -274,7 +274,7 @@ class ClusterLink:
             self._observer.on_listed(self)
 
     def on_prefix_silent(self, prefix: bytes, error: KvstoreError) -> None:
-        """Contact is lost: what is known stays, for a while. The other prefix may be followed as before."""
+        """Note lost contact: what is known stays for a while; the other prefix may still be followed."""
         self._synced.discard(prefix)
         self._fall_silent(error)
 
@@ -292,7 +292,7 @@ class ClusterLink:
             self.guard(lambda: self._fall_silent(error))
         elif event.reset:
             log.warning(
-                "the store was replaced, or went back in time", cluster=self.name, endpoint=event.endpoint
+                "the store was replaced or went back in time", cluster=self.name, endpoint=event.endpoint
             )
             self._stale.set()
 
@@ -303,16 +303,16 @@ class _ConfigObserver:
     known: ClusterConfig
 
     def on_live(self, _watch_id: int, _revision: int) -> None:
-        """Nothing hangs on it."""
+        """Do nothing: it does not matter when a watch is live."""
 
     def on_changes(self, _watch_id: int, changes: Sequence[Change]) -> None:
         for change in changes:
-            if change.value is not None:  # a cluster that is about to leave says nothing else of itself
+            if change.value is not None:  # its deletion, when a cluster is about to leave, says nothing new
                 value = change.value
                 self.link.guard(lambda value=value: self.link.on_config_changed(self.known, value))  # type: ignore[misc]
 
     def on_lost(self, _watch_id: int, _loss: WatchLoss) -> None:
-        """It is looked at again with the next connection to another store."""
+        """Do nothing: the key is read again when the store is replaced."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,7 +1,7 @@
 """The mesh as this node sees it: a link per configured cluster, one table of pod CIDRs, the identities and the policy.
 
-Order of effects, for every identity: policy map first, then the resolver, so that no entry is ever installed whose
-identity the policy has not judged. And for every CIDR: the kernel's map and the resolver's table change together.
+Order of effects for every identity: policy map first, then the resolver, so that no entry is installed before policy
+has judged its identity. For every CIDR, the kernel's map and the resolver's table change together.
 """
 
 from __future__ import annotations
@@ -34,14 +34,14 @@ if TYPE_CHECKING:
 log = structlog.get_logger()
 
 TABLE_DELAY_S = 0.02
-"""Node records that come in a burst make one new table, not one each."""
+"""Node records that come in a burst lead to one new table, not one each."""
 TABLE_SHARE = 3
-"""So many times as long as a table has taken passes before the next: a cluster may write nodes without end."""
+"""The next table is made after this many times the last one's duration: a cluster may write nodes endlessly."""
 COMPLAIN_EVERY_S = 600.0
 RESTART_S = 5.0
-"""A link that ended by a bug of ours, or because a map of ours is full, is started again after this long."""
+"""A link that ended by a bug of lazymesh, or because its map is full, is started again after this long."""
 RETRY_TABLE_S = 1.0
-"""Between attempts to write pod CIDRs that the kernel would not take."""
+"""Between attempts to write pod CIDRs that the kernel has refused."""
 _KEY_SHOWN = 100
 _NOTHING: tuple[set[str], set[int]] = (set(), set())
 
@@ -58,7 +58,7 @@ class Mesh:
     ) -> None:
         self.links: dict[str, ClusterLink] = {}
         self.identities: set[int] = set()
-        """Identities whose labels are known here, and judged."""
+        """Identities whose labels are known and judged."""
         self.file_errors: dict[str, str] = {}
         """Clusters whose configuration file cannot be used, and why."""
         self._settings = settings
@@ -67,35 +67,35 @@ class Mesh:
         self._feed = feed
         self._state = MeshState(settings.cluster_id, settings.mesh_cidrs)
         self.table = MeshState().table()
-        """What is in force; the operator's CIDRs are once ``run`` has written them."""
+        """The table in force; it has the operator's CIDRs once ``run`` has written them."""
         self._leftovers: set[Network] = set()
-        """CIDRs in the kernel that an earlier life of the agent put there, and nobody claims so far."""
+        """CIDRs that an earlier agent left in the kernel, and no cluster has claimed so far."""
         self._files: dict[str, tuple[ClusterFile, ClusterFile | None]] = {}
         self._direct: dict[str, ClusterFile] = {}
-        """What was in the directory of direct access at the last look."""
+        """Contents of the directory for direct access at the last look."""
         self._missing: set[str] = set()
-        """Clusters that were not there at the last look: a file may be in the middle of being written."""
+        """Clusters that were gone at the last look: a file may be in the middle of being written."""
         self._tasks: dict[str, asyncio.Task[None]] = {}
         self._complained = OncePer(COMPLAIN_EVERY_S)
         self._refusals: dict[str, OncePer] = {}
-        """By cluster: one that floods us with nonsense silences itself alone."""
+        """By cluster: one with a flood of bad records silences only itself."""
         self.unread: str | None = None
-        """Why the directories could not be read at the last look: what was in them before is still followed."""
+        """Why the directories could not be read at the last look; their former contents are still followed."""
         self.problem: str | None = None
-        """Why the pod CIDRs in the kernel are not those of ``table``, None when they are."""
+        """Why the pod CIDRs in the kernel are not those of ``table``; None when they are."""
         self._described = False
-        """Our own cluster has a configuration file, too."""
+        """Whether the node's own cluster has a configuration file, too."""
         self.crashes: dict[str, int] = {}
-        """How often each cluster's link has ended by itself."""
-        self._untold: dict[str, tuple[set[str], set[int]]] = {}
-        """While a cluster is listed from the start: nodes and identities known from before and not told again."""
+        """How often each cluster's link has crashed."""
+        self._unconfirmed: dict[str, tuple[set[str], set[int]]] = {}
+        """While a cluster is listed again: nodes and identities known from before and not reported again yet."""
         self._due: asyncio.TimerHandle | None = None
         self._table_took_s = 0.0
         self._swept = False
 
     @property
     def complete(self) -> bool:
-        """Every configured cluster has been listed. An empty directory is no mesh: its files may come later."""
+        """Whether every configured cluster has been listed; not with an empty directory, whose files may come later."""
         every = all(link.state == "ready" for link in self.links.values())
         return bool(self.links) and every and not self.file_errors
 
@@ -104,12 +104,12 @@ class Mesh:
         """Why no cluster is followed; None when one is, or its configuration is refused."""
         if self.links or self.file_errors:
             return None
-        but = f" but our own ({self._settings.cluster_name})" if self._described else ""
+        but = f" but this one ({self._settings.cluster_name})" if self._described else ""
         return f"no cluster{but} is described in {self._settings.clustermesh_config}: nothing can be resolved"
 
     @property
     def unknown_owners(self) -> set[str]:
-        """Clusters that were given pod CIDRs by hand, and are not configured."""
+        """Clusters named by --mesh-cidr that are not configured."""
         return {name for name, _ in self._settings.mesh_cidrs} - self.links.keys() - self.file_errors.keys()
 
     async def run(self) -> None:
@@ -124,7 +124,7 @@ class Mesh:
                 except SettingsError as exc:
                     self.unread = str(exc)
                     if self._complained("directory", time.monotonic()):
-                        log.error("clustermesh directory", error=str(exc))
+                        log.error("cannot read the cluster configuration", error=str(exc))
                 await asyncio.sleep(LOOK_EVERY_S)
         finally:
             for task in self._tasks.values():
@@ -136,7 +136,7 @@ class Mesh:
     def _read(self) -> dict[str, tuple[ClusterFile, ClusterFile | None]]:
         files = read_directory(self._settings.clustermesh_config)
         direct = read_directory(self._settings.remote_config) if self._settings.remote_config else {}
-        # As to clusters: what is not there at one look alone is being written.
+        # As with clusters, a file that is missing at a single look is being written.
         remote, self._direct = self._direct | direct, direct
         self._described = files.pop(self._settings.cluster_name, None) is not None
         return {name: (file, remote.get(name)) for name, file in files.items()}
@@ -160,12 +160,12 @@ class Mesh:
     def _configure(self, name: str, pair: tuple[ClusterFile, ClusterFile | None]) -> None:
         file, remote = pair
         owner, owner_error = (remote.config, remote.error) if remote else (None, None)
-        # Without the owner a cache is followed all the same, but no link is given up for that which follows both.
+        # A cache is followed even without its owner, but not in place of a link that follows both.
         running = self.links.get(name)
         both = running is not None and running.config.primary == file.config and running.config.remote
         error = file.error or (owner_error if both else None)
         if error or file.config is None:
-            # Perhaps half written: a link that runs is worth more than an order that cannot be read.
+            # Perhaps half written: a running link is worth more than a configuration that cannot be read.
             self.file_errors[name] = error or "no configuration"
             log.error("cluster configuration refused", cluster=name, error=error, kept=name in self.links)
             return
@@ -176,10 +176,10 @@ class Mesh:
         log.info("cluster configured", cluster=name)
 
     def _start(self, config: LinkConfig) -> None:
-        """Start a link, in place of the one that runs."""
+        """Start a link in place of the running one."""
         link = ClusterLink(config, self)
         before = self.links.get(config.name)
-        link.tried = before is not None and before.tried  # readiness is not lost by new certificates
+        link.tried = before is not None and before.tried  # new certificates must not cost readiness
         self._stop(config.name)
         self.links[config.name] = link
         task = asyncio.create_task(link.run(), name=f"cluster {config.name}")
@@ -187,7 +187,7 @@ class Mesh:
         self._tasks[config.name] = task
 
     def _stop(self, name: str) -> None:
-        """End a link; what it told stays until its successor, or _remove, says otherwise."""
+        """End a link; what it reported stays until its successor, or _remove, changes it."""
         self.links.pop(name, None)
         task = self._tasks.pop(name, None)
         if task is not None:
@@ -196,7 +196,7 @@ class Mesh:
             self._feed(events.StoreReset(name))  # its key watches go with it
 
     def _link_ended(self, link: ClusterLink, task: asyncio.Task[None]) -> None:
-        """Start a link again that ended by itself: one cluster's strange records must cost the others nothing."""
+        """Restart a link that has crashed: one cluster's strange records must not affect the others."""
         if not self._current(link) or task.cancelled() or (error := task.exception()) is None:
             return
         link.state, link.problem, link.tried = "crashed", f"{type(error).__name__}: {error}", True
@@ -208,13 +208,13 @@ class Mesh:
         task.get_loop().call_later(RESTART_S, again)
 
     def _current(self, link: ClusterLink) -> bool:
-        """Tell whether this link runs for its cluster: one that was replaced may still have a last word."""
+        """Tell whether this is its cluster's present link: one that was replaced may still report something."""
         return self.links.get(link.name) is link
 
     def _remove(self, name: str) -> None:
         self._stop(name)
         self.file_errors.pop(name, None)
-        self._untold.pop(name, None)
+        self._unconfirmed.pop(name, None)
         self._refusals.pop(name, None)
         info = self.table.cluster(name)
         self._feed(events.ClusterGone(name))
@@ -223,17 +223,17 @@ class Mesh:
         self._state.leave(name)
         self._refresh_due()
 
-    # --- what links tell --------------------------------------------------------------------------------------------
+    # --- reports of links -------------------------------------------------------------------------------------------
 
     def on_config(
         self, link: ClusterLink, config: ClusterConfig, spaces: tuple[tuple[Space, ...], ...]
     ) -> str | None:
-        """Let the cluster join, unless its id or the mesh's size contradict ours."""
+        """Let the cluster join, unless its id or mesh size contradicts our settings."""
         if not self._current(link):
             return "its configuration has changed"
         ours = self._settings.max_connected_clusters
         if config.max_connected_clusters != ours:
-            return f"it says max-connected-clusters {config.max_connected_clusters}, ours is {ours}"
+            return f"its max-connected-clusters is {config.max_connected_clusters}, ours is {ours}"
         if not 0 < config.cluster_id <= ours:
             return f"its cluster id {config.cluster_id} is not in 1..{ours}"
         known = self.table.cluster(link.name)
@@ -246,14 +246,14 @@ class Mesh:
         return refusal
 
     def on_nodes(self, link: ClusterLink, changes: Sequence[Change]) -> None:
-        """Take nodes in; the table follows in a moment."""
+        """Take nodes; the table follows in a moment."""
         if not self._current(link):
             return
-        untold = self._untold.get(link.name, _NOTHING)[0]
+        untold = self._unconfirmed.get(link.name, _NOTHING)[0]
         for change in changes:
             name = keys.node_of_key(change.key, link.nodes_prefix)
             if name is None:
-                self._complain(link, "node", change.key[:_KEY_SHOWN], "the key names no node")
+                self._complain(link, "node", change.key[:_KEY_SHOWN], "the key does not name a node")
                 continue
             untold.discard(name)
             if change.value is None:
@@ -276,17 +276,17 @@ class Mesh:
             self._due = asyncio.get_running_loop().call_later(delay, self._refresh_due)
 
     def on_identities(self, link: ClusterLink, changes: Sequence[Change]) -> None:
-        """Judge identities, then make them known; a withdrawn one loses its entries before its rights."""
+        """Judge identities, then make them known; a deleted one loses its entries before its rights."""
         if not self._current(link):
             return
-        untold = self._untold.get(link.name, _NOTHING)[1]
+        untold = self._unconfirmed.get(link.name, _NOTHING)[1]
         known: list[int] = []
         gone: list[int] = []
-        # An identity may go and come in one batch: only what it ended as counts.
+        # An identity may go and come back in one batch: only its last state counts.
         for change in {change.key: change for change in changes}.values():
             identity = keys.identity_of_key(change.key, link.identities_prefix)
             if identity is None:
-                self._complain(link, "identity", change.key[:_KEY_SHOWN], "the key names no identity")
+                self._complain(link, "identity", change.key[:_KEY_SHOWN], "the key does not name an identity")
                 continue
             untold.discard(identity)
             if change.value is not None and self._judge(link, identity, change.value):
@@ -304,31 +304,31 @@ class Mesh:
         self._feed(event)
 
     def on_listed(self, link: ClusterLink) -> None:
-        """The cluster can be judged: its CIDRs first, then its addresses."""
+        """Make the cluster ready: its CIDRs first, then its addresses."""
         if not self._current(link):
             return
-        nodes, identities = self._untold.pop(link.name, _NOTHING)
+        nodes, identities = self._unconfirmed.pop(link.name, _NOTHING)
         for name in nodes:
             self._state.delete_node(link.name, name)
         self._forget_identities(list(identities))
         if (info := self.table.cluster(link.name)) is not None:
-            self._enforcement.sweep(info.identities)  # the others may not be listed for long
+            self._enforcement.sweep(info.identities)  # other clusters may not be listed for a long time
         self._refresh_table()
         self._feed(events.ClusterReady(link.name))
         if not self._swept and self.complete:
             self._sweep()
 
     def on_silent(self, link: ClusterLink) -> None:
-        """Entries stay, for a while."""
+        """Tell the resolver; entries stay for a while."""
         if self._current(link):
             self._feed(events.ClusterSilent(link.name))
 
     def on_relisting(self, link: ClusterLink) -> None:
-        """Note what an earlier link told: what this one does not tell again went while nobody looked."""
+        """Note what is known: what is not reported again was deleted while the link was down."""
         info = self.table.cluster(link.name)
         if info is not None and self._current(link):
             identities = {identity for identity in self.identities if identity in info.identities}
-            self._untold[link.name] = self._state.node_names(link.name), identities
+            self._unconfirmed[link.name] = self._state.node_names(link.name), identities
 
     def _belongs(self, link: ClusterLink, identity: int) -> bool:
         info = self.table.cluster(link.name)
@@ -361,12 +361,12 @@ class Mesh:
 
     def _complain(self, link: ClusterLink, kind: str, what: object, refusal: str) -> None:
         link.refused_total[kind] += 1
-        told = self._refusals.setdefault(link.name, OncePer(COMPLAIN_EVERY_S))
-        if told((kind, what), time.monotonic()):
+        complained = self._refusals.setdefault(link.name, OncePer(COMPLAIN_EVERY_S))
+        if complained((kind, what), time.monotonic()):
             log.warning("record refused", kind=kind, cluster=link.name, name=what, reason=refusal)
-            if told.full:
+            if complained.full:
                 log.warning(
-                    "more refused records of this cluster are only counted for a while", cluster=link.name
+                    "further refused records of this cluster are only counted for a while", cluster=link.name
                 )
 
     # --- pod CIDRs --------------------------------------------------------------------------------------------------
@@ -377,7 +377,7 @@ class Mesh:
         except DatapathError as exc:
             self.problem = str(exc)
             if self._complained("table", time.monotonic()):
-                log.error("pod CIDRs", error=str(exc))
+                log.error("cannot write pod CIDRs", error=str(exc))
             self._due = asyncio.get_running_loop().call_later(RETRY_TABLE_S, self._refresh_due)
 
     def _refresh_table(self) -> None:
@@ -397,7 +397,7 @@ class Mesh:
         self._table_took_s = time.monotonic() - began
 
     def _sweep(self) -> None:
-        """Once all clusters are listed, take out what an earlier life of the agent left behind."""
+        """Once all clusters are listed, remove what an earlier agent left behind and no cluster has claimed."""
         self._swept = True
         self._cidrs.apply((), self._leftovers)
         self._leftovers.clear()

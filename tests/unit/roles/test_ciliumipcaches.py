@@ -190,7 +190,7 @@ async def test_pinned_map_that_nothing_reads_is_told(node: Node, monkeypatch: py
         monkeypatch.setattr(module, "time", SimpleNamespace(monotonic=lambda: later, time=time.time))
         await until(lambda: node.shown[-1] == [4])
         (line,) = cilium.problems()
-        assert "nothing reads the pinned ipcache (map 5), Cilium's programs are on map 4" in line
+        assert "nothing reads the pinned ipcache (map 5), Cilium's programs read map 4" in line
         assert [one["role"] for one in cilium.describe()["maps"]] == ["read"]
 
 

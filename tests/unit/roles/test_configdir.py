@@ -68,7 +68,7 @@ def test_name_that_is_no_text_costs_the_others_nothing(tmp_path: Path) -> None:
     Path(os.fsdecode(os.fsencode(tmp_path) + b"/b\xff")).write_text(GOOD)
     found = read_directory(tmp_path)
     assert found.keys() == {"b\ufffd", "c"}
-    assert found["b\ufffd"].error == "its file has a name that is no UTF-8"
+    assert found["b\ufffd"].error == "its file name is not UTF-8: rename the file"
 
 
 def test_missing_directory_names_the_option(tmp_path: Path) -> None:

@@ -206,7 +206,7 @@ async def test_agent_that_has_nobody_to_ask_says_so(stage: Stage) -> None:
     stage.look_twice()
     assert (
         stage.mesh.no_cluster
-        == f"no cluster but our own (a) is described in {stage.directory}: nothing can be resolved"
+        == f"no cluster but this one (a) is described in {stage.directory}: nothing can be resolved"
     )
     (stage.directory / "a").write_text("endpoint: ['http://127.0.0.1:1']\n", encoding="ascii")
     stage.look_twice()
