@@ -39,7 +39,7 @@ class CarryOver:
     """Entries meant for new maps, by what became of them."""
 
     def fill(self, recent: Sequence[Address], old: Sequence[IpcacheMap]) -> Iterator[None]:
-        """Fill a new map, in steps: with the peers this node has talked to, latest first, then with all of ours."""
+        """Fill a new map, in steps: with the peers this node has talked to, latest first, then with all our entries."""
         wanted = dict.fromkeys([*recent, *self.installer.owned_addresses()])
         for count, address in enumerate(wanted, 1):
             fate = self._put(address, old)
@@ -51,7 +51,7 @@ class CarryOver:
         self.driver.feed(events.Used(tuple(reversed(wanted))))
 
     def withdraw_all(self, gone: Sequence[IpcacheMap]) -> Iterator[None]:
-        """Remove all of ours from maps that no longer count, in steps: not every such map dies at once."""
+        """Remove our entries from maps that no longer count, in steps: not every such map dies at once."""
         for count, address in enumerate(self.installer.owned_addresses(), 1):
             for ipcache in gone:
                 self.installer.withdraw(ipcache, address)

@@ -49,7 +49,7 @@ READ_SHARE = 0.1
 PIN_AWAY_S = 10.0
 """An agent that starts removes the pin for a moment only (cilium-live 6)."""
 SWEEP_EVERY_S = 30.0
-"""Between looks for entries of ours that Cilium has taken over."""
+"""Between looks for our entries that Cilium has taken over."""
 ADDRESSES_EVERY_S = 10.0
 FIRST_S = 0.1
 """A new map is filled for this long before our programs look into it; the rest follows while they do."""
@@ -71,13 +71,13 @@ class CiliumIpcaches:
         self._shown = False
         """Whether they are in force."""
         self._gone: list[IpcacheMap] = []
-        """Maps that no longer count, but are still in force or have entries of ours."""
+        """Maps that no longer count, but are still in force or hold our entries."""
         self._read: frozenset[int] = frozenset()
         self._read_at, self._read_took = -math.inf, 0.0
         self._noticed_s: float | None = None
         """How long after it was pinned the last new map was seen."""
         self._settled = asyncio.Event()
-        """Set when only one map is left, so that lost entries of ours can be recognized."""
+        """Set when only one map is left, so that our lost entries can be recognized."""
         self._problem: str | None = None
         """Why Cilium's map cannot be used; meanwhile the last good arrangement stays in force."""
         self._carry_over: CarryOver | None = None
@@ -189,7 +189,7 @@ class CiliumIpcaches:
         )
         metrics.collect_gauge(
             "lazymesh_ipcache_entries",
-            "Entries in the ipcache, whoever wrote them",
+            "Entries in the ipcache, lazymesh's and Cilium's",
             (),
             lambda: [((), self._room.used)],
         )
@@ -281,7 +281,7 @@ class CiliumIpcaches:
         while True:
             await wait(self._settled, SWEEP_EVERY_S)
             for count, address in enumerate(carry_over.installer.owned_addresses(), 1):
-                # A map that is being filled lacks most of ours.
+                # A map that is being filled lacks most of our entries.
                 if not self._arrangement.settled:
                     break
                 carry_over.give_up_if_lost(address)

@@ -118,7 +118,7 @@ class Driver:
         self._busy = False
         self._reports: list[tuple[events.Report, float]] = []
         """Each with its time; for entries, when they were in the map."""
-        self._stood = 0.0
+        self._installed_at = 0.0
         """When the last installs were done."""
         self._later: deque[events.Watch | events.Unwatch] = deque()
         """Changes of watches; packets come first, and nothing is missed, as watches start from a known revision."""
@@ -165,7 +165,9 @@ class Driver:
                         self._later = deque(each for each in self._later if each.cluster != event.cluster)
                     now = time.monotonic()
                     commands = self._resolver.step(event, now)
-                    self._carry_out(commands, self._stood if isinstance(event, events.InstallsEnded) else now)
+                    self._carry_out(
+                        commands, self._installed_at if isinstance(event, events.InstallsEnded) else now
+                    )
                 self._finish()
         except Exception as exc:
             # The resolver may be between two states, so it decides nothing more.
@@ -234,7 +236,7 @@ class Driver:
         if not installs:
             return
         errors = self._installer.install_many(installs)
-        self._stood = time.monotonic()
+        self._installed_at = time.monotonic()
         addresses = tuple([address for address, _, _ in installs])
         self._events.appendleft(events.InstallsEnded(addresses, tuple(errors)))
         installs.clear()

@@ -91,7 +91,7 @@ class KeyWatches:
         if one is None or address not in one.addresses:
             return
         one.addresses.remove(address)
-        one.since = max(one.since, one.told + 1)
+        one.since = max(one.since, one.reported + 1)
         if not one.addresses:
             del self._ranges[group]
             self._watches.remove(one.watch_id)
@@ -123,7 +123,7 @@ class _Range:
         self.watch_id = 0
         self.since = 0
         """For an address not followed yet, every change from this revision on is still to come."""
-        self.told = 0
+        self.reported = 0
         """Revision of the last change reported for a followed address: once unfollowed, it does not come again."""
         self._owner = owner
 
@@ -134,7 +134,7 @@ class _Range:
         for change in changes:
             address = _address_in(change.key[len(self._owner.prefix) :])
             if address in self.addresses:
-                self.told = change.mod_revision
+                self.reported = change.mod_revision
                 self._owner.on_change(address, change)
             elif change.mod_revision >= self.since:
                 self.since = change.mod_revision + 1

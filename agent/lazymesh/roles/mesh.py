@@ -249,13 +249,13 @@ class Mesh:
         """Take nodes; the table follows in a moment."""
         if not self._current(link):
             return
-        untold = self._unconfirmed.get(link.name, _NOTHING)[0]
+        unconfirmed = self._unconfirmed.get(link.name, _NOTHING)[0]
         for change in changes:
             name = keys.node_of_key(change.key, link.nodes_prefix)
             if name is None:
                 self._complain(link, "node", change.key[:_KEY_SHOWN], "the key does not name a node")
                 continue
-            untold.discard(name)
+            unconfirmed.discard(name)
             if change.value is None:
                 self._state.delete_node(link.name, name)
                 continue
@@ -279,7 +279,7 @@ class Mesh:
         """Judge identities, then make them known; a deleted one loses its entries before its rights."""
         if not self._current(link):
             return
-        untold = self._unconfirmed.get(link.name, _NOTHING)[1]
+        unconfirmed = self._unconfirmed.get(link.name, _NOTHING)[1]
         known: list[int] = []
         gone: list[int] = []
         # An identity may go and come back in one batch: only its last state counts.
@@ -288,7 +288,7 @@ class Mesh:
             if identity is None:
                 self._complain(link, "identity", change.key[:_KEY_SHOWN], "the key does not name an identity")
                 continue
-            untold.discard(identity)
+            unconfirmed.discard(identity)
             if change.value is not None and self._judge(link, identity, change.value):
                 known.append(identity)
             elif identity in self.identities and self._belongs(link, identity):

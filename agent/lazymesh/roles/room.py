@@ -1,4 +1,4 @@
-"""How full Cilium's map is, and how many entries of ours it therefore has room for.
+"""How full Cilium's map is, and how many of our entries it therefore has room for.
 
 When to count again, and what a count means, is decided in core/ipcaches.py (``Room``).
 """
@@ -41,12 +41,12 @@ class EntryCount:
 
     def __init__(self, current: Callable[[], IpcacheMap]) -> None:
         self.used = 0
-        """Entries in the map, whoever wrote them, by the last count."""
+        """Entries in the map, ours and Cilium's, by the last count."""
         self._current = current
 
     @property
     def crowded(self) -> bool:
-        """Whether nothing new of ours may be put in."""
+        """Whether no new entry of ours may be put in."""
         return False
 
     def begin(self) -> None:
@@ -82,12 +82,12 @@ class MapRoom(EntryCount):
         self._added = 0
         """The installer's ``added`` when the last count began."""
         self._due = asyncio.Event()
-        """Set to count now: the kernel has found no room for an entry of ours, or the map is new."""
+        """Set to count now: the kernel has found no room for our entry, or the map is new."""
         installer.on_full = self._due.set
 
     @property
     def crowded(self) -> bool:
-        """Whether nothing new of ours may be put in: what is left is for Cilium."""
+        """Whether no new entry of ours may be put in: what is left is for Cilium."""
         return self._room.crowded
 
     def begin(self) -> None:
@@ -140,6 +140,6 @@ class MapRoom(EntryCount):
 
 
 def _count(map_id: int) -> int | None:
-    """Count a map's entries, through a descriptor of our own: the agent may close its own meanwhile."""
+    """Count a map's entries, through a separate descriptor: the agent may close its own meanwhile."""
     with contextlib.closing(IpcacheMap.by_id(map_id)) as ipcache:
         return ipcache.count()

@@ -78,7 +78,7 @@ async def test_neighbours_are_read_by_what_their_keys_begin_with(stage: Stage) -
     assert answer.values == (None, None, None, b"{6}", b"{5}", None, None, None, None, None, None, b"{2.5}")
 
 
-async def test_too_much_in_a_neighbourhood_is_told_as_such(stage: Stage) -> None:
+async def test_too_much_in_a_neighbourhood_is_reported_as_such(stage: Stage) -> None:
     """The resolver then reads its addresses apart."""
     stage.store.error = KvstoreError("too much", "exhausted")
     stage.reads.read(events.Read("b", READ.spaces, (IP,), (1,)))
@@ -99,7 +99,7 @@ async def test_failed_read_is_answered_and_shown_until_one_succeeds(stage: Stage
     assert stage.reads.problem is None
 
 
-async def test_failed_read_is_told_no_more_after_a_while(
+async def test_failed_read_is_not_reported_after_a_while(
     stage: Stage, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """On a quiet node no other may come for hours, and nothing is wrong meanwhile."""
@@ -111,7 +111,7 @@ async def test_failed_read_is_told_no_more_after_a_while(
     await eventually(lambda: stage.reads.problem is None)
 
 
-async def test_change_of_a_watched_key_is_told_until_it_is_watched_no_more(stage: Stage) -> None:
+async def test_change_of_a_watched_key_is_reported_until_it_is_unwatched(stage: Stage) -> None:
     """A neighbour's is not."""
     stage.reads.watch(events.Watch("b", READ.spaces, READ.addresses, 7))
     (_, listener, _) = stage.store.watches[2]

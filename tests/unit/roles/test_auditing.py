@@ -61,7 +61,7 @@ class Windows:
 
 
 def addresses(count: int) -> list[bytes]:
-    """Return so many addresses."""
+    """Return this many addresses."""
     return [bytes((10, 2, number >> 8, number & 255)) for number in range(count)]
 
 
@@ -99,7 +99,7 @@ async def test_record_begins_with_the_agent_and_says_so() -> None:
 
 
 async def test_windows_that_made_room_for_others_are_counted_and_end_the_complete_record() -> None:
-    """Of what went through them nobody knows; what was so before the agent began is not its own."""
+    """What went through them is unknown; those forgotten before the agent began are not its own."""
     windows = Windows(*addresses(10))
     windows.opened += 7
     auditor = _auditor(windows)
@@ -120,7 +120,7 @@ async def test_windows_that_made_room_for_others_are_counted_and_end_the_complet
     assert (auditor.log.forgotten_total, auditor.log.complete_since) == (2, later)
 
 
-async def test_windows_that_nobody_uses_are_closed(monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_windows_that_are_idle_are_closed(monkeypatch: pytest.MonkeyPatch) -> None:
     """Answered or not: they are in the sums and in the record then, and the others stay open."""
     monkeypatch.setattr(auditing, "LOOK_EVERY_S", 0.01)
     idle, used = addresses(3)[:2], addresses(3)[2:]

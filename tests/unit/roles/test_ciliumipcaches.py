@@ -124,7 +124,7 @@ class Installs:
         self.withdrawn.add((ipcache.map_id, address))
 
     def is_lost(self, address: bytes) -> bool:
-        """None is, and whoever asks is noted."""
+        """None is; note the question."""
         self.looked_for.append(address)
         return False
 
@@ -180,7 +180,7 @@ async def test_map_that_could_not_be_put_in_force_is_tried_again(node: Node) -> 
         assert metrics.registry.get_sample_value("lazymesh_ipcache_recreated_total") == 1
 
 
-async def test_pinned_map_that_nothing_reads_is_told(node: Node, monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_pinned_map_that_nothing_reads_is_reported(node: Node, monkeypatch: pytest.MonkeyPatch) -> None:
     """Until the programs have had the time to take it up it is a start like any other."""
     node.read = frozenset({4})
     async with following(node) as cilium:
@@ -194,7 +194,7 @@ async def test_pinned_map_that_nothing_reads_is_told(node: Node, monkeypatch: py
         assert [one["role"] for one in cilium.describe()["maps"]] == ["read"]
 
 
-async def test_pin_that_stays_away_is_told(node: Node, monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_pin_that_stays_away_is_reported(node: Node, monkeypatch: pytest.MonkeyPatch) -> None:
     """A moment without is part of each start; after that the agent has died in it, or is gone."""
     async with following(node) as cilium:
         node.pins = {}
@@ -262,7 +262,7 @@ async def test_maps_that_do_not_count_any_more_keep_nothing_of_ours(node: Node) 
 async def test_what_is_lost_is_not_looked_for_in_a_map_that_is_being_filled(
     node: Node, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Most of ours do not stand there yet."""
+    """It lacks most of our entries."""
     monkeypatch.setattr(module, "SWEEP_EVERY_S", 0.001)
     installs = Installs()
     async with following(node, installs):

@@ -26,7 +26,7 @@ def test_only_files_that_name_endpoints_are_clusters(tmp_path: Path) -> None:
 
 
 def test_equal_content_has_an_equal_digest(tmp_path: Path) -> None:
-    """A symlink swap alone is no change; a comment is one."""
+    """A symlink swap alone is not a change; a comment is."""
     for name, text in (("one", GOOD), ("two", GOOD), ("three", GOOD + "# x\n")):
         (tmp_path / name).mkdir()
         (tmp_path / name / "b").write_text(text)
@@ -41,7 +41,7 @@ def test_equal_content_has_an_equal_digest(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("content", [b"endpoints: [", b"endpoints: 1\n", b"\xff endpoints: x"])
 def test_file_that_cannot_be_used_says_why(tmp_path: Path, content: bytes) -> None:
-    """It is an error of one cluster; only where there is no other it ends the agent at its start."""
+    """It is one cluster's error; only where there is no other it ends the agent at its start."""
     (tmp_path / "b").write_bytes(content)
     (tmp_path / "c").write_text(GOOD)
     found = read_directory(tmp_path)

@@ -1,4 +1,4 @@
-"""The driver: commands to those who own them, outcomes to metrics and people, and its own end."""
+"""The driver: it carries commands out, reports outcomes, and ends with an error."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ WATCH = events.Watch("b", (Space.PUSHED,), (IP,), 1)
 
 
 class Scripted:
-    """A resolver that answers each event as a table says, and remembers what it was told."""
+    """A resolver that answers each event by a table, and remembers its events."""
 
     def __init__(self, answers: dict[type, list[events.Command]]) -> None:
         self.answers = answers
@@ -120,8 +120,8 @@ def test_read_of_a_cluster_that_has_left_is_answered_all_the_same() -> None:
     assert fixture.resolver.told[1] == events.ReadFailed("b", (IP,), "unavailable")
 
 
-def test_bug_ends_the_driver_and_nobody_who_fed_it() -> None:
-    """A watch of etcd must not die of it; the agent is told once, and nothing more is decided."""
+def test_bug_ends_the_driver_but_not_the_source_of_the_event() -> None:
+    """An etcd watch must not die of it; the agent is told once, and nothing more is decided."""
     fixture = Fixture({events.Tick: [cast("events.Command", WATCH)]}, {"b": None})
     fixture.driver._links = cast("Any", {"b": object()})  # has no watch(): raises
     failures: list[Exception] = []
@@ -132,7 +132,7 @@ def test_bug_ends_the_driver_and_nobody_who_fed_it() -> None:
     assert len(fixture.resolver.told) == 1
 
 
-def test_bug_is_raised_where_nobody_listens() -> None:
+def test_bug_is_raised_where_no_agent_is_told() -> None:
     """Never swallowed."""
     fixture = Fixture({events.Tick: [WATCH]})
     fixture.driver._links = cast("Any", {"b": object()})
@@ -140,7 +140,7 @@ def test_bug_is_raised_where_nobody_listens() -> None:
         fixture.driver.feed(events.Tick())
 
 
-def test_outcomes_are_counted_and_told() -> None:
+def test_outcomes_are_counted_and_published() -> None:
     """Latency counts from the packet's miss; an answer from the cache has no duration."""
     missed = time.monotonic() - 0.25
     reports: list[events.Command] = [
@@ -180,7 +180,7 @@ def test_shadow_leaves_alone_what_is_known_by_now() -> None:
 
 
 def test_pauses_and_shares_reach_the_valve_and_evictions_are_counted() -> None:
-    """Both are told by commands."""
+    """Both come as commands."""
     commands = [events.Mute(True), events.Admit(0.5), events.Evict(IP, "deleted"), events.Mute(False)]
     fixture = Fixture({events.Tick: commands})
     fixture.driver.feed(events.Tick())
@@ -214,7 +214,7 @@ def test_installs_with_nothing_in_between_go_together() -> None:
 
 
 def test_watches_of_a_store_that_is_no_more_are_forgotten() -> None:
-    """They would start at its revisions, and be nobody's; those of another cluster are not."""
+    """They would start at its revisions, and belong to nothing; those of another cluster are kept."""
     of_c = events.Watch("c", (Space.PUSHED,), (IP,), 1)
     done: list[events.Watch] = []
     link = SimpleNamespace(watch=done.append)
@@ -225,7 +225,7 @@ def test_watches_of_a_store_that_is_no_more_are_forgotten() -> None:
 
 
 def test_one_cluster_with_many_bad_records_silences_itself_alone() -> None:
-    """Each address is told of once, a bounded number for each cluster."""
+    """Each address is logged once, and a bounded number for each cluster."""
     bad: list[events.Command] = [
         events.Report([number.to_bytes(4)], "c", "absent", Reason.FORGED, "", [None])
         for number in range(3_000)

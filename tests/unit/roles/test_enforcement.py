@@ -25,7 +25,7 @@ Pair = tuple[Direction, int]
 
 
 class FakePolicyMap:
-    """A set with the map's interface, and room for so many; ``broken`` makes it refuse whatever it is."""
+    """A set with the map's interface and limited room; ``broken`` makes it refuse everything."""
 
     def __init__(self, *pairs: Pair, room: int = 100) -> None:
         self.pairs = set(pairs)
@@ -82,7 +82,7 @@ def test_sweep_of_one_clusters_identities_leaves_those_of_others() -> None:
 
 
 def test_what_an_earlier_life_allowed_stays_until_the_sweep() -> None:
-    """The same policy over a restart: a running flow is not cut; what is not told again goes at the end."""
+    """The same policy over a restart: a running flow is not cut; what is not reported again goes at the end."""
     pairs = FakePolicyMap((OUT, 7), (OUT, 9))
     force = enforcement(pairs, keep=True)
     assert pairs.pairs == {(OUT, 7), (OUT, 9)}
@@ -92,8 +92,8 @@ def test_what_an_earlier_life_allowed_stays_until_the_sweep() -> None:
     assert pairs.pairs == {(OUT, 7)}
 
 
-def test_what_an_earlier_life_allowed_goes_when_it_is_told_to_be_denied() -> None:
-    """Not at the sweep only, for which every cluster must have been listed: one that is dead would keep it for ever."""
+def test_what_an_earlier_agent_allowed_goes_when_it_is_reported_and_denied() -> None:
+    """Not only at the sweep, for which every cluster must have been listed: a dead one would keep it forever."""
     pairs = FakePolicyMap((OUT, 7), (Direction.INGRESS, 7), (OUT, 8), (OUT, 9))
     force = enforcement(pairs, keep=True, policy=BOTH_WAYS)
     force.upsert(7, OTHER)
@@ -106,7 +106,7 @@ def test_what_an_earlier_life_allowed_goes_when_it_is_told_to_be_denied() -> Non
 
 
 def test_what_an_earlier_life_allowed_is_not_written_again() -> None:
-    """A map with no room for more is no error for what is there."""
+    """A map with no room for more is not an error for what is there."""
     pairs = FakePolicyMap((OUT, 7), (OUT, 9))
     force = enforcement(pairs, keep=True)
     pairs.broken = True
@@ -118,8 +118,8 @@ def test_what_an_earlier_life_allowed_is_not_written_again() -> None:
     assert pairs.pairs == set()
 
 
-def test_what_did_not_fit_is_written_when_it_is_told_again() -> None:
-    """By its link, which starts anew: the kernel must allow whatever the engine says it does."""
+def test_what_did_not_fit_is_written_when_it_is_reported_again() -> None:
+    """By its link, which is restarted: the kernel must allow whatever the engine says it does."""
     pairs = FakePolicyMap(room=2)
     engine = PolicyEngine(parse_policy(POLICY, "p"))
     force = Enforcement(cast("PolicyMap", pairs), engine, keep=False)
@@ -138,7 +138,7 @@ def test_what_did_not_fit_is_written_when_it_is_told_again() -> None:
 
 
 def test_what_did_not_fit_is_no_other_clusters_error_and_leaves_nothing_behind() -> None:
-    """Some of it may have been written; it may never be told again, and the next flush is somebody else's."""
+    """Part may have been written; it may never be reported again, and the next flush is another cluster's."""
     pairs = FakePolicyMap(room=2)
     force = enforcement(pairs)
     for number in (7, 8, 11):

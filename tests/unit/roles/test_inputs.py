@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from lazymesh.roles.mesh import Mesh
 
 
-def test_what_the_mesh_tells_before_there_is_a_driver_is_told_to_it() -> None:
+def test_events_from_before_there_is_a_driver_reach_it() -> None:
     """The table that is in force by then first; clusters in their order; identities it sees for itself."""
     told: list[events.Event] = []
     buffer = MeshEventBuffer()

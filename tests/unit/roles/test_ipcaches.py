@@ -1,4 +1,4 @@
-"""A map of our own, as the agent has it."""
+"""The map of a node without Cilium."""
 
 from __future__ import annotations
 
@@ -28,16 +28,16 @@ def own(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> tuple[OwnIpcache, li
     return OwnIpcache(cast("Datapath", datapath), 100, tmp_path), shown
 
 
-def test_cilium_that_comes_later_is_told(own: tuple[OwnIpcache, list[Any]], tmp_path: Path) -> None:
-    """An agent that was quicker at the node's boot would resolve for nobody."""
+def test_cilium_that_comes_later_is_reported(own: tuple[OwnIpcache, list[Any]], tmp_path: Path) -> None:
+    """An agent that was quicker at the node's boot would resolve in vain."""
     pin = tmp_path / "tc" / "globals" / "cilium_ipcache_v2"
     pin.parent.mkdir(parents=True)
     pin.touch()
     assert "restart this agent with --datapath cilium" in next(own[0].problems())
 
 
-def test_map_that_keeps_its_size_is_told(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    """It was made by an agent that was told another one."""
+def test_map_that_keeps_its_size_is_reported(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """It was made by an agent with another setting."""
     pinned = SimpleNamespace(map_id=7, view=View.V2, max_entries=100)
     monkeypatch.setattr(module, "open_own_ipcache", lambda _pins, _size: pinned)
     datapath = SimpleNamespace(pins=None, views=SimpleNamespace(show=lambda _ipcaches: None))

@@ -23,7 +23,7 @@ ADDRESSES = [parse_address(text) for text in ("10.2.0.1", "10.2.0.22", "10.2.0.2
 
 
 class Server:
-    """A store's watches, each as far as it was told, and the whole history."""
+    """A store's watches, each with its progress, and the whole history."""
 
     def __init__(self) -> None:
         self.history: list[Change] = []
@@ -68,7 +68,7 @@ class World(RuleBasedStateMachine):
     def on_change(self, address: Address, change: Change) -> None:
         """Take note of a change; it may come twice."""
         assert change.key == key_of(address)
-        assert address in self.followed, "nobody asked"
+        assert address in self.followed, "not followed"
         self.told[address].append(change.mod_revision)
 
     @rule(address=st.sampled_from(ADDRESSES))
@@ -78,7 +78,7 @@ class World(RuleBasedStateMachine):
 
     @rule()
     def write_nonsense(self) -> None:
-        """A key in the range that is no address's."""
+        """A key in the range that does not name an address."""
         self.server.write(b"p/10.2.0.x")
 
     @rule(addresses=st.sets(st.sampled_from(ADDRESSES), min_size=1), behind=st.integers(0, 3))
@@ -98,7 +98,7 @@ class World(RuleBasedStateMachine):
 
     @rule(which=st.integers(0, 9), most=st.integers(1, 3))
     def tell(self, which: int, most: int) -> None:
-        """The store tells something."""
+        """The store reports something."""
         ids = sorted(self.server.watches)
         if ids:
             self.server.tell(ids[which % len(ids)], most)
@@ -123,7 +123,7 @@ class World(RuleBasedStateMachine):
         assert (len(self.watches), self.watches.ranges) == (len(self.followed), len(ranges))
 
     def teardown(self) -> None:
-        """In the end every change since an address was read has been told."""
+        """In the end every change since an address was read has been reported."""
         for watch_id in list(self.server.watches):
             self.server.tell(watch_id, len(self.server.history))
         for address, after in self.followed.items():
@@ -139,7 +139,7 @@ def key_of(address: Address) -> bytes:
     return b"p/" + address_text(address).encode()
 
 
-def test_change_that_was_told_before_its_address_was_let_go_is_told_again() -> None:
+def test_change_reported_before_its_address_was_unfollowed_is_reported_again() -> None:
     """It is followed again by a read that is older than the change, as of a member that is behind."""
     world = World()
     gone, stays = ADDRESSES[:2]
@@ -155,8 +155,8 @@ def test_change_that_was_told_before_its_address_was_let_go_is_told_again() -> N
 TestKeyWatches = World.TestCase
 
 
-def test_what_is_told_later_than_it_was_read_is_still_to_come() -> None:
-    """A range that was told of a change to a key that nobody followed does not bring it again."""
+def test_change_after_a_read_is_still_to_come() -> None:
+    """A range that has seen a change of a key that was not followed does not bring it again."""
     world = World()
     one, other = ADDRESSES[:2]
     world.follow({one}, behind=0)
@@ -166,7 +166,7 @@ def test_what_is_told_later_than_it_was_read_is_still_to_come() -> None:
     world.teardown()
 
 
-def test_range_that_begins_after_a_read_is_watched_anew_for_it() -> None:
+def test_range_that_begins_after_a_read_is_watched_again_for_it() -> None:
     """The second address was read before the first one."""
     world = World()
     one, other = ADDRESSES[:2]
@@ -177,7 +177,7 @@ def test_range_that_begins_after_a_read_is_watched_anew_for_it() -> None:
 
 
 @pytest.mark.parametrize("text", [b"fd00::0:5", b"FD00::5", b"fd00::5%eth0", b"fd00::0005"])
-def test_key_in_another_form_is_nobodys(text: bytes) -> None:
+def test_key_in_another_form_is_ignored(text: bytes) -> None:
     """Nor would a read find it, nor Cilium take it."""
     told: list[Address] = []
     watches = KeyWatches(Server(), b"p/", lambda address, _change: told.append(address), lambda _loss: None)

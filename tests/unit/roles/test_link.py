@@ -85,7 +85,7 @@ async def test_exception_of_ours_ends_the_link_and_not_the_watches(stage: Stage)
 async def test_lost_key_watches_are_collected_into_one_reset(
     stage: Stage, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A store that was replaced tells so itself."""
+    """A replaced store is reported by its client."""
     monkeypatch.setattr(addressreads, "REWATCH_S", 0.01)
     addresses = tuple(parse_address(f"10.2.{number}.1") for number in range(3))
     stage.link.watch(events.Watch("b", (Space.PUSHED,), addresses, 7))
@@ -129,7 +129,7 @@ class Followed:
 
 
 async def test_prefix_that_is_listed_again_makes_the_cluster_ready_again(stage: Stage) -> None:
-    """The other one's watch is as live as before, and tells nothing."""
+    """The other one's watch is as live as before, and reports nothing."""
     link = stage.link
     link.nodes_prefix, link.identities_prefix = b"nodes/", b"ids/"
     link._followers = cast("Any", [Followed(), Followed()])
@@ -154,7 +154,7 @@ async def test_prefix_that_is_listed_again_makes_the_cluster_ready_again(stage: 
     ],
     ids=["again", "in other words", "another id", "malformed", "gone"],
 )
-async def test_cluster_that_describes_itself_differently_is_begun_anew(
+async def test_cluster_that_describes_itself_differently_is_started_over(
     stage: Stage, value: bytes | None, stale: bool
 ) -> None:
     """A kvstoremesh writes the key in place, every few minutes, and when it has changed."""
@@ -171,7 +171,7 @@ async def test_cluster_that_describes_itself_differently_is_begun_anew(
     assert stage.link._stale.is_set() is stale
     if stale:
         await asyncio.wait_for(following, 1)
-        # Until it is judged anew, which may be a refusal, nothing is resolved by what it was.
+        # Until it is judged again, and perhaps refused, nothing is resolved by the old description.
         assert stage.link.state == "silent"
         assert stage.observer.told == [events.StoreReset("b")]
     following.cancel()
@@ -180,8 +180,8 @@ async def test_cluster_that_describes_itself_differently_is_begun_anew(
 
 
 @pytest.mark.parametrize("cached", [True, False])
-async def test_owner_that_cannot_be_asked_at_all_is_as_good_as_down(stage: Stage, cached: bool) -> None:
-    """Behind a cache, which would else deny that the owner has what it has not; a store that is no cache is asked."""
+async def test_owner_whose_configuration_is_unusable_counts_as_down(stage: Stage, cached: bool) -> None:
+    """Behind a cache, which cannot tell what the owner does not have; a store that is not a cache is read."""
     primary = parse_config("endpoints: ['http://x:1']", "b")
     link = ClusterLink(LinkConfig("b", primary, remote_error="not YAML"), cast("Any", stage.observer))
     spaces: list[tuple[tuple[Space, ...], ...]] = []
@@ -219,7 +219,7 @@ async def test_owners_store_that_is_replaced_has_everything_read_again(stage: St
 async def test_each_loss_of_key_watches_has_everything_read_again(
     stage: Stage, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Those of one moment together; what is told of a replaced store comes by itself."""
+    """Those of one moment together; a replaced store is reported separately."""
     monkeypatch.setattr(addressreads, "REWATCH_S", 0.01)
     stage.link.state = "ready"
     error = KvstoreError("x")

@@ -1,4 +1,4 @@
-"""The mesh as a node sees it, with links that only stand there."""
+"""The mesh as a node sees it, with links that do nothing."""
 
 from __future__ import annotations
 
@@ -76,7 +76,7 @@ class FakeCidrs(dict[Network, int]):
 
 
 class FakePolicyMap:
-    """The rights of an earlier life; what is written is told, in one order with the events."""
+    """The rights of an earlier agent; writes are recorded in one order with the events."""
 
     def __init__(self, rights: Iterable[Right], told: list[object]) -> None:
         self.rights = set(rights)
@@ -199,7 +199,7 @@ async def test_directory_that_is_empty_at_first_is_not_taken_for_a_mesh_without_
     assert stage.told.count(events.AllListed()) == 1
 
 
-async def test_agent_that_has_nobody_to_ask_says_so(stage: Stage) -> None:
+async def test_agent_without_a_remote_cluster_says_so(stage: Stage) -> None:
     """A Secret of another name, or our own cluster's name for the peer's, would else be silence."""
     assert stage.mesh.no_cluster is None
     (stage.directory / "b").rename(stage.directory / "a")
@@ -216,7 +216,7 @@ async def test_agent_that_has_nobody_to_ask_says_so(stage: Stage) -> None:
     assert stage.mesh.no_cluster is None, "c is refused, which is told in other words"
 
 
-async def test_cidrs_by_hand_of_a_cluster_that_nobody_described_are_named(stage: Stage) -> None:
+async def test_cidrs_by_hand_of_a_cluster_that_is_not_configured_are_named(stage: Stage) -> None:
     """A slip in its name."""
     given = tuple((name, ipaddress.ip_network(f"10.{n}.0.0/16")) for n, name in enumerate(("bb", "b")))
     stage.mesh._settings = replace(stage.mesh._settings, mesh_cidrs=given)
@@ -226,7 +226,7 @@ async def test_cidrs_by_hand_of_a_cluster_that_nobody_described_are_named(stage:
 async def test_cidrs_by_hand_are_mesh_traffic_from_the_start_to_the_end(
     stage: Stage, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Also with nobody to ask: policy holds for them. What an earlier life left goes when all are listed."""
+    """Also without a remote cluster: policy holds for them. What an earlier agent left goes when all are listed."""
     given, left = ipaddress.ip_network("10.7.0.0/16"), ipaddress.ip_network("10.8.0.0/16")
     monkeypatch.setattr(module, "LOOK_EVERY_S", 0.01)
     stage = Stage(tmp_path, ("b", str(given)))
@@ -299,10 +299,10 @@ async def test_owners_file_that_cannot_be_used_costs_the_cache_nothing(stage: St
     assert (followed, refused) == (False, None), "the cache has moved, and is followed there"
 
 
-async def test_directory_that_cannot_be_read_is_told_until_it_can(
+async def test_directory_that_cannot_be_read_is_reported_until_it_can(
     stage: Stage, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Its clusters are followed as before, and nobody would notice that no other comes or goes."""
+    """Its clusters are followed as before; that no other comes or goes would go unnoticed."""
     monkeypatch.setattr(module, "LOOK_EVERY_S", 0.01)
     direct = stage.directory / "direct"
     stage.mesh._settings = replace(stage.mesh._settings, remote_config=direct)
@@ -317,7 +317,7 @@ async def test_directory_that_cannot_be_read_is_told_until_it_can(
 
 
 async def test_replaced_link_has_no_last_word(stage: Stage) -> None:
-    """What it still tells is of a store that is not the cluster's any more."""
+    """What it still reports is about a store that is no longer the cluster's."""
     stage.join()
     old = stage.link
     (stage.directory / "b").write_text(FILE + "# new\n")
@@ -363,7 +363,7 @@ async def test_link_that_crashes_is_started_again(stage: Stage) -> None:
     assert stage.link.state == "connecting"
 
 
-async def test_full_kernel_map_is_told_and_tried_again(stage: Stage) -> None:
+async def test_full_kernel_map_is_reported_and_tried_again(stage: Stage) -> None:
     """Once there is room the table follows."""
     stage.join()
     stage.cidrs.full = True
@@ -410,7 +410,7 @@ async def test_an_identity_has_its_rights_before_it_is_known_and_until_its_entri
 
 
 async def test_identities_of_a_cluster_under_another_id_are_others(stage: Stage) -> None:
-    """What its former numbers stood for is nobody's any more."""
+    """What its former numbers stood for no longer belongs to any cluster."""
     stage.join()
     stage.identity(131_073, "server")
     stage.told.clear()
@@ -446,7 +446,7 @@ async def test_rights_of_an_earlier_life_go_with_the_listing_of_their_cluster(
     assert stage.policy.rights == set()
 
 
-async def test_refusals_are_told_of_once_and_for_each_cluster_by_itself(stage: Stage) -> None:
+async def test_refusals_are_logged_once_and_for_each_cluster_separately(stage: Stage) -> None:
     """One that floods us silences itself alone, and says so; all are counted."""
     (stage.directory / "c").write_text(FILE)
     stage.look()

@@ -68,8 +68,8 @@ async def settle() -> None:
         await asyncio.sleep(0)
 
 
-async def test_owners_store_is_believed_only_when_it_is_complete(owned: Owned) -> None:
-    """One that has just come back empty would have every entry taken out that the cache does not have."""
+async def test_owners_store_is_trusted_only_when_it_is_complete(owned: Owned) -> None:
+    """One that has just come back empty would have every entry removed that the cache does not hold."""
     owned.start()
     owned.reads.read(READ)
     await settle()
@@ -93,10 +93,10 @@ async def test_owners_store_is_believed_only_when_it_is_complete(owned: Owned) -
         (None, b'{"id":2,"capabilities":{"syncedCanaries":true}}', "no cilium/synced/b/"),
     ],
 )
-async def test_owners_store_that_is_not_followed_says_why(
+async def test_owners_store_that_is_not_watched_says_why(
     owned: Owned, error: KvstoreError | None, config: bytes | None, problem: str
 ) -> None:
-    """Once in the log, however often it is looked at; a read that fails for it has nothing to add."""
+    """Once in the log, however often it is checked; a read that fails because of it adds nothing."""
     owned.etcd.error = error
     if config is not None:
         owned.etcd.data[keys.cluster_config_key("b")] = config
@@ -117,8 +117,8 @@ async def test_owners_store_that_is_not_followed_says_why(
     assert problem in logs[0]["problem"]
 
 
-async def test_owners_store_that_goes_says_why_it_does_not_come_back(owned: Owned) -> None:
-    """The latest reason: by now its name may be gone, too. Without one there is nothing to tell."""
+async def test_owners_store_that_is_lost_says_why_it_does_not_come_back(owned: Owned) -> None:
+    """The latest reason: by now its name may be gone, too. Without such a store there is no problem."""
     owned.describe()
     owned.start()
     await eventually(lambda: owned.store.complete)

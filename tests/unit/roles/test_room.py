@@ -50,7 +50,7 @@ def test_map_without_room_gets_nothing_new_and_sheds_what_is_too_much() -> None:
 
 
 def test_what_is_too_much_goes_in_steps() -> None:
-    """All of ours at once would keep the event loop for a third of a second; a new map ends it."""
+    """All at once would block the event loop for a third of a second; a new map ends it."""
     node = Node()
     steps = node.room.limit(97_500, 100_000, 0)
     assert next(steps, True) is None
