@@ -27,7 +27,7 @@ def link(state: str, owner: str | None = None, owner_problem: str | None = None)
     return SimpleNamespace(
         state=state,
         config=SimpleNamespace(names_owner=owner is not None, stores=()),
-        owner_problem=owner_problem,
+        owner=SimpleNamespace(problem=owner_problem),
         refused_total={"node": 2, "identity": 0},
         client=SimpleNamespace(info=SimpleNamespace(reconnects=4)),
     )

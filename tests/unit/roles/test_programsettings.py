@@ -121,7 +121,7 @@ def test_on_miss_is_switched_at_once(tmp_path: Path) -> None:
     """With a holder, if there has to be one; in shadow mode packets are passed on, whatever is asked for."""
     config, wanted = FakeConfig(), []
     holding = cast(
-        "Holding", SimpleNamespace(want=lambda: wanted.append(True), state="starting", problem=None)
+        "Holding", SimpleNamespace(want=lambda: wanted.append(True), summary="starting", problem=None)
     )
     programs = ProgramSettings(settings(tmp_path), None)
     answer = programs.switch_on_miss(cast("Any", config), holding, "drop")
