@@ -18,10 +18,11 @@ from typing import TYPE_CHECKING, Any, Self
 
 from bench.records import POD_CIDR
 from lazymesh.core.model import Direction
-from lazymesh.datapath.libbpf import Map, attach_tcx
-from lazymesh.datapath.maps import DatapathConfig, OnMiss
+from lazymesh.datapath.libbpf import Map
 from lazymesh.datapath.pins import IPCACHE, Pins
 from lazymesh.datapath.program import load, open_own_ipcache
+from lazymesh.datapath.programs import attach_tcx
+from lazymesh.datapath.settingsmap import DatapathConfig, OnMiss
 from tests.datapath.conftest import mounted_bpffs
 
 if TYPE_CHECKING:

@@ -16,10 +16,10 @@ from bench.report import Part, Row
 from lazymesh.core.model import Direction, Entry
 from lazymesh.datapath import abi
 from lazymesh.datapath.libbpf import Map
-from lazymesh.datapath.maps import DatapathConfig
 from lazymesh.datapath.perfbuffer import PerfBuffer
 from lazymesh.datapath.pins import IPCACHE, Pins
 from lazymesh.datapath.program import load, open_own_ipcache
+from lazymesh.datapath.settingsmap import DatapathConfig
 from lazymesh.datapath.signals import RING_PAGES
 from tests.datapath.conftest import mounted_bpffs
 from tests.support.bpfobject import BpfObject, compile_bpf

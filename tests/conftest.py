@@ -19,8 +19,8 @@ from typing import TYPE_CHECKING
 import hypothesis
 import pytest
 
-from lazymesh.datapath import libbpf
-from lazymesh.datapath.maps import kernel_honours_noexist
+from lazymesh.datapath import kernelfeatures
+from lazymesh.datapath.kernelfeatures import kernel_honours_noexist
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -86,7 +86,7 @@ def _has_crun() -> bool:
 
 
 def _has_tcx() -> bool:
-    return libbpf.has_tcx()
+    return kernelfeatures.has_tcx()
 
 
 def _honours_noexist() -> bool:

@@ -19,9 +19,9 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
-from lazymesh.datapath import kept, libbpf
+from lazymesh.datapath import kernelfeatures, programcache
 from lazymesh.datapath.capabilities import Circumstances, missing
-from lazymesh.datapath.maps import kernel_honours_noexist
+from lazymesh.datapath.kernelfeatures import kernel_honours_noexist
 from lazymesh.datapath.pins import HOLD_FILTER, HOLD_PROGRAMS, INSTALL, PROGRAMS, Pins
 from lazymesh.datapath.program import load
 from lazymesh.datapath.source import origin
@@ -34,27 +34,23 @@ IPCACHE_SIZE = 20_000
 """As the tests expect it."""
 TESTS = Path("tests/datapath")
 GROUPS = {
-    "miss": "test_verdicts",
-    "answers": "test_answers",
-    "policy": "test_policy_program",
-    "hold": "test_hold_program",
-    "hooks": "test_hooks",
-    "perf": "test_signals",
-    "maps": "test_maps",
-    "batches": "test_libbpf",
-    "rings": "test_perfbuffer",
-    "writer": "test_writer",
-    "installer": "test_installer",
-    "guest": "test_installer_guest",
-    "interfaces": "test_interfaces",
-    "kept": "test_kept",
-    "pins": "test_pins",
-    "taps": "test_tap",
-    "frames": "test_frames",
-    "programs": "test_program",
-    "cilium": "test_cilium",
+    "miss": ("test_verdicts",),
+    "answers": ("test_answers",),
+    "policy": ("test_policy_program",),
+    "hold": ("test_hold_program",),
+    "hooks": ("test_hooks",),
+    "perf": ("test_signals",),
+    "maps": ("test_maps", "test_ipcachemaps", "test_settingsmap"),
+    "batches": ("test_libbpf", "test_programs", "test_kernelfeatures"),
+    "rings": ("test_perfbuffer",),
+    "writer": ("test_writer",),
+    "installer": ("test_installer", "test_journal"),
+    "cilium": ("test_installer_guest", "test_cilium"),
+    "interfaces": ("test_interfaces",),
+    "pins": ("test_pins", "test_program", "test_programcache"),
+    "taps": ("test_tap", "test_frames"),
 }
-"""The module of the datapath tier for each group of results."""
+"""The modules of the datapath tier for each group of results."""
 LEFT_OUT_MODULES = {
     "test_abi_layout": "compares structs, without the kernel",
     "test_fuzzed_frames": "many frames of the kinds that the others try one by one",
@@ -88,9 +84,9 @@ def features() -> dict[str, object]:
     except DatapathError as exc:
         found["kept_complaint"] = str(exc)
     found["needs"] = missing(frozenset(), replace(Circumstances.here(), locked_unlimited=False))
-    found["hook"] = "tcx" if libbpf.has_tcx() else "clsact"
+    found["hook"] = "tcx" if kernelfeatures.has_tcx() else "clsact"
     found["noexist"] = kernel_honours_noexist()
-    found["batches"] = libbpf.has_lpm_batches()
+    found["batches"] = kernelfeatures.has_lpm_batches()
     try:
         found["hold"], found["udp_gso"] = True, try_tap()
     except DatapathError as exc:
@@ -100,11 +96,11 @@ def features() -> dict[str, object]:
 
 def _load_kept(pins: Pins, file: Path) -> bool:
     """Load what the first start has cached, for the tests to use; return whether there was anything."""
-    found = kept.read(file, origin())
+    found = programcache.read(file, origin())
     if found is not None:
         pins.remove()
         pins.prepare(IPCACHE_SIZE)
-        kept.load(found, pins, IPCACHE_SIZE)
+        programcache.load(found, pins, IPCACHE_SIZE)
     return found is not None
 
 
@@ -118,7 +114,7 @@ def start_tests(report: Path, groups: list[str], **environment: str) -> subproce
     """Start one pytest for some groups; it writes a report."""
     words = ["-p", "no:cacheprovider", "--color=no", "-v", "--tb=short", "-n", "0", f"--junitxml={report}"]
     chosen = " and ".join(f"not {each}" for each in LEFT_OUT)
-    files = [str(TESTS / f"{GROUPS[name]}.py") for name in groups]
+    files = [str(TESTS / f"{module}.py") for name in groups for module in GROUPS[name]]
     command = [sys.executable, "-m", "pytest", *words, "-k", chosen, *files]
     return subprocess.Popen(command, env=os.environ | environment)
 
@@ -126,7 +122,7 @@ def start_tests(report: Path, groups: list[str], **environment: str) -> subproce
 def read_reports(*reports: Path) -> dict[str, dict[str, Any]]:
     """Return the outcome of every test, by group."""
     results: dict[str, dict[str, Any]] = {name: {"passed": 0, "failed": [], "skipped": []} for name in GROUPS}
-    by_module = {module: name for name, module in GROUPS.items()}
+    by_module = {module: name for name, modules in GROUPS.items() for module in modules}
     for case in [case for report in reports for case in ET.parse(report).iter("testcase")]:
         module = next(part for part in case.get("classname", "").split(".") if part in by_module)
         _count(results[by_module[module]], case)

@@ -18,15 +18,15 @@ import pytest
 
 from lazymesh.core.model import Direction, Entry, Network
 from lazymesh.datapath import abi, libbpf
-from lazymesh.datapath.libbpf import Map
-from lazymesh.datapath.maps import DatapathConfig
+from lazymesh.datapath.libbpf import BPF_F_NO_PREALLOC, Map, MapLayout
 from lazymesh.datapath.pins import Pins, expected_layouts
 from lazymesh.datapath.program import Datapath, load, open_own_ipcache
+from lazymesh.datapath.settingsmap import DatapathConfig
 from tests.support.namespaces import NamespaceSet
 from tests.support.prog_run import Run, run_packet
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Mapping
+    from collections.abc import Callable, Iterator, Mapping
 
     from tests.support.namespaces import Namespace
 
@@ -166,6 +166,20 @@ def bench(shared_bench: Bench) -> Bench:
     """Return the datapath with empty maps, zero counters and default settings."""
     shared_bench.wipe()
     return shared_bench
+
+
+@pytest.fixture
+def make_map() -> Iterator[Callable[..., Map]]:
+    """Return a function that makes maps which go with the test."""
+    made: list[Map] = []
+
+    def make(kind: int, key: int, value: int, size: int = 16, flags: int = BPF_F_NO_PREALLOC) -> Map:
+        made.append(Map.create("lm_test", MapLayout(kind, key, value, size, flags)))
+        return made[-1]
+
+    yield make
+    for opened in made:
+        opened.close()
 
 
 @pytest.fixture

@@ -23,7 +23,9 @@ from hypothesis import strategies as st
 
 from lazymesh.core.model import Direction, Entry, EntryFlag, parse_address
 from lazymesh.datapath import abi
-from lazymesh.datapath.maps import OnMiss, PacketCounters, View
+from lazymesh.datapath.ipcachemaps import View
+from lazymesh.datapath.maps import PacketCounters
+from lazymesh.datapath.settingsmap import OnMiss
 
 INCLUDE = Path(__file__).parents[2] / "bpf" / "include"
 HEADERS = sorted(INCLUDE.glob("*_abi.h"))

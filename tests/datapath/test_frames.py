@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 import pytest
 
 from lazymesh.core.model import Direction, Entry
-from lazymesh.datapath.maps import OnMiss
+from lazymesh.datapath.settingsmap import OnMiss
 from tests.support import packets
 from tests.support.packets import POD_B1, POD_B2, Flow
 from tests.support.prog_run import Tap

@@ -26,15 +26,15 @@ from typing import TYPE_CHECKING
 import pytest
 from scapy.layers.inet6 import IPv6ExtHdrDestOpt
 
-from lazymesh.core.hold import Cause, Return
+from lazymesh.core.hold import Cause, Return, Why
 from lazymesh.core.model import Direction, Entry, parse_address
-from lazymesh.datapath import abi, libbpf
+from lazymesh.datapath import abi, libbpf, programs
 from lazymesh.datapath.holdmaps import HoldControl, HoldCounterMap, HoldLimits
 from lazymesh.datapath.hooks import prepare_tap
-from lazymesh.datapath.maps import DatapathConfig, OnMiss
 from lazymesh.datapath.perfbuffer import PerfBuffer
 from lazymesh.datapath.pins import HOLD_FILTER, Pins
 from lazymesh.datapath.program import load, open_own_ipcache
+from lazymesh.datapath.settingsmap import DatapathConfig, OnMiss
 from lazymesh.datapath.tap import VNET_HEADER, open_tap
 from lazymesh.roles.holder import Holder, Mapped, frame_of, reset
 from tests.support import packets
@@ -242,7 +242,7 @@ def test_a_parked_packet_comes_back_as_it_was(bench: HoldBench, version: int) ->
         body = frame[VNET_HEADER:]
         assert body[:6] + POD_MAC + body[12:] == sent
         slot = bench.slot(frame)
-        assert (slot.ifindex, slot.length, slot.hold) == (bench.ifindex, len(sent), abi.HOLD_FIRST)
+        assert (slot.ifindex, slot.length, slot.hold) == (bench.ifindex, len(sent), Why.FIRST)
         assert behind.seen().without_entry == 0
         assert bench.out() == 1
         bench.install(POD_B1)
@@ -310,8 +310,8 @@ def mark_after(bench: HoldBench, mark: int) -> int:
     """Run a packet of no cluster with a mark through the program; return the mark that it leaves with."""
     frame = Flow(peer=packets.INTERNET).udp()
     before, after = _SkBuff(mark=mark, ifindex=1), _SkBuff()
-    options = libbpf.TestRunOpts(
-        sz=ctypes.sizeof(libbpf.TestRunOpts),
+    options = programs.TestRunOpts(
+        sz=ctypes.sizeof(programs.TestRunOpts),
         data_in=frame,
         data_size_in=len(frame),
         ctx_in=ctypes.addressof(before),
@@ -597,7 +597,7 @@ def test_a_hit_stays_behind_held_packets_but_not_for_ever(bench: HoldBench, foll
     first = bench.read()
     bench.install(POD_B1)
     bench.send(Flow().udp(b"second"))
-    assert bench.slot(bench.read()).hold == abi.HOLD_GATED
+    assert bench.slot(bench.read()).hold == Why.GATED
     assert bench.counts() == {"held": 1, "gated": 1}
 
     def overtakes() -> bool:
@@ -615,7 +615,7 @@ def test_a_miss_behind_others_is_parked_without_a_signal_of_its_own(
     bench.send(Flow().udp())
     bench.send(Flow().udp())
     first, second = bench.read(), bench.read()
-    assert bench.slot(second).hold == abi.HOLD_BEHIND
+    assert bench.slot(second).hold == Why.BEHIND
     bench.write(first)
     bench.write(second)
     arrivals(follower, 2)

@@ -18,8 +18,8 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, ru
 from lazymesh.core.model import Address, Entry, Reason
 from lazymesh.datapath import abi
 from lazymesh.datapath.installer import Installer
+from lazymesh.datapath.kernelfeatures import kernel_honours_noexist
 from lazymesh.datapath.libbpf import BPF_F_NO_PREALLOC, MAP_TYPE_HASH, MAP_TYPE_LPM_TRIE, Map, MapLayout
-from lazymesh.datapath.maps import kernel_honours_noexist
 from lazymesh.errors import DatapathError
 from tests.datapath.conftest import key_of
 from tests.support import packets
@@ -106,14 +106,14 @@ class TestInstall:
         assert world.exact() == BACKGROUND | {POD_B1.prefix(4): OURS[0]}
         assert world.lines()[B1].entry == OURS[0]
         assert world.lines()[B1].cluster_id == CLUSTER
-        assert world.installer.owned == 1
+        assert len(world.installer.owned_addresses()) == 1
 
     def test_ours_is_replaced_by_ours(self, world: World) -> None:
         """The pod's address was given to another: one entry, the new one."""
         for entry in (OURS[0], OURS[1], OURS[1], OURS[2]):
             assert world.installer.install(B1, entry, CLUSTER) is None
             assert world.exact()[POD_B1.prefix(4)] == entry
-        assert world.installer.owned == 1
+        assert len(world.installer.owned_addresses()) == 1
 
     @pytest.mark.parametrize("theirs", [THEIRS[0], OURS[0]], ids=["another value", "the very same value"])
     def test_theirs_is_left_alone(self, world: World, theirs: Entry) -> None:
@@ -123,7 +123,7 @@ class TestInstall:
         assert not world.installer.evict(B1)
         assert world.exact() == BACKGROUND | {POD_B1.prefix(4): theirs}
         assert world.lines() == {}
-        assert world.installer.owned == 0
+        assert len(world.installer.owned_addresses()) == 0
 
     @pytest.mark.parametrize("theirs", [THEIRS[0], OURS[0]], ids=["another value", "the very same value"])
     def test_theirs_among_many_is_left_alone(self, world: World, theirs: Entry) -> None:
@@ -142,7 +142,7 @@ class TestInstall:
         assert world.installer.install(B1, OURS[1], CLUSTER) is Reason.NOT_OURS
         assert world.exact()[POD_B1.prefix(4)] == THEIRS[0]
         assert world.lines() == {}
-        assert world.installer.owned == 0
+        assert len(world.installer.owned_addresses()) == 0
 
     def test_ours_that_they_deleted_is_written_again(self, world: World) -> None:
         """A deletion of theirs is no claim."""
@@ -157,7 +157,7 @@ class TestInstall:
             world.they_delete(prefix)
         assert world.installer.install(B1, OURS[0], CLUSTER) is None
         assert world.installer.install(POD_B1.address(6), OURS[0], CLUSTER) is None
-        assert world.installer.owned == 2
+        assert len(world.installer.owned_addresses()) == 2
 
 
 @pytest.mark.needs("BPF_NOEXIST")
@@ -189,7 +189,7 @@ class TestEvict:
         assert world.installer.evict(B1)
         assert world.exact() == BACKGROUND
         assert world.lines() == {}
-        assert world.installer.owned == 0
+        assert len(world.installer.owned_addresses()) == 0
         assert not world.installer.evict(B1)
 
     def test_theirs_stays(self, world: World) -> None:
@@ -220,7 +220,7 @@ class TestNoRoom:
         world.they_write(packets.WORLD[4], ROUTE)
         assert world.installer.install(B1, OURS[0], CLUSTER) is Reason.MAP_FULL
         assert world.lines() == {}
-        assert world.installer.owned == 0
+        assert len(world.installer.owned_addresses()) == 0
         assert world.restart() == {}
         world.close()
 
@@ -230,7 +230,7 @@ class TestNoRoom:
         assert world.installer.install(B1, OURS[0], CLUSTER) is None
         assert world.installer.install(B2, OURS[1], CLUSTER) is Reason.MAP_FULL
         assert world.exact() == {POD_B1.prefix(4): OURS[0]}
-        assert world.installer.owned == 1
+        assert len(world.installer.owned_addresses()) == 1
         world.close()
 
     def test_failed_write_of_a_new_entry_leaves_nothing(
@@ -241,7 +241,7 @@ class TestNoRoom:
         with monkeypatch.context() as broken:
             broken.setattr(world.ipcache, "insert", _refuse)
             assert world.installer.install(B1, OURS[0], CLUSTER) is Reason.INSTALL_FAILED
-        assert (world.exact(), world.lines(), world.installer.owned) == ({}, {}, 0)
+        assert (world.exact(), world.lines(), len(world.installer.owned_addresses())) == ({}, {}, 0)
         assert world.installer.install(B1, OURS[0], CLUSTER) is None
         world.close()
 
@@ -254,7 +254,7 @@ class TestNoRoom:
         with monkeypatch.context() as broken:
             broken.setattr(world.ipcache, "replace", _refuse)
             assert world.installer.install(B1, OURS[1], CLUSTER) is Reason.INSTALL_FAILED
-        assert world.installer.owned == 1
+        assert len(world.installer.owned_addresses()) == 1
         assert world.restart() == {B1: OURS[0]}
         assert world.installer.evict(B1)
         assert (world.exact(), world.lines()) == ({}, {})
@@ -281,7 +281,7 @@ def test_no_more_goes_in_than_there_was_room_for_when_the_map_was_counted(world:
     ]
     installer.added_most = 3
     assert installer.install_many([(fourth, OURS[0], CLUSTER)]) == [None]
-    assert installer.added == installer.owned == 3
+    assert installer.added == len(installer.owned_addresses()) == 3
 
 
 def _refuse(*_: object) -> bool:
@@ -298,7 +298,7 @@ class TestAdopt:
             world.installer.install(address, entry, cluster_id)
         fresh = Installer([world.ipcache], world.journal, world.honours)
         assert {address: (entry, cluster) for address, entry, cluster in fresh.adopt()} == expected
-        assert fresh.owned == 3
+        assert len(fresh.owned_addresses()) == 3
         assert all(fresh.evict(address) for address in expected)
         assert world.exact() == BACKGROUND
 
@@ -456,7 +456,7 @@ class Lives(RuleBasedStateMachine):
         standing = self.world.exact()
         assert adopted == {p.address(4): e for p in PEERS if (e := standing.get(p.prefix(4))) in OURS}
         assert set(self.world.lines()) == set(adopted)
-        assert self.world.installer.owned == len(adopted)
+        assert len(self.world.installer.owned_addresses()) == len(adopted)
 
     @invariant()
     def theirs_is_as_they_wrote_it(self) -> None:

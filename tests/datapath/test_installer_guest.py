@@ -20,8 +20,8 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, pr
 from lazymesh.core.model import Entry, Reason, parse_address
 from lazymesh.datapath.cilium import TAG
 from lazymesh.datapath.installer import Installer
+from lazymesh.datapath.journal import Journal
 from lazymesh.datapath.libbpf import MAP_TYPE_HASH, Map, MapLayout
-from lazymesh.datapath.maps import Journal
 from tests.support.cilium_ipcache import V1, V2, Layout, Record, Writer, pack_value, unpack_key
 from tests.support.mortal import Crash, Fuse, MortalIpcache, MortalJournal
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import errno
 import os
-import re
 from dataclasses import replace
 from itertools import chain
 from typing import TYPE_CHECKING
@@ -12,13 +11,14 @@ from typing import TYPE_CHECKING
 import pytest
 
 from lazymesh.datapath import libbpf
-from lazymesh.datapath.libbpf import BPF_EXIST, BPF_F_NO_PREALLOC, BPF_NOEXIST, Map, MapLayout
+from lazymesh.datapath.libbpf import BPF_F_NO_PREALLOC, BPF_NOEXIST, Map, MapLayout
 from lazymesh.errors import DatapathError
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
     from pathlib import Path
 
+BPF_EXIST = 2
 HASH = MapLayout(libbpf.MAP_TYPE_HASH, 4, 8, 20_000, BPF_F_NO_PREALLOC)
 LRU = MapLayout(libbpf.MAP_TYPE_LRU_HASH, 4, 8, 20_000, 0)
 ARRAY = MapLayout(libbpf.MAP_TYPE_ARRAY, 4, 8, 5_000, 0)
@@ -66,26 +66,6 @@ def test_batch_borders_lose_nothing(opened: Map, count: int) -> None:
     opened.delete_many([*wanted, *list(wanted)[:3]])
     assert list(opened.items()) == []
     assert opened.is_empty()
-
-
-def test_probes_agree_with_the_kernel_s_version() -> None:
-    """What a probe tries came with a release, and no stable kernel was given it later."""
-    version = tuple(int(number) for number in re.findall(r"\d+", os.uname().release)[:2])
-    assert libbpf.has_lpm_batches() == (version >= (5, 13))
-    assert libbpf.has_tcx() == (version >= (6, 6))
-
-
-def test_question_for_tcx_that_is_refused_has_no_answer(monkeypatch: pytest.MonkeyPatch) -> None:
-    """An older kernel does not know the question."""
-    answers = [OSError(errno.EINVAL, "Invalid argument"), OSError(errno.EPERM, "Operation not permitted")]
-
-    def ask(_ifindex: int) -> list[int]:
-        raise answers.pop(0)
-
-    monkeypatch.setattr(libbpf, "tcx_programs", ask)
-    assert not libbpf.has_tcx.__wrapped__()
-    with pytest.raises(PermissionError):
-        libbpf.has_tcx.__wrapped__()
 
 
 @pytest.mark.parametrize("opened", [HASH, TRIE], indirect=True, ids=["hash", "trie"])
@@ -214,14 +194,3 @@ def test_missing_libbpf_names_the_package(monkeypatch: pytest.MonkeyPatch) -> No
     monkeypatch.setattr(libbpf.ctypes, "CDLL", missing)
     with pytest.raises(DatapathError, match=r"libbpf\.so\.1 is missing: install the package libbpf1"):
         libbpf.library.__wrapped__()
-
-
-def test_an_idle_program_leaves_packets_to_the_next() -> None:
-    """Twice the same is two programs, which a hook takes beside each other."""
-    first, second = libbpf.load_idle(), libbpf.load_idle()
-    try:
-        assert libbpf.run_program(first, bytes(64)) == (0xFFFFFFFF, bytes(64))  # TC_ACT_UNSPEC, TCX_NEXT
-        assert libbpf.program_id(first) != libbpf.program_id(second)
-    finally:
-        os.close(first)
-        os.close(second)

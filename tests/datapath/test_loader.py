@@ -148,9 +148,9 @@ def test_size_that_differs_stops_before_any_program_is_pinned(place: Pins) -> No
 @pytest.mark.parametrize(
     ("preamble", "words"),
     [
-        ("loader.kept.program_of = {}.__getitem__", "TypeError"),
+        ("loader.programcache.program_of = {}.__getitem__", "TypeError"),
         ("import itertools\nloader.origin = map(str, itertools.count()).__next__", "was exchanged while"),
-        ("loader.kept.files = lambda paths: [open('/nowhere')]", "No such file"),
+        ("loader.programcache.files = lambda paths: [open('/nowhere')]", "No such file"),
     ],
     ids=["another BCC", "upgraded meanwhile", "no files"],
 )

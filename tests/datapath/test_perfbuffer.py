@@ -16,7 +16,8 @@ from lazymesh.datapath.perfbuffer import PerfBuffer
 from tests.datapath.conftest import open_descriptors
 
 HASH = MapLayout(libbpf.MAP_TYPE_HASH, 4, 8, 20_000, BPF_F_NO_PREALLOC)
-PERF = MapLayout(libbpf.MAP_TYPE_PERF_EVENT_ARRAY, 4, 4, libbpf.possible_cpus(), 0)
+MAP_TYPE_PERF_EVENT_ARRAY = 4
+PERF = MapLayout(MAP_TYPE_PERF_EVENT_ARRAY, 4, 4, libbpf.possible_cpus(), 0)
 
 
 def test_perf_buffer_on_another_kind_of_map_is_refused() -> None:

@@ -16,7 +16,6 @@ import pytest
 from lazymesh.core.model import Direction, Entry
 from lazymesh.datapath import abi, libbpf, program
 from lazymesh.datapath.libbpf import Map
-from lazymesh.datapath.maps import DatapathConfig
 from lazymesh.datapath.pins import (
     HOLD_FILTER,
     HOLD_PROGRAMS,
@@ -28,6 +27,7 @@ from lazymesh.datapath.pins import (
     expected_layouts,
 )
 from lazymesh.datapath.program import Datapath, load, open_own_ipcache
+from lazymesh.datapath.settingsmap import DatapathConfig
 from lazymesh.errors import DatapathError
 from tests.datapath.conftest import mounted_bpffs, open_descriptors
 from tests.datapath.test_abi_layout import tool

@@ -17,8 +17,8 @@ from hypothesis import strategies as st
 from lazymesh.core.model import Direction, Entry, EntryFlag, format_address
 from lazymesh.datapath import abi
 from lazymesh.datapath import signals as signals_module
-from lazymesh.datapath.maps import OnMiss
 from lazymesh.datapath.perfbuffer import PerfBuffer
+from lazymesh.datapath.settingsmap import OnMiss
 from lazymesh.datapath.signals import AT_ONCE, SignalReader
 from tests.support import packets
 from tests.support.etcd import eventually

@@ -13,7 +13,7 @@ import pytest
 
 from lazymesh.core.model import Direction, Entry, EntryFlag
 from lazymesh.datapath import abi
-from lazymesh.datapath.maps import OnMiss
+from lazymesh.datapath.settingsmap import OnMiss
 from tests.support import packets
 from tests.support.packets import INTERNET, NODE_B, POD_A1, POD_B1, POD_B2, Flow, Host
 from tests.support.prog_run import TC_ACT_SHOT, TC_ACT_UNSPEC

@@ -12,10 +12,11 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from lazymesh.core.model import Entry, Reason
-from lazymesh.datapath import abi, libbpf
+from lazymesh.datapath import abi, programs
 from lazymesh.datapath.installer import Installer
+from lazymesh.datapath.ipcachemaps import IpcacheMap
+from lazymesh.datapath.journal import Journal, Writer
 from lazymesh.datapath.libbpf import Map
-from lazymesh.datapath.maps import IpcacheMap, Journal, Writer
 from lazymesh.datapath.pins import JOURNAL_SPARE, SHARE_OF_MAP, expected_layouts
 from tests.datapath.conftest import IPCACHE_SIZE
 from tests.support.packets import NODE_B, pod_of_b
@@ -23,7 +24,7 @@ from tests.support.packets import NODE_B, pod_of_b
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-    from lazymesh.datapath.maps import Line
+    from lazymesh.datapath.journal import Line
     from tests.datapath.conftest import Bench
 
 NOEXIST = pytest.mark.needs("BPF_NOEXIST")
@@ -194,10 +195,10 @@ def test_a_run_has_as_many_lines_as_both_sides_say(bench: Bench) -> None:
     """The program looks at no more, and not at a part of one; each has its own result."""
     program = bench.datapath.writer.program
     data = abi.pack_installs(LINES[: abi.INSTALL_MOST] + LINES[:1])
-    verdict, packet = libbpf.run_program(program, data)
+    verdict, packet = programs.run_program(program, data)
     assert (verdict, abi.unpack_installed(packet)[:-1]) == (0, [0] * abi.INSTALL_MOST)
     assert packet[-56:] == data[-56:]
-    verdict, packet = libbpf.run_program(program, abi.pack_installs(LINES[:3])[:-1])
+    verdict, packet = programs.run_program(program, abi.pack_installs(LINES[:3])[:-1])
     assert (verdict, abi.unpack_installed(packet[:-55])) == (0, [-errno.EEXIST] * 2)
 
 

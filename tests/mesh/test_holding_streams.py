@@ -11,8 +11,8 @@ import pytest
 
 from lazymesh.core.model import parse_address
 from lazymesh.datapath import abi
+from lazymesh.datapath.ipcachemaps import IpcacheMap
 from lazymesh.datapath.libbpf import Map
-from lazymesh.datapath.maps import IpcacheMap
 from tests.support.burst import Sink, counters, numbered, send, stream
 from tests.support.etcd import wait_until
 from tests.support.follower import Follower

@@ -12,8 +12,8 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 from lazymesh.core.model import Direction
-from lazymesh.datapath.maps import OnMiss
 from lazymesh.datapath.perfbuffer import PerfBuffer
+from lazymesh.datapath.settingsmap import OnMiss
 from tests.support import frames
 from tests.support.misses import signal_of
 from tests.support.prog_run import TC_ACT_SHOT, TC_ACT_UNSPEC, QuickRun, Tap

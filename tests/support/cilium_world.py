@@ -8,7 +8,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
-from lazymesh.datapath.libbpf import has_tcx
+from lazymesh.datapath.kernelfeatures import has_tcx
 from tests.support.cilium_ipcache import (
     HOST,
     LAYOUTS,

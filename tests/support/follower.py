@@ -11,8 +11,9 @@ import struct
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Self
 
-from lazymesh.datapath import libbpf
-from lazymesh.datapath.libbpf import Map, MapLayout, load_program
+from lazymesh.datapath import libbpf, programs
+from lazymesh.datapath.libbpf import Map, MapLayout
+from lazymesh.datapath.programs import load_program
 from tests.support.tcx import TcxLink
 
 if TYPE_CHECKING:
@@ -144,4 +145,4 @@ def _op(code: int, target: int = 0, source: int = 0, offset: int = 0, *, immedia
 
 
 def _load(code: bytes) -> int:
-    return load_program("follower", libbpf.PROG_TYPE_SCHED_CLS, "GPL", code)
+    return load_program("follower", programs.PROG_TYPE_SCHED_CLS, "GPL", code)

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from lazymesh.datapath.maps import IpcacheMap, Journal
+from lazymesh.datapath.ipcachemaps import IpcacheMap
+from lazymesh.datapath.journal import Journal
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
@@ -12,8 +13,8 @@ if TYPE_CHECKING:
 
     from lazymesh.core.model import Address, Entry
     from lazymesh.datapath import abi
+    from lazymesh.datapath.journal import Line
     from lazymesh.datapath.libbpf import Map
-    from lazymesh.datapath.maps import Line
 
 
 class Crash(BaseException):

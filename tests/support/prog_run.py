@@ -14,7 +14,8 @@ import struct
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Self
 
-from lazymesh.datapath.libbpf import PROG_TYPE_SCHED_CLS, TestRunOpts, checked, library, load_program
+from lazymesh.datapath.libbpf import checked, library
+from lazymesh.datapath.programs import PROG_TYPE_SCHED_CLS, TestRunOpts, load_program
 
 if TYPE_CHECKING:
     from pathlib import Path

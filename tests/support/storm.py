@@ -23,7 +23,8 @@ from typing import TYPE_CHECKING, Self
 from scapy.layers.inet import IP, UDP
 from scapy.layers.l2 import Ether
 
-from lazymesh.datapath.libbpf import Map, MapLayout, TestRunOpts, library
+from lazymesh.datapath.libbpf import Map, MapLayout, library
+from lazymesh.datapath.programs import TestRunOpts
 from tests.support.bpfobject import BpfObject, compile_bpf
 
 if TYPE_CHECKING:

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Self
 
 from pyroute2 import IPRoute, NetlinkError
 
-from lazymesh.datapath import libbpf
+from lazymesh.datapath import kernelfeatures, libbpf, programs
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -84,7 +84,7 @@ class TcxLink:
 
     def follows(self, interface: str) -> bool:
         """Tell whether it is on this interface, and not on one of that name which is gone."""
-        return libbpf.link_ifindex(self.fd) == socket.if_nametoindex(interface)
+        return programs.link_ifindex(self.fd) == socket.if_nametoindex(interface)
 
     def update(self, program: int) -> None:
         """Put another program in the same place."""
@@ -104,7 +104,7 @@ class TcxLink:
 
 def tcx_programs(interface: str, hook: str = INGRESS) -> list[int]:
     """Return the ids of the programs on a hook, in the order in which they see a packet; none without tcx."""
-    if not libbpf.has_tcx():
+    if not kernelfeatures.has_tcx():
         return []
     ids, count, flags = (ctypes.c_uint32 * 64)(), ctypes.c_uint32(64), ctypes.c_uint32()
     pointers = (ctypes.byref(flags), ids, ctypes.byref(count))

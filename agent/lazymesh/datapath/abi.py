@@ -224,8 +224,6 @@ class Slot(ctypes.Structure):
 
 
 SLOT_FREE, SLOT_PARKED, SLOT_RETURNING, SLOT_DISCARD, SLOT_CUT = range(5)
-HOLD_FIRST, HOLD_BEHIND, HOLD_GATED = range(1, 4)
-"""enum hold: why a slot's packet was parked."""
 
 
 class HoldControl(ctypes.Structure):

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import os
-import re
 import resource
 from dataclasses import dataclass
 from pathlib import Path
 
+from lazymesh.datapath.kernelfeatures import kernel_version
 from lazymesh.errors import DatapathError
 
 NUMBERS = {"NET_ADMIN": 12, "SYS_ADMIN": 21, "SYS_RESOURCE": 24}
@@ -31,9 +30,8 @@ class Circumstances:
     @classmethod
     def here(cls) -> Circumstances:
         """Look at this kernel and process."""
-        kernel = tuple(int(number) for number in re.findall(r"\d+", os.uname().release)[:2])
         unlimited = resource.getrlimit(resource.RLIMIT_MEMLOCK)[1] == resource.RLIM_INFINITY
-        return cls(kernel, unlimited)
+        return cls(kernel_version(), unlimited)
 
 
 def missing(held: frozenset[str], where: Circumstances) -> list[str]:

@@ -17,10 +17,10 @@ from typing import TYPE_CHECKING, Self
 from pyroute2 import AsyncIPRoute, NetlinkError
 
 from lazymesh.core.model import parse_address
-from lazymesh.datapath import libbpf
+from lazymesh.datapath import programs
 from lazymesh.datapath.hooks import attachments, clsact_attachments, link_kind, tcx_attachments
+from lazymesh.datapath.ipcachemaps import IpcacheMap, view_of
 from lazymesh.datapath.libbpf import MAP_TYPE_PROG_ARRAY, Map
-from lazymesh.datapath.maps import IpcacheMap, view_of
 from lazymesh.errors import DatapathError
 
 if TYPE_CHECKING:
@@ -152,10 +152,10 @@ def _ipcaches_behind(
     found: set[int] = set()
     calls: set[int] = set()
     for map_id in _maps_of(program_id):
-        is_ipcache, programs = look_into(map_id)
+        is_ipcache, tail_calls = look_into(map_id)
         if is_ipcache:
             found.add(map_id)
-        calls.update(programs)
+        calls.update(tail_calls)
     for call in calls:
         found.update(map_id for map_id in _maps_of(call) if look_into(map_id)[0])
     return frozenset(found)
@@ -163,7 +163,7 @@ def _ipcaches_behind(
 
 def _maps_of(program_id: int) -> tuple[int, ...]:
     try:
-        return libbpf.describe_program(program_id).map_ids
+        return programs.describe_program(program_id).map_ids
     except OSError:  # it was replaced a moment ago
         return ()
 

@@ -8,10 +8,10 @@ other release the two are merged into one tree of symbolic links, in a directory
 from __future__ import annotations
 
 import os
-import re
 from dataclasses import dataclass
 from pathlib import Path
 
+from lazymesh.datapath.kernelfeatures import version_of
 from lazymesh.errors import DatapathError
 
 _ARCHES = {"x86_64": "x86", "aarch64": "arm64", "riscv64": "riscv", "ppc64le": "powerpc", "s390x": "s390"}
@@ -40,7 +40,7 @@ def find_headers(
     candidates = [modules / release]
     for place in (modules, own):
         if place.is_dir():
-            candidates += sorted(place.iterdir(), key=lambda path: _version(path.name), reverse=True)
+            candidates += sorted(place.iterdir(), key=lambda path: version_of(path.name), reverse=True)
     for tree in candidates:
         build, source = tree / "build", tree / "source"
         if (build / "include/generated/autoconf.h").is_file():
@@ -63,7 +63,3 @@ def merge_headers(headers: KernelHeaders, into: Path) -> Path:
                 if not link.is_symlink():
                     link.symlink_to(item)
     return into
-
-
-def _version(name: str) -> tuple[int, ...]:
-    return tuple(int(number) for number in re.findall(r"\d+", name))

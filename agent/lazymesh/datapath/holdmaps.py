@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 
 from lazymesh.datapath import abi
 from lazymesh.datapath.libbpf import Map, possible_cpus
+from lazymesh.datapath.settingsmap import token_bucket
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -59,8 +60,8 @@ class HoldControl:
             "total_bytes",
         ):
             setattr(words, name, getattr(limits, name))
-        interval = 1_000_000_000 // limits.interface_rate if limits.interface_rate else 0
-        words.interface_burst_ns = max(limits.interface_burst - 1, 0) * interval
+        interval, depth = token_bucket(limits.interface_rate, limits.interface_burst)
+        words.interface_burst_ns = depth
         words.interface_interval_ns = interval
 
 

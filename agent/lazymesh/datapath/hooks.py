@@ -20,7 +20,7 @@ import structlog
 from pyroute2 import AsyncIPRoute, NetlinkError
 from pyroute2.netlink.rtnl.tcmsg import sched_bpf
 
-from lazymesh.datapath import libbpf
+from lazymesh.datapath import kernelfeatures, libbpf, programs
 from lazymesh.errors import DatapathError
 
 if TYPE_CHECKING:
@@ -102,7 +102,7 @@ class TcxHook:
 
     async def place(self, index: int, program: int) -> int | None:
         """Ask the kernel for the chain."""
-        return _index(libbpf.tcx_programs(index), libbpf.program_id(program))
+        return _index(programs.tcx_programs(index), programs.program_id(program))
 
     async def put_first(self, index: int, program: int, name: str) -> None:  # noqa: ARG002
         """Make the link anew, in front: the kernel moves none."""
@@ -118,7 +118,7 @@ def _attach_link(pin: Path, index: int, program: int) -> None:
         return
     pin.unlink(missing_ok=True)
     pin.parent.mkdir(mode=0o700, exist_ok=True)
-    link = libbpf.attach_tcx(program, index)
+    link = programs.attach_tcx(program, index)
     try:
         libbpf.pin(link, pin)
     finally:
@@ -132,7 +132,7 @@ def _move_link(pin: Path, index: int, program: int) -> None:
     for, some ten milliseconds. It takes no program twice, but a link's program is exchanged at once: so one that does
     nothing keeps the new place until ours is taken from the old one, where another such is put.
     """
-    if not pin.exists() or libbpf.program_id(program) not in libbpf.tcx_programs(index):
+    if not pin.exists() or programs.program_id(program) not in programs.tcx_programs(index):
         _attach_link(pin, index, program)  # it is not on the hook at all
         return
     with contextlib.ExitStack() as stack:
@@ -141,12 +141,12 @@ def _move_link(pin: Path, index: int, program: int) -> None:
             stack.callback(os.close, fd)
             return fd
 
-        old, here, there = own(libbpf.open_pin(pin)), own(libbpf.load_idle()), own(libbpf.load_idle())
-        new = own(libbpf.attach_tcx(here, index))  # without a pin the link goes with its descriptor
-        libbpf.update_link(old, there)
-        libbpf.update_link(new, program)
+        old, here, there = own(libbpf.open_pin(pin)), own(programs.load_idle()), own(programs.load_idle())
+        new = own(programs.attach_tcx(here, index))  # without a pin the link goes with its descriptor
+        programs.update_link(old, there)
+        programs.update_link(new, program)
         libbpf.pin(new, pin)
-        libbpf.detach_link(old)
+        programs.detach_link(old)
 
 
 def _detach_link(pin: Path) -> None:
@@ -156,7 +156,7 @@ def _detach_link(pin: Path) -> None:
     except FileNotFoundError:
         return
     try:
-        libbpf.detach_link(link)
+        programs.detach_link(link)
     finally:
         os.close(link)
         pin.unlink(missing_ok=True)
@@ -169,13 +169,13 @@ def _update(pin: Path, index: int, program: int) -> bool:
     except FileNotFoundError:
         return False
     try:
-        if libbpf.link_ifindex(link) != index:
+        if programs.link_ifindex(link) != index:
             return False  # of an interface that is gone
-        libbpf.update_link(link, program)
+        programs.update_link(link, program)
     finally:
         os.close(link)
     # An index means something in one network namespace only, and that may be gone.
-    return libbpf.program_id(program) in libbpf.tcx_programs(index)
+    return programs.program_id(program) in programs.tcx_programs(index)
 
 
 class ClsactHook:
@@ -280,9 +280,9 @@ def _index(chain: Sequence[object], ours: object) -> int | None:
 
 def choose_hook(style: str, pins: Pins, route: AsyncIPRoute) -> Hook:
     """Return the way that the user wants, or for ``auto`` the better one that this kernel has."""
-    if style == "clsact" or (style == "auto" and not libbpf.has_tcx()):
+    if style == "clsact" or (style == "auto" and not kernelfeatures.has_tcx()):
         return ClsactHook(pins, route)
-    if not libbpf.has_tcx():
+    if not kernelfeatures.has_tcx():
         raise DatapathError("this kernel has no tcx (it came with 6.6): use --attach clsact, or auto")
     return TcxHook(pins, route)
 
@@ -344,9 +344,9 @@ def tcx_attachments(index: int) -> list[Attachment]:
     """Return those on tcx; none if the interface is gone, or the kernel has no tcx."""
     found = []
     with contextlib.suppress(OSError):
-        for program_id in libbpf.tcx_programs(index):
+        for program_id in programs.tcx_programs(index):
             with contextlib.suppress(OSError):  # it was replaced a moment ago
-                found.append(Attachment("tcx", libbpf.describe_program(program_id).name, program_id))
+                found.append(Attachment("tcx", programs.describe_program(program_id).name, program_id))
     return found
 
 

@@ -24,7 +24,8 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence
 
     from lazymesh.core.model import Address, Entry
-    from lazymesh.datapath.maps import IpcacheMap, Journal, Standing, Writer
+    from lazymesh.datapath.ipcachemaps import IpcacheMap, Standing
+    from lazymesh.datapath.journal import Journal, Writer
 
 
 Installed = tuple["Address", "Entry", int]
@@ -68,11 +69,6 @@ class Installer:
         """What is ours in the first map."""
         self._beside: set[Address] = set()
         """What is ours in old maps only: in the first one Cilium has written its own by now."""
-
-    @property
-    def owned(self) -> int:
-        """How many entries of the map are ours."""
-        return len(self._owned)
 
     def owns(self, address: Address) -> bool:
         """Tell whether an entry of this address in the first map is ours, as far as we know."""

@@ -93,9 +93,7 @@ class _Failed:
 class InterfaceStats:
     """What happened to interfaces so far."""
 
-    attached_total: int = 0
     attach_errors_total: int = 0
-    resyncs_total: int = 0
     displaced_total: int = 0
     """How often ours was not the first program any more, or was gone, and was attached again."""
 
@@ -158,7 +156,6 @@ class InterfaceFollower:
                 ready.set()
                 with contextlib.suppress(NetlinkError, OSError):
                     await self._follow(monitor)
-            self.stats.resyncs_total += 1
             log.warning("the kernel's link messages were lost; listing interfaces again")
             await asyncio.sleep(0.05)
 
@@ -236,7 +233,6 @@ class InterfaceFollower:
         if index in self._attached:
             return
         self._attached[index] = _Attached(name, direction)
-        self.stats.attached_total += 1
         log.info("attached", interface=name, direction=direction.name.lower())
 
     def _note_failure(self, link: Any, exc: DatapathError | NetlinkError) -> None:

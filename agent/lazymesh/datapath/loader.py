@@ -21,10 +21,11 @@ from importlib import resources
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from lazymesh.datapath import abi, kept, libbpf
+from lazymesh.datapath import abi, libbpf, programcache
 from lazymesh.datapath.headers import find_headers, merge_headers
+from lazymesh.datapath.ipcachemaps import View, make_view
 from lazymesh.datapath.libbpf import Map
-from lazymesh.datapath.maps import View, make_view, pin_map
+from lazymesh.datapath.maps import pin_map
 from lazymesh.datapath.pins import (
     HOLD_FILTER,
     HOLD_PROGRAMS,
@@ -35,13 +36,14 @@ from lazymesh.datapath.pins import (
     expected_layouts,
     journal_size,
 )
+from lazymesh.datapath.programs import program_type
 from lazymesh.datapath.source import one_text, origin
 from lazymesh.errors import DatapathError
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
-    from lazymesh.datapath.kept import Kept
+    from lazymesh.datapath.programcache import Kept
 
 _TABLES: dict[str, tuple[type[ctypes.Structure] | None, type[ctypes.Structure] | None]] = {
     "lm_mesh_cidrs": (abi.IpcacheKey, abi.MeshCidr),
@@ -127,11 +129,11 @@ def _to_keep(made_of: str, bpf: Any, programs: dict[str, Any]) -> Kept:
     names = {lib.bpf_table_fd(bpf.module, table): table.decode() for table in tables}
     words = lib.bpf_module_license(bpf.module).decode()
     lasting = {*expected_layouts(ipcache_size=0), *VIEWS}
-    return kept.Kept(
+    return programcache.Kept(
         made_of,
-        kept.files(compiler),
+        programcache.files(compiler),
         {
-            name: kept.program_of(libbpf.program_type(function.fd), words, bpf.dump_func(name), names)
+            name: programcache.program_of(program_type(function.fd), words, bpf.dump_func(name), names)
             for name, function in programs.items()
         },
         {name: Map(os.dup(fd)).layout for fd, name in names.items() if name not in lasting},
@@ -173,7 +175,7 @@ def _keep(path: Path, made_of: str, bpf: Any, programs: dict[str, Any]) -> dict[
     try:
         if origin() != made_of:
             raise OSError(errno.EAGAIN, "lazymesh was exchanged while it was compiled")
-        kept.write(path, _to_keep(made_of, bpf, programs))
+        programcache.write(path, _to_keep(made_of, bpf, programs))
     except OSError as exc:
         return {"not_kept": f"{path}: {exc.strerror}"}
     except Exception as exc:  # the insides of another BCC: what it loaded is good all the same

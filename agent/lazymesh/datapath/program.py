@@ -13,19 +13,15 @@ from typing import TYPE_CHECKING
 
 import structlog
 
-from lazymesh.datapath import kept, libbpf
+from lazymesh.datapath import libbpf, programcache
+from lazymesh.datapath.ipcachemaps import IpcacheMap, View, Views
+from lazymesh.datapath.journal import Journal, Writer
 from lazymesh.datapath.maps import (
-    ConfigMap,
     CounterMap,
-    IpcacheMap,
-    Journal,
     MeshCidrs,
     PolicyMap,
     RecentMap,
-    View,
-    Views,
     WindowMap,
-    Writer,
     open_map,
     open_or_make_map,
 )
@@ -40,6 +36,7 @@ from lazymesh.datapath.pins import (
     expected_layouts,
     own_ipcache,
 )
+from lazymesh.datapath.settingsmap import SettingsMap
 from lazymesh.datapath.source import origin
 from lazymesh.errors import DatapathError
 
@@ -64,10 +61,10 @@ def load(pins: Pins, ipcache_size: int = IPCACHE_SIZE, keep: Path | None = None)
     keeps the result there.
     """
     pins.prepare(ipcache_size)
-    found = None if keep is None else kept.read(keep, origin())
+    found = None if keep is None else programcache.read(keep, origin())
     if found is not None:
         try:
-            kept.load(found, pins, ipcache_size)
+            programcache.load(found, pins, ipcache_size)
             return Datapath(pins)
         except DatapathError as exc:
             log.warning("the programs kept of an earlier start do not load, compiling anew", error=str(exc))
@@ -131,7 +128,7 @@ class MeshMaps:
             for name in ("lm_config", "lm_mesh_cidrs", "lm_policy")
         ]
         config, cidrs, policy = self._maps
-        self.config, self.cidrs, self.policy = ConfigMap(config), MeshCidrs(cidrs), PolicyMap(policy)
+        self.config, self.cidrs, self.policy = SettingsMap(config), MeshCidrs(cidrs), PolicyMap(policy)
 
     def close(self) -> None:
         """Give the file descriptors back."""
@@ -157,7 +154,7 @@ class Datapath:
         self.mesh_cidrs = MeshCidrs(self._open("lm_mesh_cidrs"))
         self.windows = WindowMap(self._open("lm_windows"))
         self.policy = PolicyMap(self._open("lm_policy"))
-        self.config = ConfigMap(self._open("lm_config"))
+        self.config = SettingsMap(self._open("lm_config"))
         self.counters = CounterMap(self._open("lm_counters"))
         self.recent = RecentMap(self._open("lm_recent"))
         outer = {view: self._open(name) for view, name in zip(View, VIEWS, strict=True)}

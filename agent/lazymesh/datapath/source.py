@@ -46,7 +46,10 @@ def origin() -> str:
     """
     with resources.as_file(resources.files("lazymesh") / "bpf") as source:
         parts = [one_text(source / "lazymesh.c")]
-    parts += [Path(__file__).with_name(name).read_text(encoding="utf-8") for name in ("loader.py", "kept.py")]
+    parts += [
+        Path(__file__).with_name(name).read_text(encoding="utf-8")
+        for name in ("loader.py", "programcache.py")
+    ]
     parts += [str(expected_layouts(0)), str({name: ctypes.sizeof(each) for name, each in STRUCTS.items()})]
     parts.append(str(possible_cpus()))
     running = os.uname()

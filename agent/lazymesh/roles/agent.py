@@ -28,9 +28,10 @@ from lazymesh.datapath.cilium import NodeView, take_out_ours
 from lazymesh.datapath.holdmaps import HoldControl, HoldCounterMap
 from lazymesh.datapath.installer import Installer
 from lazymesh.datapath.interfaces import InterfaceFollower, InterfaceSelection
-from lazymesh.datapath.maps import kernel_honours_noexist
+from lazymesh.datapath.kernelfeatures import kernel_honours_noexist
 from lazymesh.datapath.pins import IPCACHE, Pins, alone, budget, check_bpffs
 from lazymesh.datapath.program import MeshMaps, load
+from lazymesh.datapath.settingsmap import DatapathConfig, OnMiss, bits_of
 from lazymesh.datapath.signals import SignalReader
 from lazymesh.errors import DatapathError
 from lazymesh.metrics import Metrics

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from lazymesh.core.model import Address, Entry
     from lazymesh.core.resolver import Resolver
     from lazymesh.datapath.installer import Installer
-    from lazymesh.datapath.maps import IpcacheMap
+    from lazymesh.datapath.ipcachemaps import IpcacheMap
     from lazymesh.roles.driver import Driver
     from lazymesh.roles.mesh import Mesh
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import importlib.util
 import os
-import re
 from contextlib import aclosing
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
@@ -16,8 +15,9 @@ from lazymesh.core.model import Space
 from lazymesh.core.records import RecordError, decode_cluster_config
 from lazymesh.datapath.capabilities import check_capabilities
 from lazymesh.datapath.headers import find_headers
-from lazymesh.datapath.libbpf import has_lpm_batches, has_tcx, library
-from lazymesh.datapath.maps import IpcacheMap, kernel_honours_noexist
+from lazymesh.datapath.ipcachemaps import IpcacheMap
+from lazymesh.datapath.kernelfeatures import has_lpm_batches, has_tcx, kernel_honours_noexist, kernel_version
+from lazymesh.datapath.libbpf import library
 from lazymesh.datapath.pins import IPCACHE, Pins, check_bpffs
 from lazymesh.datapath.tap import try_tap
 from lazymesh.errors import DatapathError, KvstoreError, LazymeshError
@@ -116,8 +116,7 @@ def _root() -> str:
 
 def _kernel() -> str:
     release = os.uname().release
-    version = tuple(int(n) for n in re.findall(r"\d+", release)[:2])
-    if version < OLDEST_KERNEL:
+    if kernel_version() < OLDEST_KERNEL:
         raise LazymeshError(f"kernel {release} is too old: lazymesh needs 5.10 or later")
     return release
 

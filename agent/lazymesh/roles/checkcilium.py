@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 from lazymesh.core.ipcaches import running_ipcache
 from lazymesh.datapath.cilium import NodeView, pinned_ipcaches, pins_directory
 from lazymesh.datapath.interfaces import InterfaceSelection
-from lazymesh.datapath.maps import IpcacheMap
+from lazymesh.datapath.ipcachemaps import IpcacheMap
 from lazymesh.datapath.pins import PROGRAMS
 from lazymesh.errors import DatapathError
 from lazymesh.roles.checkresult import CheckResult

@@ -18,7 +18,7 @@ import structlog
 
 from lazymesh.core.ipcaches import Arrangement
 from lazymesh.datapath.cilium import TAG, pinned_ipcaches, pins_directory
-from lazymesh.datapath.maps import IpcacheMap
+from lazymesh.datapath.ipcachemaps import IpcacheMap
 from lazymesh.errors import DatapathError
 from lazymesh.roles.carryover import SLICE, CarryOver
 from lazymesh.roles.ipcaches import describe_map

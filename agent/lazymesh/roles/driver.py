@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from lazymesh.core.model import Address, Entry
     from lazymesh.core.resolver import Resolver
     from lazymesh.datapath.abi import Signals
-    from lazymesh.datapath.maps import IpcacheMap
+    from lazymesh.datapath.ipcachemaps import IpcacheMap
     from lazymesh.metrics import Metrics
     from lazymesh.roles.link import ClusterLink
 

@@ -9,7 +9,7 @@ import structlog
 from lazymesh.core import events
 
 if TYPE_CHECKING:
-    from lazymesh.datapath.maps import ConfigMap
+    from lazymesh.datapath.settingsmap import SettingsMap
     from lazymesh.datapath.signals import SignalReader
     from lazymesh.roles.driver import Driver
     from lazymesh.roles.mesh import Mesh
@@ -29,7 +29,7 @@ _BUFFERED = (
 class MissThrottle:
     """Limits what the kernel signals, and how much of it the reader of signals hands over."""
 
-    def __init__(self, config: ConfigMap) -> None:
+    def __init__(self, config: SettingsMap) -> None:
         self.reader: SignalReader | None = None
         self._config = config
 

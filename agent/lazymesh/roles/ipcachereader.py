@@ -8,7 +8,9 @@ from typing import TYPE_CHECKING
 
 from lazymesh.core.model import format_address, parse_address
 from lazymesh.datapath.cilium import TAG, pinned_ipcaches
-from lazymesh.datapath.maps import IpcacheMap, Journal, open_map
+from lazymesh.datapath.ipcachemaps import IpcacheMap
+from lazymesh.datapath.journal import Journal
+from lazymesh.datapath.maps import open_map
 from lazymesh.datapath.pins import IPCACHE, JOURNAL, Pins
 from lazymesh.errors import SettingsError
 
@@ -18,7 +20,7 @@ if TYPE_CHECKING:
 
     from lazymesh.core.model import Address
     from lazymesh.datapath.abi import OwnedEntry
-    from lazymesh.datapath.maps import Standing
+    from lazymesh.datapath.ipcachemaps import Standing
 
 
 @dataclass(frozen=True, slots=True)

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from lazymesh.core.model import Address
     from lazymesh.core.resolver import Resolver
     from lazymesh.datapath.installer import Installer
-    from lazymesh.datapath.maps import IpcacheMap
+    from lazymesh.datapath.ipcachemaps import IpcacheMap
     from lazymesh.datapath.program import Datapath
     from lazymesh.metrics import Metrics
     from lazymesh.roles.driver import Driver

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from lazymesh import __version__
 from lazymesh.core.model import Direction, Reason
-from lazymesh.datapath.maps import OnMiss
+from lazymesh.datapath.settingsmap import OnMiss
 from lazymesh.errors import LazymeshError
 from lazymesh.roles.announce import is_marked
 

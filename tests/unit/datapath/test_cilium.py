@@ -14,7 +14,7 @@ from lazymesh.datapath import cilium as module
 from lazymesh.datapath.cilium import NodeView
 from lazymesh.datapath.hooks import Attachment
 from lazymesh.datapath.interfaces import InterfaceSelection
-from lazymesh.datapath.libbpf import ProgramDescription
+from lazymesh.datapath.programs import ProgramDescription
 from lazymesh.errors import DatapathError
 
 ALL = InterfaceSelection(("+",))
@@ -57,7 +57,7 @@ class Kernel:
         theirs = [Attachment("tcx", "cil_from_container", number) for number in endpoints]
         monkeypatch.setattr(NodeView, "_selected", lambda _: [(number, "lxc") for number in endpoints])
         monkeypatch.setattr(module, "tcx_attachments", lambda index: [theirs[endpoints.index(index)]])
-        monkeypatch.setattr(module.libbpf, "describe_program", self.describe)
+        monkeypatch.setattr(module.programs, "describe_program", self.describe)
         monkeypatch.setattr(module, "_look_into", self.look_into)
 
     def describe(self, number: int) -> ProgramDescription:

@@ -14,7 +14,7 @@ import pytest
 
 from lazymesh.core import ipcaches
 from lazymesh.core.ipcaches import ORPHAN_AFTER_S
-from lazymesh.datapath.maps import View
+from lazymesh.datapath.ipcachemaps import View
 from lazymesh.errors import DatapathError
 from lazymesh.metrics import Metrics
 from lazymesh.roles import ciliumipcaches as module

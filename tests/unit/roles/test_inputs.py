@@ -10,7 +10,7 @@ from lazymesh.core.clusters import MeshState
 from lazymesh.roles.inputs import MeshEventBuffer, MissThrottle
 
 if TYPE_CHECKING:
-    from lazymesh.datapath.maps import ConfigMap
+    from lazymesh.datapath.settingsmap import SettingsMap
     from lazymesh.datapath.signals import SignalReader
     from lazymesh.roles.driver import Driver
     from lazymesh.roles.mesh import Mesh
@@ -69,7 +69,7 @@ def test_kernel_is_told_what_is_admitted_and_the_reader_what_waits() -> None:
     config = SimpleNamespace(
         mute=lambda on: told.append(("mute", on)), admit=lambda share: told.append(("admit", share))
     )
-    throttle = MissThrottle(cast("ConfigMap", config))
+    throttle = MissThrottle(cast("SettingsMap", config))
     throttle.pause(True)
     throttle.mute(True)
     throttle.admit(0.5)

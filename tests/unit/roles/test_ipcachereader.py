@@ -9,14 +9,15 @@ import pytest
 
 from lazymesh.core.model import Address, Entry, Network, parse_address
 from lazymesh.datapath.abi import OwnedEntry
-from lazymesh.datapath.maps import Standing
+from lazymesh.datapath.ipcachemaps import Standing
 from lazymesh.errors import SettingsError
 from lazymesh.roles.ipcachereader import IpcacheReader
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
-    from lazymesh.datapath.maps import IpcacheMap, Journal
+    from lazymesh.datapath.ipcachemaps import IpcacheMap
+    from lazymesh.datapath.journal import Journal
 
 OURS, THEIRS = Entry(131_073, parse_address("172.18.0.2"), 0, 2), Entry(2)
 IP, OTHER = parse_address("10.2.0.5"), parse_address("fd00::5")

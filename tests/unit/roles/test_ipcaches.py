@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any, cast
 
 import pytest
 
-from lazymesh.datapath.maps import View
+from lazymesh.datapath.ipcachemaps import View
 from lazymesh.roles import ipcaches as module
 from lazymesh.roles.ipcaches import OwnIpcache
 

@@ -13,10 +13,8 @@ import msgspec
 import pytest
 
 from lazymesh.core.model import Direction, Entry
-from lazymesh.datapath import abi, kept, libbpf, source
-from lazymesh.datapath.kept import Program, program_of
+from lazymesh.datapath import abi, libbpf, programcache, programs, source
 from lazymesh.datapath.libbpf import BPF_F_NO_PREALLOC, MAP_TYPE_HASH, Map, MapLayout
-from lazymesh.datapath.maps import DatapathConfig
 from lazymesh.datapath.pins import (
     HOLD_FILTER,
     HOLD_PROGRAMS,
@@ -29,6 +27,8 @@ from lazymesh.datapath.pins import (
     journal_size,
 )
 from lazymesh.datapath.program import load, open_own_ipcache
+from lazymesh.datapath.programcache import Program, program_of
+from lazymesh.datapath.settingsmap import DatapathConfig
 from lazymesh.errors import DatapathError
 from tests.datapath.conftest import mounted_bpffs, open_descriptors
 from tests.datapath.test_abi_layout import tool
@@ -86,7 +86,7 @@ def _program(pins: Pins, name: str) -> dict[str, object]:
 def _maps(pins: Pins, name: str) -> list[tuple[str, MapLayout]]:
     fd = libbpf.open_pin(pins.path(name))
     try:
-        ids = libbpf.describe_program(libbpf.program_id(fd)).map_ids
+        ids = programs.describe_program(programs.program_id(fd)).map_ids
     finally:
         os.close(fd)
     found = []
@@ -170,20 +170,22 @@ def truncated(content: bytes) -> bytes:
 
 def of_other_origin(content: bytes) -> bytes:
     """Make it that of another version."""
-    return kept.encode(msgspec.structs.replace(kept.decode(content), origin="0" * 64))
+    return programcache.encode(msgspec.structs.replace(programcache.decode(content), origin="0" * 64))
 
 
 def of_other_compiler(content: bytes) -> bytes:
     """Make it that of another BCC under the same name."""
-    found = kept.decode(content)
+    found = programcache.decode(content)
     (first, (size, time)), *rest = found.compiler.items()
-    return kept.encode(msgspec.structs.replace(found, compiler=dict([(first, (size, time + 1)), *rest])))
+    return programcache.encode(
+        msgspec.structs.replace(found, compiler=dict([(first, (size, time + 1)), *rest]))
+    )
 
 
 def of_compiler_that_is_gone(content: bytes) -> bytes:
     """Make it that of a BCC that has been removed."""
-    found = kept.decode(content)
-    return kept.encode(msgspec.structs.replace(found, compiler={"/nowhere/libbcc.so": (1, 1)}))
+    found = programcache.decode(content)
+    return programcache.encode(msgspec.structs.replace(found, compiler={"/nowhere/libbcc.so": (1, 1)}))
 
 
 def of_other_form(_content: bytes) -> bytes:
@@ -225,8 +227,8 @@ def test_useless_file_is_taken_for_none(first: tuple[Path, dict[str, object]], t
     spoilt = spoil(first[0].read_bytes())
     assert spoilt != first[0].read_bytes()
     file.write_bytes(spoilt)
-    assert kept.read(first[0], source.origin()) is not None
-    assert kept.read(file, source.origin()) is None
+    assert programcache.read(first[0], source.origin()) is not None
+    assert programcache.read(file, source.origin()) is None
 
 
 @pytest.mark.parametrize("mode", [0o620, 0o602], ids=["group", "others"])
@@ -237,14 +239,14 @@ def test_file_that_others_may_write_is_taken_for_none(
     file = tmp_path / "programs.json"
     file.write_bytes(first[0].read_bytes())
     file.chmod(0o600)
-    assert kept.read(file, source.origin()) is not None
+    assert programcache.read(file, source.origin()) is not None
     file.chmod(mode)
-    assert kept.read(file, source.origin()) is None
+    assert programcache.read(file, source.origin()) is None
 
 
 def test_compiler_s_own_files_are_noted(first: tuple[Path, dict[str, object]]) -> None:
     """A package may exchange a library under the same version of BCC."""
-    found = kept.read(first[0], source.origin())
+    found = programcache.read(first[0], source.origin())
     assert found is not None
     names = " ".join(found.compiler)
     assert "libbcc" in names
@@ -275,7 +277,7 @@ def test_file_of_another_user_is_taken_for_none(
     file = tmp_path / "programs.json"
     file.write_bytes(first[0].read_bytes())
     os.chown(file, 65_534, 65_534)
-    assert kept.read(file, source.origin()) is None
+    assert programcache.read(file, source.origin()) is None
 
 
 def test_useless_file_is_compiled_over(pins: Pins, tmp_path: Path) -> None:
@@ -284,7 +286,7 @@ def test_useless_file_is_compiled_over(pins: Pins, tmp_path: Path) -> None:
     file.parent.mkdir()
     file.write_text("no JSON", encoding="ascii")
     load(pins, SIZE, file).close()
-    assert kept.read(file, source.origin()) is not None
+    assert programcache.read(file, source.origin()) is not None
 
 
 def refused(one: Program) -> Program:
@@ -304,22 +306,22 @@ def test_what_does_not_load_is_compiled_anew(  # type: ignore[no-untyped-def]  #
     first: tuple[Path, dict[str, object]], pins: Pins, tmp_path: Path, change, words: str, capsys
 ) -> None:
     """With a word about it, and no trace of the attempt but maps."""
-    found = kept.read(first[0], source.origin())
+    found = programcache.read(first[0], source.origin())
     assert found is not None
     file = tmp_path / "programs.json"
     changed = {name: change(one) for name, one in found.programs.items()}
-    kept.write(file, msgspec.structs.replace(found, programs=changed))
+    programcache.write(file, msgspec.structs.replace(found, programs=changed))
     pins.prepare(SIZE)
     before = open_descriptors()
     with pytest.raises(DatapathError, match=words):
-        kept.load(kept.decode(file.read_bytes()), pins, SIZE)
+        programcache.load(programcache.decode(file.read_bytes()), pins, SIZE)
     assert open_descriptors() == before
     assert not pins.path("lm_from_pod").exists()
     assert not pins.path("lm_view_v1").exists()
     load(pins, SIZE, file).close()
     assert "compiling anew" in capsys.readouterr().out
     assert described(pins) == first[1]
-    assert kept.read(file, found.origin) == found
+    assert programcache.read(file, found.origin) == found
 
 
 def test_file_that_cannot_be_written_is_said_and_harms_nobody(pins: Pins, tmp_path: Path, capsys) -> None:  # type: ignore[no-untyped-def]

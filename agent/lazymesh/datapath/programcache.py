@@ -21,9 +21,11 @@ from typing import TYPE_CHECKING
 import msgspec
 
 from lazymesh.datapath import libbpf
+from lazymesh.datapath.ipcachemaps import View, make_view
 from lazymesh.datapath.libbpf import MapLayout  # noqa: TC001 (msgspec reads it)
-from lazymesh.datapath.maps import View, make_map, make_view, open_or_make_map
+from lazymesh.datapath.maps import make_map, open_or_make_map
 from lazymesh.datapath.pins import IPCACHE, SIGNALS, VIEWS, expected_layouts
+from lazymesh.datapath.programs import load_program
 from lazymesh.errors import DatapathError
 
 if TYPE_CHECKING:
@@ -166,7 +168,7 @@ def _load(name: str, program: Program, maps: Mapping[str, Map]) -> int:
         for at, wanted in program.maps.items():
             offset = at * _INSTRUCTION.size + 4
             code[offset : offset + 4] = maps[wanted].fd.to_bytes(4, sys.byteorder)
-        return libbpf.load_program(name, program.kind, program.license, bytes(code))
+        return load_program(name, program.kind, program.license, bytes(code))
     except KeyError as exc:
         raise DatapathError(f"{name} names a map that there is not: {exc}") from exc
     except OSError as exc:

@@ -1,0 +1,85 @@
+"""The ownership journal, and the program that writes it and an ipcache of our own together."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from lazymesh.core.model import Address, Entry
+from lazymesh.datapath import abi
+from lazymesh.datapath.maps import NO_ROOM
+from lazymesh.datapath.programs import run_program
+from lazymesh.errors import DatapathError, MapFullError
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable, Iterator, Sequence
+
+    from lazymesh.datapath.libbpf import Map
+
+Line = tuple[bytes, Entry, int]
+"""What the journal is to say of a new entry: key of the address, entry, cluster id."""
+
+
+class Journal:
+    """The ownership journal: which ipcache entries are ours."""
+
+    def __init__(self, bpf_map: Map) -> None:
+        self._map = bpf_map
+        self.size = bpf_map.layout.max_entries
+
+    def items(self) -> Iterator[tuple[Address, abi.OwnedEntry]]:
+        """Yield every line; keys that are no host addresses are none of ours and are passed over."""
+        for key, value in self._map.items():
+            address = abi.address_of_key(key)
+            if address is not None:
+                yield address, abi.unpack_owned(value)
+
+    def read(self, address: Address) -> abi.OwnedEntry | None:
+        """Return the line of one address."""
+        raw = self._map.lookup(abi.pack_address_key(address))
+        return None if raw is None else abi.unpack_owned(raw)
+
+    def write(self, address: Address, owned: abi.OwnedEntry) -> None:
+        """Add or replace a line; MapFullError when there is no room."""
+        self._write([(abi.pack_address_key(address), abi.pack_owned(owned))])
+
+    def write_many(self, lines: Iterable[Line]) -> None:
+        """Add or replace the lines of new entries; MapFullError when there is no room."""
+        self._write([(key, abi.pack_owned_new(entry, number)) for key, entry, number in lines])
+
+    def _write(self, lines: list[tuple[bytes, bytes]]) -> None:
+        try:
+            self._map.update_many(lines)
+        except OSError as exc:
+            if exc.errno in NO_ROOM:
+                raise MapFullError("the ownership journal is full") from exc
+            raise DatapathError(f"cannot write to the ownership journal: {exc.strerror}") from exc
+
+    def remove(self, address: Address) -> None:
+        """Strike a line out."""
+        try:
+            self._map.delete(abi.pack_address_key(address))
+        except OSError as exc:
+            raise DatapathError(f"cannot delete from the ownership journal: {exc.strerror}") from exc
+
+
+class Writer:
+    """Writes the journal and an ipcache of our own, by one call of the kernel for many addresses (install.h)."""
+
+    def __init__(self, program: int) -> None:
+        self.program = program
+
+    def write(self, lines: Sequence[Line]) -> list[bool | None]:
+        """Write line and entry of new addresses; tell of each whether it stands. If not, the journal may have the line.
+
+        None: the kernel does not tell, as it gives an error for the whole run; some do so after it, too.
+        """
+        stand: list[bool | None] = []
+        for at in range(0, len(lines), abi.INSTALL_MOST):
+            part = lines[at : at + abi.INSTALL_MOST]
+            try:
+                verdict, packet = run_program(self.program, abi.pack_installs(part))
+            except OSError:
+                stand += [None] * len(part)
+                continue
+            stand += [verdict == 0 and error == 0 for error in abi.unpack_installed(packet)]
+        return stand
