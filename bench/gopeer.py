@@ -20,10 +20,11 @@ from bench.records import POD_CIDR
 from lazymesh.core.model import Direction
 from lazymesh.datapath.libbpf import Map
 from lazymesh.datapath.pins import IPCACHE, Pins
-from lazymesh.datapath.program import load, open_own_ipcache
+from lazymesh.datapath.program import open_own_ipcache
 from lazymesh.datapath.programs import attach_tcx
 from lazymesh.datapath.settingsmap import DatapathConfig, OnMiss
 from tests.datapath.conftest import mounted_bpffs
+from tests.support.loaded import load
 
 if TYPE_CHECKING:
     from collections.abc import Callable

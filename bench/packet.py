@@ -18,11 +18,13 @@ from lazymesh.datapath import abi
 from lazymesh.datapath.libbpf import Map
 from lazymesh.datapath.perfbuffer import PerfBuffer
 from lazymesh.datapath.pins import IPCACHE, Pins
-from lazymesh.datapath.program import load, open_own_ipcache
+from lazymesh.datapath.program import open_own_ipcache
 from lazymesh.datapath.settingsmap import DatapathConfig
 from lazymesh.datapath.signals import RING_PAGES
+from lazymesh.settings import IPCACHE_SIZE
 from tests.datapath.conftest import mounted_bpffs
 from tests.support.bpfobject import BpfObject, compile_bpf
+from tests.support.loaded import load
 from tests.support.packets import INTERNET, POD_B1, Flow, Host, pod_of_b
 from tests.support.prog_run import run_packet
 
@@ -120,7 +122,7 @@ def stage() -> Iterator[Stage]:
     """Load everything; unload it afterwards."""
     with mounted_bpffs() as bpffs, tempfile.TemporaryDirectory() as scratch:
         pins = Pins.under(bpffs)
-        datapath = load(pins)
+        datapath = load(pins, IPCACHE_SIZE)
         own = open_own_ipcache(pins, 512_000)
         datapath.config.write(DatapathConfig())
         datapath.views.show([own])

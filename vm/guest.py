@@ -8,6 +8,7 @@ object: ``kernel``, ``features`` (by name), ``check`` (the findings of `lazymesh
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import json
 import os
 import subprocess
@@ -23,7 +24,7 @@ from lazymesh.datapath import kernelfeatures, programcache
 from lazymesh.datapath.capabilities import Circumstances, missing
 from lazymesh.datapath.kernelfeatures import kernel_honours_noexist
 from lazymesh.datapath.pins import HOLD_FILTER, HOLD_PROGRAMS, INSTALL, PROGRAMS, Pins
-from lazymesh.datapath.program import load
+from lazymesh.datapath.program import MeshMaps, load
 from lazymesh.datapath.source import origin
 from lazymesh.datapath.tap import try_tap
 from lazymesh.errors import DatapathError
@@ -75,7 +76,8 @@ def features() -> dict[str, object]:
     found: dict[str, object] = {"loads": True, "programs": [*PROGRAMS, *HOLD_PROGRAMS, HOLD_FILTER, INSTALL]}
     pins, file = Pins.under(BPFFS), Path("/tmp/programs.json")
     try:
-        load(pins, IPCACHE_SIZE, file).close()
+        with contextlib.closing(MeshMaps(pins, IPCACHE_SIZE)) as maps:
+            load(maps, file).close()
         found["load_s"] = round(time.monotonic() - began, 1)
     except DatapathError as exc:
         found |= {"loads": False, "complaint": str(exc)}

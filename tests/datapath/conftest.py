@@ -20,8 +20,9 @@ from lazymesh.core.model import Direction, Entry, Network
 from lazymesh.datapath import abi, libbpf
 from lazymesh.datapath.libbpf import BPF_F_NO_PREALLOC, Map, MapLayout
 from lazymesh.datapath.pins import Pins, expected_layouts
-from lazymesh.datapath.program import Datapath, load, open_own_ipcache
+from lazymesh.datapath.program import open_own_ipcache
 from lazymesh.datapath.settingsmap import DatapathConfig
+from tests.support.loaded import LoadedDatapath, load, open_loaded
 from tests.support.namespaces import NamespaceSet
 from tests.support.prog_run import Run, run_packet
 
@@ -45,7 +46,7 @@ _MOUNT = re.compile(r"lazymesh-bpffs-(\d+)-")
 class Bench:
     """The loaded programs and their maps, in the words of a test."""
 
-    def __init__(self, datapath: Datapath) -> None:
+    def __init__(self, datapath: LoadedDatapath) -> None:
         self.datapath = datapath
         self.ipcache = open_own_ipcache(datapath.pins, IPCACHE_SIZE)
         datapath.views.show([self.ipcache])
@@ -138,10 +139,10 @@ def _sweep() -> None:
 
 
 @pytest.fixture(scope="session")
-def loaded() -> Iterator[Datapath]:
+def loaded() -> Iterator[LoadedDatapath]:
     """Return the datapath, loaded once for all tests: by whoever set LAZYMESH_TEST_BPFFS, or here."""
     if LOADED_UNDER:
-        datapath = Datapath(Pins.under(Path(LOADED_UNDER)))
+        datapath = open_loaded(Pins.under(Path(LOADED_UNDER)), IPCACHE_SIZE)
         yield datapath
         datapath.close()
         return
@@ -154,7 +155,7 @@ def loaded() -> Iterator[Datapath]:
 
 
 @pytest.fixture(scope="session")
-def shared_bench(loaded: Datapath) -> Iterator[Bench]:
+def shared_bench(loaded: LoadedDatapath) -> Iterator[Bench]:
     """Return the bench that ``bench`` wipes; for properties that wipe it themselves between examples."""
     bench = Bench(loaded)
     yield bench
@@ -190,7 +191,7 @@ def bpffs() -> Iterator[Path]:
 
 
 @pytest.fixture
-def node(loaded: Datapath) -> Iterator[Namespace]:
+def node(loaded: LoadedDatapath) -> Iterator[Namespace]:
     """Return a network namespace with nothing but a loopback device; what is pinned for it goes with it."""
     with NamespaceSet(["node"]) as spaces:
         yield spaces["node"]

@@ -33,13 +33,14 @@ from lazymesh.datapath.holdmaps import HoldControl, HoldCounterMap, HoldLimits
 from lazymesh.datapath.hooks import prepare_tap
 from lazymesh.datapath.perfbuffer import PerfBuffer
 from lazymesh.datapath.pins import HOLD_FILTER, Pins
-from lazymesh.datapath.program import load, open_own_ipcache
+from lazymesh.datapath.program import open_own_ipcache
 from lazymesh.datapath.settingsmap import DatapathConfig, OnMiss
 from lazymesh.datapath.tap import VNET_HEADER, open_tap
 from lazymesh.roles.holder import Holder, Mapped, frame_of, reset
 from tests.support import packets
 from tests.support.etcd import wait_until
 from tests.support.follower import Follower, Seen
+from tests.support.loaded import load
 from tests.support.namespaces import NamespaceSet
 from tests.support.packets import POD_B1, POD_B2, Flow, pod_of_b
 from tests.support.prog_run import _SkBuff

@@ -137,8 +137,9 @@ def test_size_that_differs_stops_before_any_program_is_pinned(place: Pins) -> No
     place.remove()
     place.prepare(100)
     preamble = (
-        "from lazymesh.datapath import abi, loader\n"
-        "loader._TABLES = {'lm_owned': (abi.IpcacheKey, abi.IpcacheEntryV1)}"
+        "from lazymesh.datapath import abi, loader, pins\n"
+        "wrong = pins.PinnedMap(0, abi.IpcacheKey, abi.IpcacheEntryV1, 0)\n"
+        "loader.pinned_maps = lambda _: {'lm_owned': wrong}"
     )
     said = complaint(answer(place, preamble))
     assert said.startswith("lm_owned: IpcacheEntryV1 is 12 bytes here and 56 in the compiled program")

@@ -26,11 +26,12 @@ from lazymesh.datapath.pins import (
     Pins,
     expected_layouts,
 )
-from lazymesh.datapath.program import Datapath, load, open_own_ipcache
+from lazymesh.datapath.program import Datapath, MeshMaps, open_own_ipcache
 from lazymesh.datapath.settingsmap import DatapathConfig
 from lazymesh.errors import DatapathError
-from tests.datapath.conftest import mounted_bpffs, open_descriptors
+from tests.datapath.conftest import IPCACHE_SIZE, mounted_bpffs, open_descriptors
 from tests.datapath.test_abi_layout import tool
+from tests.support.loaded import LoadedDatapath, load, open_loaded
 from tests.support.packets import POD_B1, Flow
 from tests.support.prog_run import TC_ACT_UNSPEC, load_empty_program, run_packet
 
@@ -118,7 +119,7 @@ def test_loading_leaves_the_parent_light(own_bpffs: Path) -> None:
         "import resource, sys\nfrom pathlib import Path\nfrom lazymesh.datapath import program, interfaces, signals\n"
         "from lazymesh.datapath.pins import Pins\n"
         "before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss\n"
-        f"datapath = program.load(Pins.under(Path(sys.argv[1])), {SIZE})\n"
+        f"datapath = program.load(program.MeshMaps(Pins.under(Path(sys.argv[1])), {SIZE}))\n"
         "after = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss\n"
         "datapath.close()\ndatapath.pins.remove()\n"
         "print('bcc' in sys.modules, after - before)\n"
@@ -132,10 +133,10 @@ def test_loading_leaves_the_parent_light(own_bpffs: Path) -> None:
     assert int(grown_kb) < 5_000
 
 
-def test_closed_datapath_keeps_no_descriptor(loaded: Datapath) -> None:
+def test_closed_datapath_keeps_no_descriptor(loaded: LoadedDatapath) -> None:
     """Maps and programs go back to the kernel; pins stay."""
     before = open_descriptors()
-    again = Datapath(loaded.pins)
+    again = open_loaded(loaded.pins, IPCACHE_SIZE)
     assert open_descriptors() > before
     again.close()
     again.close()
@@ -240,12 +241,14 @@ def test_missing_pin_is_an_error_that_keeps_no_descriptor(prepared: Pins, missin
         empty = load_empty_program()
         libbpf.pin(empty, prepared.path(name))
         os.close(empty)
-    Datapath(prepared).close()
+    maps = MeshMaps(prepared, SIZE)
+    Datapath(maps).close()
     prepared.path(missing).unlink()
     before = open_descriptors()
     with pytest.raises(DatapathError, match=rf"no map at|cannot open the program at .*/lazymesh/{missing}"):
-        Datapath(prepared)
+        Datapath(maps)
     assert open_descriptors() == before
+    maps.close()
 
 
 def test_map_type_of_signals_is_a_perf_event_array(bench: Bench) -> None:

@@ -26,13 +26,14 @@ from lazymesh.datapath.pins import (
     expected_layouts,
     journal_size,
 )
-from lazymesh.datapath.program import load, open_own_ipcache
+from lazymesh.datapath.program import open_own_ipcache
 from lazymesh.datapath.programcache import Program, program_of
 from lazymesh.datapath.settingsmap import DatapathConfig
 from lazymesh.errors import DatapathError
 from tests.datapath.conftest import mounted_bpffs, open_descriptors
 from tests.datapath.test_abi_layout import tool
 from tests.datapath.test_loader import NO_CAPABILITIES
+from tests.support.loaded import load
 from tests.support.packets import POD_B1, Flow
 from tests.support.prog_run import run_packet
 
@@ -340,8 +341,8 @@ def test_missing_capability_is_the_kernel_s_word(first: tuple[Path, dict[str, ob
     pins.prepare(SIZE)
     code = (
         "import sys\nfrom pathlib import Path\nfrom lazymesh.datapath.pins import Pins\n"
-        "from lazymesh.datapath.program import load\nfrom lazymesh.errors import DatapathError\n"
-        f"try: load(Pins(Path(sys.argv[1])), {SIZE}, Path(sys.argv[2]))\n"
+        "from lazymesh.datapath.program import MeshMaps, load\nfrom lazymesh.errors import DatapathError\n"
+        f"try: load(MeshMaps(Pins(Path(sys.argv[1])), {SIZE}), Path(sys.argv[2]))\n"
         "except DatapathError as exc: print('said:', exc)\n"
     )
     words = [*NO_CAPABILITIES, sys.executable, "-c", code, str(pins.directory), str(first[0])]

@@ -8,9 +8,9 @@ import time
 from typing import TYPE_CHECKING
 
 from lazymesh.datapath.pins import Pins
-from lazymesh.datapath.program import load
 from tests.datapath.conftest import IPCACHE_SIZE, Bench, mounted_bpffs
 from tests.support.barrage import SETTINGS, Barrage
+from tests.support.loaded import load
 from tests.support.namespaces import NamespaceSet
 from tests.support.prog_run import Tap
 

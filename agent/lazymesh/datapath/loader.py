@@ -21,7 +21,7 @@ from importlib import resources
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from lazymesh.datapath import abi, libbpf, programcache
+from lazymesh.datapath import libbpf, programcache
 from lazymesh.datapath.headers import find_headers, merge_headers
 from lazymesh.datapath.ipcachemaps import View, make_view
 from lazymesh.datapath.libbpf import Map
@@ -35,6 +35,7 @@ from lazymesh.datapath.pins import (
     VIEWS,
     expected_layouts,
     journal_size,
+    pinned_maps,
 )
 from lazymesh.datapath.programs import program_type
 from lazymesh.datapath.source import one_text, origin
@@ -44,26 +45,6 @@ if TYPE_CHECKING:
     from collections.abc import Iterator
 
     from lazymesh.datapath.programcache import Kept
-
-_TABLES: dict[str, tuple[type[ctypes.Structure] | None, type[ctypes.Structure] | None]] = {
-    "lm_mesh_cidrs": (abi.IpcacheKey, abi.MeshCidr),
-    "lm_owned": (abi.IpcacheKey, abi.Owned),
-    "lm_config": (None, abi.Config),
-    "lm_counters": (None, abi.Counters),
-    "lm_dedup": (abi.DedupKey, None),
-    "lm_windows": (abi.DedupKey, abi.Window),
-    "lm_policy": (abi.PolicyKey, None),
-    "lm_flows": (abi.FlowKey, abi.Flow),
-    "lm_slots": (None, abi.Slot),
-    "lm_hold_control": (None, abi.HoldControl),
-    "lm_hold_bucket": (None, abi.Outstanding),
-    "lm_hold_if": (None, abi.Outstanding),
-    "lm_hold_total": (None, abi.Outstanding),
-    "lm_hold_count": (None, abi.HoldCounters),
-    "lm_holder_stats": (None, abi.HolderStats),
-}
-"""Our types of each map's key and value, where they are structs."""
-
 
 _PR_SET_PDEATHSIG = 1
 
@@ -102,7 +83,7 @@ def load(pins: Path, ipcache_size: int) -> tuple[Any, dict[str, Any]]:
             programs[HOLD_FILTER] = bpf.load_func(HOLD_FILTER, BPF.SOCKET_FILTER)
         except Exception as exc:  # bcc raises nothing narrower
             raise DatapathError(f"BCC could not load the datapath: {exc}") from exc
-        _check_sizes(bpf)
+        _check_sizes(bpf, ipcache_size)
         for name in VIEWS:
             _new(pins, name).rename(pins / name)
     libbpf.pin(bpf[SIGNALS.encode()].map_fd, pins / SIGNALS)
@@ -158,14 +139,18 @@ def _new(pins: Path, view: str) -> Path:
     return pins / f"{view}_new"
 
 
-def _check_sizes(bpf: Any) -> None:
-    """Compare what the compiler made of our structs with what Python will write."""
-    for table, (key, leaf) in _TABLES.items():
-        for ours, theirs in ((key, bpf[table.encode()].Key), (leaf, bpf[table.encode()].Leaf)):
-            element = getattr(theirs, "_type_", theirs) if hasattr(theirs, "_length_") else theirs
-            if ours is not None and ctypes.sizeof(ours) != ctypes.sizeof(element):
+def _check_sizes(bpf: Any, ipcache_size: int) -> None:
+    """Compare what the compiler made of the maps' keys and values with what Python will write."""
+    for name, ours in pinned_maps(ipcache_size).items():
+        table = bpf[name.encode()]
+        pairs = [(ours.value, table.Leaf)]
+        if ours.key is not None:  # a queue has no keys
+            pairs.append((ours.key, table.Key))
+        for mine, its in pairs:
+            element = getattr(its, "_type_", its) if hasattr(its, "_length_") else its  # a copy for each CPU
+            if ctypes.sizeof(mine) != ctypes.sizeof(element):
                 raise DatapathError(
-                    f"{table}: {ours.__name__} is {ctypes.sizeof(ours)} bytes here and {ctypes.sizeof(element)}"
+                    f"{name}: {mine.__name__} is {ctypes.sizeof(mine)} bytes here and {ctypes.sizeof(element)}"
                     " in the compiled program: the installation is broken, reinstall lazymesh"
                 )
 

@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import fcntl
 import os
 import re
+from ctypes import c_uint32 as u32
+from ctypes import c_uint64 as u64
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 import structlog
 
-from lazymesh.datapath import libbpf
+from lazymesh.datapath import abi, libbpf
 from lazymesh.datapath.libbpf import Map, MapLayout
 from lazymesh.errors import DatapathError
 
@@ -60,31 +63,52 @@ def budget(map_size: int, journal_lines: int) -> int:
     return min(map_size // SHARE_OF_MAP, (journal_lines - JOURNAL_SPARE) // 2)
 
 
-def expected_layouts(ipcache_size: int) -> dict[str, MapLayout]:
-    """Return the layout of every pinned map by name, as bpf/include/maps.h makes them."""
+class PinnedMap(NamedTuple):
+    """One line of bpf/include/maps.h: what a map holds, and how many of it."""
+
+    kind: int
+    key: type[ctypes._SimpleCData[int] | ctypes.Structure] | None
+    value: type[ctypes._SimpleCData[int] | ctypes.Structure]
+    max_entries: int
+    flags: int = 0
+
+    @property
+    def layout(self) -> MapLayout:
+        """The same in bytes, as the kernel describes a map."""
+        key_size = ctypes.sizeof(self.key) if self.key else 0
+        return MapLayout(self.kind, key_size, ctypes.sizeof(self.value), self.max_entries, self.flags)
+
+
+def pinned_maps(ipcache_size: int) -> dict[str, PinnedMap]:
+    """Return every pinned map but the ipcache by name, as bpf/include/maps.h makes them."""
     lazy, mapped = libbpf.BPF_F_NO_PREALLOC, libbpf.BPF_F_MMAPABLE
     return {
-        IPCACHE: own_ipcache(ipcache_size),
-        "lm_mesh_cidrs": MapLayout(libbpf.MAP_TYPE_LPM_TRIE, 24, 4, 131_072, lazy),
-        JOURNAL: MapLayout(libbpf.MAP_TYPE_HASH, 24, 56, journal_size(ipcache_size), 0),
-        "lm_config": MapLayout(libbpf.MAP_TYPE_ARRAY, 4, 104, 1, 0),
-        "lm_counters": MapLayout(libbpf.MAP_TYPE_PERCPU_ARRAY, 4, 128, 2, 0),
-        "lm_dedup": MapLayout(libbpf.MAP_TYPE_LRU_HASH, 20, 8, 65_536, 0),
-        "lm_recent": MapLayout(libbpf.MAP_TYPE_LRU_HASH, 20, 8, 16_384, 0),
-        "lm_recent_tags": MapLayout(libbpf.MAP_TYPE_ARRAY, 4, 8, 8_192, 0),
-        "lm_windows": MapLayout(libbpf.MAP_TYPE_LRU_HASH, 20, 40, 16_384, 0),
-        "lm_rate": MapLayout(libbpf.MAP_TYPE_LRU_HASH, 4, 8, 4_096, 0),
-        "lm_policy": MapLayout(libbpf.MAP_TYPE_HASH, 8, 4, 262_144, lazy),
-        "lm_flows": MapLayout(libbpf.MAP_TYPE_LRU_HASH, 40, 16, 65_536, 0),
-        "lm_slots": MapLayout(libbpf.MAP_TYPE_ARRAY, 4, 56, 16_384, mapped),
-        "lm_hold_control": MapLayout(libbpf.MAP_TYPE_ARRAY, 4, 88, 1, mapped),
-        "lm_hold_bucket": MapLayout(libbpf.MAP_TYPE_ARRAY, 4, 24, 65_536, 0),
-        "lm_hold_if": MapLayout(libbpf.MAP_TYPE_HASH, 4, 24, 4_096, lazy),
-        "lm_hold_total": MapLayout(libbpf.MAP_TYPE_ARRAY, 4, 24, 1, 0),
-        "lm_hold_count": MapLayout(libbpf.MAP_TYPE_PERCPU_ARRAY, 4, 128, 1, 0),
-        "lm_hold_free": MapLayout(libbpf.MAP_TYPE_QUEUE, 0, 4, 16_384, 0),
-        "lm_holder_stats": MapLayout(libbpf.MAP_TYPE_ARRAY, 4, 80, 1, mapped),
+        "lm_mesh_cidrs": PinnedMap(libbpf.MAP_TYPE_LPM_TRIE, abi.IpcacheKey, abi.MeshCidr, 131_072, lazy),
+        JOURNAL: PinnedMap(libbpf.MAP_TYPE_HASH, abi.IpcacheKey, abi.Owned, journal_size(ipcache_size)),
+        "lm_config": PinnedMap(libbpf.MAP_TYPE_ARRAY, u32, abi.Config, 1),
+        "lm_counters": PinnedMap(libbpf.MAP_TYPE_PERCPU_ARRAY, u32, abi.Counters, 2),
+        "lm_dedup": PinnedMap(libbpf.MAP_TYPE_LRU_HASH, abi.DedupKey, u64, 65_536),
+        "lm_recent": PinnedMap(libbpf.MAP_TYPE_LRU_HASH, abi.DedupKey, u64, 16_384),
+        "lm_recent_tags": PinnedMap(libbpf.MAP_TYPE_ARRAY, u32, u64, 8_192),
+        "lm_windows": PinnedMap(libbpf.MAP_TYPE_LRU_HASH, abi.DedupKey, abi.Window, 16_384),
+        "lm_rate": PinnedMap(libbpf.MAP_TYPE_LRU_HASH, u32, u64, 4_096),
+        "lm_policy": PinnedMap(libbpf.MAP_TYPE_HASH, abi.PolicyKey, u32, 262_144, lazy),
+        "lm_flows": PinnedMap(libbpf.MAP_TYPE_LRU_HASH, abi.FlowKey, abi.Flow, 65_536),
+        "lm_slots": PinnedMap(libbpf.MAP_TYPE_ARRAY, u32, abi.Slot, 16_384, mapped),
+        "lm_hold_control": PinnedMap(libbpf.MAP_TYPE_ARRAY, u32, abi.HoldControl, 1, mapped),
+        "lm_hold_bucket": PinnedMap(libbpf.MAP_TYPE_ARRAY, u32, abi.Outstanding, 65_536),
+        "lm_hold_if": PinnedMap(libbpf.MAP_TYPE_HASH, u32, abi.Outstanding, 4_096, lazy),
+        "lm_hold_total": PinnedMap(libbpf.MAP_TYPE_ARRAY, u32, abi.Outstanding, 1),
+        "lm_hold_count": PinnedMap(libbpf.MAP_TYPE_PERCPU_ARRAY, u32, abi.HoldCounters, 1),
+        "lm_hold_free": PinnedMap(libbpf.MAP_TYPE_QUEUE, None, u32, 16_384),
+        "lm_holder_stats": PinnedMap(libbpf.MAP_TYPE_ARRAY, u32, abi.HolderStats, 1, mapped),
     }
+
+
+def expected_layouts(ipcache_size: int) -> dict[str, MapLayout]:
+    """Return the layout of every pinned map by name, an ipcache of our own included."""
+    others = {name: each.layout for name, each in pinned_maps(ipcache_size).items()}
+    return {IPCACHE: own_ipcache(ipcache_size), **others}
 
 
 @dataclass(frozen=True, slots=True)
@@ -111,18 +135,22 @@ class Pins:
         directory = self.directory / LINKS
         return {int(path.name) for path in directory.iterdir()} if directory.is_dir() else set()
 
-    def prepare(self, ipcache_size: int) -> None:
-        """Make the directory and check every pin that is there already; DatapathError says what is wrong.
-
-        What another version laid out differently is made anew where nothing is lost by it.
-        """
-        check_bpffs(self.directory.parent)
+    def make_directory(self) -> None:
+        """Make our directory unless it is there."""
         try:
             self.directory.mkdir(mode=0o700, exist_ok=True)
         except OSError as exc:
             raise DatapathError(
                 f"cannot make {self.directory}: {exc.strerror} (lazymesh runs as root)"
             ) from exc
+
+    def prepare(self, ipcache_size: int) -> None:
+        """Make the directory and check every pin that is there already; DatapathError says what is wrong.
+
+        What another version laid out differently is made anew where nothing is lost by it.
+        """
+        check_bpffs(self.directory.parent)
+        self.make_directory()
         for name, expected in expected_layouts(ipcache_size).items():
             path = self.path(name)
             if not path.exists():

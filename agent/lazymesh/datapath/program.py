@@ -48,28 +48,25 @@ if TYPE_CHECKING:
 
 log = structlog.get_logger()
 
-IPCACHE_SIZE = 512_000
-"""Cilium's own size (cilium-formats 1.1)."""
 LOAD_TIMEOUT_S = 180
 """A second or two on an idle node; half a minute has been seen on emulated processors, more where others compete."""
 
 
-def load(pins: Pins, ipcache_size: int = IPCACHE_SIZE, keep: Path | None = None) -> Datapath:
+def load(maps: MeshMaps, keep: Path | None = None) -> Datapath:
     """Load and pin; maps that are pinned already are used again.
 
     keep: a file with what was compiled at an earlier start. If it is of no use, a process of its own compiles, and
     keeps the result there.
     """
-    pins.prepare(ipcache_size)
     found = None if keep is None else programcache.read(keep, origin())
     if found is not None:
         try:
-            programcache.load(found, pins, ipcache_size)
-            return Datapath(pins)
+            programcache.load(found, maps.pins, maps.ipcache_size)
+            return Datapath(maps)
         except DatapathError as exc:
             log.warning("the programs kept of an earlier start do not load, compiling anew", error=str(exc))
-    _compile(pins, ipcache_size, keep)
-    return Datapath(pins)
+    _compile(maps.pins, maps.ipcache_size, keep)
+    return Datapath(maps)
 
 
 def _compile(pins: Pins, ipcache_size: int, keep: Path | None) -> None:
@@ -120,6 +117,8 @@ class MeshMaps:
     """
 
     def __init__(self, pins: Pins, ipcache_size: int) -> None:
+        self.pins = pins
+        self.ipcache_size = ipcache_size
         pins.prepare(ipcache_size)
         libbpf.raise_memlock()
         layouts = expected_layouts(ipcache_size)
@@ -137,10 +136,14 @@ class MeshMaps:
 
 
 class Datapath:
-    """Every pinned map, opened, and the programs as file descriptors; ``views`` has which ipcaches they read."""
+    """The other pinned maps, opened, and the programs as file descriptors; ``views`` has which ipcaches they read.
 
-    def __init__(self, pins: Pins) -> None:
-        self.pins = pins
+    The mesh maps are closed by whoever made them, later.
+    """
+
+    def __init__(self, maps: MeshMaps) -> None:
+        self.pins = maps.pins
+        self.config = maps.config
         self._maps: list[libbpf.Map] = []
         self._programs: dict[str, int] = {}
         try:
@@ -151,10 +154,7 @@ class Datapath:
 
     def _open_pins(self) -> None:
         self.journal = Journal(self._open(JOURNAL))
-        self.mesh_cidrs = MeshCidrs(self._open("lm_mesh_cidrs"))
         self.windows = WindowMap(self._open("lm_windows"))
-        self.policy = PolicyMap(self._open("lm_policy"))
-        self.config = SettingsMap(self._open("lm_config"))
         self.counters = CounterMap(self._open("lm_counters"))
         self.recent = RecentMap(self._open("lm_recent"))
         outer = {view: self._open(name) for view, name in zip(View, VIEWS, strict=True)}

@@ -109,10 +109,7 @@ class Agent:
         pins = Pins.under(self._settings.datapath.bpffs)
         check_bpffs(pins.directory.parent)
         check_interfaces(self._selection)
-        try:
-            pins.directory.mkdir(mode=0o700, exist_ok=True)
-        except OSError as exc:
-            raise DatapathError(f"cannot make {pins.directory}: {exc.strerror}") from exc
+        pins.make_directory()
         with alone(pins.directory):
             self._log_start()
             cleanup = CleanUp(pins, self._settings)
@@ -120,7 +117,7 @@ class Agent:
                 with cleanup.loading():
                     maps = MeshMaps(pins, self._settings.datapath.ipcache_size)
                 with contextlib.closing(maps):
-                    await self._load_and_serve(pins, maps, cleanup)
+                    await self._load_and_serve(maps, cleanup)
                 if self._failure is not None:
                     raise self._failure
                 log.info("stopped")
@@ -139,16 +136,15 @@ class Agent:
             **({"shadow": True} if self._settings.shadow else {}),
         )
 
-    async def _load_and_serve(self, pins: Pins, maps: MeshMaps, cleanup: CleanUp) -> None:
+    async def _load_and_serve(self, maps: MeshMaps, cleanup: CleanUp) -> None:
         """Load while the mesh is already followed: compiling takes as long as listing a large one."""
         enforcement = self._programs.enforcement(maps, self._engine)
         buffer = MeshEventBuffer()
         mesh = Mesh(self._settings.mesh, maps.cidrs, enforcement, buffer.feed)
         following = asyncio.create_task(mesh.run(), name="mesh")
         try:
-            wanted = self._settings.datapath
             with cleanup.loading():
-                datapath = await asyncio.to_thread(load, pins, wanted.ipcache_size, wanted.program_cache)
+                datapath = await asyncio.to_thread(load, maps, self._settings.datapath.program_cache)
             try:
                 await together(self._stop.wait(), self._serve(datapath, mesh, following, buffer, cleanup))
             finally:

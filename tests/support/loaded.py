@@ -1,0 +1,44 @@
+"""A datapath as tests and figures load it: with the mesh maps, which it closes as well."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from lazymesh.datapath import program
+from lazymesh.datapath.program import Datapath, MeshMaps
+from lazymesh.errors import DatapathError
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+    from lazymesh.datapath.pins import Pins
+
+
+class LoadedDatapath(Datapath):
+    """The programs and all pinned maps."""
+
+    def __init__(self, maps: MeshMaps) -> None:
+        self._mesh = maps
+        self.mesh_cidrs, self.policy = maps.cidrs, maps.policy
+        super().__init__(maps)
+
+    def close(self) -> None:
+        """Close the mesh maps, too."""
+        super().close()
+        self._mesh.close()
+
+
+def load(pins: Pins, ipcache_size: int, keep: Path | None = None) -> LoadedDatapath:
+    """Load as the agent does, and open what was loaded."""
+    maps = MeshMaps(pins, ipcache_size)
+    try:
+        program.load(maps, keep).close()
+    except DatapathError:
+        maps.close()
+        raise
+    return LoadedDatapath(maps)
+
+
+def open_loaded(pins: Pins, ipcache_size: int) -> LoadedDatapath:
+    """Open what is loaded already."""
+    return LoadedDatapath(MeshMaps(pins, ipcache_size))
