@@ -81,7 +81,7 @@ class Peer:
             stack.callback(self.ipcache.close)
             self._counters = datapath.counters
             datapath.config.write(DatapathConfig(interface_rate=0, global_rate=0, on_miss=OnMiss.DROP))
-            datapath.views.show([own])
+            datapath.visible.show([own])
             datapath.mesh_cidrs.apply([(ipaddress.ip_network(POD_CIDR), self._lab.remote_id)], [])
             program = datapath.program(Direction.EGRESS)[1]
             link = self._lab.node_a.call(

@@ -125,7 +125,7 @@ def stage() -> Iterator[Stage]:
         datapath = load(pins, IPCACHE_SIZE)
         own = open_own_ipcache(pins, 512_000)
         datapath.config.write(DatapathConfig())
-        datapath.views.show([own])
+        datapath.visible.show([own])
         datapath.mesh_cidrs.apply([(ipaddress.ip_network("10.2.0.0/16"), 2)], [])
         source = compile_bpf(Path(__file__).with_suffix(".c"), Path(scratch) / "packet.o")
         with (

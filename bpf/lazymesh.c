@@ -84,20 +84,27 @@ static __always_inline enum miss look_up(struct lm_config *config, struct ipcach
 	return miss;
 }
 
+/* The peer as a key of the maps that are no tries. */
+static __always_inline struct lm_dedup_key address_key_of(const struct lm_packet *packet)
+{
+	struct lm_dedup_key key = {.family = packet->peer.family};
+
+	__builtin_memcpy(key.addr, packet->peer.addr, sizeof(key.addr));
+	return key;
+}
+
 /* Note whom this node talks to, once in an epoch. */
 static __always_inline void note_recent(const struct lm_packet *packet, u64 hash, u32 epoch)
 {
-	const __be32 *a = packet->peer.addr;
 	u64 tag = (hash & 0xffffffff00000000) | epoch, *last, value = epoch;
 	u32 index = hash >> (64 - LM_RECENT_BITS);
-	struct lm_dedup_key key = {};
+	struct lm_dedup_key key;
 
 	last = lm_recent_tags.lookup(&index);
 	if (!last || *last == tag)
 		return;
 	*last = tag;
-	__builtin_memcpy(key.addr, a, sizeof(key.addr));
-	key.family = packet->peer.family;
+	key = address_key_of(packet);
 	lm_recent.update(&key, &value);
 }
 
@@ -131,7 +138,7 @@ static __always_inline enum hold report_miss(struct __sk_buff *skb, struct lm_pa
 					u16 cluster_id, u64 now, struct lm_config *config,
 					struct lm_counters *counters)
 {
-	struct lm_dedup_key dedup = {};
+	struct lm_dedup_key dedup;
 	struct ipcache_miss miss = {};
 	u64 *silent_until, until, interval_ns, burst_ns;
 
@@ -140,8 +147,7 @@ static __always_inline enum hold report_miss(struct __sk_buff *skb, struct lm_pa
 		counters->muted++;
 		return HOLD_NOT;
 	}
-	__builtin_memcpy(dedup.addr, packet->peer.addr, sizeof(dedup.addr));
-	dedup.family = packet->peer.family;
+	dedup = address_key_of(packet);
 	silent_until = lm_dedup.lookup(&dedup);
 	if (silent_until && now < *silent_until) {
 		counters->suppressed_dedup++;
@@ -177,10 +183,8 @@ static __always_inline enum hold report_miss(struct __sk_buff *skb, struct lm_pa
 /* The miss is answered: should the entry vanish again, that is a new one, to be signalled at once. */
 static __always_inline void rearm(const struct lm_packet *packet)
 {
-	struct lm_dedup_key dedup = {};
+	struct lm_dedup_key dedup = address_key_of(packet);
 
-	__builtin_memcpy(dedup.addr, packet->peer.addr, sizeof(dedup.addr));
-	dedup.family = packet->peer.family;
 	lm_dedup.delete(&dedup);
 }
 
@@ -188,12 +192,10 @@ static __always_inline void rearm(const struct lm_packet *packet)
 static __always_inline void note_window(struct __sk_buff *skb, const struct lm_packet *packet, int direction,
 					struct lm_counters *counters)
 {
-	struct lm_dedup_key key = {};
+	struct lm_dedup_key key = address_key_of(packet);
 	struct lm_window fresh = {}, *window;
 	u64 now = bpf_ktime_get_ns();
 
-	__builtin_memcpy(key.addr, packet->peer.addr, sizeof(key.addr));
-	key.family = packet->peer.family;
 	window = lm_windows.lookup(&key);
 	if (window) {
 		window->last_ns = now;
@@ -249,8 +251,8 @@ static __always_inline int handle(struct __sk_buff *skb, int direction)
 	}
 	/* A hit stays behind the held packets of its address. */
 	if (miss == MISS_NO && config->hold_cookie && !arrived && hold_pending(&packet, HOLD_GATE_NS) &&
-	    park(skb, &packet, direction, HOLD_GATED, bpf_ktime_get_ns()))
-		return config->parked;
+	    park(skb, &packet, HOLD_GATED, bpf_ktime_get_ns()))
+		return config->park_verdict;
 	if (arrived && miss == MISS_NO)
 		rearm(&packet);
 	if (miss == MISS_NO && !known) {
@@ -283,8 +285,8 @@ static __always_inline int handle(struct __sk_buff *skb, int direction)
 			return TC_ACT_SHOT;
 		}
 		if (hold != HOLD_NOT && config->on_miss == LM_ON_MISS_HOLD &&
-		    park(skb, &packet, direction, hold, now))
-			return config->parked;
+		    park(skb, &packet, hold, now))
+			return config->park_verdict;
 	}
 	verdict = TC_ACT_UNSPEC;
 	if (mesh && config->enforced)

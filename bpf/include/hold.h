@@ -148,8 +148,8 @@ static __always_inline __u64 *hold_refusal(struct __sk_buff *skb, const struct l
 }
 
 /* Fill the slot in and put its number on the frame. */
-static __always_inline int hold_label(struct __sk_buff *skb, const struct lm_packet *packet, int direction, enum hold hold,
-				      u64 now, u32 id, struct lm_slot *slot)
+static __always_inline int hold_label(struct __sk_buff *skb, const struct lm_packet *packet, enum hold hold, u64 now,
+				      u32 id, struct lm_slot *slot)
 {
 	struct hold_token token = {.magic = {HOLD_TOKEN_0, HOLD_TOKEN_1},
 				   .slot = bpf_htons(id)};
@@ -163,7 +163,6 @@ static __always_inline int hold_label(struct __sk_buff *skb, const struct lm_pac
 	slot->length = skb->len;
 	__builtin_memcpy(slot->addr, packet->peer.addr, sizeof(slot->addr));
 	slot->family = packet->peer.family;
-	slot->direction = direction;
 	slot->hold = hold;
 	slot->state = LM_SLOT_PARKED;
 	token.generation = hold_generation_of(slot);
@@ -175,8 +174,7 @@ static __always_inline int hold_label(struct __sk_buff *skb, const struct lm_pac
  * clone_redirect tells whether the ring took it, so a holder that died costs nothing but the attempt. The time is that
  * of the signal, before which no answer to it can be.
  */
-static __always_inline int park(struct __sk_buff *skb, const struct lm_packet *packet, int direction, enum hold hold,
-				u64 now)
+static __always_inline int park(struct __sk_buff *skb, const struct lm_packet *packet, enum hold hold, u64 now)
 {
 	u32 zero = 0, bucket = hold_bucket_of(packet->peer.addr), ifindex = skb->ifindex, id, length = skb->len;
 	struct lm_hold_counters *counters;
@@ -208,7 +206,7 @@ static __always_inline int park(struct __sk_buff *skb, const struct lm_packet *p
 	hold_count(&account, 1, length);
 	if (hold == HOLD_FIRST)
 		account.bucket->moment = now;
-	if (!hold_label(skb, packet, direction, hold, now, id, slot)) {
+	if (!hold_label(skb, packet, hold, now, id, slot)) {
 		if (!bpf_clone_redirect(skb, control->tap_ifindex, 0) && slot->state != LM_SLOT_CUT) {
 			if (hold == HOLD_GATED)
 				counters->gated++;

@@ -65,7 +65,7 @@ struct lm_config {
 	__u32 on_miss;	/* enum lm_on_miss */
 	__u32 enforced; /* bit LM_EGRESS, bit LM_INGRESS: default deny of mesh traffic in that direction */
 	__u32 hold_cookie; /* upper 12 bits of the mark of packets that come back from the holder; 0: there are none */
-	__u32 parked; /* the verdict that ends the way of a packet of which the TAP has a clone */
+	__u32 park_verdict; /* the verdict that ends the way of a packet of which the TAP has a clone */
 	__u32 view[LM_VIEWS]; /* enum lm_view: how to read each element of the view maps */
 	__u32 epoch;	      /* counts up every few seconds: lm_recent notes an address once in each */
 	__u32 generation; /* goes up when an entry is replaced or removed: voids answers.h; 0: nothing is remembered */
@@ -197,7 +197,7 @@ struct lm_slot {
 	__be32 addr[4];
 	__u8 source_mac[6];
 	__u8 family;
-	__u8 direction;
+	__u8 pad;
 	__u32 hold;  /* enum hold */
 	__u32 state; /* enum lm_slot_state */
 };

@@ -49,7 +49,7 @@ class Bench:
     def __init__(self, datapath: LoadedDatapath) -> None:
         self.datapath = datapath
         self.ipcache = open_own_ipcache(datapath.pins, IPCACHE_SIZE)
-        datapath.views.show([self.ipcache])
+        datapath.visible.show([self.ipcache])
         self.maps = {name: Map.pinned(datapath.pins.path(name)) for name in expected_layouts(IPCACHE_SIZE)}
 
     def close(self) -> None:

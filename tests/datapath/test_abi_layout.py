@@ -23,7 +23,7 @@ from hypothesis import strategies as st
 
 from lazymesh.core.model import Direction, Entry, EntryFlag, parse_address
 from lazymesh.datapath import abi
-from lazymesh.datapath.ipcachemaps import View
+from lazymesh.datapath.ipcachemaps import IpcacheLayout
 from lazymesh.datapath.maps import PacketCounters
 from lazymesh.datapath.settingsmap import OnMiss
 
@@ -138,7 +138,7 @@ def test_mirror_names_its_struct(name: str) -> None:
                 "LM_SLOT_CUT": abi.SLOT_CUT,
             },
         ),
-        ("lm_view", {"LM_VIEW_NONE": 0, **{f"LM_VIEW_{view.name}": view.value for view in View}}),
+        ("lm_view", {"LM_VIEW_NONE": 0, **{f"LM_VIEW_{view.name}": view.value for view in IpcacheLayout}}),
         ("numbers", {"THE_SIGNAL": abi.SIGNAL_IPCACHE_MISS}),
     ],
 )

@@ -187,6 +187,6 @@ def test_another_map_in_force_voids_what_the_first_one_said(mesh: Bench) -> None
     mesh.entries({POD_B1.prefix(4): Entry(IDENTITY)})
     for _ in range(OFTEN):
         assert outcome(mesh) == "allowed"
-        mesh.datapath.views.show([])
+        mesh.datapath.visible.show([])
         assert outcome(mesh) == "missed"
-        mesh.datapath.views.show([mesh.ipcache])
+        mesh.datapath.visible.show([mesh.ipcache])

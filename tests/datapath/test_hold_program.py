@@ -61,7 +61,7 @@ class HoldBench:
         self.datapath = load(Pins.under(bpffs), 1_000)
         stack.callback(self.datapath.close)
         self.ipcache = open_own_ipcache(self.datapath.pins, 1_000)
-        self.datapath.views.show([self.ipcache])
+        self.datapath.visible.show([self.ipcache])
         stack.callback(self.ipcache.close)
         self.pins = self.datapath.pins.directory
         spaces = stack.enter_context(NamespaceSet(["node", "pod"]))

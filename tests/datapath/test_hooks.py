@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 import pytest
 
 from lazymesh.core.model import Direction
-from lazymesh.datapath import interfaces, libbpf
+from lazymesh.datapath import interfaces, kernelfeatures, libbpf
 from lazymesh.datapath.hooks import detach_everywhere
 from lazymesh.datapath.interfaces import InterfaceFollower, InterfaceSelection
 from lazymesh.errors import DatapathError
@@ -244,7 +244,7 @@ def test_kernel_without_tcx_is_told(
 ) -> None:
     """Whoever asks for it by name learns what to ask for instead; auto takes what there is."""
     node.ip(veth("lxc1"))
-    monkeypatch.setattr(libbpf, "has_tcx", lambda: False)
+    monkeypatch.setattr(kernelfeatures, "has_tcx", lambda: False)
     with pytest.raises(DatapathError, match=r"no tcx .*: use --attach clsact"):
         attach_once(node, loaded, PODS_ONLY, "tcx")
     attach_once(node, loaded, PODS_ONLY, "auto")

@@ -14,7 +14,7 @@ import pytest
 
 from lazymesh.core.model import Direction, Entry, EntryFlag, parse_address
 from lazymesh.datapath import abi
-from lazymesh.datapath.ipcachemaps import IpcacheMap, Standing, View
+from lazymesh.datapath.ipcachemaps import IpcacheLayout, IpcacheMap, Standing
 from lazymesh.datapath.libbpf import MAP_TYPE_HASH, MAP_TYPE_LPM_TRIE, Map, MapLayout
 from lazymesh.errors import DatapathError, MapFullError
 from tests.datapath.conftest import key_of, network_of
@@ -113,7 +113,7 @@ class TestIpcache:
         assert ipcache.lookup(pod_of_b(7).address(4)) == expected
         listed = {network: standing.entry for network, _, standing in ipcache.items()}
         assert listed == {network_of(pod_of_b(number).prefix(4)): expected for number in range(5_000)}
-        assert ipcache.view is View.V1
+        assert ipcache.layout is IpcacheLayout.V1
         entry = Entry(131_073, bytes.fromhex("ac120002"), 0, EntryFlag.HAS_TUNNEL_EP)
         six = Entry(131_073, bytes(16), 3, EntryFlag.HAS_TUNNEL_EP | EntryFlag.IPV6_TUNNEL_EP)
         ipcache.replace(B1, entry)
@@ -157,7 +157,7 @@ class TestIpcache:
             IpcacheMap(make_map(kind, key, value, flags=flags), HERE)
         message = str(caught.value)
         assert message.startswith(
-            f"/a/pin is no ipcache that lazymesh knows (type {kind}, key {key}B, value {value}B"
+            f"/a/pin is not an ipcache of a known layout (type {kind}, key {key}B, value {value}B"
         )
         assert "24-byte (Cilium >= 1.18, flags 0x1 or 0x81) or 12-byte (<= 1.17, flags 0x1) values" in message
         assert "\n" not in message
@@ -179,7 +179,7 @@ class TestViews:
     def shown(self, bench: Bench) -> Iterator[Bench]:
         """Give the bench its own map back in the end."""
         yield bench
-        bench.datapath.views.show([bench.ipcache])
+        bench.datapath.visible.show([bench.ipcache])
 
     def peer_is_a_hit(self, bench: Bench) -> bool:
         """Send a packet of a pod in no mesh CIDR: it is a hit or nothing."""
@@ -196,7 +196,7 @@ class TestViews:
         """No reload for any of them."""
         raw = make_map(MAP_TYPE_LPM_TRIE, 24, value, flags=flags)
         theirs = IpcacheMap(raw, HERE)
-        shown.datapath.views.show([theirs])
+        shown.datapath.visible.show([theirs])
         assert not self.peer_is_a_hit(shown)
         theirs.replace(B1, ENTRY)
         assert self.peer_is_a_hit(shown)
@@ -205,7 +205,7 @@ class TestViews:
         """Three at once, of three layouts: a packet is a hit when it is one to all, whichever is missing it."""
         layouts = [(24, 129), (24, 1), (12, 1)]
         maps = [IpcacheMap(make_map(MAP_TYPE_LPM_TRIE, 24, v, flags=f), HERE) for v, f in layouts]
-        shown.datapath.views.show(maps)
+        shown.datapath.visible.show(maps)
         for one in maps:
             one.replace(B1, ENTRY)
         assert self.peer_is_a_hit(shown)
@@ -214,16 +214,16 @@ class TestViews:
             assert not self.peer_is_a_hit(shown)
             one.replace(B1, ENTRY)
         maps[1].delete(B1)
-        shown.datapath.views.show([maps[0], maps[2]])
+        shown.datapath.visible.show([maps[0], maps[2]])
         assert self.peer_is_a_hit(shown), "the one in the middle is looked into no more"
 
     def test_map_that_the_kernel_refuses(self, shown: Bench) -> None:
         """An error of ours; the next try begins where this one did."""
         with Path(os.devnull).open("rb") as no_map:
-            refused = SimpleNamespace(view=View.V2, fd=no_map.fileno())
+            refused = SimpleNamespace(layout=IpcacheLayout.V2, fd=no_map.fileno())
             with pytest.raises(DatapathError, match="cannot show the ipcache to our programs"):
-                shown.datapath.views.show([shown.ipcache, cast("IpcacheMap", refused)])
-        shown.datapath.views.show([shown.ipcache])
+                shown.datapath.visible.show([shown.ipcache, cast("IpcacheMap", refused)])
+        shown.datapath.visible.show([shown.ipcache])
         shown.ipcache.replace(B1, ENTRY)
         assert self.peer_is_a_hit(shown)
 
@@ -232,9 +232,9 @@ class TestViews:
         made = [Map.create("lm_test", MapLayout(MAP_TYPE_LPM_TRIE, 24, 24, 4, flags)) for flags in (1, 129)]
         numbers = [one.map_id for one in made]
         maps = [IpcacheMap(one, HERE) for one in made]
-        shown.datapath.views.show(maps)
-        shown.datapath.views.show([maps[1]])
-        shown.datapath.views.show([shown.ipcache])
+        shown.datapath.visible.show(maps)
+        shown.datapath.visible.show([maps[1]])
+        shown.datapath.visible.show([shown.ipcache])
         for one in maps:
             one.close()
         for number in numbers:

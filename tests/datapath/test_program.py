@@ -67,7 +67,7 @@ def test_second_load_uses_what_is_pinned(own_bpffs: Path) -> None:
     address, entry = POD_B1.address(4), Entry(131_073)
     line = abi.OwnedEntry(entry, entry, 2)
     ipcache = open_own_ipcache(pins, SIZE)
-    first.views.show([ipcache])
+    first.visible.show([ipcache])
     ipcache.insert(address, entry)
     first.journal.write(address, line)
     first.policy.apply([(Direction.EGRESS, 131_073)], [])
@@ -80,7 +80,7 @@ def test_second_load_uses_what_is_pinned(own_bpffs: Path) -> None:
     second = load(pins, SIZE)
 
     again = open_own_ipcache(pins, SIZE)
-    second.views.show([again])
+    second.visible.show([again])
     assert again.lookup(address) == entry
     assert dict(second.journal.items()) == {address: line}
     assert second.policy.items() == {(Direction.EGRESS, 131_073)}

@@ -108,7 +108,7 @@ def test_second_start_loads_the_same_programs_without_a_compiler(
     assert {path.name for path in pins.directory.iterdir()} == {*maps, *VIEWS, *ALL, SIGNALS}
     assert described(pins) == before
     ipcache = open_own_ipcache(pins, SIZE)
-    datapath.views.show([ipcache])
+    datapath.visible.show([ipcache])
     ipcache.insert(POD_B1.address(4), Entry(131_073))
     run_packet(datapath.program(Direction.EGRESS)[1], Flow().udp(), repeat=3)
     assert datapath.counters.read(Direction.EGRESS).hit == 3

@@ -182,12 +182,12 @@ def test_what_was_ours_in_an_old_map_only_is_ours_in_the_first_one_then(bench: B
 
 def test_without_an_ipcache_of_our_own_nothing_is_written(bench: Bench) -> None:
     """Beside Cilium the programs look into other maps, and this one is not for those."""
-    bench.datapath.views.show([])
+    bench.datapath.visible.show([])
     try:
         assert bench.datapath.writer.write(LINES) == [False] * len(LINES)
         assert contents(bench.maps["lm_ipcache"], bench.maps["lm_owned"]) == [{}, {}]
     finally:
-        bench.datapath.views.show([bench.ipcache])
+        bench.datapath.visible.show([bench.ipcache])
 
 
 @NOEXIST

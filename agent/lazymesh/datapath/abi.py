@@ -91,7 +91,7 @@ class Config(ctypes.Structure):
         ("on_miss", c_uint32),
         ("enforced", c_uint32),
         ("hold_cookie", c_uint32),
-        ("parked", c_uint32),
+        ("park_verdict", c_uint32),
         ("view", c_uint32 * 3),
         ("epoch", c_uint32),
         ("generation", c_uint32),
@@ -217,7 +217,7 @@ class Slot(ctypes.Structure):
         ("addr", c_uint8 * 16),
         ("source_mac", c_uint8 * 6),
         ("family", c_uint8),
-        ("direction", c_uint8),
+        ("pad", c_uint8),
         ("hold", c_uint32),
         ("state", c_uint32),
     )

@@ -19,7 +19,7 @@ from pyroute2 import AsyncIPRoute, NetlinkError
 from lazymesh.core.model import parse_address
 from lazymesh.datapath import programs
 from lazymesh.datapath.hooks import attachments, clsact_attachments, link_kind, tcx_attachments
-from lazymesh.datapath.ipcachemaps import IpcacheMap, view_of
+from lazymesh.datapath.ipcachemaps import IpcacheMap, ipcache_layout_of
 from lazymesh.datapath.libbpf import MAP_TYPE_PROG_ARRAY, Map
 from lazymesh.errors import DatapathError
 
@@ -171,7 +171,7 @@ def _maps_of(program_id: int) -> tuple[int, ...]:
 def _look_into(map_id: int) -> tuple[bool, tuple[int, ...]]:
     """Return whether a map is an ipcache, and what is in it if it is an array of tail calls."""
     with contextlib.suppress(OSError), contextlib.closing(Map.by_id(map_id)) as opened:
-        if view_of(opened.layout) is not None:
+        if ipcache_layout_of(opened.layout) is not None:
             return True, ()
         if opened.layout.kind == MAP_TYPE_PROG_ARRAY and opened.layout.max_entries <= _CALLS_MOST:
             return False, tuple(opened.program_ids())
@@ -191,7 +191,7 @@ def take_out_ours(bpffs: Path, read: Iterable[int] = ()) -> int:
     taken = 0
     for map_id in {*pinned_ipcaches(bpffs).values(), *read}:
         with contextlib.suppress(FileNotFoundError), contextlib.closing(Map.by_id(map_id)) as opened:
-            if view_of(opened.layout) is None:
+            if ipcache_layout_of(opened.layout) is None:
                 continue
             ipcache = IpcacheMap(opened, pins_directory(bpffs), TAG)
             for address in list(ipcache.tagged()):

@@ -58,7 +58,7 @@ class Hook(Protocol):
     """``tcx`` or ``clsact``."""
     told: bool
     """The kernel tells when something on it changes."""
-    parked: int
+    park_verdict: int
     """The verdict that ends the way of a packet of which the TAP has a clone."""
 
     async def attach(self, index: int, program: int, name: str) -> None:
@@ -83,7 +83,7 @@ class TcxHook:
     style = "tcx"
     told = False
     # tcx takes every verdict that it does not know, TC_ACT_STOLEN too, for "next".
-    parked = TC_ACT_SHOT
+    park_verdict = TC_ACT_SHOT
 
     def __init__(self, pins: Pins, route: AsyncIPRoute) -> None:
         self._pins = pins
@@ -184,7 +184,7 @@ class ClsactHook:
     style = "clsact"
     told = True
     # As good as a drop, and no drop monitor takes it for one.
-    parked = TC_ACT_STOLEN
+    park_verdict = TC_ACT_STOLEN
 
     def __init__(self, pins: Pins, route: AsyncIPRoute) -> None:
         self._pins = pins

@@ -142,7 +142,7 @@ class InterfaceFollower:
         """
         async with AsyncIPRoute() as self._ipr:
             self._hook = choose_hook(self.style, self.datapath.pins, self._ipr)
-            self.datapath.config.change(parked=self._hook.parked)
+            self.datapath.config.change(park_verdict=self._hook.park_verdict)
             await together(self._keep_attached(ready), self._keep_first())
 
     async def _keep_attached(self, ready: asyncio.Event) -> None:

@@ -23,7 +23,7 @@ from typing import TYPE_CHECKING, Any
 
 from lazymesh.datapath import libbpf, programcache
 from lazymesh.datapath.headers import find_headers, merge_headers
-from lazymesh.datapath.ipcachemaps import View, make_view
+from lazymesh.datapath.ipcachemaps import IpcacheLayout, make_outer_map
 from lazymesh.datapath.libbpf import Map
 from lazymesh.datapath.maps import pin_map
 from lazymesh.datapath.pins import (
@@ -125,8 +125,8 @@ def _to_keep(made_of: str, bpf: Any, programs: dict[str, Any]) -> Kept:
 def _new_views(pins: Path) -> Iterator[None]:
     """Pin maps of maps for BCC to find; whatever has not got its lasting name by the end goes again."""
     try:
-        for view, name in zip(View, VIEWS, strict=True):
-            outer = make_view(view, name)
+        for view, name in zip(IpcacheLayout, VIEWS, strict=True):
+            outer = make_outer_map(view, name)
             pin_map(outer, _new(pins, name))
             outer.close()
         yield

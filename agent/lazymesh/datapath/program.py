@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 import structlog
 
 from lazymesh.datapath import libbpf, programcache
-from lazymesh.datapath.ipcachemaps import IpcacheMap, View, Views
+from lazymesh.datapath.ipcachemaps import IpcacheLayout, IpcacheMap, VisibleIpcaches
 from lazymesh.datapath.journal import Journal, Writer
 from lazymesh.datapath.maps import (
     CounterMap,
@@ -136,7 +136,7 @@ class MeshMaps:
 
 
 class Datapath:
-    """The other pinned maps, opened, and the programs as file descriptors; ``views`` has which ipcaches they read.
+    """The other pinned maps, opened, and the programs as file descriptors; ``visible`` has which ipcaches they read.
 
     The mesh maps are closed by whoever made them, later.
     """
@@ -157,8 +157,8 @@ class Datapath:
         self.windows = WindowMap(self._open("lm_windows"))
         self.counters = CounterMap(self._open("lm_counters"))
         self.recent = RecentMap(self._open("lm_recent"))
-        outer = {view: self._open(name) for view, name in zip(View, VIEWS, strict=True)}
-        self.views = Views(outer, self.config)
+        outer = {view: self._open(name) for view, name in zip(IpcacheLayout, VIEWS, strict=True)}
+        self.visible = VisibleIpcaches(outer, self.config)
         self.signals = self._open(SIGNALS)
         for name in (*PROGRAMS, *HOLD_PROGRAMS, INSTALL):
             try:

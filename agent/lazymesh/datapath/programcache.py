@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING
 import msgspec
 
 from lazymesh.datapath import libbpf
-from lazymesh.datapath.ipcachemaps import View, make_view
+from lazymesh.datapath.ipcachemaps import IpcacheLayout, make_outer_map
 from lazymesh.datapath.libbpf import MapLayout  # noqa: TC001 (msgspec reads it)
 from lazymesh.datapath.maps import make_map, open_or_make_map
 from lazymesh.datapath.pins import IPCACHE, SIGNALS, VIEWS, expected_layouts
@@ -145,8 +145,8 @@ def load(kept: Kept, pins: Pins, ipcache_size: int) -> None:
         for name, layout in expected_layouts(ipcache_size).items():
             if name != IPCACHE:
                 add(name, open_or_make_map(pins.path(name), layout))
-        for view, name in zip(View, VIEWS, strict=True):
-            add(name, make_view(view, name))
+        for view, name in zip(IpcacheLayout, VIEWS, strict=True):
+            add(name, make_outer_map(view, name))
         for name, layout in kept.fresh.items():
             add(name, make_map(name, layout))
         programs = {}

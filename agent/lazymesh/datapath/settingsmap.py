@@ -45,7 +45,7 @@ class DatapathConfig:
     """Directions in which mesh traffic is denied unless the policy map allows it."""
     policy_tag: int = 0
     """Which policy the policy map is filled for."""
-    parked: int = 2
+    park_verdict: int = 2
     """The verdict that ends the way of a parked packet: a drop (2), as all hooks know it."""
     remember: bool = True
     """The programs may take what the ipcache said for true until the clock's next tick."""
@@ -80,7 +80,7 @@ class SettingsMap:
         raw.rearm_ns = int(config.rearm_s * 1e9)
         raw.on_miss, raw.policy_tag = config.on_miss, config.policy_tag
         raw.enforced = bits_of(config.enforced)
-        raw.parked, raw.muted, raw.hold_cookie = config.parked, 0, 0
+        raw.park_verdict, raw.muted, raw.hold_cookie = config.park_verdict, 0, 0
         raw.generation = _next(raw.generation) if config.remember else 0
         for name in ("interface", "uplink", "global"):
             interval, depth = token_bucket(getattr(config, f"{name}_rate"), getattr(config, f"{name}_burst"))

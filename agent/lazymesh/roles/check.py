@@ -191,7 +191,7 @@ def _layout(bpffs: Path) -> str:
     if not path.exists():
         return "lazymesh has no ipcache of its own: the agent makes one, unless it works beside Cilium"
     ipcache = IpcacheMap.pinned(path)
-    return f"{path}: {ipcache.view.words}, {ipcache.max_entries} entries"
+    return f"{path}: {ipcache.layout.words}, {ipcache.max_entries} entries"
 
 
 def _certificates(cluster: str, config: EtcdConfig) -> Iterator[CheckResult]:

@@ -67,7 +67,7 @@ def _maps(pinned: dict[Path, int], read: frozenset[int]) -> Iterator[CheckResult
         except DatapathError as exc:
             yield CheckResult(name, "fail", str(exc))
             continue
-        text = f"map {map_id}: {ipcache.view.words}, {ipcache.max_entries} entries"
+        text = f"map {map_id}: {ipcache.layout.words}, {ipcache.max_entries} entries"
         ipcache.close()
         if running is not None and map_id < running:
             others = f"the running agent's is map {running}"

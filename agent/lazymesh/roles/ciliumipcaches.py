@@ -232,7 +232,9 @@ class CiliumIpcaches:
         self._gone = [one for one in (*self._gone, *before) if one not in maps]
         moved = bool(before) and before[0] is not maps[0]
         if before != maps:
-            log.info("ipcaches", maps=[one.map_id for one in maps], layouts=[one.view.words for one in maps])
+            log.info(
+                "ipcaches", maps=[one.map_id for one in maps], layouts=[one.layout.words for one in maps]
+            )
         if self._carry_over is not None:
             self._carry_over.installer.use(maps)
             if moved:
@@ -242,7 +244,7 @@ class CiliumIpcaches:
             filling = self._carry_over.fill(self._datapath.recent.newest_first(), maps[1:])
         # Cilium's programs read the old map for seconds more, so ours may for a moment.
         await take_turns(filling, FIRST_S)
-        self._datapath.views.show(maps)
+        self._datapath.visible.show(maps)
         self._shown = True
         await take_turns(filling)
         if self._carry_over is not None and self._gone:

@@ -65,7 +65,7 @@ class OwnIpcache:
         self._bpffs = bpffs
         self._size = size
         self._ipcache = open_own_ipcache(datapath.pins, size)
-        datapath.views.show([self._ipcache])
+        datapath.visible.show([self._ipcache])
 
     @property
     def maps(self) -> Sequence[IpcacheMap]:
@@ -104,7 +104,7 @@ def describe_map(ipcache: IpcacheMap, role: str) -> dict[str, Any]:
     """Return one map as an object for ``lazymesh status``."""
     return {
         "id": ipcache.map_id,
-        "layout": ipcache.view.words,
+        "layout": ipcache.layout.words,
         "size": ipcache.max_entries,
         "role": role,
     }

@@ -14,7 +14,7 @@ import pytest
 
 from lazymesh.core import ipcaches
 from lazymesh.core.ipcaches import ORPHAN_AFTER_S
-from lazymesh.datapath.ipcachemaps import View
+from lazymesh.datapath.ipcachemaps import IpcacheLayout
 from lazymesh.errors import DatapathError
 from lazymesh.metrics import Metrics
 from lazymesh.roles import ciliumipcaches as module
@@ -66,7 +66,7 @@ class Node:
 class FakeMap:
     """A map of which only the number counts."""
 
-    view, max_entries = View.V2, 100
+    layout, max_entries = IpcacheLayout.V2, 100
 
     def __init__(self, map_id: int, counts: list[int | None]) -> None:
         self.map_id = map_id
@@ -133,7 +133,7 @@ class Installs:
 async def following(node: Node, installs: Installs | None = None) -> AsyncIterator[CiliumIpcaches]:
     """Follow the node until the end of the block; installs: as one who writes there."""
     pins, recent = SimpleNamespace(linked=set), SimpleNamespace(newest_first=list)
-    datapath = SimpleNamespace(views=SimpleNamespace(show=node.show), pins=pins, recent=recent)
+    datapath = SimpleNamespace(visible=SimpleNamespace(show=node.show), pins=pins, recent=recent)
     cilium = CiliumIpcaches(Path("/sys/fs/bpf"), cast("Datapath", datapath), cast("NodeView", node))
     await cilium.open(lambda _: None)
     if installs is not None:

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any, cast
 
 import pytest
 
-from lazymesh.datapath.ipcachemaps import View
+from lazymesh.datapath.ipcachemaps import IpcacheLayout
 from lazymesh.roles import ipcaches as module
 from lazymesh.roles.ipcaches import OwnIpcache
 
@@ -22,9 +22,9 @@ if TYPE_CHECKING:
 def own(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> tuple[OwnIpcache, list[Any]]:
     """Return one over fakes, and what was put in force."""
     shown: list[Any] = []
-    ipcache = SimpleNamespace(map_id=7, view=View.V2, max_entries=100)
+    ipcache = SimpleNamespace(map_id=7, layout=IpcacheLayout.V2, max_entries=100)
     monkeypatch.setattr(module, "open_own_ipcache", lambda _pins, _size: ipcache)
-    datapath = SimpleNamespace(pins=None, views=SimpleNamespace(show=shown.append))
+    datapath = SimpleNamespace(pins=None, visible=SimpleNamespace(show=shown.append))
     return OwnIpcache(cast("Datapath", datapath), 100, tmp_path), shown
 
 
@@ -38,9 +38,9 @@ def test_cilium_that_comes_later_is_reported(own: tuple[OwnIpcache, list[Any]], 
 
 def test_map_that_keeps_its_size_is_reported(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     """It was made by an agent with another setting."""
-    pinned = SimpleNamespace(map_id=7, view=View.V2, max_entries=100)
+    pinned = SimpleNamespace(map_id=7, layout=IpcacheLayout.V2, max_entries=100)
     monkeypatch.setattr(module, "open_own_ipcache", lambda _pins, _size: pinned)
-    datapath = SimpleNamespace(pins=None, views=SimpleNamespace(show=lambda _ipcaches: None))
+    datapath = SimpleNamespace(pins=None, visible=SimpleNamespace(show=lambda _ipcaches: None))
     (line,) = OwnIpcache(cast("Datapath", datapath), 200, tmp_path).problems()
     assert (
         "made for 100 entries and keeps that size: --ipcache-size 200 takes effect after `lazymesh uninstall`"
