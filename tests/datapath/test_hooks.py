@@ -192,7 +192,7 @@ def test_filters_are_not_asked_for_again_and_again(
     """The kernel tells of them, and each question is dear; of a tcx chain it tells nothing, and that is cheap."""
     node.ip(veth("lxc1"))
     monkeypatch.setattr(interfaces, "LOOK_EVERY_S", 0.01)
-    monkeypatch.setattr(interfaces, "LOOK_TOLD", 1_000_000)
+    monkeypatch.setattr(interfaces, "LOOK_REPORTED", 1_000_000)
     asked = 0
 
     async def story() -> None:

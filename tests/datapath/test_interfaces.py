@@ -177,7 +177,7 @@ def test_exact_name_that_is_no_ethernet_is_an_error(loaded: Datapath, node: Name
     """Our parser starts at an Ethernet header."""
 
     async def story() -> None:
-        with pytest.raises(DatapathError, match="cannot attach to lo: lo is no Ethernet interface"):
+        with pytest.raises(DatapathError, match="cannot attach to lo: lo is not an Ethernet interface"):
             async with following(InterfaceFollower(loaded, InterfaceSelection(pods=("lo",)), style)):
                 pass
 
@@ -267,7 +267,7 @@ def test_interface_that_cannot_be_attached_to_is_told_as_long_as_it_is_there(
 ) -> None:
     """Under its name, and is one error however often it is tried again; another name is another interface."""
     monkeypatch.setattr(module, "LOOK_EVERY_S", 0.001)
-    why = "is no Ethernet interface, which is all that lazymesh can read so far"
+    why = "is not an Ethernet interface, and lazymesh cannot read others yet: leave it out"
     tries: list[str] = []
     consider = InterfaceFollower._bring_up_to_date
 
@@ -514,7 +514,7 @@ async def test_each_kind_of_tunnel_is_known_by_what_it_collects(loaded: Datapath
         ("geneve", {"attrs": [("IFLA_GENEVE_ID", 0), ("IFLA_GENEVE_COLLECT_METADATA", True)]}),
         ("gretap", {"attrs": [("IFLA_GRE_COLLECT_METADATA", True)]}),
     ):
-        with pytest.raises(DatapathError, match="lxc7 is a tunnel for many ends"):
+        with pytest.raises(DatapathError, match="lxc7 is a tunnel in external mode"):
             await follower._consider(ForeignLink(kind, data), strict=True)
     assert not has_metadata(ForeignLink("odd", "00:01"))
     assert not has_metadata(ForeignLink("vxlan", {"attrs": [("IFLA_VXLAN_COLLECT_METADATA", 0)]}))

@@ -150,7 +150,7 @@ def test_size_that_differs_stops_before_any_program_is_pinned(place: Pins) -> No
     ("preamble", "words"),
     [
         ("loader.programcache.program_of = {}.__getitem__", "TypeError"),
-        ("import itertools\nloader.origin = map(str, itertools.count()).__next__", "was exchanged while"),
+        ("import itertools\nloader.origin = map(str, itertools.count()).__next__", "was replaced while"),
         ("loader.programcache.files = lambda paths: [open('/nowhere')]", "No such file"),
     ],
     ids=["another BCC", "upgraded meanwhile", "no files"],

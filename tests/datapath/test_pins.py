@@ -73,7 +73,7 @@ def test_loaded_maps_have_the_expected_layouts(bench: Bench) -> None:
 def test_place_that_is_no_bpf_file_system_is_told_how_to_become_one(tmp_path: Path) -> None:
     """Also one that does not exist."""
     for path in (tmp_path, tmp_path / "nowhere"):
-        expected = rf"{path} is no BPF file system: run `mount -t bpf bpf {path}`.*--bpffs"
+        expected = rf"{path} is not a BPF file system: run `mount -t bpf bpf {path}`.*--bpffs"
         with pytest.raises(DatapathError, match=expected):
             Pins.under(path).prepare(SIZE)
 
@@ -181,7 +181,7 @@ def test_program_in_place_of_a_map_is_refused(bpffs: Path) -> None:
     program = load_empty_program()
     libbpf.pin(program, place.path("lm_owned"))
     os.close(program)
-    with pytest.raises(DatapathError, match=r"lm_owned (is no BPF map|has another layout)"):
+    with pytest.raises(DatapathError, match=r"lm_owned (is not a BPF map|has another layout)"):
         place.prepare(SIZE)
 
 

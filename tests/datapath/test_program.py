@@ -207,7 +207,7 @@ def test_dead_loader_is_reported_with_its_last_words(
     ):
         load(prepared, SIZE)
     as_loader(monkeypatch, tmp_path, "kill -9 $$")
-    with pytest.raises(DatapathError, match="the datapath loader died with status -9: no word"):
+    with pytest.raises(DatapathError, match="the datapath loader died with status -9: no output"):
         load(prepared, SIZE)
 
 

@@ -320,7 +320,7 @@ def test_what_does_not_load_is_compiled_anew(  # type: ignore[no-untyped-def]  #
     assert not pins.path("lm_from_pod").exists()
     assert not pins.path("lm_view_v1").exists()
     load(pins, SIZE, file).close()
-    assert "compiling anew" in capsys.readouterr().out
+    assert "compiling again" in capsys.readouterr().out
     assert described(pins) == first[1]
     assert programcache.read(file, found.origin) == found
 
@@ -331,7 +331,7 @@ def test_file_that_cannot_be_written_is_said_and_harms_nobody(pins: Pins, tmp_pa
     blocked.touch()
     load(pins, SIZE, blocked / "programs.json").close()
     words = capsys.readouterr().out
-    assert "could not be kept" in words
+    assert "could not be cached" in words
     assert "Not a directory" in words
     assert pins.path("lm_from_pod").exists()
 

@@ -79,7 +79,7 @@ def test_version_with_other_maps_is_followed_without_its_pins(lab: Lab, tmp_path
     peers = known_peers(lab)
     assert agent.stop() == 0
     agent = lab.start_agent()
-    assert "made anew" in agent.log
+    assert "map of another version, replaced" in agent.log
     assert set(entries(lab)) == set(peers)
     assert len(raw_entries(lab, "lm_owned")) == PEERS
     lab.withdraw(peers[0])

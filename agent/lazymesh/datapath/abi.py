@@ -1,4 +1,4 @@
-"""The Python mirror of bpf/include/*_abi.h, and the two functions each that turn a struct into a core value and back.
+"""The Python mirror of bpf/include/*_abi.h, and the functions that convert its structs to core values and back.
 
 Written by hand; tests/datapath/test_abi_layout.py compares every field and offset with the C side's BTF, and the
 loader compares the sizes with the compiled maps before anything is attached. Multi-byte numbers are native endian;
@@ -138,7 +138,7 @@ class DedupKey(ctypes.Structure):
 
 
 class Window(ctypes.Structure):
-    """struct lm_window: what went through as world."""
+    """struct lm_window: what passed as world."""
 
     _fields_ = (
         ("first_ns", c_uint64),
@@ -178,7 +178,7 @@ class Flow(ctypes.Structure):
 
 
 class Owned(ctypes.Structure):
-    """struct lm_owned: one line of the ownership journal."""
+    """struct lm_owned: a line of the ownership journal."""
 
     _fields_ = (
         ("entry", IpcacheEntry),
@@ -190,7 +190,7 @@ class Owned(ctypes.Structure):
 
 
 class Install(ctypes.Structure):
-    """struct lm_install: an entry for the kernel to install, and what became of it."""
+    """struct lm_install: an entry for the kernel to install, and the result."""
 
     _fields_ = (
         ("key", IpcacheKey),
@@ -206,7 +206,7 @@ INSTALL_HEAD, INSTALL_MOST = 16, 56
 
 
 class Slot(ctypes.Structure):
-    """struct lm_slot: what is kept of a parked packet."""
+    """struct lm_slot: what is known of a parked packet."""
 
     _fields_ = (
         ("parked_ns", c_uint64),
@@ -318,12 +318,12 @@ STRUCTS: Mapping[str, type[ctypes.Structure]] = {
     "lm_hold_counters": HoldCounters,
     "lm_holder_stats": HolderStats,
 }
-"""Every struct that both sides know, by its C name: the registry that the layout test walks."""
+"""Every struct that both sides know, by its C name; the layout test walks this registry."""
 
 _STATIC_BITS = 8 * (IpcacheKey.addr.offset - IpcacheKey.cluster_id.offset)
-"""Bits that every prefix length counts before the address: cluster id, padding, family."""
+"""Bits that every prefix length includes before the address: cluster id, padding, family."""
 
-# struct is three times as fast as filling a ctypes structure, and this is the miss path; the layout test binds both.
+# struct is three times as fast as filling a ctypes structure, and this is the miss path; the layout test checks both.
 _KEY = struct.Struct("=IHBB16s")
 _ENTRY = struct.Struct("=I16sHBB")
 _ENTRY_V1 = struct.Struct("=I4sHBB")
@@ -331,14 +331,14 @@ _OWNED = struct.Struct("=24s24sHHI")
 _INSTALL = struct.Struct("=24sHHi")
 _INSTALLED = struct.Struct("=52xi")
 _UNTOUCHED = -1
-"""What stands where the program has not come to."""
+"""The result of lines that the program has not reached."""
 _DEDUP_KEY = struct.Struct("=16sI")
 _MISS = struct.Struct("=IBB6x16s4xQ")
 _FAMILIES = frozenset({FAMILY_IPV4, FAMILY_IPV6})
 
 
 def pack_address_key(address: Address) -> bytes:
-    """Return the key of one address at full length, cluster id 0."""
+    """Return the full-length key of an address, cluster id 0."""
     if len(address) == 4:
         return _KEY.pack(_STATIC_BITS + 32, 0, 0, FAMILY_IPV4, address)
     return _KEY.pack(_STATIC_BITS + 128, 0, 0, FAMILY_IPV6, address)
@@ -351,7 +351,7 @@ def pack_network_key(network: Network) -> bytes:
 
 
 def unpack_key(raw: bytes) -> tuple[Network, int]:
-    """Return the CIDR and the cluster id of a key; ValueError for bytes that no writer of this layout makes."""
+    """Return the CIDR and the cluster id of a key; ValueError for bytes that no writer of this layout produces."""
     prefixlen, cluster_id, _, family, addr = _KEY.unpack(raw)
     if family == FAMILY_IPV4:
         return ipaddress.IPv4Network((addr[:4], prefixlen - _STATIC_BITS), strict=False), cluster_id
@@ -384,7 +384,7 @@ def pack_entry_v1(entry: Entry, tag: int = 0) -> bytes:
 
 
 def tag_of_entry(raw: bytes) -> int:
-    """Return what stands in the padding of a v1 or v2 value."""
+    """Return the padding of a v1 or v2 value."""
     layout = _ENTRY_V1 if len(raw) == _ENTRY_V1.size else _ENTRY
     return int(layout.unpack(raw)[2])
 
@@ -401,7 +401,7 @@ def unpack_entry(raw: bytes) -> Entry:
 
 
 class OwnedEntry(Struct, frozen=True):
-    """One line of the journal: what we wrote, and what stood there of ours before."""
+    """A line of the journal: the entry that we wrote, and our previous one."""
 
     entry: Entry
     previous: Entry
@@ -415,13 +415,13 @@ def pack_owned(owned: OwnedEntry) -> bytes:
 
 @lru_cache(maxsize=64)  # pods of one node come together, and with equal entries
 def pack_owned_new(entry: Entry, cluster_id: int) -> bytes:
-    """Return the journal's value of an entry that replaces none."""
+    """Return the journal's value for an entry that replaces none."""
     packed = pack_entry(entry)
     return _OWNED.pack(packed, packed, cluster_id, 0, 0)
 
 
 def pack_installs(lines: Iterable[tuple[bytes, Entry, int]]) -> bytes:
-    """Return what lm_install is run over: for each line's key, entry and cluster id, behind the head."""
+    """Return the packet that lm_install is run over: the head, then each line's key, entry and cluster id."""
     parts: list[bytes] = [bytes(INSTALL_HEAD)]
     of: tuple[Entry | None, int] = (None, 0)
     for key, entry, cluster_id in lines:
@@ -432,7 +432,7 @@ def pack_installs(lines: Iterable[tuple[bytes, Entry, int]]) -> bytes:
 
 
 def unpack_installed(raw: bytes) -> list[int]:
-    """Return what became of each line: 0, or a negative errno."""
+    """Return the result of each line: 0, or a negative errno."""
     return [error for (error,) in _INSTALLED.iter_unpack(raw[INSTALL_HEAD:])]
 
 
@@ -443,16 +443,16 @@ def unpack_owned(raw: bytes) -> OwnedEntry:
 
 
 class Signals(Struct, frozen=True):
-    """Some SIGNAL_IPCACHE_MISS, as far as user space needs to know; each has the same place in all lists."""
+    """Some SIGNAL_IPCACHE_MISS, as far as user space needs them; each has the same index in all lists."""
 
     addresses: list[Address]
     ktimes_ns: list[int]
     inward: int
-    """How many of them are of packets that came in."""
+    """How many are of incoming packets."""
 
 
 def unpack_signals(records: Iterable[bytes]) -> Signals:
-    """Return the misses in perf records, which may be padded at their ends; what is none is left out."""
+    """Return the misses in perf records, which may be padded at the end; anything else is left out."""
     addresses, ktimes_ns, inward = [], [], 0
     for raw in records:
         if len(raw) < _MISS.size:
@@ -467,13 +467,13 @@ def unpack_signals(records: Iterable[bytes]) -> Signals:
 
 
 def pack_dedup_key(address: Address) -> bytes:
-    """Return the key of one address in the maps that are no LPM tries."""
+    """Return the key of an address in maps other than LPM tries."""
     family = FAMILY_IPV4 if len(address) == 4 else FAMILY_IPV6
     return _DEDUP_KEY.pack(address, family)
 
 
 def address_of_dedup_key(raw: bytes) -> Address:
-    """Return the address in such a key."""
+    """Return the address in a key from pack_dedup_key."""
     addr, family = _DEDUP_KEY.unpack(raw)
     return bytes(addr[:4]) if family == FAMILY_IPV4 else bytes(addr)
 
@@ -484,5 +484,5 @@ def pack_policy_key(direction: Direction, identity: int) -> bytes:
 
 
 def pack_mesh_cidr(cluster_id: int) -> bytes:
-    """Return the mesh CIDR map's value; 0 stands for a CIDR that more than one cluster claims."""
+    """Return the mesh CIDR map's value; 0 means that more than one cluster claims the CIDR."""
     return bytes(MeshCidr(cluster_id=cluster_id))

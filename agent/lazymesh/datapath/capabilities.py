@@ -1,4 +1,4 @@
-"""What the kernel wants a process to be allowed to do; being root alone is not it in a container."""
+"""The capabilities that the kernel demands; in a container, root alone does not have them."""
 
 from __future__ import annotations
 
@@ -14,22 +14,22 @@ NUMBERS = {"NET_ADMIN": 12, "SYS_ADMIN": 21, "SYS_RESOURCE": 24}
 FOR = {
     "NET_ADMIN": "to attach programs to interfaces and make a TAP",
     "SYS_ADMIN": "to load programs, read the miss signals, and open maps and programs by their numbers",
-    "SYS_RESOURCE": "since kernels before 5.11 charge maps to a limit (ulimit -l)",
+    "SYS_RESOURCE": "because kernels before 5.11 charge maps to a limit (ulimit -l)",
 }
 UNLIMITED_SINCE = (5, 11)
 
 
 @dataclass(frozen=True, slots=True)
 class Circumstances:
-    """What decides which are needed."""
+    """What determines which capabilities are needed."""
 
     kernel: tuple[int, ...]
     locked_unlimited: bool
-    """RLIMIT_MEMLOCK is no limit already."""
+    """RLIMIT_MEMLOCK is already unlimited."""
 
     @classmethod
     def here(cls) -> Circumstances:
-        """Look at this kernel and process."""
+        """Return those of this kernel and process."""
         unlimited = resource.getrlimit(resource.RLIMIT_MEMLOCK)[1] == resource.RLIM_INFINITY
         return cls(kernel_version(), unlimited)
 
@@ -37,8 +37,8 @@ class Circumstances:
 def missing(held: frozenset[str], where: Circumstances) -> list[str]:
     """Return which capabilities are needed and not held.
 
-    BPF and PERFMON would do for a first start; but Cilium's maps and programs are opened by number, and so are our own
-    by BCC, when it compiles over what is pinned. For that the kernel asks for SYS_ADMIN, which stands in for both.
+    BPF and PERFMON would do for a first start; but Cilium's maps and programs are opened by id, and so are our own by
+    BCC when it compiles over what is pinned. For that the kernel demands SYS_ADMIN, which includes both.
     """
     needed = ["NET_ADMIN", "SYS_ADMIN"]
     if where.kernel < UNLIMITED_SINCE and not where.locked_unlimited:
@@ -47,14 +47,14 @@ def missing(held: frozenset[str], where: Circumstances) -> list[str]:
 
 
 def held_here(status: Path = Path("/proc/self/status")) -> frozenset[str]:
-    """Return which of the capabilities that matter to us are in force in this process."""
+    """Return which of the relevant capabilities are effective in this process."""
     (line,) = [line for line in status.read_text(encoding="ascii").splitlines() if line.startswith("CapEff:")]
     bits = int(line.split()[1], 16)
     return frozenset(name for name, number in NUMBERS.items() if bits >> number & 1)
 
 
 def check_capabilities() -> list[str]:
-    """Return what is held; DatapathError names what is needed and missing, and what for."""
+    """Return those held; DatapathError names those missing, and what they are for."""
     held = held_here()
     lacking = missing(held, Circumstances.here())
     if lacking:

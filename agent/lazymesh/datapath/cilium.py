@@ -1,8 +1,8 @@
 """A Cilium agent on the node: where it pins its ipcache, and which ipcache its programs really look into.
 
-On a node that went from 1.17 to 1.18, or back, both pins can be there, and only the running version's is kept up to
-date (cilium-formats 1.1). The programs tell: not the one on a pod's interface, but those behind its array of tail calls
-(cilium-live 6). Only read here; nothing of Cilium's is ever loaded, pinned or detached by us.
+On a node that went from 1.17 to 1.18, or back, both pins can exist, and only the running version's is kept up to date
+(cilium-formats 1.1). Which one is in use shows in the programs: not the one on a pod's interface, but those in its
+array of tail calls (cilium-live 6). This only reads; we never load, pin or detach anything of Cilium's.
 """
 
 from __future__ import annotations
@@ -32,13 +32,13 @@ if TYPE_CHECKING:
     from lazymesh.datapath.interfaces import InterfaceSelection
 
 PINS = ("cilium_ipcache_v2", "cilium_ipcache")
-"""Since 1.18, and before."""
+"""Since 1.18, and earlier."""
 TAG = 0x6D6C
-"""``lm`` in memory: what our entries in Cilium's map carry in their padding (maps.IpcacheMap)."""
+"""``lm`` in memory: the tag in the padding of our entries in Cilium's map (ipcachemaps.IpcacheMap)."""
 _PREFIX = "cil_"
-"""What Cilium itself knows its programs by."""
+"""The prefix by which Cilium itself recognizes its programs."""
 _CALLS_MOST = 1_024
-"""An endpoint's array of tail calls has some dozens of slots; the one of all endpoints' policies has 65,535."""
+"""An endpoint's array of tail calls has a few dozen slots; that of all endpoints' policies has 65,535."""
 
 
 def pins_directory(bpffs: Path) -> Path:
@@ -47,7 +47,7 @@ def pins_directory(bpffs: Path) -> Path:
 
 
 def pinned_ipcaches(bpffs: Path) -> dict[Path, int]:
-    """Return the ids of the maps behind Cilium's pins; DatapathError when one cannot be opened."""
+    """Return the ids of Cilium's pinned ipcaches; DatapathError when one cannot be opened."""
     found = {}
     for name in PINS:
         path = pins_directory(bpffs) / name
@@ -62,14 +62,13 @@ def pinned_ipcaches(bpffs: Path) -> dict[Path, int]:
 class NodeView:
     """The node around the selected interfaces: which ipcaches their programs look into, and the node's addresses.
 
-    To be entered (``async with``); asks the kernel about each program once. DatapathError when the kernel does not
-    answer.
+    Use it with ``async with``. Queries each program once; DatapathError when the kernel does not answer.
     """
 
     def __init__(self, selection: InterfaceSelection) -> None:
         self._selection = selection
         self.tcx_in_use = False
-        """Cilium is attached by tcx: what runs by clsact comes too late, or is deleted."""
+        """Cilium is attached by tcx: clsact filters run too late, or are deleted."""
         self._known: dict[int, frozenset[int]] = {}
         self._route = AsyncIPRoute()
         self._turn = asyncio.Lock()
@@ -87,11 +86,11 @@ class NodeView:
             return {name: await attachments(self._route, index) for index, name in self._selected()}
 
     async def ipcaches(self) -> frozenset[int]:
-        """Return the ids of the maps that Cilium's programs at the ingress of these interfaces look into."""
+        """Return the ids of the ipcaches that Cilium's programs on these interfaces' ingress look into."""
         theirs: dict[int, Attachment] = {}
         async with self._asking_the_kernel():
             for index, _ in self._selected():
-                # Filters are asked for one interface at a time, which is dear, and tcx is where it is if it is there.
+                # Filters must be listed per interface, which is costly, so they are listed only without Cilium on tcx.
                 found = _ciliums(tcx_attachments(index)) or _ciliums(
                     await clsact_attachments(self._route, index)
                 )
@@ -100,16 +99,16 @@ class NodeView:
         known: dict[int, frozenset[int]] = {}
         look_into = functools.cache(_look_into)
         for number in theirs:
-            # A program that is loaded never changes; one that leads nowhere is perhaps just being set up.
+            # A loaded program never changes; one without an ipcache may still be being set up.
             known[number] = self._known.get(number, frozenset())
             if not known[number]:
                 known[number] = _ipcaches_behind(number, look_into)
-                await asyncio.sleep(0)  # when Cilium starts again there are new ones by the dozen
+                await asyncio.sleep(0)  # when Cilium restarts there are dozens of new ones
         self._known = known
         return frozenset().union(*known.values())
 
     async def netkit(self) -> list[str]:
-        """Return the names of netkit devices, on which lazymesh cannot be yet."""
+        """Return the names of netkit devices, which lazymesh does not support yet."""
         async with self._asking_the_kernel():
             links = [link async for link in await self._route.link("dump", kind="netkit")]
         return sorted(link.get("ifname") for link in links if link_kind(link) == "netkit")
@@ -123,9 +122,9 @@ class NodeView:
 
     @contextlib.asynccontextmanager
     async def _asking_the_kernel(self) -> AsyncIterator[None]:
-        """Take turns, and translate what goes wrong, such as a socket without room for an answer: the next look may do.
+        """Take turns, and translate failures, such as a socket too small for the answer: the next attempt may succeed.
 
-        A netlink socket gives one list at a time; asked for another meanwhile, the kernel says that it is busy.
+        A netlink socket gives one list at a time; if asked for another meanwhile, the kernel says that it is busy.
         """
         async with self._turn:
             try:
@@ -144,10 +143,10 @@ def _ciliums(chain: list[Attachment]) -> dict[int, Attachment]:
 def _ipcaches_behind(
     program_id: int, look_into: Callable[[int], tuple[bool, tuple[int, ...]]]
 ) -> frozenset[int]:
-    """Return the ipcaches that a program, or one of its tail calls, refers to.
+    """Return the ipcaches that a program or one of its tail calls refers to.
 
-    look_into: ``_look_into``, with a memory for one look at the node: an endpoint has some 35 tail calls, and most of
-    their 20 maps are the same.
+    look_into: ``_look_into``, cached during one look at the node: an endpoint has some 35 tail calls, and most of their
+    20 maps are the same.
     """
     found: set[int] = set()
     calls: set[int] = set()
@@ -169,7 +168,7 @@ def _maps_of(program_id: int) -> tuple[int, ...]:
 
 
 def _look_into(map_id: int) -> tuple[bool, tuple[int, ...]]:
-    """Return whether a map is an ipcache, and what is in it if it is an array of tail calls."""
+    """Return whether a map is an ipcache, and its programs if it is an array of tail calls."""
     with contextlib.suppress(OSError), contextlib.closing(Map.by_id(map_id)) as opened:
         if ipcache_layout_of(opened.layout) is not None:
             return True, ()
@@ -179,14 +178,14 @@ def _look_into(map_id: int) -> tuple[bool, tuple[int, ...]]:
 
 
 def is_pinned_here(bpffs: Path) -> bool:
-    """Tell whether a Cilium agent has pinned its ipcache here; False also for whoever may not look."""
+    """Return whether a Cilium agent has pinned its ipcache here; False also without permission to look."""
     return any(os.access(pins_directory(bpffs) / name, os.F_OK) for name in PINS)
 
 
 def take_out_ours(bpffs: Path, read: Iterable[int] = ()) -> int:
-    """Delete every entry of ours from Cilium's ipcaches; return how many there were.
+    """Delete all our entries from Cilium's ipcaches; return how many there were.
 
-    read: maps that its programs look into, which need not be pinned. One of a layout that we do not know has none.
+    read: ids of maps that its programs look into, pinned or not. A map of unknown layout has no entries of ours.
     """
     taken = 0
     for map_id in {*pinned_ipcaches(bpffs).values(), *read}:

@@ -1,8 +1,8 @@
-"""Where BCC finds kernel headers, also on a kernel that ships none.
+"""Finds kernel headers for BCC, even on a kernel that ships none.
 
-Our program uses uapi types and helpers only, so any distribution's headers will do. Debian splits them in two trees
+Our program uses only uapi types and helpers, so any distribution's headers will do. Debian splits them into two trees
 (generated files in ``build``, the rest in ``source``); BCC knows that split only for the running kernel, so for any
-other release the two are merged into one tree of symbolic links, in a directory of the caller's.
+other release the two are merged into one tree of symbolic links, in a directory that the caller provides.
 """
 
 from __future__ import annotations
@@ -19,23 +19,23 @@ _ARCHES = {"x86_64": "x86", "aarch64": "arm64", "riscv64": "riscv", "ppc64le": "
 
 @dataclass(frozen=True, slots=True)
 class KernelHeaders:
-    """A usable set of headers: one tree, or Debian's two halves of it."""
+    """A usable set of headers: one tree, or Debian's two halves."""
 
     release: str
     build: Path
     source: Path
     running: bool
-    """True when they belong to the running kernel: BCC finds those by itself."""
+    """They belong to the running kernel: BCC finds those by itself."""
 
 
 IMAGE_MODULES = Path("/usr/lib/lazymesh/modules")
-"""The image brings headers of its own, laid out in the same way, since a node need not have any."""
+"""The image brings its own headers, laid out the same way, because a node may have none."""
 
 
 def find_headers(
     modules: Path = Path("/lib/modules"), release: str | None = None, own: Path = IMAGE_MODULES
 ) -> KernelHeaders:
-    """Return the running kernel's headers, else the newest installed, else the image's own; DatapathError: none."""
+    """Return the running kernel's headers, else the newest installed, else the image's; DatapathError if none."""
     release = release or os.uname().release
     candidates = [modules / release]
     for place in (modules, own):
@@ -53,7 +53,7 @@ def find_headers(
 
 
 def merge_headers(headers: KernelHeaders, into: Path) -> Path:
-    """Make one tree of symbolic links out of both halves, for BCC_KERNEL_SOURCE; returns it."""
+    """Merge both halves into one tree of symbolic links, for BCC_KERNEL_SOURCE; return it."""
     arch = Path("arch") / _ARCHES.get(os.uname().machine, os.uname().machine) / "include"
     for folder in (Path("include"), arch):
         (into / folder).mkdir(parents=True)

@@ -1,4 +1,4 @@
-"""The maps of holding as the agent sees them: bounds and heartbeat in, counters out."""
+"""The maps for holding packets as the agent sees them: limits and heartbeat in, counters out."""
 
 from __future__ import annotations
 
@@ -14,21 +14,21 @@ if TYPE_CHECKING:
     from pathlib import Path
 
 COOKIE_BITS = 12
-"""LM_HOLD_COOKIE_SHIFT leaves so many of a mark."""
+"""The bits of a mark that LM_HOLD_COOKIE_SHIFT leaves."""
 
 
 @dataclass(frozen=True, slots=True)
 class HoldLimits:
-    """How much may be parked; enforced by the kernel before anything is copied."""
+    """How much may be parked; the kernel enforces it before anything is copied."""
 
     address_packets: int = 256
     address_bytes: int = 4 << 20
     interface_packets: int = 4_096
     interface_bytes: int = 8 << 20
     total_bytes: int = 16 << 20
-    """All the memory that parked packets may take."""
+    """For all parked packets together."""
     interface_rate: int = 2_000
-    """Newly held addresses per second and interface: what keeps one scanning pod from taking the holder's time."""
+    """Newly held addresses per second and interface: keeps a scanning pod from taking up the holder's time."""
     interface_burst: int = 1_024
 
 
@@ -41,15 +41,15 @@ class HoldControl:
         control.close()  # the mapping keeps it
 
     def beat(self, now_ns: int) -> None:
-        """Show the kernel that the agent lives."""
+        """Show the kernel that the agent is alive."""
         self._words.agent_beat_ns = now_ns
 
     def holder_beat(self) -> int:
-        """Return when the holder last showed that it lives, in ns of the monotonic clock."""
+        """Return the time of the holder's last heartbeat, in ns of the monotonic clock."""
         return int(self._words.holder_beat_ns)
 
     def set_limits(self, limits: HoldLimits, limit_s: float) -> None:
-        """Put bounds in force, and how long a packet waits at most."""
+        """Put limits in force, and the longest time that a packet may wait."""
         words = self._words
         words.limit_ns = int(limit_s * 1e9)
         for name in (
@@ -66,7 +66,7 @@ class HoldControl:
 
 
 class HoldCounterMap:
-    """What became of parked packets: the kernel's counts, and the holder's own."""
+    """What happened to parked packets: the kernel's counts and the holder's."""
 
     def __init__(self, pins: Path) -> None:
         self._kernel = Map.pinned(pins / "lm_hold_count")
@@ -79,7 +79,7 @@ class HoldCounterMap:
         return {name: sum(getattr(copy, name) for copy in copies) for name, *_ in abi.HoldCounters._fields_}
 
     def outstanding(self) -> tuple[int, int]:
-        """Return how many packets are parked or on their way back, and their bytes."""
+        """Return the number of packets that are parked or on their way back, and their bytes."""
         total = abi.Outstanding.from_buffer_copy(self._total.lookup(bytes(4)) or b"")
         return total.packets, total.bytes
 

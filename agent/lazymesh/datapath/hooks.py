@@ -1,9 +1,9 @@
 """The two ways onto an interface's ingress: tcx links (kernel 6.6 and later) and clsact filters.
 
-Ours goes first, since a packet that is held must not have been seen by anybody behind us. On a tcx hook that is the
-head of the chain; a clsact filter shares priority 1, the lowest, and the kernel puts the newest of a priority in front.
-tcx programs run before clsact filters, and other agents (Cilium at each program load) delete filters that are not
-theirs, so tcx is used wherever the kernel has it. Both outlive the agent: a link by its pin, a filter by itself.
+Ours goes first, because no program behind us may have seen a packet that is held. On a tcx hook that is the head of the
+chain; a clsact filter shares priority 1, the lowest, and the kernel puts the newest of a priority in front. tcx
+programs run before clsact filters, and other agents (Cilium at each program load) delete filters that are not theirs,
+so tcx is used wherever the kernel has it. Both outlive the agent: a link by its pin, a filter by itself.
 """
 
 from __future__ import annotations
@@ -38,8 +38,8 @@ _INGRESS = 0xFFFFFFF2
 _EGRESS = _INGRESS + 1
 _ROOT = 0xFFFFFFFF
 _PRIORITY, _HANDLE, _ETH_P_ALL = 1, 0x1A2E, 3
-"""Cilium's filters are handle 1 of a priority that is 1 unless configured otherwise (cilium-formats 8.1)."""
-# The kernel goes on where pyroute2's list of a BPF filter's attributes ends.
+"""Cilium's filters have handle 1, and priority 1 unless configured otherwise (cilium-formats 8.1)."""
+# The kernel has more attributes of a BPF filter than pyroute2 lists.
 if len(sched_bpf.options.nla_map) == 9:
     sched_bpf.options.nla_map += (
         ("TCA_BPF_FLAGS_GEN", "uint32"),
@@ -52,37 +52,37 @@ _TAP_RING = 16_384
 
 
 class Hook(Protocol):
-    """Puts one program on an interface's ingress, in front of everybody else's."""
+    """Puts a program on an interface's ingress, in front of all others."""
 
     style: str
     """``tcx`` or ``clsact``."""
-    told: bool
-    """The kernel tells when something on it changes."""
+    reports_changes: bool
+    """The kernel reports when something on it changes."""
     park_verdict: int
-    """The verdict that ends the way of a packet of which the TAP has a clone."""
+    """The verdict for a packet whose clone is in the TAP."""
 
     async def attach(self, index: int, program: int, name: str) -> None:
-        """Attach, in place of a program of ours that is there; OSError or NetlinkError when that fails."""
+        """Attach, replacing our earlier program; OSError or NetlinkError when that fails."""
 
     async def detach(self, index: int) -> None:
-        """Take it off; an interface that is gone has nothing to take off."""
+        """Detach; nothing to do if the interface is gone."""
 
     async def place(self, index: int, program: int) -> int | None:
-        """Return how many programs see a packet before ours; None when ours is not attached."""
+        """Return how many programs run before ours; None if ours is not attached."""
 
     async def put_first(self, index: int, program: int, name: str) -> None:
-        """Attach anew, in front; for a moment nothing of ours is attached: microseconds on tcx, 0.1 to 0.6 ms else."""
+        """Attach again, in front; ours is off the hook for microseconds on tcx, for 0.1 to 0.6 ms on clsact."""
 
     async def supersede(self, index: int) -> None:
-        """Take off what an earlier agent attached in the other way, once ours is attached."""
+        """Detach what an earlier agent attached the other way, once ours is attached."""
 
 
 class TcxHook:
     """Links at the head of the tcx chain, pinned under ``links/`` by the interface's index."""
 
     style = "tcx"
-    told = False
-    # tcx takes every verdict that it does not know, TC_ACT_STOLEN too, for "next".
+    reports_changes = False
+    # tcx treats every verdict that it does not know, TC_ACT_STOLEN too, as "next".
     park_verdict = TC_ACT_SHOT
 
     def __init__(self, pins: Pins, route: AsyncIPRoute) -> None:
@@ -92,7 +92,7 @@ class TcxHook:
     async def attach(self, index: int, program: int, name: str) -> None:  # noqa: ARG002 (a link needs no name)
         """Update the pinned link, which keeps its place, or make one.
 
-        In a thread: the kernel waits for a grace period before it returns, some ten milliseconds.
+        In a thread, because the kernel waits for a grace period of some ten milliseconds.
         """
         await asyncio.to_thread(_attach_link, self._pins.link(index), index, program)
 
@@ -101,15 +101,15 @@ class TcxHook:
         await asyncio.to_thread(_detach_link, self._pins.link(index))
 
     async def place(self, index: int, program: int) -> int | None:
-        """Ask the kernel for the chain."""
+        """Query the chain."""
         return _index(programs.tcx_programs(index), programs.program_id(program))
 
     async def put_first(self, index: int, program: int, name: str) -> None:  # noqa: ARG002
-        """Make the link anew, in front: the kernel moves none."""
+        """Replace the link with one in front: the kernel cannot move a link."""
         await asyncio.to_thread(_move_link, self._pins.link(index), index, program)
 
     async def supersede(self, index: int) -> None:
-        """Delete a filter of ours."""
+        """Delete our filter."""
         await _delete_filter(self._route, index)
 
 
@@ -126,14 +126,14 @@ def _attach_link(pin: Path, index: int, program: int) -> None:
 
 
 def _move_link(pin: Path, index: int, program: int) -> None:
-    """Make a link in front and have it change places with the pinned one.
+    """Make a link in front and swap it with the pinned one.
 
-    To detach that and attach anew would leave nothing of ours on the hook for the grace period that the kernel waits
-    for, some ten milliseconds. It takes no program twice, but a link's program is exchanged at once: so one that does
-    nothing keeps the new place until ours is taken from the old one, where another such is put.
+    Detaching and attaching again would leave nothing of ours on the hook for the kernel's grace period, some ten
+    milliseconds. A hook accepts no program twice, but a link's program is replaced at once: so an idle program holds
+    the new place until another idle one has replaced ours in the old place.
     """
     if not pin.exists() or programs.program_id(program) not in programs.tcx_programs(index):
-        _attach_link(pin, index, program)  # it is not on the hook at all
+        _attach_link(pin, index, program)  # it is not on the hook
         return
     with contextlib.ExitStack() as stack:
 
@@ -142,7 +142,7 @@ def _move_link(pin: Path, index: int, program: int) -> None:
             return fd
 
         old, here, there = own(libbpf.open_pin(pin)), own(programs.load_idle()), own(programs.load_idle())
-        new = own(programs.attach_tcx(here, index))  # without a pin the link goes with its descriptor
+        new = own(programs.attach_tcx(here, index))  # until it is pinned the link lives with its descriptor
         programs.update_link(old, there)
         programs.update_link(new, program)
         libbpf.pin(new, pin)
@@ -150,7 +150,7 @@ def _move_link(pin: Path, index: int, program: int) -> None:
 
 
 def _detach_link(pin: Path) -> None:
-    """Detach and unpin; without the first step the program would go on for a moment, until the kernel has tidied up."""
+    """Detach and unpin; unpinning alone would leave the program running until the kernel has cleaned up."""
     try:
         link = libbpf.open_pin(pin)
     except FileNotFoundError:
@@ -163,18 +163,18 @@ def _detach_link(pin: Path) -> None:
 
 
 def _update(pin: Path, index: int, program: int) -> bool:
-    """Put the program into a pinned link that is still on this interface; tell whether there was one."""
+    """Put the program into the pinned link if that is still on this interface; return whether it was."""
     try:
         link = libbpf.open_pin(pin)
     except FileNotFoundError:
         return False
     try:
         if programs.link_ifindex(link) != index:
-            return False  # of an interface that is gone
+            return False  # its interface is gone
         programs.update_link(link, program)
     finally:
         os.close(link)
-    # An index means something in one network namespace only, and that may be gone.
+    # An index is unique in one network namespace only, and that may be gone.
     return programs.program_id(program) in programs.tcx_programs(index)
 
 
@@ -182,8 +182,8 @@ class ClsactHook:
     """Filters of priority 1 on clsact."""
 
     style = "clsact"
-    told = True
-    # As good as a drop, and no drop monitor takes it for one.
+    reports_changes = True
+    # As good as a drop, and drop monitors do not report it.
     park_verdict = TC_ACT_STOLEN
 
     def __init__(self, pins: Pins, route: AsyncIPRoute) -> None:
@@ -191,7 +191,7 @@ class ClsactHook:
         self._route = route
 
     async def attach(self, index: int, program: int, name: str) -> None:
-        """Replace our filter, which keeps its place, or add it in front."""
+        """Replace our filter in its place, or add it in front."""
         await _add_clsact(self._route, index)
         await _put_filter(self._route, index, _INGRESS, program, name)
 
@@ -200,7 +200,7 @@ class ClsactHook:
         await _delete_filter(self._route, index)
 
     async def place(self, index: int, program: int) -> int | None:  # noqa: ARG002 (a filter is known by its handle)
-        """List the filters, which come in the order in which they run."""
+        """List the filters, which the kernel returns in the order in which they run."""
         return _index(await _filters(self._route, index, _INGRESS), (_PRIORITY, _HANDLE))
 
     async def put_first(self, index: int, program: int, name: str) -> None:
@@ -209,17 +209,17 @@ class ClsactHook:
         await self.attach(index, program, name)
 
     async def supersede(self, index: int) -> None:
-        """Detach and unpin a link of ours."""
+        """Detach and unpin our link."""
         await asyncio.to_thread(_detach_link, self._pins.link(index))
 
 
 async def prepare_tap(datapath: Datapath, index: int, name: str) -> None:
-    """Make the holder's TAP fit for parked packets and nothing else, then bring it up; DatapathError if that fails."""
+    """Prepare the holder's TAP for parked packets and nothing else, and bring it up; DatapathError if that fails."""
     try:
-        # Silent before it is up: no address, no router solicitation, nothing of its own.
+        # It must never send by itself: no address, no router solicitation.
         Path(f"/proc/sys/net/ipv6/conf/{name}/disable_ipv6").write_text("1", encoding="ascii")  # noqa: ASYNC240 (memory)
     except OSError:
-        log.debug("no IPv6 here to switch off", interface=name)
+        log.debug("no IPv6 to disable", interface=name)
     try:
         async with AsyncIPRoute() as route:
             await _make_tap_fit(route, datapath, index)
@@ -228,26 +228,26 @@ async def prepare_tap(datapath: Datapath, index: int, name: str) -> None:
 
 
 async def mend_tap(datapath: Datapath, index: int) -> bool:
-    """Put right what somebody has changed about the holder's TAP; tell whether anything was wrong."""
+    """Restore the holder's TAP if it was changed; return whether anything was wrong."""
     async with AsyncIPRoute() as route:
         try:
             if await _is_fit(route, index):
                 return False
             await _make_tap_fit(route, datapath, index)
         except NetlinkError as exc:
-            log.debug("cannot mend the TAP", error=str(exc))  # it is gone, and its holder ends
+            log.debug("cannot restore the TAP", error=str(exc))  # it is gone, and its holder is ending
             return False
     return True
 
 
 async def _make_tap_fit(route: AsyncIPRoute, datapath: Datapath, index: int) -> None:
     (out, out_fd), (back, back_fd) = datapath.hold_programs()
-    await route.link("set", index=index, txqlen=_TAP_RING)  # longer than all slots
+    await route.link("set", index=index, txqlen=_TAP_RING)  # more than all slots
     await _add_clsact(route, index)
     await _put_filter(route, index, _EGRESS, out_fd, out)
     await _put_filter(route, index, _INGRESS, back_fd, back)
     await route.link("set", index=index, state="up")
-    # Else clone_redirect would say that a full ring took the packet.
+    # With a queue, clone_redirect would succeed although the ring is full.
     await route.tc("replace", "noqueue", index, parent=_ROOT)
 
 
@@ -279,7 +279,7 @@ def _index(chain: Sequence[object], ours: object) -> int | None:
 
 
 def choose_hook(style: str, pins: Pins, route: AsyncIPRoute) -> Hook:
-    """Return the way that the user wants, or for ``auto`` the better one that this kernel has."""
+    """Return the hook that the user chose, or for ``auto`` the best that this kernel has."""
     if style == "clsact" or (style == "auto" and not kernelfeatures.has_tcx()):
         return ClsactHook(pins, route)
     if not kernelfeatures.has_tcx():
@@ -288,13 +288,13 @@ def choose_hook(style: str, pins: Pins, route: AsyncIPRoute) -> Hook:
 
 
 async def detach_everywhere(pins: Pins) -> list[str]:
-    """Remove our links and filters from every interface, and each clsact qdisc that is empty then; return names."""
+    """Remove our links and filters from every interface, and clsact qdiscs left empty; return the interfaces."""
     cleaned = []
     linked = pins.linked()
     async with AsyncIPRoute() as route:
         for link in [link async for link in await route.link("dump")]:
             _detach_link(pins.link(link["index"]))
-            # An interface may go at any moment, and its filters with it.
+            # An interface may disappear at any moment, with its filters.
             with contextlib.suppress(NetlinkError):
                 if await _clean(route, link["index"]) or link["index"] in linked:
                     cleaned.append(link.get("ifname"))
@@ -310,7 +310,7 @@ async def _clean(route: AsyncIPRoute, index: int) -> bool:
 
 
 async def _delete_filter(route: AsyncIPRoute, index: int) -> bool:
-    """Delete our clsact filter; tell whether there was one."""
+    """Delete our clsact filter; return whether there was one."""
     if (_PRIORITY, _HANDLE) not in await _filters(route, index, _INGRESS):
         return False
     with contextlib.suppress(NetlinkError):
@@ -327,7 +327,7 @@ async def _filters(route: AsyncIPRoute, index: int, parent: int) -> list[tuple[i
 
 @dataclass(frozen=True, slots=True)
 class Attachment:
-    """One program on a hook."""
+    """A program on a hook."""
 
     style: str
     """``tcx`` or ``clsact``."""
@@ -336,12 +336,12 @@ class Attachment:
 
 
 async def attachments(route: AsyncIPRoute, index: int) -> list[Attachment]:
-    """Return whose programs are on an interface's ingress, in the order in which they run: tcx before clsact."""
+    """Return the programs on an interface's ingress, in the order in which they run: tcx before clsact."""
     return [*tcx_attachments(index), *await clsact_attachments(route, index)]
 
 
 def tcx_attachments(index: int) -> list[Attachment]:
-    """Return those on tcx; none if the interface is gone, or the kernel has no tcx."""
+    """Return those on tcx; none if the interface is gone or the kernel has no tcx."""
     found = []
     with contextlib.suppress(OSError):
         for program_id in programs.tcx_programs(index):
@@ -368,10 +368,10 @@ def link_kind(link: Any) -> str | None:
 
 
 def has_metadata(link: Any) -> bool:
-    """Tell whether a link message's device is a tunnel whose packets have their tunnel beside them, not in them."""
+    """Return whether a link message's device is a tunnel that keeps a packet's tunnel data in its metadata."""
     info = link.get_attr("IFLA_LINKINFO")
     data = info.get_attr("IFLA_INFO_DATA") if info else None
-    # Of kinds that pyroute2 does not know it is text.
+    # For kinds that pyroute2 does not know it is text.
     attributes = data.get("attrs", ()) if isinstance(data, dict) else ()
     return any(name.endswith("_COLLECT_METADATA") and value not in (None, 0) for name, value in attributes)
 
@@ -383,5 +383,5 @@ async def _dump(route: AsyncIPRoute, index: int, parent: int) -> list[Any]:
         if exc.code in _GONE:
             return []
         raise
-    # Every priority begins with a line for itself, whose handle is 0.
+    # Every priority has an item of its own first, with handle 0.
     return [item for item in found if item["handle"]]

@@ -1,11 +1,11 @@
-"""Writes entries into the ipcache so that nobody else's is ever touched and a crash at any point loses no ownership.
+"""Writes entries into the ipcache so that no other writer's is touched and a crash at any point loses no ownership.
 
 Order of writes: journal, then ipcache when an entry is installed or replaced; ipcache, then journal when it is evicted.
-A journal line therefore always covers what the map may hold of ours, and ``adopt`` sorts it out after a crash.
+So a journal line always covers what the map may hold of ours, and ``adopt`` reconciles the two after a crash.
 
-In a map of our own an entry is ours while it is what the journal says. In Cilium's, whose agent may write the very same
-value at any moment, it is ours while it carries our tag. While Cilium restarts there are several maps: the first is the
-new one, which the journal is about; older ones get the same entries, and go when their last program does.
+In our own map an entry is ours as long as it equals the journal's. In Cilium's, whose agent may write the very same
+value at any time, it is ours as long as it carries our tag. While Cilium restarts there are several maps: the first is
+the new one, which the journal describes; older ones get the same entries, and go with their last program.
 """
 
 from __future__ import annotations
@@ -31,16 +31,16 @@ if TYPE_CHECKING:
 Installed = tuple["Address", "Entry", int]
 """An address, its entry and the id of its cluster."""
 FEW = 3
-"""Up to so many new entries two system calls for each take no longer: the kernel makes a packet for the other way."""
+"""Up to this many new entries, two system calls each take no longer: for a batch the kernel has to make a packet."""
 
 
 class Installer:
     """Installs and evicts our entries.
 
-    shared: the maps are Cilium's too, and our entries in them are tagged.
-    writer: writes journal and map together; not used if the map is shared: it writes no tag.
-    honours_noexist: what ``kernel_honours_noexist`` found. Without it an insert is guarded by a lookup, which cannot
-    see an exact entry behind an equal answer of a shorter prefix, so everything that is not world is taken for one.
+    shared: Cilium writes to the maps, too, and our entries in them are tagged.
+    writer: writes journal and map together; not used if the map is shared, since it writes no tag.
+    honours_noexist: the result of ``kernel_honours_noexist``. Without it an insert is guarded by a lookup, which cannot
+    tell an exact entry from a shorter prefix with the same value, so anything but world is taken for an exact entry.
     """
 
     def __init__(
@@ -53,37 +53,37 @@ class Installer:
         writer: Writer | None = None,
     ) -> None:
         self.crowded = False
-        """The map is nearly full: nothing new is put in, what is left is for Cilium."""
+        """The map is nearly full: nothing new is inserted, what is left is for Cilium."""
         self.added = 0
-        """By how many entries we have made the first map fuller so far."""
+        """How many entries we have added to the first map so far, less those removed."""
         self.added_most = math.inf
-        """Up to where that may go before somebody has counted what the map holds."""
+        """The limit for that until the map's entries are counted again."""
         self.on_full: Callable[[], None] = lambda: None
-        """Told when an entry has found no room, though the map was not known to be full."""
+        """Called when there was no room for an entry, though the map was not known to be full."""
         self.use(maps)
         self._journal = journal
         self._honours_noexist = honours_noexist
         self._shared = shared
         self._writer = None if shared else writer
         self._owned: dict[Address, Installed] = {}
-        """What is ours in the first map."""
+        """Our entries in the first map."""
         self._beside: set[Address] = set()
-        """What is ours in old maps only: in the first one Cilium has written its own by now."""
+        """Our entries in old maps only: in the first one Cilium has written its own by now."""
 
     def owns(self, address: Address) -> bool:
-        """Tell whether an entry of this address in the first map is ours, as far as we know."""
+        """Return whether the address' entry in the first map is ours, as far as we know."""
         return address in self._owned
 
     def owned_addresses(self) -> list[Address]:
-        """Return the addresses whose entries are ours, the latest installed first."""
+        """Return the addresses of our entries, the latest installed first."""
         return [*reversed(self._owned), *self._beside]
 
     def adopt(self) -> Iterator[Installed]:
-        """Take over the journal of an earlier life; yield address, entry and cluster id of what still stands.
+        """Take over an earlier agent's journal; yield address, entry and cluster id of what is still in the map.
 
-        What stands in an old map only is carried over: Cilium may have started again while we did not run. A line whose
-        entry is gone, or was replaced by somebody else's, is struck out. Cilium's maps are cleared of what no line
-        stands for: it would be kept true by nobody.
+        What is in an old map only is carried over: Cilium may have restarted while we did not run. A line whose entry
+        is gone, or was replaced by another writer, is deleted. Entries of ours without a line are removed from Cilium's
+        maps: nothing would keep them true.
         """
         for address, line in list(self._journal.items()):
             standing = self._main.stands(address)
@@ -107,16 +107,16 @@ class Installer:
                     self.withdraw(ipcache, address)
 
     def has_leftovers(self) -> bool:
-        """Tell whether an earlier life has left an entry of ours in Cilium's maps, with or without a journal."""
+        """Return whether an earlier agent left an entry of ours in Cilium's maps, with or without a journal."""
         return any(True for ipcache in self._maps for _ in ipcache.tagged())
 
     def use(self, maps: Sequence[IpcacheMap]) -> None:
-        """Write into these maps from now on. What is ours in another first map is to be carried over."""
+        """Write to these maps from now on. Our entries in another first map must be carried over."""
         self._maps = list(maps)
         self._main = self._maps[0]
 
     def carry_over(self, address: Address) -> Reason | None:
-        """Put an entry of ours into a first map that is new; returns why not, and then it is not ours any more."""
+        """Put our entry into a new first map; return why not, in which case it is no longer ours."""
         _, entry, cluster_id = self._owned[address]
         wanted, standing = with_tunnel_flags(entry), self._main.stands(address)
         if standing is not None and standing.tagged and standing.entry == self._main.as_read_back(wanted):
@@ -125,19 +125,19 @@ class Installer:
 
     @staticmethod
     def withdraw(ipcache: IpcacheMap, address: Address) -> None:
-        """Take our entry out of a map of Cilium's that does not count any more: nobody would keep it true."""
+        """Remove our entry from a Cilium map that is no longer in use: nothing would keep it true."""
         if _is_tagged(ipcache, address):
             ipcache.delete(address)
 
     def install(self, address: Address, entry: Entry, cluster_id: int) -> Reason | None:
-        """Put the entry in, new or in place of ours; returns why not, or None.
+        """Install the entry, new or in place of ours; return why not, or None.
 
-        TAKEN: somebody else's entry stands there, and the programs know the peer by it. NOT_OURS: they do not.
+        TAKEN: another writer's entry is there, and tells the programs who the peer is. NOT_OURS: it does not.
         """
         in_old = [self._put_beside(ipcache, address, entry) for ipcache in self._maps[1:]]
         reason = self._put(address, entry, cluster_id)
         if reason is Reason.TAKEN and any(in_old):
-            # As long as programs read the old map, our entry there has to be kept true.
+            # As long as programs read the old map, our entry there must be kept true.
             self._beside.add(address)
             return None
         if reason is not None:
@@ -146,10 +146,10 @@ class Installer:
         return reason
 
     def install_many(self, installs: Sequence[Installed]) -> list[Reason | None]:
-        """Do as ``install`` for several addresses, each of them once; returns why not, or None, for each.
+        """Install several addresses, each of which appears once; return why not, or None, for each.
 
-        What is new is written together, each line before its entry; what that does not settle, one by one. Nothing is
-        looked up before: an address has missed before it gets an entry, so the programs have looked.
+        New entries are written together, each line before its entry; the rest one by one. Nothing is looked up first:
+        an address gets an entry because it missed, so the programs have looked.
         """
         scarce = self.crowded or self.added + len(installs) > self.added_most
         if scarce or not self._honours_noexist or len(self._maps) > 1:
@@ -158,7 +158,7 @@ class Installer:
         fresh = [each for each in installs if each[0] not in owned]
         try:
             inserted = self._write(fresh)
-        except DatapathError:  # one by one it will show for whom there is room
+        except DatapathError:  # one by one, to see for which there is room
             return [self.install(*each) for each in installs]
         stand = fresh if all(inserted) else list(compress(fresh, inserted))
         self.added += len(stand)
@@ -187,7 +187,7 @@ class Installer:
         return standing is not None and standing.entry == written and self._journal.read(address) == ours
 
     def evict(self, address: Address) -> bool:
-        """Remove our entry if it still is what we wrote; True when it was."""
+        """Remove our entry if it is still as we wrote it; return whether it was."""
         self._take_back(address)
         self._beside.discard(address)
         ours = self._is_ours(address, self._main.stands(address))
@@ -197,19 +197,19 @@ class Installer:
         return ours
 
     def is_lost(self, address: Address) -> bool:
-        """Tell whether an entry of ours is not there any more: removed, or written over by the map's owner."""
+        """Return whether our entry is gone: removed, or overwritten by the map's owner."""
         if address in self._beside:
             return len(self._maps) == 1
         return address in self._owned and not self._is_ours(address, self._main.stands(address))
 
     def forget(self, address: Address) -> None:
-        """Give up an entry that is lost."""
+        """Drop an entry that is lost."""
         self._beside.discard(address)
         self._forget(address)
 
     def _insert(self, address: Address, entry: Entry, cluster_id: int) -> bool:
         if self.crowded or self.added >= self.added_most:
-            raise MapFullError("the ipcache map is nearly full, and what is left of it is Cilium's")
+            raise MapFullError("the ipcache map is nearly full, and what is left is for Cilium")
         self._journal.write(address, OwnedEntry(entry, entry, cluster_id))
         inserted = self._main.insert(address, entry)
         self.added += inserted
@@ -240,25 +240,25 @@ class Installer:
         return None
 
     def _put_beside(self, ipcache: IpcacheMap, address: Address, entry: Entry) -> bool:
-        """Put the entry into an old map, for the programs that still read it; tell whether it stands there."""
+        """Put the entry into an old map, for programs that still read it; return whether it is there."""
         standing = ipcache.stands(address)
         try:
             if standing is not None and standing.tagged:
                 ipcache.replace(address, entry)
                 return True
             return not self._is_foreign(standing, entry) and ipcache.insert(address, entry)
-        except DatapathError:  # it costs what it did before
+        except DatapathError:  # no worse than before
             return False
 
     def _bring_back(self, address: Address, entry: Entry) -> None:
-        """Have the old maps say of an entry of ours what the first one does; a crash may have left something newer."""
+        """Make old maps hold our entry as the first one does; a crash may have left something newer there."""
         for ipcache in self._maps[1:]:
             standing = ipcache.stands(address)
             if standing is not None and standing.tagged and standing.entry != ipcache.as_read_back(entry):
                 self._put_beside(ipcache, address, entry)
 
     def _take_back(self, address: Address) -> None:
-        """Take our entry out of the old maps."""
+        """Remove our entry from the old maps."""
         for ipcache in self._maps[1:]:
             self.withdraw(ipcache, address)
 
@@ -272,10 +272,10 @@ class Installer:
         return standing.tagged if self._shared else standing.entry in (line.entry, line.previous)
 
     def _is_foreign(self, standing: Standing | None, entry: Entry) -> bool:
-        """Tell whether the answer that stands belongs to somebody else, as far as a lookup can say.
+        """Return whether what a lookup found belongs to another writer, as far as a lookup can tell.
 
-        In our own map one that equals ours must not get a line in the journal, not even for a moment: after a crash in
-        that moment we would take it for ours.
+        In our own map, one that equals ours must not get a journal line even for a moment: after a crash in that moment
+        we would take it for ours.
         """
         if standing is None or standing.tagged:
             return False
@@ -289,7 +289,7 @@ class Installer:
         return Reason.TAKEN if known else Reason.NOT_OURS
 
     def _settle(self, address: Address) -> None:
-        """After a failed write: keep the line of an entry that still stands, strike out any other."""
+        """After a failed write, keep the line if our entry is still there, else delete it."""
         if not self._is_ours(address, self._main.stands(address)):
             self._forget(address)
 

@@ -1,7 +1,7 @@
 """Keeps the programs on the selected interfaces, first on their ingress hooks, as interfaces come and go.
 
 A pod's traffic enters the node at the ingress of the pod's host-side interface, the network's at the uplink's: so both
-programs sit on ingress hooks. How they get there is told in hooks.py. What is attached goes with its interface.
+programs are on ingress hooks. hooks.py attaches them. What is attached goes with its interface.
 """
 
 from __future__ import annotations
@@ -31,30 +31,30 @@ if TYPE_CHECKING:
 log = structlog.get_logger()
 
 LOOK_EVERY_S = 0.5
-"""Between looks at the order of tcx programs, of which the kernel says nothing by itself."""
-LOOK_TOLD = 20
-"""Filters, of which it tells, are looked at once in so many times: that is dear, and only for what went unheard. As
-often it is tried again to attach to what could not be attached to."""
+"""Between checks of the order of tcx programs, changes of which the kernel does not report."""
+LOOK_REPORTED = 20
+"""Filters, changes of which it does report, are checked once in this many times: that is costly, and only catches what
+went unheard. Failed attachments are retried as often."""
 INSIST_EVERY_S = 5.0
-"""How often at most an interface's program is put back to the front."""
+"""The least time between moving an interface's program back to the front."""
 _FILTER_EVENTS = ("RTM_NEWTFILTER", "RTM_DELTFILTER", "RTM_DELQDISC")
 _ARPHRD_ETHER = 1
 _AF_BRIDGE = 7
-"""The family of messages about a bridge's ports: leaving a bridge is told as an RTM_DELLINK of this family."""
+"""The family of messages about a bridge's ports: leaving a bridge is reported as an RTM_DELLINK of this family."""
 
 
 @dataclass(frozen=True, slots=True)
 class InterfaceSelection:
     """Which interfaces are pods' (egress misses) and which are uplinks (ingress misses).
 
-    A name that ends in ``+`` stands for every interface whose name starts with what precedes it.
+    A name that ends in ``+`` matches every interface whose name starts with the part before it.
     """
 
     pods: tuple[str, ...] = ()
     uplinks: tuple[str, ...] = ()
 
     def direction_of(self, name: str) -> Direction | None:
-        """Return what the interface carries, None when it is not selected; the holder's TAP never is."""
+        """Return the interface's direction, None if it is not selected; the holder's TAP never is."""
         if name in tap.NAMES:
             return None
         if any(_matches(name, pattern) for pattern in self.uplinks):
@@ -64,7 +64,7 @@ class InterfaceSelection:
         return None
 
     def exact_names(self) -> list[str]:
-        """Return the names that must exist: those without a wildcard."""
+        """Return the names that must exist: those without wildcard."""
         return [name for name in (*self.pods, *self.uplinks) if not name.endswith("+")]
 
 
@@ -77,25 +77,25 @@ class _Attached:
     name: str
     direction: Direction
     patience: float = 0.0
-    """Until when it is not put back to the front again."""
+    """When it may next be moved to the front."""
     behind: bool = False
 
 
 @dataclass(slots=True)
 class _Failed:
     link: Any
-    """The kernel's last word about the interface: whatever changes, or that it goes, it tells."""
+    """The kernel's last message about the interface; it reports every change, and removal."""
     name: str
     reason: str
 
 
 @dataclass(slots=True)
 class InterfaceStats:
-    """What happened to interfaces so far."""
+    """What has happened to interfaces so far."""
 
     attach_errors_total: int = 0
     displaced_total: int = 0
-    """How often ours was not the first program any more, or was gone, and was attached again."""
+    """How often our program was no longer first, or gone, and was attached again."""
 
 
 @dataclass(slots=True)
@@ -109,15 +109,15 @@ class InterfaceFollower:
     stats: InterfaceStats = field(default_factory=InterfaceStats)
     _attached: dict[int, _Attached] = field(default_factory=dict)
     _failed: dict[int, _Failed] = field(default_factory=dict)
-    """Selected, but our program is not on it, or perhaps no more."""
+    """Selected, but our program is not, or perhaps no longer, attached."""
     _ipr: AsyncIPRoute | None = None
     _hook: Hook | None = None
     _placing: asyncio.Lock = field(default_factory=asyncio.Lock)
-    """Our own steps tell of themselves: nobody is to look, attach or detach in the middle of them."""
+    """Our own steps cause kernel messages: nothing may check, attach or detach in the middle of one."""
 
     @property
     def attached(self) -> dict[str, Direction]:
-        """Names and directions of the interfaces that carry our program."""
+        """Names and directions of the interfaces with our program."""
         return {item.name: item.direction for item in self._attached.values()}
 
     @property
@@ -127,18 +127,18 @@ class InterfaceFollower:
 
     @property
     def behind(self) -> list[str]:
-        """Names of the interfaces on which somebody else insists on being first."""
+        """Names of the interfaces on which another program insists on being first."""
         return sorted(item.name for item in self._attached.values() if item.behind)
 
     @property
     def failed(self) -> list[tuple[str, str]]:
-        """Names of the interfaces that are selected and cannot be attached to, and why."""
+        """Names of the selected interfaces that cannot be attached to, and why."""
         return sorted((item.name, item.reason) for item in self._failed.values())
 
     async def run(self, ready: asyncio.Event) -> None:
-        """Attach to what is there, then follow the kernel's link messages for ever; sets ``ready`` after the first.
+        """Attach to what is there, set ``ready``, then follow the kernel's link messages forever.
 
-        DatapathError when an interface that was named exactly is missing, or cannot be attached to.
+        DatapathError when an interface named exactly is missing or cannot be attached to.
         """
         async with AsyncIPRoute() as self._ipr:
             self._hook = choose_hook(self.style, self.datapath.pins, self._ipr)
@@ -162,7 +162,7 @@ class InterfaceFollower:
     async def _follow(self, monitor: AsyncIPRoute) -> None:
         while True:
             async for message in monitor.get():
-                # What pyroute2 does not know (chains, for one) has neither.
+                # Messages that pyroute2 does not know (such as of chains) have neither.
                 event, index = message.get("event"), message.get("index")
                 if message.get("family") == _AF_BRIDGE or index is None:
                     continue
@@ -191,7 +191,7 @@ class InterfaceFollower:
     async def _consider(self, link: Any, strict: bool, again: bool = False) -> None:
         """Bring one interface's attachment up to date with its name (a pod's device may be renamed into place).
 
-        again: attach also where we think that we are attached, since we may have missed how that ended.
+        again: attach even where we think we are attached, since we may have missed a change.
         """
         async with self._placing:
             await self._bring_up_to_date(link, strict, again)
@@ -212,7 +212,7 @@ class InterfaceFollower:
         try:
             if link["ifi_type"] != _ARPHRD_ETHER:
                 raise DatapathError(
-                    f"{name} is no Ethernet interface, which is all that lazymesh can read so far"
+                    f"{name} is not an Ethernet interface, and lazymesh cannot read others yet: leave it out"
                 )
             if link_kind(link) == "netkit":
                 raise DatapathError(
@@ -220,8 +220,7 @@ class InterfaceFollower:
                 )
             if has_metadata(link):
                 raise DatapathError(
-                    f"{name} is a tunnel for many ends (external), and a packet that is held would lose from which it"
-                    " came: leave it out"
+                    f"{name} is a tunnel in external mode, and a held packet would lose its tunnel data: leave it out"
                 )
             await self._attach(index, direction)
         except (DatapathError, NetlinkError) as exc:
@@ -236,7 +235,7 @@ class InterfaceFollower:
         log.info("attached", interface=name, direction=direction.name.lower())
 
     def _note_failure(self, link: Any, exc: DatapathError | NetlinkError) -> None:
-        """Keep what failed; count and log it once, unless the interface most likely has gone since it was told of."""
+        """Record a failure; count and log it once, unless the interface has probably gone since it was reported."""
         index, name, reason = link["index"], link.get("ifname"), str(exc.args[-1])
         known = self._failed.get(index)
         self._failed[index] = _Failed(link, name, reason)
@@ -254,24 +253,24 @@ class InterfaceFollower:
             raise NetlinkError(exc.errno or 0, exc.strerror) from exc
 
     async def _keep_first(self) -> None:
-        """Go back to the head of the hooks whose head somebody else has taken, or that somebody has cleared."""
+        """Return to the head of hooks where another program got ahead of ours, or ours was removed."""
         for count in itertools.count(1):
             await asyncio.sleep(LOOK_EVERY_S)
             for index, attached in list(self._attached.items()):
-                if not self._on.told or attached.behind or count % LOOK_TOLD == 0:
+                if not self._on.reports_changes or attached.behind or count % LOOK_REPORTED == 0:
                     await self._look_after(index, attached)
-            for index in list(self._failed) if count % LOOK_TOLD == 0 else ():
+            for index in list(self._failed) if count % LOOK_REPORTED == 0 else ():
                 async with self._placing:
-                    if index in self._failed:  # it may have gone while somebody else had the lock
+                    if index in self._failed:  # it may have gone while another task held the lock
                         await self._bring_up_to_date(self._failed[index].link, strict=False, again=True)
 
     async def _look_after(self, index: int, attached: _Attached) -> None:
         try:
             async with self._placing:
-                if self._attached.get(index) is attached:  # it may have gone while somebody else had the lock
+                if self._attached.get(index) is attached:  # it may have gone while another task held the lock
                     await self._put_in_place(index, attached)
-        except (NetlinkError, OSError) as exc:  # most likely the interface is about to go
-            log.debug("cannot look after an interface", interface=attached.name, error=str(exc))
+        except (NetlinkError, OSError) as exc:  # most likely the interface is about to disappear
+            log.debug("cannot check an interface", interface=attached.name, error=str(exc))
 
     async def _put_in_place(self, index: int, attached: _Attached) -> None:
         name, fd = self.datapath.program(attached.direction)
@@ -280,12 +279,12 @@ class InterfaceFollower:
         if place == 0:
             return
         if place is not None and now < attached.patience:
-            attached.behind = True  # somebody insists: two that fight would be on the hook in turns
+            attached.behind = True  # the other one insists: if both did, they would take turns on the hook
             return
         if place is not None:
             attached.patience = now + INSIST_EVERY_S
         why = "it was removed" if place is None else "another program went ahead of it"
-        log.warning("our program is attached again", interface=attached.name, why=why)
+        log.warning("attaching our program again", interface=attached.name, why=why)
         await self._on.put_first(index, fd, name)
         self.stats.displaced_total += 1
 
@@ -296,7 +295,9 @@ class InterfaceFollower:
     async def _take_off(self, index: int) -> None:
         self._attached.pop(index, None)
         self._failed.pop(index, None)
-        with contextlib.suppress(NetlinkError, OSError):  # the interface, or what was on it, is gone already
+        with contextlib.suppress(
+            NetlinkError, OSError
+        ):  # the interface, or our program on it, is gone already
             await self._on.detach(index)
 
     @property

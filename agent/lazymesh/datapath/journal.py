@@ -1,4 +1,4 @@
-"""The ownership journal, and the program that writes it and an ipcache of our own together."""
+"""The ownership journal, and the program that writes it together with our own ipcache."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from lazymesh.datapath.libbpf import Map
 
 Line = tuple[bytes, Entry, int]
-"""What the journal is to say of a new entry: key of the address, entry, cluster id."""
+"""A new entry as the journal gets it: key of the address, entry, cluster id."""
 
 
 class Journal:
@@ -27,14 +27,14 @@ class Journal:
         self.size = bpf_map.layout.max_entries
 
     def items(self) -> Iterator[tuple[Address, abi.OwnedEntry]]:
-        """Yield every line; keys that are no host addresses are none of ours and are passed over."""
+        """Yield every line; keys other than host addresses are not ours and are skipped."""
         for key, value in self._map.items():
             address = abi.address_of_key(key)
             if address is not None:
                 yield address, abi.unpack_owned(value)
 
     def read(self, address: Address) -> abi.OwnedEntry | None:
-        """Return the line of one address."""
+        """Return the line of an address."""
         raw = self._map.lookup(abi.pack_address_key(address))
         return None if raw is None else abi.unpack_owned(raw)
 
@@ -55,7 +55,7 @@ class Journal:
             raise DatapathError(f"cannot write to the ownership journal: {exc.strerror}") from exc
 
     def remove(self, address: Address) -> None:
-        """Strike a line out."""
+        """Delete a line."""
         try:
             self._map.delete(abi.pack_address_key(address))
         except OSError as exc:
@@ -63,23 +63,23 @@ class Journal:
 
 
 class Writer:
-    """Writes the journal and an ipcache of our own, by one call of the kernel for many addresses (install.h)."""
+    """Writes the journal and our own ipcache, many addresses with one system call (install.h)."""
 
     def __init__(self, program: int) -> None:
         self.program = program
 
     def write(self, lines: Sequence[Line]) -> list[bool | None]:
-        """Write line and entry of new addresses; tell of each whether it stands. If not, the journal may have the line.
+        """Write lines and entries of new addresses; return whether each was written. If not, its line may be there.
 
-        None: the kernel does not tell, as it gives an error for the whole run; some do so after it, too.
+        None: unknown, because the whole run failed; some kernels report an error even after running the program.
         """
-        stand: list[bool | None] = []
+        written: list[bool | None] = []
         for at in range(0, len(lines), abi.INSTALL_MOST):
             part = lines[at : at + abi.INSTALL_MOST]
             try:
                 verdict, packet = run_program(self.program, abi.pack_installs(part))
             except OSError:
-                stand += [None] * len(part)
+                written += [None] * len(part)
                 continue
-            stand += [verdict == 0 and error == 0 for error in abi.unpack_installed(packet)]
-        return stand
+            written += [verdict == 0 and error == 0 for error in abi.unpack_installed(packet)]
+        return written

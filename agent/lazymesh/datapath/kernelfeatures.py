@@ -1,4 +1,4 @@
-"""What this kernel can do: by its release where that tells, else by trying."""
+"""What this kernel can do, found out by trying, and its version."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from lazymesh.datapath.programs import tcx_programs
 
 
 def version_of(release: str) -> tuple[int, ...]:
-    """Return the numbers in a kernel's release."""
+    """Return the numbers in a kernel release or in the name of its directory."""
     return tuple(int(number) for number in re.findall(r"\d+", release))
 
 
@@ -33,7 +33,7 @@ def kernel_version() -> tuple[int, ...]:
 
 @functools.cache
 def has_tcx() -> bool:
-    """Tell whether this kernel has tcx: by asking for the chain of loopback. PermissionError if we may not ask."""
+    """Return whether this kernel has tcx, by querying loopback's chain; PermissionError if that is not allowed."""
     try:
         tcx_programs(socket.if_nametoindex("lo"))
     except PermissionError:
@@ -44,7 +44,7 @@ def has_tcx() -> bool:
 
 
 def has_lpm_batches() -> bool:
-    """Tell whether this kernel writes many elements of an LPM trie at once: try it on one."""
+    """Return whether this kernel writes LPM tries in batches, by trying it on one."""
     probe = Map.create("lm_probe", MapLayout(MAP_TYPE_LPM_TRIE, 8, 4, 1, BPF_F_NO_PREALLOC))
     count = ctypes.c_uint32(1)
     words = (bytes(8), bytes(4), ctypes.byref(count), None)
@@ -55,7 +55,7 @@ def has_lpm_batches() -> bool:
 
 
 def kernel_honours_noexist() -> bool:
-    """Tell whether BPF_NOEXIST works on LPM tries here (kernels without eae6a075e953 ignore it): try it once."""
+    """Return whether BPF_NOEXIST works on LPM tries (kernels without eae6a075e953 ignore it), by trying it once."""
     probe = Map.create("lm_probe", MapLayout(MAP_TYPE_LPM_TRIE, 24, 24, 2, BPF_F_NO_PREALLOC))
     try:
         key = abi.pack_address_key(bytes(4))

@@ -1,8 +1,8 @@
 """The kernel's bpf(2) through the distribution's libbpf.so.1: maps and pins. Programs are in programs.py.
 
 A thin typed layer over ctypes, so that the long-lived agent needs neither BCC nor LLVM. Everything speaks bytes and
-file descriptors; what the bytes mean is the business of abi.py and maps.py. Failures raise OSError with the kernel's
-errno; maps.py translates them.
+file descriptors; what the bytes mean is up to abi.py and the map modules. Failures raise OSError with the kernel's
+errno, which the callers translate.
 """
 
 from __future__ import annotations
@@ -39,13 +39,13 @@ MAP_TYPE_ARRAY_OF_MAPS = 12
 MAP_TYPE_QUEUE = 22
 
 ENOTSUPP = 524
-"""The kernel's own number for an operation that a map type lacks; user space has no name for it."""
+"""The kernel's errno for an operation that a map type lacks; user space has no name for it."""
 
 _BATCH = 4096
 
 
 class _MapInfo(ctypes.Structure):
-    """The head of ``struct bpf_map_info``; the kernel fills as much as we ask for."""
+    """The head of ``struct bpf_map_info``; the kernel fills in as much as we ask for."""
 
     _fields_ = (
         ("type", ctypes.c_uint32),
@@ -79,7 +79,7 @@ LOST_FN = ctypes.CFUNCTYPE(None, ctypes.c_void_p, ctypes.c_int, ctypes.c_uint64)
 
 @functools.cache
 def library() -> ctypes.CDLL:
-    """Return libbpf with the prototypes that need one; DatapathError when it is not installed."""
+    """Return libbpf with the prototypes it needs; DatapathError when it is not installed."""
     try:
         lib = ctypes.CDLL("libbpf.so.1", use_errno=True)
     except OSError as exc:
@@ -106,14 +106,14 @@ def library() -> ctypes.CDLL:
     lib.bpf_link_create.argtypes = (number, number, number, pointer)
     lib.bpf_link_update.argtypes = (number, number, pointer)
     lib.bpf_prog_query.argtypes = (number, number, ctypes.c_uint32, pointer, pointer, pointer)
-    lib.libbpf_set_print(None)  # its words on stderr would double our own errors
+    lib.libbpf_set_print(None)  # its messages on stderr would duplicate our errors
     return lib
 
 
 @functools.cache
 def _quick_library() -> ctypes.PyDLL:
-    """Return libbpf for calls of a microsecond: to let go of the interpreter for one takes as long as the call."""
-    library()  # says what is missing
+    """Return libbpf for calls of a microsecond: releasing the interpreter would take as long as the call."""
+    library()  # reports what is missing
     lib = ctypes.PyDLL("libbpf.so.1")
     number = ctypes.c_int
     lib.bpf_map_update_elem.argtypes = (number, ctypes.c_char_p, ctypes.c_char_p, ctypes.c_uint64)
@@ -123,7 +123,7 @@ def _quick_library() -> ctypes.PyDLL:
 
 
 def checked(result: int) -> int:
-    """Return what libbpf returned; OSError for what is an error there."""
+    """Return libbpf's result; OSError if it is an error."""
     if result < 0:
         raise OSError(-result, os.strerror(-result))
     return result
@@ -145,7 +145,7 @@ class MapLayout:
     flags: int
 
     def __str__(self) -> str:
-        """Say it the way bpftool does."""
+        """Return it the way bpftool writes it."""
         return (
             f"type {self.kind}, key {self.key_size}B, value {self.value_size}B, "
             f"max_entries {self.max_entries}, flags {self.flags:#x}"
@@ -153,27 +153,27 @@ class MapLayout:
 
 
 def raise_memlock() -> None:
-    """Kernels before 5.11 charge maps to RLIMIT_MEMLOCK; later ones do not care."""
+    """Lift RLIMIT_MEMLOCK, to which kernels before 5.11 charge maps."""
     try:
         resource.setrlimit(resource.RLIMIT_MEMLOCK, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
-    except (ValueError, OSError):  # no CAP_SYS_RESOURCE: only old kernels need it, and they will say so
+    except (ValueError, OSError):  # no CAP_SYS_RESOURCE: only old kernels need it, and they will report it
         return
 
 
 def pin(fd: int, path: Path) -> None:
-    """Pin a map or program, replacing an older pin of that name."""
+    """Pin a map, program or link, replacing an older pin of that name."""
     with contextlib.suppress(FileNotFoundError):
         path.unlink()
     checked(library().bpf_obj_pin(fd, os.fsencode(path)))
 
 
 def open_pin(path: Path) -> int:
-    """Return a file descriptor of the pinned map or program."""
+    """Return a file descriptor of a pinned map, program or link."""
     return checked(library().bpf_obj_get(os.fsencode(path)))
 
 
 def get_info(fd: int, info: ctypes.Structure) -> None:
-    """Fill in what the kernel says of a map, program or link."""
+    """Fill in the kernel's description of a map, program or link."""
     size = ctypes.c_uint32(ctypes.sizeof(info))
     checked(library().bpf_obj_get_info_by_fd(fd, ctypes.byref(info), ctypes.byref(size)))
 
@@ -189,39 +189,39 @@ class Map:
         self.map_id = info.id
         self.layout = MapLayout(info.type, info.key_size, info.value_size, info.max_entries, info.map_flags)
         copies = possible_cpus() if info.type == MAP_TYPE_PERCPU_ARRAY else 1
-        # Per-CPU copies are rounded up to 8 bytes each (bpf(2)); ours are multiples already.
+        # Per-CPU copies are rounded up to 8 bytes each (bpf(2)); our values are multiples of that already.
         self._value_size = info.value_size * copies
         quick = _quick_library()
         self._lookup, self._update = quick.bpf_map_lookup_elem, quick.bpf_map_update_elem
         self._delete = quick.bpf_map_delete_elem
-        # One for all lookups: nothing else runs between the call and the copy.
+        # One buffer for all lookups: nothing else runs between the call and the copy.
         self._value = ctypes.create_string_buffer(max(self._value_size, 1))
 
     @classmethod
     def pinned(cls, path: Path) -> Map:
-        """Open the map behind a pin."""
+        """Open a pinned map."""
         return cls(open_pin(path))
 
     @classmethod
     def by_id(cls, map_id: int) -> Map:
-        """Open a map by the kernel's number; FileNotFoundError when it is gone."""
+        """Open a map by its id; FileNotFoundError when it is gone."""
         return cls(checked(library().bpf_map_get_fd_by_id(map_id)))
 
     @classmethod
     def create(cls, name: str, layout: MapLayout, like: int = 0) -> Map:
-        """Make a map of our own that goes with its last file descriptor; a map of maps takes those like one."""
+        """Create a map, which lives until its last file descriptor is closed; like: for a map of maps, the template."""
         opts = _MapCreateOpts(sz=ctypes.sizeof(_MapCreateOpts), map_flags=layout.flags, inner_map_fd=like)
         sizes = (layout.key_size, layout.value_size, layout.max_entries)
         return cls(checked(library().bpf_map_create(layout.kind, name.encode(), *sizes, ctypes.byref(opts))))
 
     def close(self) -> None:
-        """Give the file descriptor back."""
+        """Close the file descriptor."""
         if self.fd >= 0:
             os.close(self.fd)
             self.fd = -1
 
     def lookup(self, key: bytes) -> bytes | None:
-        """Return the element's bytes (per-CPU maps: all copies in a row), None when there is none."""
+        """Return the element's bytes (per-CPU maps: all copies in a row), None if there is none."""
         result = self._lookup(self.fd, key, self._value)
         if result == -errno.ENOENT:
             return None
@@ -230,18 +230,18 @@ class Map:
         return self._value.raw
 
     def update(self, key: bytes, value: bytes, flags: int = BPF_ANY) -> None:
-        """Write one element; OSError EEXIST, ENOENT, ENOSPC or E2BIG as bpf(2) has it."""
+        """Write one element; OSError with EEXIST, ENOENT, ENOSPC or E2BIG as in bpf(2)."""
         if result := self._update(self.fd, key, value, flags):
             checked(result)
 
     def insert_many(self, items: Iterable[tuple[bytes, bytes]]) -> list[bool]:
-        """Add elements, each by a call of its own; return which were added, and not there already nor refused."""
-        # Numbers that ctypes need not convert each time: an eighth of the call.
+        """Add elements with one call each; return which were added, rather than there already or refused."""
+        # ctypes need not convert these each time: that is an eighth of the call.
         insert, fd, flags = self._update, ctypes.c_int(self.fd), ctypes.c_uint64(BPF_NOEXIST)
         return [insert(fd, key, value, flags) == 0 for key, value in items]
 
     def delete(self, key: bytes) -> bool:
-        """Remove one element; False when there was none."""
+        """Remove one element; False if there was none."""
         result = self._delete(self.fd, key)
         if result == -errno.ENOENT:
             return False
@@ -249,7 +249,7 @@ class Map:
         return True
 
     def program_ids(self) -> list[int]:
-        """Return the numbers of the programs in an array of programs."""
+        """Return the ids of the programs in a program array."""
         slots = (index.to_bytes(4, sys.byteorder) for index in range(self.layout.max_entries))
         return [int.from_bytes(raw, sys.byteorder) for raw in map(self.lookup, slots) if raw is not None]
 
@@ -258,7 +258,7 @@ class Map:
         checked(self._lib.bpf_map_update_elem(self.fd, None, value, BPF_ANY))
 
     def drain(self) -> int:
-        """Empty a queue map; returns how many elements it held."""
+        """Empty a queue map; return how many elements it held."""
         value = ctypes.create_string_buffer(self._value_size)
         count = 0
         while self._lib.bpf_map_lookup_and_delete_elem(self.fd, None, value) == 0:
@@ -282,12 +282,12 @@ class Map:
                 checked(result)
 
     def delete_many(self, keys: list[bytes]) -> None:
-        """Remove many elements; those that are gone already do not matter."""
+        """Remove many elements; some may be gone already."""
         for key in keys:
             self.delete(key)
 
     def is_empty(self) -> bool:
-        """Tell whether there is no element; a hash table is looked through until there is one."""
+        """Return whether there is no element; a hash table is searched until one is found."""
         key = ctypes.create_string_buffer(self.layout.key_size)
         result = self._lib.bpf_map_get_next_key(self.fd, None, key)
         if result not in (0, -errno.ENOENT):
@@ -295,10 +295,10 @@ class Map:
         return bool(result)
 
     def count(self) -> int | None:
-        """Count the elements. The interpreter is released while the kernel reads: this may be left to a thread.
+        """Count the elements. The interpreter is released while the kernel reads, so a thread may do this.
 
-        The kernel begins with an LPM trie anew when the very element goes at which it is, and counts too many: None if
-        it is more than can be.
+        If the element at which the kernel has arrived in an LPM trie is deleted, it starts over and the count is too
+        high: None if it exceeds the map's size.
         """
         try:
             return self._sum(count for _, _, count in self._batches())
@@ -315,7 +315,7 @@ class Map:
         return total
 
     def items(self) -> Iterator[tuple[bytes, bytes]]:
-        """Yield every element, in batches; elements that change meanwhile may be seen once, twice or not at all."""
+        """Yield every element, in batches; one that changes meanwhile may appear once, twice or not at all."""
         try:
             yield from self._items_batched()
         except OSError as exc:
@@ -330,7 +330,7 @@ class Map:
                 yield keys[i * key_size : (i + 1) * key_size], values[i * value_size : (i + 1) * value_size]
 
     def _batches(self) -> Iterator[tuple[bytes, bytes, int]]:
-        """Yield the elements some thousands at a time: all keys, all values, how many."""
+        """Yield some thousand elements at a time: all keys, all values, how many."""
         key_size, value_size, room = self.layout.key_size, self.layout.value_size, _BATCH
         # The continuation token of an LPM trie is a whole key, a hash table's is 4 bytes.
         token = ctypes.create_string_buffer(max(key_size, 4))
@@ -343,11 +343,11 @@ class Map:
             result = self._lib.bpf_map_lookup_batch(
                 self.fd, start, token, keys, values, ctypes.byref(count), None
             )
-            if result == -errno.ENOSPC:  # one hash bucket holds more than we have room for
+            if result == -errno.ENOSPC:  # a hash bucket holds more than fits
                 room *= 2
                 continue
-            # EINTR: elements went away while the kernel read them (until 6.13); the batch ends early, or has to be
-            # asked for again when it is empty.
+            # EINTR: elements were deleted while the kernel read them (until 6.13); the batch ends early, and must be
+            # requested again if it is empty.
             interrupted, done = result == -errno.EINTR, result == -errno.ENOENT
             if interrupted and not count.value:
                 continue

@@ -1,8 +1,8 @@
-"""The loader: a process of a second that compiles, loads and pins the datapath, then gives LLVM's memory back.
+"""The loader: a process that compiles, loads and pins the datapath in a second, then gives LLVM's memory back.
 
-Run as ``python -m lazymesh.datapath.loader`` with a request as JSON on stdin: where to pin, how large the ipcache is,
-the process whose end is ours, if any, and the file that is to keep what was compiled, if any. Prints one JSON object,
-``{"ok": true}``, with ``"not_kept": "one line"`` if that came to nothing, or ``{"error": "one line"}``.
+Run as ``python -m lazymesh.datapath.loader`` with a JSON request on stdin: where to pin, how large the ipcache is,
+optionally the parent process, with which it ends, and the file in which to cache what was compiled. Prints one JSON
+object, ``{"ok": true}``, with ``"not_kept": "one line"`` if caching failed, or ``{"error": "one line"}``.
 No other module imports bcc.
 """
 
@@ -50,7 +50,7 @@ _PR_SET_PDEATHSIG = 1
 
 
 def die_with(parent: int) -> None:
-    """End when the agent that asked for us ends: its successor has a loader of its own, and we would pin over it."""
+    """End when the agent that started us ends: its successor has its own loader, and we would pin over its pins."""
     ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
     if os.getppid() != parent:
         sys.exit("the agent has ended")
@@ -59,7 +59,7 @@ def die_with(parent: int) -> None:
 def load(pins: Path, ipcache_size: int) -> tuple[Any, dict[str, Any]]:
     """Compile bpf/lazymesh.c, load the programs, check sizes, pin everything under ``pins``.
 
-    Returns BCC's module, and its function of each program.
+    Return BCC's module and its function for each program.
     """
     try:
         from bcc import BPF  # noqa: PLC0415 (the import alone costs a tenth of a second and 70 MB)
@@ -93,7 +93,7 @@ def load(pins: Path, ipcache_size: int) -> tuple[Any, dict[str, Any]]:
 
 
 def _to_keep(made_of: str, bpf: Any, programs: dict[str, Any]) -> Kept:
-    """Take from BCC what it compiled. Its instructions name maps by the file descriptors that it has them open by."""
+    """Take from BCC what it compiled. Its instructions refer to maps by BCC's own file descriptors."""
     import bcc  # noqa: PLC0415 (as above)
 
     lib = bcc.lib
@@ -123,7 +123,7 @@ def _to_keep(made_of: str, bpf: Any, programs: dict[str, Any]) -> Kept:
 
 @contextlib.contextmanager
 def _new_views(pins: Path) -> Iterator[None]:
-    """Pin maps of maps for BCC to find; whatever has not got its lasting name by the end goes again."""
+    """Pin maps of maps for BCC to find; those not given their lasting names by the end are removed."""
     try:
         for view, name in zip(IpcacheLayout, VIEWS, strict=True):
             outer = make_outer_map(view, name)
@@ -140,7 +140,7 @@ def _new(pins: Path, view: str) -> Path:
 
 
 def _check_sizes(bpf: Any, ipcache_size: int) -> None:
-    """Compare what the compiler made of the maps' keys and values with what Python will write."""
+    """Compare the sizes of compiled keys and values with those that Python will write."""
     for name, ours in pinned_maps(ipcache_size).items():
         table = bpf[name.encode()]
         pairs = [(ours.value, table.Leaf)]
@@ -156,20 +156,20 @@ def _check_sizes(bpf: Any, ipcache_size: int) -> None:
 
 
 def _keep(path: Path, made_of: str, bpf: Any, programs: dict[str, Any]) -> dict[str, str]:
-    """Write what BCC compiled into a file, if what it is made of is still the same; return what to say if not."""
+    """Write what BCC compiled to a file if its inputs are unchanged; return what to answer if that fails."""
     try:
         if origin() != made_of:
-            raise OSError(errno.EAGAIN, "lazymesh was exchanged while it was compiled")
+            raise OSError(errno.EAGAIN, "lazymesh was replaced while it was compiled")
         programcache.write(path, _to_keep(made_of, bpf, programs))
     except OSError as exc:
         return {"not_kept": f"{path}: {exc.strerror}"}
-    except Exception as exc:  # the insides of another BCC: what it loaded is good all the same
+    except Exception as exc:  # another BCC's internals: what it loaded is good all the same
         return {"not_kept": f"{path}: {type(exc).__name__}: {exc}"}
     return {}
 
 
 def _first_complaint(words: str) -> str:
-    """Return the one line of a compiler's or verifier's output that says what is wrong."""
+    """Return the line of a compiler's or verifier's output that says what is wrong."""
     lines = [line.strip() for line in words.splitlines() if line.strip()]
     for line in lines:
         if re.search(r"\berror:|Permission denied|Invalid argument|not permitted", line):
@@ -179,14 +179,14 @@ def _first_complaint(words: str) -> str:
 
 def main() -> None:
     """Read the request, load, answer."""
-    # Whoever stops a service may tell all its processes; the agent waits for us, and we end when it does.
+    # Stopping a service may signal all its processes; the agent waits for us, and we end when it does.
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
     request = json.load(sys.stdin)
     if "parent" in request:
         die_with(request["parent"])
     answer: dict[str, object] = {"ok": True}
     file = request.get("keep")
-    # BCC, clang and the verifier talk on file descriptor 2: only shown, and one line of it, when they fail.
+    # BCC, clang and the verifier write to file descriptor 2: if they fail, one line of that is shown.
     with (
         tempfile.TemporaryFile() as words,
         tempfile.TemporaryDirectory(prefix="lazymesh-headers-") as scratch,

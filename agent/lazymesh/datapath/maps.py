@@ -1,7 +1,7 @@
 """The maps in core terms: addresses, CIDRs, identities and counters instead of bytes.
 
-Each class wraps one pinned map; what may be written where, and in which order, is decided in installer.py and by the
-roles. The ipcaches, the journal and the settings have modules of their own.
+Each class wraps one pinned map; what may be written where, and in which order, is decided by installer.py and the
+roles. Ipcaches, journal and settings have their own modules.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ NO_ROOM = (errno.ENOSPC, errno.E2BIG, errno.ENOMEM)
 
 
 def open_map(path: Path) -> Map:
-    """Open a pin; DatapathError says what is missing."""
+    """Open a pinned map; DatapathError says what is missing."""
     try:
         return Map.pinned(path)
     except FileNotFoundError as exc:
@@ -38,7 +38,7 @@ def open_map(path: Path) -> Map:
 
 
 def make_map(name: str, layout: MapLayout, like: int = 0) -> Map:
-    """Make a map that is not pinned yet; DatapathError. like: of a map of maps, one that it takes."""
+    """Make a map without a pin; DatapathError. like: for a map of maps, a template of what it holds."""
     try:
         return Map.create(name, layout, like)
     except OSError as exc:
@@ -46,7 +46,7 @@ def make_map(name: str, layout: MapLayout, like: int = 0) -> Map:
 
 
 def open_or_make_map(path: Path, layout: MapLayout) -> Map:
-    """Open the pin, or make a map of its name and pin it there."""
+    """Open the pinned map, or make one of that name and pin it."""
     if path.exists():
         return open_map(path)
     made = make_map(path.name, layout)
@@ -55,7 +55,7 @@ def open_or_make_map(path: Path, layout: MapLayout) -> Map:
 
 
 def pin_map(made: Map, path: Path) -> None:
-    """Pin a map, or close it and raise DatapathError."""
+    """Pin a map; close it and raise DatapathError if that fails."""
     try:
         pin(made.fd, path)
     except OSError as exc:
@@ -64,17 +64,17 @@ def pin_map(made: Map, path: Path) -> None:
 
 
 class RecentMap:
-    """The peers that this node talks to, as the programs note them."""
+    """The peers that this node talks to, as noted by the programs."""
 
     def __init__(self, bpf_map: Map) -> None:
         self._map = bpf_map
 
     def newest_first(self) -> list[Address]:
-        """Return their addresses, those of the latest epochs first."""
+        """Return their addresses, the latest epochs first."""
         return [abi.address_of_dedup_key(key) for _, key in sorted(self._read(), reverse=True)]
 
     def of_epoch(self, epoch: int) -> list[Address]:
-        """Return those that were talked to in this epoch, or since."""
+        """Return those last noted in this epoch or later."""
         return [abi.address_of_dedup_key(key) for at, key in self._read() if at >= epoch]
 
     def _read(self) -> list[tuple[int, bytes]]:
@@ -95,7 +95,7 @@ class MeshCidrs:
         }
 
     def apply(self, upserts: Iterable[tuple[Network, int]], deletes: Iterable[Network]) -> None:
-        """Bring the map up to date by a difference: additions first, so that no address falls out in between."""
+        """Apply a difference: additions first, so that no address is missing in between."""
         try:
             self._map.update_many([(abi.pack_network_key(n), abi.pack_mesh_cidr(c)) for n, c in upserts])
             self._map.delete_many([abi.pack_network_key(network) for network in deletes])
@@ -104,13 +104,13 @@ class MeshCidrs:
 
 
 class WindowMap:
-    """What went through as world for addresses that had no entry."""
+    """What passed as world for addresses without an entry."""
 
     def __init__(self, bpf_map: Map) -> None:
         self._map = bpf_map
 
     def take(self, address: Address) -> Window | None:
-        """Close the window of an address: return what it let through and forget it."""
+        """Close the window of an address: remove it and return what passed."""
         key = abi.pack_dedup_key(address)
         raw = self._map.lookup(key)
         if raw is None:
@@ -119,23 +119,23 @@ class WindowMap:
         return window_of((key, raw))
 
     def is_empty(self) -> bool:
-        """Tell whether no window is open."""
+        """Return whether no window is open."""
         return self._map.is_empty()
 
     def elements(self) -> list[tuple[bytes, bytes]]:
-        """Return the windows that are open, as window_of takes them: there may be thousands, and that takes longer."""
+        """Return the open windows, for window_of: decoding takes longer than reading, and there may be thousands."""
         return list(self._map.items())
 
 
 def window_of(element: tuple[bytes, bytes]) -> Window:
-    """Return what an element of the map says."""
+    """Decode an element of the map."""
     address, found = abi.address_of_dedup_key(element[0]), abi.Window.from_buffer_copy(element[1])
     direction = Direction(found.direction)
     return Window(address, direction, found.first_ns / 1e9, found.last_ns / 1e9, found.packets, found.bytes)
 
 
 class PolicyMap:
-    """Which identities may talk, by direction."""
+    """Which identities are allowed, by direction."""
 
     _ALLOW = (1).to_bytes(4, "little")
 
@@ -148,7 +148,7 @@ class PolicyMap:
         return {(Direction(key.direction), key.identity) for key in keys}
 
     def apply(self, allow: Iterable[tuple[Direction, int]], revoke: Iterable[tuple[Direction, int]]) -> None:
-        """Bring the map up to date by a difference: what is taken away goes first."""
+        """Apply a difference: revocations first."""
         try:
             self._map.delete_many([abi.pack_policy_key(*pair) for pair in revoke])
             self._map.update_many([(abi.pack_policy_key(*pair), self._ALLOW) for pair in allow])
@@ -160,7 +160,7 @@ class PolicyMap:
 
 @dataclass(frozen=True, slots=True)
 class PacketCounters:
-    """The packets of struct lm_counters of one direction, summed over CPUs; the C header says what each means."""
+    """The packet counts in struct lm_counters, of one direction and all CPUs; the C header says what each means."""
 
     hit: int
     not_mesh: int
@@ -186,13 +186,13 @@ class CounterMap:
         self._map = bpf_map
 
     def read(self, direction: Direction) -> PacketCounters:
-        """Sum the copies of all CPUs."""
+        """Return the sum of all CPUs' copies."""
         copies = self._copies(direction)
         names = [field.name for field in fields(PacketCounters)]
         return PacketCounters(**{name: sum(getattr(copy, name) for copy in copies) for name in names})
 
     def windows_opened(self) -> int:
-        """Return how many windows were opened, in both directions, since this map was made."""
+        """Return how many windows were opened, in both directions, since the map was made."""
         return sum(copy.windows_opened for direction in Direction for copy in self._copies(direction))
 
     def _copies(self, direction: Direction) -> Iterable[abi.Counters]:

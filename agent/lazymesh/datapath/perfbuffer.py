@@ -1,7 +1,7 @@
 """The perf rings of a BPF program's events, read in bulk.
 
-libbpf makes the rings; they are read here, where they are mapped, since its callbacks into Python take longer than all
-the rest of a signal's way through user space.
+libbpf creates the rings; they are read here, in mapped memory, because its callbacks into Python take longer than the
+rest of a signal's way through user space.
 """
 
 from __future__ import annotations
@@ -30,8 +30,8 @@ class PerfBuffer:
         self._lib = library()
         self._on_samples = on_samples
         self.lost = 0
-        """Records that the kernel could not put into a ring, by its own count."""
-        # libbpf wants them; they are never called.
+        """Records that the kernel could not put into a ring, by its count."""
+        # libbpf requires these; they are never called.
         self._unused = SAMPLE_FN(lambda *_: None), LOST_FN(lambda *_: None)
         self._buffer = self._lib.perf_buffer__new(events.fd, pages, *self._unused, None, None)
         if not self._buffer:
@@ -41,9 +41,10 @@ class PerfBuffer:
         self._rings = [self._ring(index) for index in range(self._lib.perf_buffer__buffer_cnt(self._buffer))]
 
     def consume(self, limit: int = 1 << 30) -> bool:
-        """Hand waiting records to on_samples, CPU by CPU: in order of time only within one.
+        """Pass waiting records to on_samples, CPU by CPU: ordered by time only within one.
 
-        At most ``limit`` in all; True if more may wait. perf_buffer__poll would miss what a full edge left behind.
+        At most ``limit`` in all; return whether more may be waiting. perf_buffer__poll would miss what a full edge left
+        behind.
         """
         heads = [ring.head.value for ring in self._rings]
         self._fence()
@@ -58,7 +59,7 @@ class PerfBuffer:
         return more
 
     def close(self) -> None:
-        """Take our rings out of the map."""
+        """Remove our rings from the map."""
         if self._buffer:
             self._rings = []
             self._lib.perf_buffer__free(self._buffer)
@@ -72,12 +73,12 @@ class PerfBuffer:
     def _fence(self) -> None:
         if _ORDERED:
             return
-        # The call lets go of the interpreter and takes it again: locks, so barriers between what is read before and
-        # behind it, as the rings' protocol has it (perf_event_open(2)).
+        # The call releases the interpreter and takes it again: those are locks, and so barriers between the reads
+        # before and after it, as the rings' protocol demands (perf_event_open(2)).
         self._lib.perf_buffer__buffer_cnt(self._buffer)
 
     def _read(self, ring: _Ring, head: int, limit: int) -> int:
-        """Read up to a position, or up to a number of records; return how many."""
+        """Read up to a position or a number of records; return how many were read."""
         read = 0
         while ring.position != head and read < limit:
             data, at = ring.ahead(head), 0
@@ -85,7 +86,7 @@ class PerfBuffer:
             while at + _RECORD.size <= len(data) and read + len(samples) < limit:
                 kind, _, length, raw_length = _RECORD.unpack_from(data, at)
                 if at + length > len(data):
-                    break  # the next look begins with it
+                    break  # the next read begins with it
                 if kind == _RECORD_SAMPLE:
                     alike = _alike(data, at, length, limit - read - len(samples))
                     samples += [data[start + 12 : start + 12 + raw_length] for start in alike]
@@ -101,7 +102,7 @@ class PerfBuffer:
 
 
 def _alike(data: bytes, at: int, length: int, limit: int) -> range:
-    """Return where records begin that have the head of the first one: a program's samples are of one size."""
+    """Return the offsets of consecutive records with the first one's header: a program's samples have one size."""
     count = min((len(data) - at) // length, limit)
     heads = _heads(length).iter_unpack(data[at : at + count * length])
     first = next(heads)
@@ -114,37 +115,37 @@ def _alike(data: bytes, at: int, length: int, limit: int) -> range:
 
 @lru_cache(maxsize=8)
 def _heads(length: int) -> struct.Struct:
-    """Return a layout that tells the heads of records of one length."""
+    """Return a layout that unpacks the headers of records of one length."""
     return struct.Struct(f"{_RECORD.format}{length - _RECORD.size}x")
 
 
 class _Ring:
-    """One CPU's ring, as perf_event_mmap_page has it: a page of positions, then the data."""
+    """One CPU's ring, as in perf_event_mmap_page: a page of positions, then the data."""
 
     _HEAD, _TAIL = 1024, 1032
 
     def __init__(self, base: int, size: int) -> None:
         self.size = size
         self.head = ctypes.c_uint64.from_address(base + self._HEAD)
-        """Where the kernel writes next; counts up for ever."""
+        """Where the kernel writes next; it only ever grows."""
         self.tail = ctypes.c_uint64.from_address(base + self._TAIL)
-        """Up to where the kernel may forget."""
+        """Up to where the kernel may overwrite."""
         self.position = self.tail.value
         """Up to where we have read."""
         data = (ctypes.c_char * size).from_address(base + resource.getpagesize())
         self.data = memoryview(data).cast("B")
 
     def ahead(self, head: int) -> bytes:
-        """Return what is to be read up to a position, in one piece, were it in two; at most LOOK bytes."""
+        """Return the unread bytes up to a position as one piece, even if they wrap around; at most LOOK bytes."""
         start, length = self.position % self.size, min(head - self.position, LOOK)
         piece = bytes(self.data[start : start + length])
         return piece if len(piece) == length else piece + bytes(self.data[: length - len(piece)])
 
 
 LOOK = 1 << 16
-"""Bytes of a ring that are looked at together: any record fits, as the length of one has 16 bits."""
+"""Bytes of a ring read at once: any record fits, as its length has 16 bits."""
 _RECORD = struct.Struct("=IHHI")
-"""perf_event_header, and the length of a sample's bytes."""
+"""perf_event_header and the length of a sample's data."""
 _RECORD_LOST, _RECORD_SAMPLE = 2, 9
 _ORDERED = platform.machine() in ("x86_64", "i686")
-"""Loads stay in their order here, and stores behind them, without a barrier."""
+"""Loads stay in order here, and stores stay behind them, without a barrier."""

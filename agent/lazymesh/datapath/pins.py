@@ -1,4 +1,4 @@
-"""Where the datapath lives in the BPF file system, and the checks before anything is loaded over what is there."""
+"""The datapath's pins in the BPF file system, and the checks before anything is loaded over existing ones."""
 
 from __future__ import annotations
 
@@ -33,38 +33,37 @@ IPCACHE = "lm_ipcache"
 JOURNAL = "lm_owned"
 LINKS = "links"
 LASTING = (IPCACHE, JOURNAL)
-"""Entries and their journal outlive versions, so a change of theirs has to be read here; all else is learned again."""
+"""Entries and their journal outlive versions, so a changed layout must still be readable; all else is relearned."""
 _NAMESPACE = Path("/proc/thread-self/ns/net")
 VIEWS = ("lm_view_v1", "lm_view_v2", "lm_view_v2ro")
-"""By enum lm_view, from 1 on. Like the signals they belong to one load of the programs."""
-
+"""By enum lm_view, from 1 on. Like the signals, they belong to one load of the programs."""
 
 SHARE_OF_MAP = 20
-"""Our budget is one entry in so many of the map's."""
+"""Our budget is one in this many of the map's entries."""
 JOURNAL_SPARE = 1_024
-"""Lines that are written before it is known who gets an entry."""
+"""Lines that are written before it is known which addresses get an entry."""
 
 
 def own_ipcache(size: int) -> MapLayout:
-    """Return the layout of the ipcache that we make where there is no Cilium: its v2."""
+    """Return the layout of our own ipcache, which is Cilium's v2."""
     return MapLayout(libbpf.MAP_TYPE_LPM_TRIE, 24, 24, size, libbpf.BPF_F_NO_PREALLOC)
 
 
 def journal_size(ipcache_size: int) -> int:
-    """Return how many lines the journal has: for our budget, and as many again, since an earlier life's may be larger.
+    """Return how many lines the journal has: for our budget, and as many again, since an earlier agent's may be larger.
 
-    All are there from the start: to write one then takes half the time.
+    All are preallocated, which halves the time to write one.
     """
     return 2 * (ipcache_size // SHARE_OF_MAP) + JOURNAL_SPARE
 
 
 def budget(map_size: int, journal_lines: int) -> int:
-    """Return how many entries of a map may be ours. Cilium's may be larger than what the journal was made for."""
+    """Return how many of a map's entries may be ours. Cilium's map may be larger than the journal was made for."""
     return min(map_size // SHARE_OF_MAP, (journal_lines - JOURNAL_SPARE) // 2)
 
 
 class PinnedMap(NamedTuple):
-    """One line of bpf/include/maps.h: what a map holds, and how many of it."""
+    """A line of bpf/include/maps.h: what a map holds, and how many."""
 
     kind: int
     key: type[ctypes._SimpleCData[int] | ctypes.Structure] | None
@@ -74,13 +73,13 @@ class PinnedMap(NamedTuple):
 
     @property
     def layout(self) -> MapLayout:
-        """The same in bytes, as the kernel describes a map."""
+        """Its layout in bytes, as the kernel describes it."""
         key_size = ctypes.sizeof(self.key) if self.key else 0
         return MapLayout(self.kind, key_size, ctypes.sizeof(self.value), self.max_entries, self.flags)
 
 
 def pinned_maps(ipcache_size: int) -> dict[str, PinnedMap]:
-    """Return every pinned map but the ipcache by name, as bpf/include/maps.h makes them."""
+    """Return every pinned map but the ipcache by name, as in bpf/include/maps.h."""
     lazy, mapped = libbpf.BPF_F_NO_PREALLOC, libbpf.BPF_F_MMAPABLE
     return {
         "lm_mesh_cidrs": PinnedMap(libbpf.MAP_TYPE_LPM_TRIE, abi.IpcacheKey, abi.MeshCidr, 131_072, lazy),
@@ -106,7 +105,7 @@ def pinned_maps(ipcache_size: int) -> dict[str, PinnedMap]:
 
 
 def expected_layouts(ipcache_size: int) -> dict[str, MapLayout]:
-    """Return the layout of every pinned map by name, an ipcache of our own included."""
+    """Return the layout of every pinned map by name, including our own ipcache."""
     others = {name: each.layout for name, each in pinned_maps(ipcache_size).items()}
     return {IPCACHE: own_ipcache(ipcache_size), **others}
 
@@ -123,20 +122,20 @@ class Pins:
         return cls(bpffs / "lazymesh")
 
     def path(self, name: str) -> Path:
-        """Return the pin of a map or program."""
+        """Return the pin's path of a map or program."""
         return self.directory / name
 
     def link(self, ifindex: int) -> Path:
-        """Return the pin of an interface's tcx link."""
+        """Return the pin's path of an interface's tcx link."""
         return self.directory / LINKS / str(ifindex)
 
     def linked(self) -> set[int]:
-        """Return the indexes of interfaces that have a pinned link, were they gone by now."""
+        """Return the indexes of interfaces with a pinned link, including interfaces that are gone."""
         directory = self.directory / LINKS
         return {int(path.name) for path in directory.iterdir()} if directory.is_dir() else set()
 
     def make_directory(self) -> None:
-        """Make our directory unless it is there."""
+        """Create the directory unless it exists."""
         try:
             self.directory.mkdir(mode=0o700, exist_ok=True)
         except OSError as exc:
@@ -145,9 +144,9 @@ class Pins:
             ) from exc
 
     def prepare(self, ipcache_size: int) -> None:
-        """Make the directory and check every pin that is there already; DatapathError says what is wrong.
+        """Create the directory and check every existing pin; DatapathError says what is wrong.
 
-        What another version laid out differently is made anew where nothing is lost by it.
+        A map that another version laid out differently is replaced where nothing is lost by that.
         """
         check_bpffs(self.directory.parent)
         self.make_directory()
@@ -158,28 +157,28 @@ class Pins:
             try:
                 found = Map.pinned(path)
             except OSError as exc:
-                raise DatapathError(f"{path} is no BPF map: remove it") from exc
+                raise DatapathError(f"{path} is not a BPF map: remove it") from exc
             layout = found.layout
             found.close()
             if layout == expected or (name in LASTING and _serves(name, layout, expected)):
                 continue
             if name not in LASTING:
-                # Programs that are attached go on with the old one until ours replace them.
-                log.info("map of another version, made anew", name=name)
+                # Attached programs keep using the old one until ours replace them.
+                log.info("map of another version, replaced", name=name)
                 path.unlink()
             else:
                 raise DatapathError(
-                    f"{path} has another layout ({layout}; ours: {expected}): it is of another lazymesh version;"
+                    f"{path} has another layout ({layout}; ours: {expected}): it belongs to another lazymesh version;"
                     f" remove {self.directory} while no agent runs, or run that version with --cleanup"
                 )
 
     def missing(self, *, own_ipcache: bool) -> list[str]:
-        """Return the names of pinned maps and programs that somebody has removed; own_ipcache: ours is one of them."""
+        """Return the names of pinned maps and programs that were removed; own_ipcache: ours should be pinned, too."""
         names = (*PROGRAMS, *HOLD_PROGRAMS, HOLD_FILTER, INSTALL, SIGNALS, *VIEWS, *expected_layouts(0))
         return [name for name in names if not self.path(name).exists() and (own_ipcache or name != IPCACHE)]
 
     def remove(self) -> None:
-        """Unpin everything that is ours, of whatever version; maps and programs go with their last user."""
+        """Unpin everything of ours, of whatever version; maps and programs go with their last user."""
         for path in self.directory.glob("lm_*"):
             path.unlink(missing_ok=True)
         for index in self.linked():
@@ -191,9 +190,9 @@ class Pins:
 
 @contextlib.contextmanager
 def alone(*directories: Path) -> Iterator[None]:
-    """Be the only one of our kind in this network namespace, and with these pins; DatapathError if somebody else is.
+    """Be the only agent in this network namespace and with these pins; DatapathError if there is another.
 
-    Pins may be in several BPF file systems, but what is attached to an interface is in each one's way.
+    Pins may be in several BPF file systems, but two agents would still compete for the same interfaces.
     """
     with contextlib.ExitStack() as held:
         for path in (*directories, _NAMESPACE):
@@ -210,9 +209,9 @@ def alone(*directories: Path) -> Iterator[None]:
 
 
 def _serves(name: str, found: MapLayout, wanted: MapLayout) -> bool:
-    """Tell whether a lasting map does as well that was made for another size: a map cannot grow, and holds entries.
+    """Return whether a lasting map of another size will do: a map cannot grow, and it holds entries.
 
-    Our budget is by what is there (``budget``). The journal's lines are the same, however they were made.
+    Our budget follows what is there (``budget``). The journal's lines are the same, preallocated or not.
     """
     if name == JOURNAL:
         found = replace(found, flags=wanted.flags)
@@ -222,7 +221,7 @@ def _serves(name: str, found: MapLayout, wanted: MapLayout) -> bool:
 
 
 def _flock_holder(fd: int) -> int | None:
-    """Return the process that has the file locked; None when the kernel does not say, as to other pid namespaces."""
+    """Return the process that holds the lock; None if the kernel does not say, as for other pid namespaces."""
     found = os.fstat(fd)
     wanted = f"{os.major(found.st_dev):02x}:{os.minor(found.st_dev):02x}:{found.st_ino}"
     with open("/proc/locks", encoding="ascii") as lines:  # noqa: PTH123 (pathlib is imported for types only)
@@ -240,12 +239,12 @@ def check_bpffs(path: Path) -> None:
     }
     if not path.is_dir() or kinds.get(str(path.resolve())) != "bpf":
         raise DatapathError(
-            f"{path} is no BPF file system: run `mount -t bpf bpf {path}`, or name another one with --bpffs"
+            f"{path} is not a BPF file system: run `mount -t bpf bpf {path}`, or name another with --bpffs"
         )
 
 
 def _unescape(field: str) -> str:
-    """Return a path of mountinfo, which writes blanks and backslashes as octal numbers."""
+    """Return a path from mountinfo, which writes blanks and backslashes as octal numbers."""
     return re.sub(r"\\([0-7]{3})", lambda found: chr(int(found[1], 8)), field)
 
 

@@ -1,6 +1,6 @@
 """The datapath as the agent holds it: open maps and programs.
 
-Loaded by a short-lived process that compiles them, or by the agent itself, from what that has kept.
+They are loaded by a short-lived process that compiles them, or by the agent itself from what that process has cached.
 """
 
 from __future__ import annotations
@@ -49,14 +49,14 @@ if TYPE_CHECKING:
 log = structlog.get_logger()
 
 LOAD_TIMEOUT_S = 180
-"""A second or two on an idle node; half a minute has been seen on emulated processors, more where others compete."""
+"""A second or two on an idle node; half a minute was seen on emulated processors, more on busy ones."""
 
 
 def load(maps: MeshMaps, keep: Path | None = None) -> Datapath:
-    """Load and pin; maps that are pinned already are used again.
+    """Load and pin the programs; maps that are already pinned are reused.
 
-    keep: a file with what was compiled at an earlier start. If it is of no use, a process of its own compiles, and
-    keeps the result there.
+    keep: a file with what was compiled at an earlier start. If it is of no use, a separate process compiles and writes
+    the result there.
     """
     found = None if keep is None else programcache.read(keep, origin())
     if found is not None:
@@ -64,7 +64,9 @@ def load(maps: MeshMaps, keep: Path | None = None) -> Datapath:
             programcache.load(found, maps.pins, maps.ipcache_size)
             return Datapath(maps)
         except DatapathError as exc:
-            log.warning("the programs kept of an earlier start do not load, compiling anew", error=str(exc))
+            log.warning(
+                "the programs cached at an earlier start do not load, compiling again", error=str(exc)
+            )
     _compile(maps.pins, maps.ipcache_size, keep)
     return Datapath(maps)
 
@@ -79,14 +81,14 @@ def _compile(pins: Pins, ipcache_size: int, keep: Path | None) -> None:
         }
     )
     try:
-        done = subprocess.run(  # our own interpreter, our own module
+        done = subprocess.run(  # our interpreter, our module
             [sys.executable, "-m", "lazymesh.datapath.loader"],
             input=request,
             capture_output=True,
             text=True,
             timeout=LOAD_TIMEOUT_S,
             check=False,
-            start_new_session=True,  # Ctrl-C is for the agent: it waits for what is half loaded, and then stops
+            start_new_session=True,  # Ctrl-C is for the agent, which waits for the loader before it stops
         )
     except subprocess.TimeoutExpired as exc:
         raise DatapathError(
@@ -95,25 +97,25 @@ def _compile(pins: Pins, ipcache_size: int, keep: Path | None) -> None:
     try:
         answer = json.loads(done.stdout)
     except json.JSONDecodeError as exc:
-        last = (done.stderr.strip().splitlines() or ["no word"])[-1]
+        last = (done.stderr.strip().splitlines() or ["no output"])[-1]
         raise DatapathError(f"the datapath loader died with status {done.returncode}: {last}") from exc
     if "error" in answer:
         raise DatapathError(answer["error"])
     if "not_kept" in answer:
-        log.warning("what was compiled could not be kept for the next start", error=answer["not_kept"])
+        log.warning("the compiled programs could not be cached for the next start", error=answer["not_kept"])
 
 
 def open_own_ipcache(pins: Pins, size: int) -> IpcacheMap:
-    """Return the ipcache of a node without Cilium: the pinned one, or a new one."""
+    """Return our own ipcache, for a node without Cilium: the pinned one, or a new one."""
     path = pins.path(IPCACHE)
     open_or_make_map(path, own_ipcache(size)).close()
     return IpcacheMap.pinned(path)
 
 
 class MeshMaps:
-    """The maps by which the kernel is told of the mesh; they can be filled before a program is loaded that reads them.
+    """The maps that describe the mesh to the kernel; they can be filled before the programs that read them are loaded.
 
-    Pinned as the loader would, which takes them for those of an earlier life.
+    Pinned as the loader would pin them, so that it takes them for those of an earlier agent.
     """
 
     def __init__(self, pins: Pins, ipcache_size: int) -> None:
@@ -130,15 +132,15 @@ class MeshMaps:
         self.config, self.cidrs, self.policy = SettingsMap(config), MeshCidrs(cidrs), PolicyMap(policy)
 
     def close(self) -> None:
-        """Give the file descriptors back."""
+        """Close the maps."""
         for opened in self._maps:
             opened.close()
 
 
 class Datapath:
-    """The other pinned maps, opened, and the programs as file descriptors; ``visible`` has which ipcaches they read.
+    """All other pinned maps, opened, and the programs as file descriptors; ``visible`` sets which ipcaches they read.
 
-    The mesh maps are closed by whoever made them, later.
+    It uses the mesh maps, which stay open when it is closed.
     """
 
     def __init__(self, maps: MeshMaps) -> None:
@@ -170,16 +172,16 @@ class Datapath:
         self.writer = Writer(self._programs[INSTALL])
 
     def program(self, direction: Direction) -> tuple[str, int]:
-        """Return name and file descriptor of the program for interfaces of that direction."""
+        """Return the name and file descriptor of the program for a direction's interfaces."""
         return PROGRAMS[direction], self._programs[PROGRAMS[direction]]
 
     def hold_programs(self) -> tuple[tuple[str, int], tuple[str, int]]:
-        """Return names and file descriptors of the programs for the TAP's egress and ingress."""
+        """Return the names and file descriptors of the programs for the TAP's egress and ingress."""
         out, back = HOLD_PROGRAMS
         return (out, self._programs[out]), (back, self._programs[back])
 
     def close(self) -> None:
-        """Give programs and maps back; what is pinned or attached stays."""
+        """Close programs and maps; what is pinned or attached stays."""
         for fd in self._programs.values():
             os.close(fd)
         self._programs = {}

@@ -1,8 +1,8 @@
-"""Programs as BCC compiled them, kept in a file: the next start needs no compiler, neither its second nor its memory.
+"""Programs as BCC compiled them, cached in a file: the next start saves the compiler's second and its memory.
 
-What is kept is good for what it was made of alone: our C and what turns it into this file, BCC, LLVM, kernel and number
-of processors. Whatever is wrong with the file or with what is in it, BCC does the work again. Instructions name a map
-by its file descriptor: that of the pinned map, or of one made anew, is put there. Programs loaded so have no BTF.
+The cache is valid only for its inputs: our C and the code that turns it into this file, BCC, LLVM, kernel and number of
+processors. Whatever is wrong with the file or its content, BCC compiles again. Instructions refer to a map by file
+descriptor: that of the pinned map, or of a new one, is put there. Programs loaded this way have no BTF.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ _LOAD_64, _MAP_FD = 0x18, 1
 
 
 class Program(msgspec.Struct, frozen=True):
-    """One program: the kernel's number of its type, its instructions, and which of them (by number) name which map."""
+    """One program: its type as the kernel numbers it, its instructions, and which of them (by index) name which map."""
 
     kind: int
     license: str
@@ -49,24 +49,24 @@ class Program(msgspec.Struct, frozen=True):
 
 
 class Kept(msgspec.Struct, frozen=True):
-    """All programs, and what they were made of."""
+    """All programs, and what they were compiled from."""
 
     origin: str
     compiler: dict[str, tuple[int, int]]
-    """Size and time (ns) of the files that did the work."""
+    """Size and modification time (ns) of the compiler's files."""
     programs: dict[str, Program]
     fresh: dict[str, MapLayout]
-    """Maps that belong to one load of the programs: made anew each time."""
+    """Maps that belong to one load of the programs: new ones are made each time."""
 
 
 class _File(msgspec.Struct, frozen=True):
     digest: str
-    """SHA-256 of the rest: the verifier would take many an instruction that is not what the compiler wrote."""
+    """SHA-256 of the rest: the verifier would accept many instructions that the compiler never wrote."""
     kept: msgspec.Raw
 
 
 def program_of(kind: int, license_words: str, code: bytes, names: Mapping[int, str]) -> Program:
-    """Describe instructions that name maps by file descriptor; KeyError for one that has no name."""
+    """Describe instructions that refer to maps by file descriptor; KeyError for a map without a name."""
     maps, instructions = {}, list(_INSTRUCTION.iter_unpack(code))
     at = 0
     while at < len(instructions):
@@ -78,30 +78,30 @@ def program_of(kind: int, license_words: str, code: bytes, names: Mapping[int, s
 
 
 def files(paths: Iterable[str]) -> dict[str, tuple[int, int]]:
-    """Return size and time of files; OSError for one that is not there."""
+    """Return size and modification time of files; OSError if one is missing."""
     found = {path: Path(path).stat() for path in paths}
     return {path: (each.st_size, each.st_mtime_ns) for path, each in found.items()}
 
 
 def encode(kept: Kept) -> bytes:
-    """Return a file's content."""
+    """Encode programs as a file's content."""
     body = msgspec.json.encode(kept)
     return msgspec.json.encode(_File(hashlib.sha256(body).hexdigest(), msgspec.Raw(body)))
 
 
 def decode(content: bytes) -> Kept:
-    """Return what is in a file; ValueError or RecursionError when it is damaged."""
+    """Decode a file's content; ValueError or RecursionError if it is damaged."""
     file = msgspec.json.decode(content, type=_File)
     if hashlib.sha256(file.kept).hexdigest() != file.digest:
-        raise ValueError("not what was written")
+        raise ValueError("the digest does not match")
     return msgspec.json.decode(file.kept, type=Kept)
 
 
 def write(path: Path, kept: Kept) -> None:
-    """Keep programs in a file, whole or not at all; OSError, also for a device or pipe, which must not be replaced."""
+    """Write programs to a file, atomically; OSError, also for a device or pipe, which must not be replaced."""
     if path.exists() and not path.is_file():
         raise OSError(errno.EINVAL, "not a regular file")
-    with contextlib.suppress(FileExistsError):  # if it is no directory, the next line says so
+    with contextlib.suppress(FileExistsError):  # if it is not a directory, mkstemp reports it
         path.parent.mkdir(mode=0o755, parents=True)
     fd, name = tempfile.mkstemp(prefix=f".{path.name}-", dir=path.parent)
     try:
@@ -114,15 +114,15 @@ def write(path: Path, kept: Kept) -> None:
 
 
 def read(path: Path, origin: str) -> Kept | None:
-    """Return what is kept if it was made of this; None: nothing, of something else, damaged, or others may write it."""
+    """Return the cache if it has this origin; None if it is missing, stale, damaged or writable by others."""
     try:
-        # A pipe would have us wait for a writer.
+        # Opening a pipe would wait for a writer.
         with os.fdopen(os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK), "rb") as file:
             if not _is_ours_alone(os.fstat(file.fileno())):
                 return None
             kept = decode(file.read())
         fits = kept.origin == origin and kept.compiler == files(kept.compiler)
-    except (OSError, ValueError, RecursionError):  # msgspec's own are ValueErrors
+    except (OSError, ValueError, RecursionError):  # msgspec's errors are ValueErrors
         return None
     return kept if fits else None
 
@@ -133,7 +133,7 @@ def _is_ours_alone(found: os.stat_result) -> bool:
 
 
 def load(kept: Kept, pins: Pins, ipcache_size: int) -> None:
-    """Load the programs and pin everything that the loader does; nothing is pinned but maps unless all went well."""
+    """Load the programs and pin all that the loader pins; if anything fails, only lasting maps are pinned."""
     libbpf.raise_memlock()
     with contextlib.ExitStack() as stack:
         maps = {}
@@ -170,6 +170,6 @@ def _load(name: str, program: Program, maps: Mapping[str, Map]) -> int:
             code[offset : offset + 4] = maps[wanted].fd.to_bytes(4, sys.byteorder)
         return load_program(name, program.kind, program.license, bytes(code))
     except KeyError as exc:
-        raise DatapathError(f"{name} names a map that there is not: {exc}") from exc
+        raise DatapathError(f"{name} refers to an unknown map: {exc}") from exc
     except OSError as exc:
         raise DatapathError(f"the kernel refuses {name}: {exc.strerror}") from exc

@@ -12,11 +12,11 @@ from lazymesh.datapath.libbpf import checked, get_info, library
 
 _TCX_INGRESS = 46
 _BPF_F_BEFORE = 1 << 3
-"""Without a program to stand before: at the head."""
+"""With no program named, it means the head of the chain."""
 _INSTRUCTION_SIZE = 8
 PROG_TYPE_SCHED_CLS = 3
 _CHAIN_MOST = 64
-"""BPF_MPROG_MAX: no chain is longer."""
+"""BPF_MPROG_MAX: the longest chain."""
 
 
 class _LinkCreateOpts(ctypes.Structure):
@@ -63,44 +63,44 @@ class _ProgramInfo(ctypes.Structure):
 
 
 _MAPS_MOST = 64
-"""MAX_USED_MAPS: no program refers to more."""
+"""MAX_USED_MAPS: the most that a program refers to."""
 
 
 @dataclass(frozen=True, slots=True)
 class ProgramDescription:
-    """What the kernel says of a program; its name is cut at 15 characters."""
+    """The kernel's description of a program; its name is cut at 15 characters."""
 
     name: str
     map_ids: tuple[int, ...]
 
 
 def attach_tcx(program: int, ifindex: int) -> int:
-    """Put a program at the head of an interface's tcx ingress; return the link's file descriptor."""
+    """Attach a program at the head of an interface's tcx ingress; return the link's file descriptor."""
     opts = _LinkCreateOpts(sz=ctypes.sizeof(_LinkCreateOpts), flags=_BPF_F_BEFORE)
     return checked(library().bpf_link_create(program, ifindex, _TCX_INGRESS, ctypes.byref(opts)))
 
 
 def update_link(link: int, program: int) -> None:
-    """Put another program in a link's place."""
+    """Replace a link's program."""
     checked(library().bpf_link_update(link, program, None))
 
 
 def detach_link(link: int) -> None:
-    """Take a link's program off its interface at once; of an interface that is gone there is nothing to take."""
+    """Detach a link's program at once; nothing to do if the interface is gone."""
     result = library().bpf_link_detach(link)
     if result not in (0, -errno.ENOLINK):
         checked(result)
 
 
 def link_ifindex(link: int) -> int:
-    """Return the interface that a tcx link is on; 0 when that is gone."""
+    """Return the index of the interface that a tcx link is on; 0 if that is gone."""
     info = _LinkInfo()
     get_info(link, info)
     return int(info.ifindex)
 
 
 def tcx_programs(ifindex: int) -> list[int]:
-    """Return the ids of the programs on an interface's tcx ingress, in the order in which they see a packet."""
+    """Return the ids of the programs on an interface's tcx ingress, in the order in which they run."""
     ids, count = (ctypes.c_uint32 * _CHAIN_MOST)(), ctypes.c_uint32(_CHAIN_MOST)
     flags = ctypes.c_uint32()
     words = (ctypes.byref(flags), ids, ctypes.byref(count))
@@ -109,27 +109,27 @@ def tcx_programs(ifindex: int) -> list[int]:
 
 
 def program_id(program: int) -> int:
-    """Return the kernel's number of a program."""
+    """Return a program's id."""
     info = _ProgramInfo()
     get_info(program, info)
     return int(info.id)
 
 
 def program_type(program: int) -> int:
-    """Return which kind of program it is, by the kernel's number."""
+    """Return a program's type, as the kernel numbers it."""
     info = _ProgramInfo()
     get_info(program, info)
     return int(info.type)
 
 
 def load_program(name: str, kind: int, license_words: str, code: bytes) -> int:
-    """Load instructions; return the program's file descriptor."""
+    """Load instructions as a program; return its file descriptor."""
     count = len(code) // _INSTRUCTION_SIZE
     return checked(library().bpf_prog_load(kind, name.encode(), license_words.encode(), code, count, None))
 
 
 def load_idle() -> int:
-    """Load a TC program that leaves every packet to the next one; return its file descriptor."""
+    """Load a TC program that leaves every packet to the next; return its file descriptor."""
     # r0 = -1 (TC_ACT_UNSPEC); exit
     code = struct.pack("=BBhi", 0xB7, 0, 0, -1) + struct.pack("=BBhi", 0x95, 0, 0, 0)
     return load_program("lm_idle", PROG_TYPE_SCHED_CLS, "Dual BSD/GPL", code)
@@ -158,7 +158,7 @@ class TestRunOpts(ctypes.Structure):
 
 
 def run_program(fd: int, data: bytes) -> tuple[int, bytes]:
-    """Run a TC program over a packet of at most some 3,600 bytes; return its verdict, and what it made of them."""
+    """Run a TC program over a packet of at most some 3,600 bytes; return its verdict and the packet afterwards."""
     room = ctypes.create_string_buffer(len(data))
     options = TestRunOpts(
         sz=ctypes.sizeof(TestRunOpts),
@@ -173,7 +173,7 @@ def run_program(fd: int, data: bytes) -> tuple[int, bytes]:
 
 
 def describe_program(number: int) -> ProgramDescription:
-    """Ask the kernel about anybody's program by its number; FileNotFoundError when it is gone."""
+    """Describe any program by its id; FileNotFoundError when it is gone."""
     fd = checked(library().bpf_prog_get_fd_by_id(number))
     try:
         ids = (ctypes.c_uint32 * _MAPS_MOST)()

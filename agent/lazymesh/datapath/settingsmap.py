@@ -1,4 +1,4 @@
-"""The settings of the programs: struct lm_config, in units for people."""
+"""The settings of the programs: struct lm_config, in human units."""
 
 from __future__ import annotations
 
@@ -16,10 +16,10 @@ if TYPE_CHECKING:
 
 
 class OnMiss(enum.IntEnum):
-    """What becomes of a missed packet."""
+    """What happens to a missed packet."""
 
     PASS = 0
-    """It goes on as world."""
+    """It passes as world."""
     DROP = 1
     HOLD = 2
     """It waits with the holder until its address is answered."""
@@ -27,15 +27,15 @@ class OnMiss(enum.IntEnum):
 
 @dataclass(frozen=True, slots=True)
 class DatapathConfig:
-    """The settings of the programs, in units for people."""
+    """The settings of the programs, in human units."""
 
     rearm_s: float = 1.0
-    """How long an address stays silent after a signal; up to a quarter is added by chance."""
+    """How long an address stays silent after a signal; up to a quarter is added at random."""
     interface_rate: int = 250
-    """Signals per second and pod's interface; 0: no limit."""
+    """Signals per second from each pod's interface; 0: no limit."""
     interface_burst: int = 1_000
     uplink_rate: int = 1_000
-    """The same for each interface to the network."""
+    """The same for each uplink."""
     uplink_burst: int = 2_000
     global_rate: int = 2_500
     """Signals per second from all interfaces together; 0: no limit."""
@@ -44,26 +44,26 @@ class DatapathConfig:
     enforced: frozenset[Direction] = frozenset()
     """Directions in which mesh traffic is denied unless the policy map allows it."""
     policy_tag: int = 0
-    """Which policy the policy map is filled for."""
+    """Identifies the policy that the policy map was filled for."""
     park_verdict: int = 2
-    """The verdict that ends the way of a parked packet: a drop (2), as all hooks know it."""
+    """The verdict for a packet whose clone was parked: a drop (2), which every hook understands."""
     remember: bool = True
-    """The programs may take what the ipcache said for true until the clock's next tick."""
+    """The programs may reuse what the ipcache said until the next clock tick."""
 
 
 def bits_of(directions: Iterable[Direction]) -> int:
-    """Return directions as ``lm_config.enforced`` has them."""
+    """Return directions as the bits of ``lm_config.enforced``."""
     return sum(1 << direction for direction in directions)
 
 
 def token_bucket(rate: int, burst: int) -> tuple[int, int]:
-    """Return spacing and depth in ns; the depth leaves room for ``burst`` tokens at once."""
+    """Return a token bucket's spacing and depth in ns; the depth allows ``burst`` tokens at once."""
     interval = 1_000_000_000 // rate if rate else 0
     return interval, max(burst - 1, 0) * interval
 
 
 class SettingsMap:
-    """The one element of settings."""
+    """The map of settings, which has one element."""
 
     _SLOT = bytes(4)
 
@@ -72,9 +72,9 @@ class SettingsMap:
         self._intervals: dict[str, int] = {}
 
     def write(self, config: DatapathConfig) -> None:
-        """Put new settings in force; lowers the mute flag, and admits all that they allow.
+        """Put new settings in force; unmutes, and admits the full rates.
 
-        Which maps are looked into stays as it is.
+        Leaves alone which maps are looked into.
         """
         raw = self.read()
         raw.rearm_ns = int(config.rearm_s * 1e9)
@@ -94,35 +94,35 @@ class SettingsMap:
         return abi.Config.from_buffer_copy(self._map.lookup(self._SLOT) or b"")
 
     def change(self, **words: int) -> None:
-        """Change some words of struct lm_config and leave the others as they are."""
+        """Change some members of struct lm_config."""
         raw = self.read()
         for name, value in words.items():
             setattr(raw, name, value)
         self._map.update(self._SLOT, bytes(raw))
 
     def set_view(self, slot: int, view: int) -> None:
-        """Say how an element of the view maps is to be read; 0: not at all."""
+        """Set how a slot of the view maps must be read; 0: not at all."""
         raw = self.read()
         raw.view[slot] = view
         self._map.update(self._SLOT, bytes(raw))
 
     def remember(self, on: bool) -> None:
-        """Let the programs remember answers of the ipcache, or not any more."""
+        """Let the programs remember the ipcache's answers, or stop that."""
         self.change(generation=_next(self.read().generation) if on else 0)
 
     def void(self) -> None:
-        """Have the programs forget what the ipcache has said: it may say something else now."""
+        """Make the programs forget the ipcache's answers, which may have changed."""
         raw = self.read()
         if raw.generation:
             raw.generation = _next(raw.generation)
             self._map.update(self._SLOT, bytes(raw))
 
     def mute(self, on: bool) -> None:
-        """Raise or lower the mute flag: while it is up the programs count misses and signal none."""
+        """Set or clear the mute flag: while it is set the programs count misses but signal none."""
         self.change(muted=int(on))
 
     def admit(self, share: float) -> None:
-        """Let this share of the rates that were written be signalled; of a burst, too, as the depth stays."""
+        """Admit this share of the written rates; of a burst, too, as the depth stays the same."""
         self.change(**{name: int(interval / share) for name, interval in self._intervals.items()})
 
 

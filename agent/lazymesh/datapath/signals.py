@@ -15,25 +15,24 @@ if TYPE_CHECKING:
     from lazymesh.datapath.libbpf import Map
 
 RING_PAGES = 128
-"""Pages per CPU: 512 KiB hold about 9,000 signals, and are what perf_event_mlock_kb lets everybody have."""
-
+"""Pages per CPU: 512 KiB hold about 9,000 signals, and are what perf_event_mlock_kb allows everyone."""
 
 AT_ONCE = 256
-"""Signals that are handed over before the event loop gets its turn."""
+"""Signals handed over before the event loop gets its turn."""
 ROOM = 65_536
-"""Signals that may wait here, some 6 MB: a burst is taken out of the rings much faster than it is resolved."""
+"""Signals that may wait here, some 6 MB: a burst is read from the rings much faster than it is resolved."""
 CROWDED, RELIEVED = ROOM * 3 // 4, ROOM // 4
 EACH_S = 30e-6
-"""What a signal may take: after several that took less, the rest of the time is waited, at most REST_S. So a lone miss
-waits for nothing, and in a flood few wake-ups have many signals: each of 250 costs half of what each of ten does."""
+"""The time allotted to a signal: after several that took less, the reader waits for the rest, at most REST_S. So a lone
+miss never waits, and in a flood few wake-ups handle many signals: each of 250 costs half of what each of ten does."""
 REST_S = 0.002
 
 
 class SignalReader:
-    """Takes signals out of the rings as the kernel says that there are some, and hands them over in their order.
+    """Reads signals from the rings when the kernel announces them, and hands them over in order.
 
     on_signals runs in the event loop, with all signals of that moment (or AT_ONCE): batching without waiting.
-    on_crowded is told when so many wait that there had better be no more, and when that is over.
+    on_crowded is called when so many wait that there should be no more, and when that is over.
     """
 
     def __init__(
@@ -43,7 +42,7 @@ class SignalReader:
         on_crowded: Callable[[bool], None] = lambda _: None,
     ) -> None:
         self.invalid = 0
-        """Records that were no miss signal: there should be none."""
+        """Records other than miss signals: there should be none."""
         self.crowded = False
         self._on_signals = on_signals
         self._on_crowded = on_crowded
@@ -54,13 +53,13 @@ class SignalReader:
         self._paused = False
 
     def start(self) -> None:
-        """Read from now on; to be called in the event loop."""
+        """Start reading; must be called in the event loop."""
         self._loop = asyncio.get_running_loop()
         self._loop.add_reader(self._buffer.fd, self._drain)
-        self._drain()  # what came before the loop looked
+        self._drain()  # what came before
 
     def pause(self, on: bool) -> None:
-        """Hand nothing over for the moment, or go on."""
+        """Stop handing signals over, or resume."""
         self._paused = on
         if not on and self._loop is not None:
             self._loop.call_soon(self._drain)
@@ -78,15 +77,15 @@ class SignalReader:
         if loop is None:
             return
         self._end_rest()
-        # What finds no room stays in the rings, and what finds none there is lost and counted by the kernel.
+        # What finds no room here stays in the rings; what finds none there is lost, and counted by the kernel.
         room = ROOM - len(self._waiting)
         more = room > 0 and self._buffer.consume(room)
-        self._tell_whether_crowded()
+        self._update_crowded()
         began, handed = loop.time(), 0
         if not self._paused and self._waiting:
             handed = self._hand_over()
             more = more or bool(self._waiting)
-        if more:  # the kernel has told already that there is something
+        if more:  # the kernel will not announce it again
             loop.call_soon(self._drain)
         elif handed > 1:
             self._rest(min(began + handed * EACH_S - loop.time(), REST_S))
@@ -111,7 +110,7 @@ class SignalReader:
             self._on_signals(signals)
         return len(records)
 
-    def _tell_whether_crowded(self) -> None:
+    def _update_crowded(self) -> None:
         waiting = len(self._waiting)
         if waiting <= RELIEVED if self.crowded else waiting >= CROWDED:
             self.crowded = not self.crowded

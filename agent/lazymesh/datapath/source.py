@@ -1,4 +1,4 @@
-"""Our C as one text for BCC, and what else decides what the compiler makes of it."""
+"""Our C as one text for BCC, and a digest of everything that determines the compiled result."""
 
 from __future__ import annotations
 
@@ -15,9 +15,9 @@ from lazymesh.datapath.pins import expected_layouts
 
 
 def one_text(source: Path) -> str:
-    """Return a C file with our own headers put in where they are included, each once.
+    """Return a C file with our headers inlined where they are included, each once.
 
-    BCC rewrites map accesses in its main file only, and we want them where they belong. ``#line`` keeps messages right.
+    BCC rewrites map accesses in its main file only, and ours are in headers, too. ``#line`` keeps messages right.
     """
     seen: set[Path] = set()
 
@@ -39,10 +39,10 @@ def one_text(source: Path) -> str:
 
 
 def origin() -> str:
-    """Return a digest of what decides what is compiled and whether it fits, but for the compiler's own files.
+    """Return a digest of what determines the compiled programs and whether they fit, except the compiler itself.
 
-    Our C; the code that has it compiled, and takes out what is kept; the sizes that Python writes, which the loader
-    checks; how many processors a signal may come from; and the kernel, which BCC asks as well.
+    Our C; the code that compiles and caches it; the sizes that Python writes, which the loader checks; how many
+    processors a signal may come from; and the kernel, which BCC queries as well.
     """
     with resources.as_file(resources.files("lazymesh") / "bpf") as source:
         parts = [one_text(source / "lazymesh.c")]

@@ -1,6 +1,6 @@
-"""The TAP device that parked packets wait in: its life is that of its file descriptor.
+"""The TAP device in which parked packets wait; it lives as long as its file descriptor.
 
-Kept free of heavy imports: the holder process is this file, its own loop and a few maps.
+Free of heavy imports: the holder process is this file, its loop and a few maps.
 """
 
 from __future__ import annotations
@@ -24,14 +24,13 @@ _OFFLOAD_UDP = 0x20 | 0x40
 
 VNET_HEADER = 10
 READ_SIZE = VNET_HEADER + 14 + 65_536
-"""A shorter read would cut a packet without an error."""
+"""A shorter read would truncate a packet silently."""
 NAMES = tuple(f"lm_hold{number}" for number in range(4))
-"""The first is ours as soon as an older holder is done; the others are for when it never gives it up, as it hangs, or
-somebody else has a device of that name.
-"""
+"""The first becomes free when an older holder ends; the others are for when that one hangs, or another device has the
+name."""
 _PATIENCE_S = 1.0
 _TAKEN = (errno.EBUSY, errno.EINVAL)
-"""By another holder's TAP; by a device that is none."""
+"""Taken by another holder's TAP; by a device that is not a TAP."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,15 +41,15 @@ class Tap:
     name: str
     ifindex: int
     udp_gso: bool
-    """It takes UDP segments whole."""
+    """It accepts UDP segmentation offload (UDP GSO)."""
 
     def set_filter(self, program: int) -> None:
-        """Have this socket filter decide about every frame that is about to be queued for us."""
+        """Attach a socket filter that decides on every frame before it is queued for us."""
         fcntl.ioctl(self.fd, _TUNSETFILTEREBPF, struct.pack("i", program))
 
 
 def open_tap(names: tuple[str, ...] = NAMES, path: Path = Path("/dev/net/tun")) -> Tap:
-    """Make the device in this network namespace; DatapathError says why that is not possible."""
+    """Make the device in this network namespace; DatapathError says why that failed."""
     try:
         fd = os.open(path, os.O_RDWR | os.O_NONBLOCK | os.O_CLOEXEC)
     except OSError as exc:
@@ -73,14 +72,14 @@ def open_tap(names: tuple[str, ...] = NAMES, path: Path = Path("/dev/net/tun")) 
 
 
 def try_tap() -> bool:
-    """Make a TAP as the holder does and let it go again; tells whether it takes UDP segments whole."""
+    """Make a TAP as the holder does and close it; return whether it accepts UDP GSO."""
     tap = open_tap(("lm_try%d",))
     os.close(tap.fd)
     return tap.udp_gso
 
 
 def _attach(fd: int, names: tuple[str, ...]) -> str:
-    """Take the first name that is free, and return it; the holder of an agent that died gives it up in a moment."""
+    """Take the first free name and return it; the holder of a dead agent gives its name up in a moment."""
     until = time.monotonic() + _PATIENCE_S
     while True:
         late = time.monotonic() > until
