@@ -1,12 +1,12 @@
 /* SPDX-License-Identifier: (GPL-2.0-only OR BSD-2-Clause) */
 /*
- * The kernel half of lazymesh: two TC programs, one for what pods send, one for what the network sends to them. (And
- * beside them the holder's, in hold.h, and one that writes entries for the agent, in install.h.)
+ * The kernel half of lazymesh: two TC programs, one for what pods send, one for what the network sends to them. (The
+ * holder's are in hold.h, and one that writes entries for the agent is in install.h.)
  *
- * Both look the peer up in the ipcache. A hit goes on untouched. A miss (the table in miss_of) is signalled once per
- * address and re-arm interval, within the token buckets, unless muted; then it goes on, or is dropped, as the settings
- * say. With a policy (standalone mode) mesh traffic is judged by the peer's identity. What is not ours is passed on:
- * the verdict is TC_ACT_UNSPEC, "the next program decides", TC_ACT_SHOT, or that of a parked packet.
+ * Both look the peer up in the ipcache. A hit passes untouched. A miss (the table in miss_of) is signalled once per
+ * address and re-arm interval, within the token buckets, unless muted; then it passes, is held or dropped, as the
+ * settings say. With a policy (standalone mode) mesh traffic is judged by the peer's identity. Other traffic passes.
+ * The verdict is TC_ACT_UNSPEC, "the next program decides", TC_ACT_SHOT, or that of a parked packet.
  */
 #include <linux/types.h>
 #include <uapi/linux/bpf.h>
@@ -22,16 +22,16 @@
 #define WORLD_ID 2
 #define WORLD_IPV4_ID 9
 #define WORLD_IPV6_ID 10
-#define SCOPE_LOCAL 1 /* top byte of identities that only mean something on this node (CIDR and FQDN policy) */
+#define SCOPE_LOCAL 1 /* top byte of identities that are valid on this node only (CIDR and FQDN policy) */
 
-/* In the order of certainty: of several maps, the one that knows least decides. */
+/* In order of certainty: of several maps, the one that knows least decides. */
 enum miss {
 	MISS_NO,
 	MISS_IF_MESH,
 	MISS_YES,
 };
 
-/* What the longest match says of the exact address; the map never tells how long the match was. */
+/* What the longest match says about the exact address; the map does not report how long the match was. */
 static __always_inline enum miss miss_of(u32 identity, int has_tunnel_ep)
 {
 	if (identity == WORLD_ID || identity == WORLD_IPV4_ID || identity == WORLD_IPV6_ID)
@@ -39,7 +39,7 @@ static __always_inline enum miss miss_of(u32 identity, int has_tunnel_ep)
 	return identity >> 24 == SCOPE_LOCAL ? MISS_IF_MESH : MISS_NO;
 }
 
-/* Ask one of the ipcaches; the identity is left alone when it has no answer. */
+/* Ask one of the ipcaches; without an answer the identity is left alone. */
 static __always_inline enum miss ask(u32 view, u32 slot, struct ipcache_key *peer, u32 *identity)
 {
 	struct ipcache_entry_v1 *v1;
@@ -67,7 +67,7 @@ static __always_inline enum miss ask(u32 view, u32 slot, struct ipcache_key *pee
 	return miss_of(v2->sec_identity, v2->flags & IPCACHE_FLAG_HAS_TUNNEL_EP);
 }
 
-/* Ask all of them; the identity is that of the first. */
+/* Ask all ipcaches; the identity is the first one's. */
 static __always_inline enum miss look_up(struct lm_config *config, struct ipcache_key *peer, u32 *identity)
 {
 	enum miss miss = ask(config->view[0], 0, peer, identity), other;
@@ -84,7 +84,7 @@ static __always_inline enum miss look_up(struct lm_config *config, struct ipcach
 	return miss;
 }
 
-/* The peer as a key of the maps that are no tries. */
+/* The key of the peer's address in maps other than tries. */
 static __always_inline struct lm_dedup_key address_key_of(const struct lm_packet *packet)
 {
 	struct lm_dedup_key key = {.family = packet->peer.family};
@@ -93,7 +93,7 @@ static __always_inline struct lm_dedup_key address_key_of(const struct lm_packet
 	return key;
 }
 
-/* Note whom this node talks to, once in an epoch. */
+/* Note a peer that this node talks to, once per epoch. */
 static __always_inline void note_recent(const struct lm_packet *packet, u64 hash, u32 epoch)
 {
 	u64 tag = (hash & 0xffffffff00000000) | epoch, *last, value = epoch;
@@ -109,8 +109,8 @@ static __always_inline void note_recent(const struct lm_packet *packet, u64 hash
 }
 
 /*
- * One token from a bucket kept as its theoretical arrival time. Not atomic: CPUs that race may take a token too many,
- * each at most one.
+ * Take a token from a bucket, which is kept as its theoretical arrival time. Not atomic: CPUs that race may take at
+ * most one token too many each.
  */
 static __always_inline int take_token(u32 bucket, u64 interval_ns, u64 burst_ns, u64 now)
 {
@@ -131,8 +131,8 @@ static __always_inline int take_token(u32 bucket, u64 interval_ns, u64 burst_ns,
 }
 
 /*
- * Signal the miss, or count why not: exactly one counter beside `missed` moves. Returns why the packet may be
- * held, if it may: an answer is on its way.
+ * Signal the miss, or count why not: exactly one counter besides `missed` moves. Returns why the packet may be held, if
+ * it may: because an answer is on its way.
  */
 static __always_inline enum hold report_miss(struct __sk_buff *skb, struct lm_packet *packet, int direction,
 					u16 cluster_id, u64 now, struct lm_config *config,
@@ -180,7 +180,7 @@ static __always_inline enum hold report_miss(struct __sk_buff *skb, struct lm_pa
 	return HOLD_FIRST;
 }
 
-/* The miss is answered: should the entry vanish again, that is a new one, to be signalled at once. */
+/* The miss is answered: if the entry vanishes again, that is a new miss, which must be signalled at once. */
 static __always_inline void rearm(const struct lm_packet *packet)
 {
 	struct lm_dedup_key dedup = address_key_of(packet);
@@ -188,7 +188,7 @@ static __always_inline void rearm(const struct lm_packet *packet)
 	lm_dedup.delete(&dedup);
 }
 
-/* The open window: a packet of an address without an entry went on as world. */
+/* The open window: a packet of an address without an entry passed as world. */
 static __always_inline void note_window(struct __sk_buff *skb, const struct lm_packet *packet, int direction,
 					struct lm_counters *counters)
 {
@@ -207,7 +207,7 @@ static __always_inline void note_window(struct __sk_buff *skb, const struct lm_p
 	fresh.packets = 1;
 	fresh.bytes = skb->len;
 	fresh.direction = direction;
-	/* One that there is no room for counts as well: the agent learns by it that some are missing. */
+	/* A window for which there is no room counts, too: so the agent learns that some are missing. */
 	if (lm_windows.insert(&key, &fresh) != -EEXIST)
 		counters->windows_opened++;
 }

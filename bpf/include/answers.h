@@ -2,10 +2,10 @@
 /*
  * What a CPU remembers of the ipcache for a moment.
  *
- * A walk through an LPM trie costs as much as all else that is done for a hit, several times over, and the packets of one
- * moment go to few peers. So a hit is remembered: until the clock's next tick (1 to 10 ms, by the kernel's HZ), in which
- * Cilium may have taken the entry away, and until the agent replaces or removes any entry itself, which voids all. A miss
- * is not: an entry counts from the moment that it stands.
+ * A walk through an LPM trie costs several times as much as everything else that is done for a hit, and the packets of
+ * one moment go to few peers. So a hit is remembered: until the clock's next tick (1 to 10 ms, by the kernel's HZ), in
+ * which time Cilium may have removed the entry, and until the agent itself replaces or removes any entry, which voids
+ * all answers. A miss is never remembered: an entry counts as soon as it is written.
  */
 #ifndef LAZYMESH_ANSWERS_H
 #define LAZYMESH_ANSWERS_H
@@ -15,7 +15,7 @@
 
 #define ANSWER_BITS 10
 
-/* The seal ties address, identity and moment together, so that half a write is none. */
+/* The seal ties address, identity and moment together, so that a half-written answer is invalid. */
 struct answer {
 	u64 seal;
 	__be32 addr[4];
@@ -23,7 +23,7 @@ struct answer {
 	u32 identity;
 };
 
-/* Not pinned: no load of the programs takes over what another one remembered. */
+/* Not pinned: a new load of the programs must not take over what an earlier one remembered. */
 BPF_PERCPU_ARRAY(lm_answers, struct answer, 1 << ANSWER_BITS);
 
 static __always_inline u64 hash_of(const __be32 *a)
@@ -41,7 +41,7 @@ static __always_inline u64 seal_of(u64 hash, u32 identity, u64 moment)
 	return hash ^ (u64)identity << 16 ^ moment;
 }
 
-/* Where the answer about an address would be; NULL when nothing is to be remembered. */
+/* Where the answer about an address would be; NULL when nothing may be remembered. */
 static __always_inline struct answer *answer_at(u64 hash, const struct lm_config *config)
 {
 	u32 index = hash >> (64 - ANSWER_BITS);

@@ -1,12 +1,12 @@
 /* SPDX-License-Identifier: (GPL-2.0-only OR BSD-2-Clause) */
 /*
- * Holding: a missed packet is parked in a TAP device until its address is answered, then comes back where it was taken.
+ * Holding: a missed packet is parked in a TAP device until its address is answered, then returns to its interface.
  *
  *   pod -> lxcX ingress [park: clone_redirect] -> TAP egress [lm_hold_out] -> ring -> holder reads, waits, writes
  *   lxcX ingress [arrive] <- redirect(INGRESS) <- TAP ingress [lm_hold_back]
  *
- * A packet in the TAP carries its slot's number in place of its source MAC; the slot keeps everything else. Each failure
- * to park is a pass of that very packet. Counters go up in park and down in arrive (or discard), never in user space.
+ * A packet in the TAP carries its slot's number in place of its source MAC; the slot keeps everything else. A packet
+ * that cannot be parked passes. Counters go up in park and down in arrive (or discard), never in user space.
  */
 #ifndef LAZYMESH_HOLD_H
 #define LAZYMESH_HOLD_H
@@ -17,13 +17,13 @@
 
 #define HOLD_TOKEN_0 0x02 /* locally administered */
 #define HOLD_TOKEN_1 0x4c
-#define HOLD_SIZE_MAX 65535 /* the TAP segments anything larger, and segments would share one token */
+#define HOLD_SIZE_MAX 65535 /* the TAP segments anything larger, and the segments would share one token */
 #define HOLD_STALE_NS 100000000ULL
 #define HOLD_GATE_NS 50000000ULL
 
 /*
  * The mark of a packet on its way back: cookie and slot, around the bits that Cilium (0x0f00) and kube-proxy (0xc000) read,
- * since it may pass its interface in a moment in which we are not on the hook.
+ * because it may pass its interface while we are not on the hook.
  */
 #define HOLD_MARK_FOREIGN 0xcf00
 
@@ -37,7 +37,7 @@ static __always_inline u32 hold_slot_in(u32 mark)
 	return (mark >> 6 & 0x3c00) | (mark >> 4 & 0x300) | (mark & 0xff);
 }
 
-/* The generation keeps a frame that comes late from passing for the next one of its slot. */
+/* The generation distinguishes a late frame from the next one in its slot. */
 struct hold_token {
 	__u8 magic[2];
 	__be16 generation;
@@ -56,7 +56,7 @@ static __always_inline u32 hold_bucket_of(const __be32 *a)
 	return (h ^ h >> 16) & (LM_HOLD_BUCKETS - 1);
 }
 
-/* What is out in one bucket, of one interface, in all: moved together, by one packet. */
+/* What is out in a bucket, of an interface, and in all: a packet moves all three. */
 struct hold_account {
 	struct lm_outstanding *bucket, *interface, *total;
 };
@@ -84,7 +84,7 @@ static __always_inline void hold_count(struct hold_account *account, s64 packets
 
 /*
  * Is anything of this address (or one that shares its bucket) on its way through the holder? Only for a while after the
- * last signalled one: a stream so fast that some of it is always on the way would else take the detour for ever.
+ * last signalled one: otherwise a stream so fast that some of it is always on the way would take the detour forever.
  */
 static __always_inline int hold_pending(const struct lm_packet *packet, u64 grace_ns)
 {
@@ -102,7 +102,7 @@ static __always_inline int hold_pending(const struct lm_packet *packet, u64 grac
 	       (s64)(bpf_ktime_get_ns() - out->moment) < (s64)(control->limit_ns + grace_ns);
 }
 
-/* One free hold from the interface's own rate (GCRA, as take_token; the account is the bucket). */
+/* Take a hold from the interface's rate (GCRA, as in take_token; the account is the bucket). */
 static __always_inline int hold_take_rate(struct lm_outstanding *interface, const struct lm_hold_control *control, u64 now)
 {
 	u64 next = interface->moment > now ? interface->moment : now;
@@ -115,7 +115,7 @@ static __always_inline int hold_take_rate(struct lm_outstanding *interface, cons
 	return 1;
 }
 
-/* Why this packet may not be parked; the counter to move, or NULL when it may. */
+/* Why this packet may not be parked: the counter to move, or NULL if it may. */
 static __always_inline __u64 *hold_refusal(struct __sk_buff *skb, const struct lm_hold_control *control,
 					 struct hold_account *account, __u8 protocol, enum hold hold,
 					 u64 now, struct lm_hold_counters *counters)
@@ -130,7 +130,7 @@ static __always_inline __u64 *hold_refusal(struct __sk_buff *skb, const struct l
 		return &counters->refused_size;
 	if (skb->vlan_present)
 		return &counters->refused_vlan;
-	/* What the TAP cannot take whole it cuts up, and only one of the pieces would find its way back. */
+	/* The TAP segments what it cannot take whole, and only one of the pieces would find its way back. */
 	if (skb->gso_size && protocol != IPPROTO_TCP && !(protocol == IPPROTO_UDP && control->udp_gso))
 		return &counters->refused_gso;
 	if (account->bucket->packets >= control->address_packets)
@@ -141,13 +141,13 @@ static __always_inline __u64 *hold_refusal(struct __sk_buff *skb, const struct l
 	    account->interface->bytes + skb->len > control->interface_bytes ||
 	    account->total->bytes + skb->len > control->total_bytes)
 		return &counters->refused_bytes;
-	/* The rate is of addresses, not packets: what waits already has been paid for. */
+	/* The rate is of addresses, not packets: an address that waits already has been charged. */
 	if (hold == HOLD_FIRST && !hold_take_rate(account->interface, control, now))
 		return &counters->refused_rate;
 	return NULL;
 }
 
-/* Fill the slot in and put its number on the frame. */
+/* Fill in the slot and put its number on the frame. */
 static __always_inline int hold_label(struct __sk_buff *skb, const struct lm_packet *packet, enum hold hold, u64 now,
 				      u32 id, struct lm_slot *slot)
 {
@@ -170,9 +170,9 @@ static __always_inline int hold_label(struct __sk_buff *skb, const struct lm_pac
 }
 
 /*
- * Park the packet: 1 when a clone of it is in the TAP and this one is to be dropped, 0 when it goes on as it is.
- * clone_redirect tells whether the ring took it, so a holder that died costs nothing but the attempt. The time is that
- * of the signal, before which no answer to it can be.
+ * Park the packet: 1 when a clone of it is in the TAP and this one must be dropped, 0 when it passes as it is.
+ * clone_redirect reports whether the ring took it, so a dead holder costs nothing but the attempt. The time is that of
+ * the signal, before which it cannot have been answered.
  */
 static __always_inline int park(struct __sk_buff *skb, const struct lm_packet *packet, enum hold hold, u64 now)
 {
@@ -223,7 +223,7 @@ static __always_inline int park(struct __sk_buff *skb, const struct lm_packet *p
 	return 0;
 }
 
-/* The packet of this slot is out no longer. */
+/* The packet of this slot is no longer out. */
 static __always_inline void hold_settle(u32 id, struct lm_slot *slot)
 {
 	struct hold_account account = {};
@@ -235,8 +235,8 @@ static __always_inline void hold_settle(u32 id, struct lm_slot *slot)
 }
 
 /*
- * Is this a packet that comes back from the holder? Then it is counted out, and its own mark is put back. One that was
- * given up meanwhile, or that we did not see where it came back, loses ours.
+ * Is this a packet that comes back from the holder? Then it is counted out, and its own mark is restored. One that was
+ * given up meanwhile, or returned unseen by us at its interface, loses our mark.
  */
 static __always_inline int arrive(struct __sk_buff *skb)
 {
@@ -247,7 +247,7 @@ static __always_inline int arrive(struct __sk_buff *skb)
 	counters = lm_hold_count.lookup(&zero);
 	slot = lm_slots.lookup(&id);
 	if (!counters || !slot || skb->mark & HOLD_MARK_FOREIGN)
-		return 0; /* somebody else's mark that looks like ours */
+		return 0; /* another program's mark that looks like ours */
 	if (slot->state != LM_SLOT_RETURNING || slot->ifindex != skb->ifindex) {
 		skb->mark = 0;
 		return 0;
@@ -272,7 +272,7 @@ static __always_inline struct lm_slot *hold_slot_of(struct __sk_buff *skb, u32 *
 	return slot && token.generation == hold_generation_of(slot) ? slot : NULL;
 }
 
-/* TAP egress: nothing but parked packets enters the ring, whatever the stack thinks this interface is. */
+/* TAP egress: only parked packets enter the ring, whatever else the stack sends to this interface. */
 int lm_hold_out(struct __sk_buff *skb)
 {
 	struct lm_slot *slot;
@@ -283,8 +283,8 @@ int lm_hold_out(struct __sk_buff *skb)
 }
 
 /*
- * The TAP's own filter, behind everything that cuts packets up: pieces share one token, and only one of them would find
- * its way back. They are dropped here, and the packet itself goes on. (clone_redirect does not tell of lost pieces.)
+ * The TAP's socket filter, behind all segmentation: pieces share one token, and only one of them would find its way
+ * back. They are dropped here, and the packet itself passes. (clone_redirect does not report lost pieces.)
  */
 int lm_hold_whole(struct __sk_buff *skb)
 {
@@ -300,7 +300,7 @@ int lm_hold_whole(struct __sk_buff *skb)
 	return 0;
 }
 
-/* TAP ingress: what the holder writes goes to the interface it was taken from, or is dropped if it says so. */
+/* TAP ingress: what the holder writes returns to its interface, or is dropped if the holder says so. */
 int lm_hold_back(struct __sk_buff *skb)
 {
 	struct lm_hold_counters *counters;
@@ -325,7 +325,7 @@ int lm_hold_back(struct __sk_buff *skb)
 	if (bpf_skb_store_bytes(skb, ETH_ALEN, slot->source_mac, ETH_ALEN, 0))
 		return TC_ACT_SHOT;
 	slot->state = LM_SLOT_RETURNING;
-	bpf_set_hash(skb, slot->hash); /* else its flow's first packet may take another path than the rest */
+	bpf_set_hash(skb, slot->hash); /* otherwise its flow's first packet may take another path than the rest */
 	skb->mark = hold_mark_of(config->hold_cookie, id);
 	return bpf_redirect(slot->ifindex, BPF_F_INGRESS);
 }

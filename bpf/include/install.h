@@ -1,8 +1,8 @@
 /* SPDX-License-Identifier: (GPL-2.0-only OR BSD-2-Clause) */
 /*
- * Entries of an ipcache of our own, written by the kernel for the agent: it hands over a batch as if it were a packet
- * (BPF_PROG_TEST_RUN), and reads there what became of each. Two system calls for each address take twice the time. This
- * program is attached nowhere.
+ * Entries of our own ipcache, written by the kernel for the agent, which passes a batch as if it were a packet
+ * (BPF_PROG_TEST_RUN) and reads the results from it. Two system calls for each address would take twice the time. This
+ * program is never attached.
  */
 #ifndef LAZYMESH_INSTALL_H
 #define LAZYMESH_INSTALL_H
@@ -10,7 +10,7 @@
 #include "lazymesh_abi.h"
 #include "maps.h"
 
-/* As for an entry that is written alone: first the line in the journal, and never over what somebody else has written. */
+/* As for an entry that is written alone: first the line in the journal, and never over another writer's entry. */
 static __always_inline int install(void *ipcache, struct lm_install *line)
 {
 	struct lm_owned owned = {

@@ -1,8 +1,8 @@
 /* SPDX-License-Identifier: (GPL-2.0-only OR BSD-2-Clause) */
 /*
- * The ipcache map's layout, Cilium's own: the one truth that datapath/abi.py and the loader are checked against.
+ * The ipcache map's layout, which is Cilium's: the source of truth for datapath/abi.py and the loader.
  *
- * Only <linux/types.h> is included, so that BCC, clang -target bpf and a host compiler all read this file.
+ * Includes only <linux/types.h>, so that BCC, clang -target bpf and a host compiler can all read this file.
  * No bitfields (BCC drops the packing), only unsigned members, all padding spelled out.
  */
 #ifndef LAZYMESH_IPCACHE_ABI_H
@@ -15,7 +15,7 @@ enum ipcache_family {
 	IPCACHE_FAMILY_IPV6 = 2,
 };
 
-/* Bits of the flags byte. Others may appear on a live map: never set them, never trip over them. */
+/* Bits of the flags byte. Others may appear in a live map: never set them, and ignore them. */
 enum ipcache_flag {
 	IPCACHE_FLAG_SKIP_TUNNEL = 1,
 	IPCACHE_FLAG_HAS_TUNNEL_EP = 2,
@@ -23,7 +23,7 @@ enum ipcache_flag {
 	IPCACHE_FLAG_REMOTE_CLUSTER = 8,
 };
 
-/* Cilium >= 1.15. An IPv4 address stands in addr[0], the rest is zero; host bits past the prefix are zero. */
+/* Cilium >= 1.15. An IPv4 address is in addr[0], the rest is zero; host bits beyond the prefix are zero. */
 struct ipcache_key {
 	__u32 prefixlen;  /* 32 bits of cluster id, padding and family, plus the address' prefix length */
 	__u16 cluster_id; /* 0 in every standard mesh */
@@ -35,7 +35,7 @@ struct ipcache_key {
 /* Cilium >= 1.18 (cilium_ipcache_v2), and our own map. */
 struct ipcache_entry {
 	__u32 sec_identity;
-	__be32 tunnel_endpoint[4]; /* an IPv4 endpoint stands in [0] */
+	__be32 tunnel_endpoint[4]; /* an IPv4 endpoint is in [0] */
 	__u16 pad;
 	__u8 encrypt_key;
 	__u8 flags;

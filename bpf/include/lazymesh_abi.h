@@ -1,7 +1,7 @@
 /* SPDX-License-Identifier: (GPL-2.0-only OR BSD-2-Clause) */
 /*
- * What the kernel half and the Python half of lazymesh tell each other: the signal, the settings, the counters, and
- * the elements of our own maps. Same rules as ipcache_abi.h.
+ * The interface between the kernel half and the Python half of lazymesh: the signal, the settings, the counters, and
+ * the elements of our maps. Same rules as ipcache_abi.h.
  */
 #ifndef LAZYMESH_ABI_H
 #define LAZYMESH_ABI_H
@@ -9,7 +9,7 @@
 #include <linux/types.h>
 #include "ipcache_abi.h"
 
-#define SIGNAL_IPCACHE_MISS 3 /* the number that CFP-44921 gave it */
+#define SIGNAL_IPCACHE_MISS 3 /* as assigned by CFP-44921 */
 
 enum lm_direction {
 	LM_EGRESS = 0,  /* from a pod: the peer is the destination */
@@ -22,7 +22,7 @@ enum lm_on_miss {
 	LM_ON_MISS_HOLD = 2,
 };
 
-/* One perf record. Native endian but for addr, which is in network order. */
+/* A perf record. Native endian except addr, which is in network order. */
 struct ipcache_miss {
 	__u32 signal;
 	__u8 family; /* enum ipcache_family */
@@ -35,16 +35,16 @@ struct ipcache_miss {
 };
 
 /*
- * The ipcaches that a packet is looked up in: all of them have to know its peer. [0] is the one that Cilium's agent (or
- * ours) writes; while Cilium restarts, its programs go on reading an older one, each until it is replaced.
+ * The ipcaches in which a packet is looked up: all of them must know its peer. [0] is the one that Cilium's agent (or
+ * ours) writes; while Cilium restarts, its programs keep reading an older one, each until it is replaced.
  */
 #define LM_VIEWS 3
 
-/* The layouts and flags that the kernel takes for one another in a map of maps. */
+/* The layouts that the kernel distinguishes in a map of maps. */
 enum lm_view {
 	LM_VIEW_NONE = 0,
 	LM_VIEW_V1 = 1,		 /* Cilium <= 1.17 */
-	LM_VIEW_V2 = 2,		 /* 1.18, and our own */
+	LM_VIEW_V2 = 2,		 /* 1.18, and our own map */
 	LM_VIEW_V2_READONLY = 3, /* >= 1.19: programs may not write */
 };
 
@@ -53,33 +53,33 @@ enum lm_view {
 
 /* The settings that user space changes at run time; one element, written by the agent only. */
 struct lm_config {
-	__u64 rearm_ns; /* how long an address stays silent after a signal; up to a quarter is added by chance */
+	__u64 rearm_ns; /* how long an address stays silent after a signal; up to a quarter is added at random */
 	/* Token buckets as a spacing and a depth in time; interval 0 switches the bucket off. */
 	__u64 interface_interval_ns; /* of a pod's interface */
 	__u64 interface_burst_ns;
-	__u64 uplink_interval_ns; /* of an interface to the network, behind which are all other nodes' pods */
+	__u64 uplink_interval_ns; /* of an uplink, behind which are all other nodes' pods */
 	__u64 uplink_burst_ns;
 	__u64 global_interval_ns;
 	__u64 global_burst_ns;
 	__u32 muted;
 	__u32 on_miss;	/* enum lm_on_miss */
 	__u32 enforced; /* bit LM_EGRESS, bit LM_INGRESS: default deny of mesh traffic in that direction */
-	__u32 hold_cookie; /* upper 12 bits of the mark of packets that come back from the holder; 0: there are none */
-	__u32 park_verdict; /* the verdict that ends the way of a packet of which the TAP has a clone */
+	__u32 hold_cookie; /* upper 12 bits of the mark of packets that come back from the holder; 0: none do */
+	__u32 park_verdict; /* the verdict for a packet whose clone is in the TAP */
 	__u32 view[LM_VIEWS]; /* enum lm_view: how to read each element of the view maps */
-	__u32 epoch;	      /* counts up every few seconds: lm_recent notes an address once in each */
-	__u32 generation; /* goes up when an entry is replaced or removed: voids answers.h; 0: nothing is remembered */
-	__u64 policy_tag; /* which policy lm_policy was filled for; user space's alone */
+	__u32 epoch;	      /* incremented every few seconds: lm_recent notes an address once in each */
+	__u32 generation; /* changes when an entry is replaced or removed: voids answers.h; 0: nothing is remembered */
+	__u64 policy_tag; /* the policy that lm_policy was filled for; used by user space only */
 };
 
 /*
- * Packets by what became of them; one element per direction, one copy per CPU.
+ * Packets by what happened to them; one element per direction, one copy per CPU.
  * missed = signalled + suppressed_dedup + suppressed_rate + muted + lost, exactly.
  */
 struct lm_counters {
 	__u64 hit;
 	__u64 not_mesh;
-	__u64 not_parsed; /* no IP, VLAN, truncated or malformed: passed on untouched (but see LM_HIDDEN) */
+	__u64 not_parsed; /* no IP, VLAN, truncated or malformed: passed untouched (but see LM_HIDDEN) */
 	__u64 missed;
 	__u64 signalled;
 	__u64 suppressed_dedup;
@@ -87,12 +87,12 @@ struct lm_counters {
 	__u64 muted;
 	__u64 lost;	     /* no reader, or its ring was full */
 	__u64 missed_drop;   /* dropped because on_miss says so */
-	__u64 missed_again;  /* came back from the holder without an entry: goes on as world */
+	__u64 missed_again;  /* came back from the holder without an entry: passes as world */
 	__u64 policy_allow;
 	__u64 policy_reply;    /* passed because it answers an allowed flow */
 	__u64 policy_fragment; /* later fragment of a packet whose first fragment was judged */
 	__u64 policy_deny;
-	__u64 windows_opened; /* no packets: elements that lm_windows was given */
+	__u64 windows_opened; /* not packets: elements added to lm_windows */
 };
 
 /* Value of lm_mesh_cidrs, whose key is an ipcache_key: the pod CIDRs of the mesh. */
@@ -106,7 +106,7 @@ struct lm_dedup_key {
 	__u32 family;
 };
 
-/* How much went through as world for an address that had no entry; the key is an lm_dedup_key. */
+/* What passed as world for an address without an entry; the key is an lm_dedup_key. */
 struct lm_window {
 	__u64 first_ns;
 	__u64 last_ns;
@@ -117,7 +117,7 @@ struct lm_window {
 };
 
 struct lm_policy_key {
-	__u32 identity; /* 2 (world) stands for every peer without an identity of its own */
+	__u32 identity; /* 2 (world) is every peer without an identity of its own */
 	__u32 direction;
 };
 
@@ -136,7 +136,7 @@ struct lm_flow_key {
 #define LM_FLOW_CLOSED 3 /* lm_flow.closing when both sides are done */
 
 struct lm_flow {
-	__u64 seen_ns; /* of the packet that closed it, once it is closed */
+	__u64 seen_ns; /* once closed: of the packet that closed it */
 	__u32 closing; /* a FIN was seen: bit LM_EGRESS from the pod, bit LM_INGRESS from the peer; an RST sets both */
 	__u32 pad;
 };
@@ -153,7 +153,7 @@ struct lm_owned {
 	__u32 pad2;
 };
 
-/* One line of what lm_install is run over: what to install, and what became of it. */
+/* A line of the packet that lm_install is run over: what to install, and the result. */
 struct lm_install {
 	struct ipcache_key key;
 	struct ipcache_entry entry;
@@ -163,23 +163,23 @@ struct lm_install {
 };
 
 #define LM_INSTALL_HEAD 16 /* bytes before the first line: an Ethernet header, which a test run must have */
-#define LM_INSTALL_MOST 56 /* with this a test run's packet fits into a page, however many fragments an skb may have */
+#define LM_INSTALL_MOST 56 /* so a test run's packet fits into a page, however many fragments an skb may have */
 
 /* --- holding (hold.h) --- */
 
 enum lm_slot_state {
 	LM_SLOT_FREE = 0,
 	LM_SLOT_PARKED = 1,    /* in the TAP, or with the holder */
-	LM_SLOT_RETURNING = 2, /* given back, not seen at its interface yet */
-	LM_SLOT_DISCARD = 3,   /* the holder's word: drop it when it comes by */
-	LM_SLOT_CUT = 4,       /* the TAP would have had it in pieces */
+	LM_SLOT_RETURNING = 2, /* given back, not yet seen at its interface */
+	LM_SLOT_DISCARD = 3,   /* set by the holder: drop it when it comes by */
+	LM_SLOT_CUT = 4,       /* the TAP would have received it in pieces */
 };
 
 /* Why a packet is held. */
 enum hold {
 	HOLD_NOT,
-	HOLD_FIRST,  /* its miss was signalled just now: the answer will come */
-	HOLD_BEHIND, /* a miss like others of its address that still wait */
+	HOLD_FIRST,  /* its miss was just signalled: the answer will come */
+	HOLD_BEHIND, /* a miss while others of its address still wait */
 	HOLD_GATED,  /* a hit: parked only to stay behind them */
 };
 
@@ -187,7 +187,7 @@ enum hold {
 #define LM_HOLD_SLOTS 16384
 #define LM_HOLD_BUCKETS 65536
 
-/* What a parked packet cannot carry itself. Read by the holder through a memory map. */
+/* What a parked packet cannot carry itself. Memory-mapped by the holder. */
 struct lm_slot {
 	__u64 parked_ns;
 	__u32 ifindex;
@@ -204,18 +204,18 @@ struct lm_slot {
 
 /* Settings and heartbeats of holding; each word has one writer. A tap_ifindex of 0 switches it off. */
 struct lm_hold_control {
-	__u64 agent_beat_ns;  /* the agent: ktime of its last sign of life */
+	__u64 agent_beat_ns;  /* the agent: ktime of its last heartbeat */
 	__u64 holder_beat_ns; /* the holder: the same */
 	__u64 interface_interval_ns; /* rate of newly held addresses of one interface, as in lm_config */
 	__u64 interface_burst_ns;
-	__u64 limit_ns; /* the longest that a packet waits */
-	__s64 address_packets; /* bounds of what may be out at once */
+	__u64 limit_ns; /* the longest time that a packet waits */
+	__s64 address_packets; /* limits of what may be out at once */
 	__s64 address_bytes;
 	__s64 interface_packets;
 	__s64 interface_bytes;
 	__s64 total_bytes;
 	__u32 tap_ifindex;
-	__u32 udp_gso; /* the TAP takes UDP segments whole */
+	__u32 udp_gso; /* the TAP accepts UDP GSO */
 };
 
 struct lm_outstanding {
@@ -225,8 +225,8 @@ struct lm_outstanding {
 };
 
 /*
- * One copy per CPU. At every quiet moment held + gated = returned + discarded + still out, and what holders that died have
- * taken with them (lost in lm_holder_stats).
+ * One copy per CPU. Whenever nothing moves, held + gated = returned + discarded + still out, plus what dead holders
+ * took with them (lost in lm_holder_stats).
  */
 struct lm_hold_counters {
 	__u64 held;
@@ -247,7 +247,7 @@ struct lm_hold_counters {
 	__u64 refused_slots;
 };
 
-/* Written by the holder alone, through a memory map: why packets were given back. */
+/* Written only by the holder, through a memory map: why packets were given back. */
 struct lm_holder_stats {
 	__u64 installed;
 	__u64 negative;

@@ -1,8 +1,8 @@
 /* SPDX-License-Identifier: (GPL-2.0-only OR BSD-2-Clause) */
 /*
  * From a frame to what the verdict needs. Pure: reads the packet, touches no map.
- * Every function returns 0 when it found what it looked for, -1 when the packet is none of our business (no IP, VLAN,
- * truncated, malformed): such packets are passed on. parse_addresses alone has a third answer, LM_HIDDEN.
+ * Every function returns 0 when it found what it looked for, -1 when the packet does not concern us (no IP, VLAN,
+ * truncated, malformed): such packets pass. Only parse_addresses has a third answer, LM_HIDDEN.
  */
 #ifndef LAZYMESH_PARSE_H
 #define LAZYMESH_PARSE_H
@@ -22,8 +22,8 @@
 #define VLAN_ID 0x0fff
 
 /*
- * A priority tag (VLAN id 0) with more tags behind it. The kernel takes off as many tags of id 0 as there are and
- * delivers the packet as if it had none, so under a policy this is a way around it; nobody else sends such frames.
+ * A priority tag (VLAN id 0) with more tags behind it. The kernel strips all tags of id 0 and delivers the packet as if
+ * it had none, so this would be a way around a policy; there is no legitimate use of such frames.
  */
 #define LM_HIDDEN -2
 
@@ -60,7 +60,7 @@ static __always_inline int parse_ipv4(struct __sk_buff *skb, int direction, stru
 		return -1;
 	length = bpf_ntohs(ip->tot_len);
 	if (!length && skb->gso_size)
-		length = skb->len - ETH_HLEN; /* BIG TCP: more than the field can say */
+		length = skb->len - ETH_HLEN; /* BIG TCP: more than the field can hold */
 	if (ip->version != 4 || ip->ihl < 5 || length < ip->ihl * 4 || skb->len - ETH_HLEN < length)
 		return -1;
 	packet->peer.prefixlen = IPCACHE_STATIC_BITS + 32;
@@ -92,7 +92,7 @@ static __always_inline int parse_ipv6(struct __sk_buff *skb, int direction, stru
 	return 0;
 }
 
-/* Addresses first: all that a hit or a miss needs. */
+/* The addresses: all that a hit or a miss needs. */
 static __always_inline int parse_addresses(struct __sk_buff *skb, int direction, struct lm_packet *packet)
 {
 	__u32 needed;
@@ -109,7 +109,7 @@ static __always_inline int parse_addresses(struct __sk_buff *skb, int direction,
 		needed = ETH_HLEN + sizeof(struct ipv6hdr);
 	else
 		return -1;
-	/* Headers may sit in page fragments: rare, and only then worth a copy. */
+	/* Headers may be in page fragments: rare, and only then worth a copy. */
 	if ((void *)(long)skb->data + needed > (void *)(long)skb->data_end && bpf_skb_pull_data(skb, needed))
 		return -1;
 	return skb->protocol == bpf_htons(ETH_P_IP) ? parse_ipv4(skb, direction, packet)
@@ -150,8 +150,8 @@ static __always_inline int parse_extensions(struct __sk_buff *skb, struct lm_pac
 }
 
 /*
- * The ports of TCP and UDP, the identifier of an ICMP echo. -1: a protocol without any, or one that we do not follow;
- * policy then rests on the peer's identity alone.
+ * The ports of TCP and UDP, the identifier of an ICMP echo. -1: a protocol without ports, or one that we do not track;
+ * policy then depends on the peer's identity alone.
  */
 static __always_inline int parse_ports(struct __sk_buff *skb, int direction, struct lm_packet *packet,
 				       struct lm_ports *ports)

@@ -36,7 +36,7 @@ static __always_inline int flow_alive(const struct lm_flow *flow, u8 protocol, u
 	return now - flow->seen_ns < lifetime;
 }
 
-/* One more packet of a live flow. A closed one is not kept alive by what still comes. */
+/* Another packet of a live flow. Late packets do not keep a closed flow alive. */
 static __always_inline void touch_flow(struct lm_flow *flow, const struct lm_ports *ports, u64 now)
 {
 	if (flow->closing == LM_FLOW_CLOSED)
@@ -45,7 +45,7 @@ static __always_inline void touch_flow(struct lm_flow *flow, const struct lm_por
 	flow->closing |= ports->closing;
 }
 
-/* Does the packet answer a flow that policy allowed the other way round? */
+/* Does the packet answer a flow that policy allowed in the other direction? */
 static __always_inline int is_reply(struct lm_flow_key *key, struct lm_ports *ports, u64 now)
 {
 	struct lm_flow *flow;
@@ -63,7 +63,7 @@ static __always_inline void remember_flow(struct lm_flow_key *key, struct lm_por
 {
 	struct lm_flow fresh = {.seen_ns = now, .closing = ports->closing}, *flow = lm_flows.lookup(key);
 
-	/* A SYN starts over: the ports of a closed connection may be used again. */
+	/* A SYN starts over: the ports of a closed connection may be reused. */
 	if (flow && !ports->syn && flow_alive(flow, key->protocol, now))
 		touch_flow(flow, ports, now);
 	else
@@ -71,8 +71,8 @@ static __always_inline void remember_flow(struct lm_flow_key *key, struct lm_por
 }
 
 /*
- * The standalone policy: replies of allowed flows pass, then the peer's identity decides. Later fragments pass with
- * their first one: without it they are never put together.
+ * The standalone policy: replies of allowed flows pass, then the peer's identity decides. Later fragments always pass:
+ * without their first one they are never reassembled.
  */
 static __always_inline int judge(struct __sk_buff *skb, struct lm_packet *packet, int direction, u32 identity,
 				 struct lm_config *config, struct lm_counters *counters)
@@ -106,7 +106,7 @@ static __always_inline int judge(struct __sk_buff *skb, struct lm_packet *packet
 		return TC_ACT_UNSPEC;
 	}
 	if (has_ports)
-		lm_flows.delete(&key); /* allowed once, not any more: its replies end too */
+		lm_flows.delete(&key); /* no longer allowed: its replies end, too */
 	counters->policy_deny++;
 	return TC_ACT_SHOT;
 }
