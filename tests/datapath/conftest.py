@@ -140,7 +140,7 @@ def _sweep() -> None:
 
 @pytest.fixture(scope="session")
 def loaded() -> Iterator[LoadedDatapath]:
-    """Return the datapath, loaded once for all tests: by whoever set LAZYMESH_TEST_BPFFS, or here."""
+    """Return the datapath, loaded once for all tests: here, or under LAZYMESH_TEST_BPFFS beforehand."""
     if LOADED_UNDER:
         datapath = open_loaded(Pins.under(Path(LOADED_UNDER)), IPCACHE_SIZE)
         yield datapath

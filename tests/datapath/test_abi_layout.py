@@ -96,7 +96,7 @@ def python_layout(mirror: type[ctypes.Structure]) -> Layout:
 
 
 def test_both_sides_know_the_same_structs() -> None:
-    """A struct that one side forgot would be checked by nobody."""
+    """A struct that one side lacks would never be checked."""
     assert set(c_struct_names()) == set(abi.STRUCTS)
 
 
@@ -117,7 +117,7 @@ def test_struct_has_no_hidden_hole(btf: list[dict[str, Any]], name: str) -> None
 
 @pytest.mark.parametrize("name", sorted(abi.STRUCTS))
 def test_mirror_names_its_struct(name: str) -> None:
-    """Whoever reads one side finds the other."""
+    """Each side names the other."""
     assert f"struct {name}" in (abi.STRUCTS[name].__doc__ or "")
 
 

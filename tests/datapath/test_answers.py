@@ -106,7 +106,7 @@ def each_cpu() -> Iterator[int]:
 
 
 def test_miss_is_not_remembered(mesh: Bench, raw: Map) -> None:
-    """An entry counts from the moment that it stands, whoever put it there."""
+    """An entry counts as soon as it is written, by whatever writer."""
     key = abi.pack_address_key(POD_B1.address(4))
     for _ in range(OFTEN):
         assert outcome(mesh) == "missed"
@@ -146,7 +146,7 @@ def test_ipv6_address_with_the_bytes_of_an_ipv4_one_is_another_peer(mesh: Bench)
 
 
 def test_ipv6_addresses_of_one_hash_are_two_peers(mesh: Bench) -> None:
-    """Whoever may choose addresses can make as many of these as there are."""
+    """An attacker who chooses addresses can make any number of these."""
     first, second = POD_B1, Host("its double", POD_B1.v4, "fd00:3::1:0:5")
     assert place_of(first.address(6)) == place_of(second.address(6))
     mesh.mesh({"fd00:3::/48": 2})

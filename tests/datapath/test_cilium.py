@@ -1,4 +1,4 @@
-"""The node around a Cilium, as the kernel tells it."""
+"""The node around a Cilium, as the kernel reports it."""
 
 from __future__ import annotations
 

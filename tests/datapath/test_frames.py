@@ -55,7 +55,7 @@ def test_frames_without_a_whole_header_pass(bench: Bench, tap: Tap, version: int
     ],
 )
 def test_tagged_frames_pass(bench: Bench, tap: Tap, frame: bytes, enforced: frozenset[Direction]) -> None:
-    """A VLAN has a device and addresses of its own; what is on it is not ours to miss or to judge."""
+    """A VLAN has its own device and addresses; its packets neither miss nor are judged."""
     bench.configure(enforced=enforced)
     tap.receive(frame)
     assert bench.counts(Direction.EGRESS) == NOT_PARSED

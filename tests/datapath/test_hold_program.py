@@ -66,7 +66,7 @@ class HoldBench:
         self.pins = self.datapath.pins.directory
         spaces = stack.enter_context(NamespaceSet(["node", "pod"]))
         self.node, self.pod = spaces["node"], spaces["pod"]
-        for space in (self.node, self.pod):  # nobody speaks but the tests
+        for space in (self.node, self.pod):  # only the tests send
             space.sysctl({f"ipv6/conf/{scope}/disable_ipv6": 1 for scope in ("all", "default")})
         self.pod.ip([f"link add eth0 type veth peer name lxc0 netns {self.node.name}", "link set eth0 up"])
         self.node.ip(["link set lxc0 up", "link set lo up"])
@@ -101,7 +101,7 @@ class HoldBench:
         return sock
 
     def clear(self) -> None:
-        """Start over: nothing parked, nothing known, every counter zero, nobody stale."""
+        """Start over: nothing parked, nothing known, every counter zero, no stale heartbeat."""
         reset(self.pins, self.mapped)
         self._signals.consume()
         for name in ("lm_ipcache", "lm_dedup", "lm_windows", "lm_rate"):
@@ -126,7 +126,7 @@ class HoldBench:
         self.socket.send(frame)
 
     def send_gso(self, frame: bytes, kind: int, start: int, check: int, size: int = 1_000) -> None:
-        """Have it send one that is to be cut up later."""
+        """Make it send one that must be segmented later."""
         self.gso_socket.send(struct.pack("=BBHHHH", 1, kind, start + 20, size, start, check) + frame)
 
     def read(self) -> bytes:
@@ -188,7 +188,7 @@ def slot_number(frame: bytes) -> int:
 
 
 def discarding(frame: bytes) -> bytes:
-    """Return the runt that stands for a frame which is to be dropped."""
+    """Return the runt that stands for a frame to be dropped."""
     return bytes(VNET_HEADER) + b"\x02" + bytes(5) + frame[VNET_HEADER + 6 :][:6] + b"\x08\x00" + bytes(46)
 
 
@@ -223,7 +223,7 @@ def follower(bench: HoldBench) -> Iterator[Follower]:
 
 
 def arrivals(follower: Follower, count: int) -> Seen:
-    """Wait until the follower has seen so many packets."""
+    """Wait until the follower has seen that many packets."""
 
     def look() -> Seen | None:
         seen = follower.seen()
@@ -258,7 +258,7 @@ def test_a_parked_packet_comes_back_as_it_was(bench: HoldBench, version: int) ->
 
 
 def test_the_mark_a_packet_had_is_put_back(bench: HoldBench) -> None:
-    """Whoever set it before us finds it again; one of ours that is good for nothing is taken off, no other is."""
+    """An earlier mark is restored; a stale one of ours is removed, and no other."""
     slot, mine = bench.mapped.slots[3], mark_of(3)
     slot.state, slot.mark = abi.SLOT_RETURNING, 0x77
     for mark, ifindex, after in (
@@ -284,7 +284,7 @@ def mark_of(number: int) -> int:
 def test_a_packet_that_comes_back_past_us_means_nothing_to_others(
     bench: HoldBench, follower: Follower, number: int
 ) -> None:
-    """Somebody takes our program off just then: Cilium and kube-proxy find nothing of theirs in its mark."""
+    """Our program is removed just then: Cilium and kube-proxy see none of their bits in the mark."""
     free = libbpf.Map.pinned(bench.pins / "lm_hold_free")
     free.drain()
     for _ in range(2):
@@ -372,7 +372,7 @@ def test_a_heartbeat_that_is_too_old_refuses(bench: HoldBench, follower: Followe
 
 @pytest.mark.parametrize("word", ["address_bytes", "interface_bytes", "total_bytes"])
 def test_bytes_are_bounded_on_each_level(bench: HoldBench, follower: Follower, word: str) -> None:
-    """One packet fits, the second does not, and goes on."""
+    """One packet fits, the second does not, and passes."""
     first, second = Flow().udp(bytes(600)), Flow().udp(bytes(600))
     setattr(bench.mapped.control, word, 1_000)
     bench.send(first)
@@ -488,7 +488,7 @@ def test_segments_behind_something_else_are_refused(bench: HoldBench, follower: 
 
 
 def test_what_the_tap_cuts_up_passes_whole(bench: HoldBench, follower: Follower) -> None:
-    """Pieces share one token: none of them is queued, so that the packet itself goes on."""
+    """Pieces share one token: none of them is queued, so that the packet itself passes."""
     fcntl.ioctl(bench.tap.fd, _TUNSETOFFLOAD, 0)
     sent = Flow().tcp("A", bytes(8_000))
     bench.send_gso(sent, 1, 34, 16)
@@ -500,7 +500,7 @@ def test_what_the_tap_cuts_up_passes_whole(bench: HoldBench, follower: Follower)
 
 
 def test_what_is_too_big_for_the_tap_passes(bench: HoldBench, follower: Follower) -> None:
-    """BIG TCP, more than 64 KB in one packet: not parked, not cut up, counted."""
+    """BIG TCP, more than 64 KB in one packet: not parked, not segmented, counted."""
     try:
         bench.pod.ip(["link set eth0 gso_max_size 180000"])
     except RuntimeError as exc:
@@ -518,7 +518,7 @@ def test_what_is_too_big_for_the_tap_passes(bench: HoldBench, follower: Follower
 
 
 def test_a_tap_that_is_down_costs_nothing(bench: HoldBench, follower: Follower) -> None:
-    """clone_redirect says so, and that very packet passes as it was."""
+    """clone_redirect reports it, and that very packet passes unchanged."""
     bench.node.ip([f"link set {bench.tap.name} down"])
     try:
         bench.send(Flow().udp())
@@ -581,7 +581,7 @@ def test_a_token_is_good_for_one_return(bench: HoldBench, follower: Follower) ->
 def test_nothing_but_parked_packets_enters_the_tap(bench: HoldBench) -> None:
     """Whatever the node's own stack sends to it, it stays silent."""
     sock = bench.node.call(socket.socket, socket.AF_PACKET, socket.SOCK_RAW, 0)
-    with sock, contextlib.suppress(OSError):  # ENOBUFS: the drop, told to the sender
+    with sock, contextlib.suppress(OSError):  # ENOBUFS: the drop, reported to the sender
         sock.bind((bench.tap.name, 0))
         sock.send(Flow().udp())
     assert not bench.waits(0.05)
@@ -782,7 +782,7 @@ def test_an_old_holder_that_wakes_up_leaves_its_successors_packets_alone(
 
 
 def test_a_holder_starts_from_nothing(bench: HoldBench) -> None:
-    """Parking is off until it is told to go, and what its predecessor had, in whatever state, is lost."""
+    """Parking is off until it is switched on, and what its predecessor had, in whatever state, is lost."""
     states = [abi.SLOT_PARKED, abi.SLOT_RETURNING, abi.SLOT_DISCARD, abi.SLOT_CUT]
     for slot, state in zip(bench.mapped.slots, states, strict=False):
         slot.state = state

@@ -40,12 +40,12 @@ if TYPE_CHECKING:
 
 
 def leave(node: Namespace, datapath: Datapath) -> list[str]:
-    """Take everything of ours off, inside the namespace."""
+    """Detach everything of ours, inside the namespace."""
     return node.call(lambda: asyncio.run(detach_everywhere(datapath.pins)))
 
 
 def test_leaving_takes_off_everything_of_ours(loaded: Datapath, node: Namespace) -> None:
-    """Filters and the qdiscs that nobody else uses; a second time there is nothing to do."""
+    """Filters, and qdiscs without other filters; the second time there is nothing to do."""
     node.ip(veth("eth0", "lxc1", "other"))
     attach_once(node, loaded, PODS)
     assert sorted(leave(node, loaded)) == ["eth0", "lxc1"]
@@ -54,7 +54,7 @@ def test_leaving_takes_off_everything_of_ours(loaded: Datapath, node: Namespace)
 
 
 def test_program_that_was_taken_off_is_back(loaded: Datapath, node: Namespace, style: str) -> None:
-    """Cilium deletes the filters of others at each load, which the kernel tells; a tcx link's end it does not."""
+    """Cilium deletes other filters at each load, which the kernel reports; it does not report a tcx link's end."""
     node.ip(veth("eth0"))
 
     async def story() -> None:
@@ -73,7 +73,7 @@ def test_program_that_was_taken_off_is_back(loaded: Datapath, node: Namespace, s
 def test_ours_goes_back_to_the_front(
     loaded: Datapath, node: Namespace, style: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Once; whoever insists on being ahead is let be for a while, and named."""
+    """Once; a program that insists on being ahead is left alone for a while, and named."""
     node.ip(veth("lxc1"))
     monkeypatch.setattr(interfaces, "LOOK_EVERY_S", 0.05)
 
@@ -106,7 +106,7 @@ def test_ours_goes_back_to_the_front(
 
 @pytest.mark.needs("tcx")
 def test_going_to_the_front_lets_nothing_past(loaded: Datapath, node: Namespace) -> None:
-    """The kernel takes its time for a tcx link's end and its beginning, some 10 ms: ours is on the hook meanwhile."""
+    """Ending and making a tcx link takes the kernel some 10 ms: ours stays on the hook meanwhile."""
     node.ip([*veth("lxc1"), "link set lxc1 up", "link set peer-lxc1 up"])
     sock = node.call(socket.socket, socket.AF_PACKET, socket.SOCK_RAW, 0)
     node.call(sock.bind, ("peer-lxc1", 0))
@@ -149,7 +149,7 @@ def test_going_to_the_front_lets_nothing_past(loaded: Datapath, node: Namespace)
 def test_interface_that_is_renamed_while_ours_is_put_first_is_left(
     loaded: Datapath, node: Namespace, style: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """It is nobody's any more: what was begun for its old name does not end on it, nor begins again."""
+    """It is no longer selected: what began under its old name neither completes nor starts again."""
     node.ip(veth("eth0", "lxc1"))
     monkeypatch.setattr(interfaces, "LOOK_EVERY_S", 1_000_000)
 
@@ -189,7 +189,7 @@ def test_interface_that_is_renamed_while_ours_is_put_first_is_left(
 def test_filters_are_not_asked_for_again_and_again(
     loaded: Datapath, node: Namespace, style: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The kernel tells of them, and each question is dear; of a tcx chain it tells nothing, and that is cheap."""
+    """The kernel reports them, and each query is costly; it does not report tcx chains, and querying those is cheap."""
     node.ip(veth("lxc1"))
     monkeypatch.setattr(interfaces, "LOOK_EVERY_S", 0.01)
     monkeypatch.setattr(interfaces, "LOOK_REPORTED", 1_000_000)
@@ -207,7 +207,7 @@ def test_filters_are_not_asked_for_again_and_again(
                 asked += 1
                 return await place(index, program)
 
-            await asyncio.sleep(0.2)  # what we have done ourselves is told, too
+            await asyncio.sleep(0.2)  # our own changes are reported, too
             monkeypatch.setattr(hook, "place", counted)
             await asyncio.sleep(0.2)
 
@@ -228,7 +228,7 @@ def test_another_way_to_attach_takes_off_what_was_attached_before(loaded: Datapa
 
 @pytest.mark.needs("tcx")
 def test_links_of_interfaces_that_went_meanwhile_are_unpinned(loaded: Datapath, node: Namespace) -> None:
-    """Nobody told the agent that was not there."""
+    """The agent was not running, so it was not informed."""
     node.ip(veth("lxc1", "lxc2"))
     attach_once(node, loaded, PODS_ONLY, "tcx")
     gone = index_of(node, "lxc1")
@@ -242,7 +242,7 @@ def test_links_of_interfaces_that_went_meanwhile_are_unpinned(loaded: Datapath, 
 def test_kernel_without_tcx_is_told(
     loaded: Datapath, node: Namespace, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Whoever asks for it by name learns what to ask for instead; auto takes what there is."""
+    """Asking for it by name says what to use instead; auto takes what is there."""
     node.ip(veth("lxc1"))
     monkeypatch.setattr(kernelfeatures, "has_tcx", lambda: False)
     with pytest.raises(DatapathError, match=r"no tcx .*: use --attach clsact"):
@@ -269,7 +269,7 @@ def test_filters_of_others_stay(loaded: Datapath, node: Namespace, hook: str) ->
 
 
 def test_filter_of_others_at_our_priority_is_not_taken_for_ours(loaded: Datapath, node: Namespace) -> None:
-    """Priority is no name: only our handle at our priority is us."""
+    """A priority is not a name: only our handle at our priority is ours."""
     node.ip(veth("lxc1", "lxc2"))
     for name in ("lxc1", "lxc2"):
         node.run("tc", "qdisc", "add", "dev", name, "clsact")

@@ -1,4 +1,4 @@
-"""Ours and somebody else's in one map: nothing of theirs is ever touched, nothing of ours is ever forgotten.
+"""Our entries and another writer's in one map: theirs are never touched, ours are never forgotten.
 
 On real maps, on a kernel that honours BPF_NOEXIST and (by a wrapper) on one that ignores it. A crash is an exception
 before a write; what follows is another life that has nothing but the pinned maps.
@@ -42,7 +42,7 @@ KERNELS = [
 
 
 class World:
-    """Pinned maps, one life of ours after the other, and somebody else who writes as well."""
+    """Pinned maps, one agent after the other, and another writer."""
 
     def __init__(self, honours: bool, size: int = 64, journal_size: int = 64) -> None:
         self.honours = honours
@@ -62,15 +62,15 @@ class World:
         self.raw_journal.close()
 
     def they_write(self, prefix: str, entry: Entry) -> None:
-        """Somebody else writes any prefix."""
+        """Write any prefix as the other writer."""
         self.raw.update(key_of(prefix), abi.pack_entry(entry))
 
     def they_delete(self, prefix: str) -> None:
-        """Somebody else deletes any prefix."""
+        """Delete any prefix as the other writer."""
         self.raw.delete(key_of(prefix))
 
     def exact(self) -> dict[str, Entry]:
-        """Return what stands in the map, by prefix."""
+        """Return what is in the map, by prefix."""
         return {str(network): standing.entry for network, _, standing in self.ipcache.items()}
 
     def lines(self) -> dict[Address, abi.OwnedEntry]:
@@ -98,7 +98,7 @@ BACKGROUND = {packets.WORLD[4]: ROUTE, packets.NODE_PODS_OF_B[4]: FALLBACK}
 
 
 class TestInstall:
-    """New, in place of ours, and in the way of somebody else's."""
+    """New, in place of ours, and where another writer's is."""
 
     def test_new_entry_goes_over_world_and_is_ours(self, world: World) -> None:
         """In the map and in the journal; the entries around it stay."""
@@ -145,7 +145,7 @@ class TestInstall:
         assert len(world.installer.owned_addresses()) == 0
 
     def test_ours_that_they_deleted_is_written_again(self, world: World) -> None:
-        """A deletion of theirs is no claim."""
+        """A deletion of theirs is not a claim."""
         world.installer.install(B1, OURS[0], CLUSTER)
         world.they_delete(POD_B1.prefix(4))
         assert world.installer.install(B1, OURS[1], CLUSTER) is None
@@ -181,7 +181,7 @@ def test_without_noexist_every_identity_is_taken_for_theirs() -> None:
 
 
 class TestEvict:
-    """Only what is ours, and still is what we wrote."""
+    """Only what is ours, and still as we wrote it."""
 
     def test_ours_goes_and_its_line_too(self, world: World) -> None:
         """And the routes around it answer again."""
@@ -193,7 +193,7 @@ class TestEvict:
         assert not world.installer.evict(B1)
 
     def test_theirs_stays(self, world: World) -> None:
-        """Never ours, or not ours any more."""
+        """Never ours, or no longer ours."""
         world.they_write(POD_B2.prefix(4), THEIRS[1])
         world.installer.install(B1, OURS[0], CLUSTER)
         world.they_write(POD_B1.prefix(4), THEIRS[0])
@@ -203,7 +203,7 @@ class TestEvict:
         assert world.lines() == {}
 
     def test_gone_already_is_no_error(self, world: World) -> None:
-        """Somebody deleted it: nothing to do but to forget it."""
+        """It was deleted: nothing to do but to forget it."""
         world.installer.install(B1, OURS[0], CLUSTER)
         world.they_delete(POD_B1.prefix(4))
         assert not world.installer.evict(B1)
@@ -215,7 +215,7 @@ class TestNoRoom:
     """A map is full, or a write fails: nothing is half there."""
 
     def test_full_ipcache_leaves_no_line(self, honours: bool) -> None:
-        """The address stays unresolved, and nobody claims it later."""
+        """The address stays unresolved, and is not claimed later."""
         world = World(honours, size=1)
         world.they_write(packets.WORLD[4], ROUTE)
         assert world.installer.install(B1, OURS[0], CLUSTER) is Reason.MAP_FULL
@@ -236,7 +236,7 @@ class TestNoRoom:
     def test_failed_write_of_a_new_entry_leaves_nothing(
         self, honours: bool, monkeypatch: pytest.MonkeyPatch
     ) -> None:
-        """The reason is told, ownership is not."""
+        """The reason is returned, ownership is not claimed."""
         world = World(honours)
         with monkeypatch.context() as broken:
             broken.setattr(world.ipcache, "insert", _refuse)
@@ -248,7 +248,7 @@ class TestNoRoom:
     def test_failed_replacement_keeps_the_old_entry_ours(
         self, honours: bool, monkeypatch: pytest.MonkeyPatch
     ) -> None:
-        """It still stands, so it still has to be evicted one day, by this life or the next."""
+        """It is still there, so this agent or the next must evict it one day."""
         world = World(honours)
         world.installer.install(B1, OURS[0], CLUSTER)
         with monkeypatch.context() as broken:
@@ -262,7 +262,7 @@ class TestNoRoom:
 
 
 def test_no_more_goes_in_than_there_was_room_for_when_the_map_was_counted(world: World) -> None:
-    """Until it is counted again, which is asked for; ours that go make room, those that are replaced take none."""
+    """Until it is counted again, which is requested; removing ours makes room, replacing takes none."""
     told: list[None] = []
     installer = world.installer
     installer.on_full = lambda: told.append(None)
@@ -303,7 +303,7 @@ class TestAdopt:
         assert world.exact() == BACKGROUND
 
     def test_what_is_gone_or_theirs_is_struck_out(self, world: World) -> None:
-        """While nobody looked: one was deleted, one replaced, one of theirs never was ours."""
+        """Meanwhile one was deleted, one replaced, and one of theirs was never ours."""
         for address in (B1, B2):
             world.installer.install(address, OURS[0], CLUSTER)
         world.they_delete(POD_B1.prefix(4))
@@ -337,7 +337,7 @@ BEFORE = {
 @pytest.mark.parametrize("action", ["install", "evict"])
 @pytest.mark.parametrize("before", BEFORE)
 def test_crash_at_any_write_loses_no_ownership(world: World, before: str, action: str, write: int) -> None:
-    """The next life owns exactly what stands of ours, and theirs is as it was."""
+    """The next agent owns exactly our entries in the map, and theirs are unchanged."""
     for step in BEFORE[before]:
         if step == "ours":
             world.installer.install(B1, OURS[0], CLUSTER)
@@ -376,7 +376,7 @@ PEERS = [POD_B1, POD_B2, packets.POD_A2]
 class Lives(RuleBasedStateMachine):
     """Any order of installs, evictions, foreign writes and crashes, against a model of who wrote what.
 
-    Our values and theirs are different, so the map itself tells whose an entry is.
+    Our values and theirs are different, so the map itself shows whose an entry is.
     """
 
     peers = st.sampled_from(PEERS)
@@ -397,12 +397,12 @@ class Lives(RuleBasedStateMachine):
 
     @rule(peer=peers, entry=st.sampled_from(THEIRS))
     def they_write(self, peer: packets.Host, entry: Entry) -> None:
-        """Somebody else learns of a pod."""
+        """The other writer learns of a pod."""
         self.they_write_a_prefix(peer.prefix(4), entry)
 
     @rule(peer=peers)
     def they_delete(self, peer: packets.Host) -> None:
-        """Somebody else deletes a pod, whoever wrote it."""
+        """The other writer deletes a pod, whoever wrote it."""
         self.world.they_delete(peer.prefix(4))
         self.theirs.pop(peer.prefix(4), None)
 
@@ -451,7 +451,7 @@ class Lives(RuleBasedStateMachine):
 
     @rule()
     def restart(self) -> None:
-        """We live again, and own exactly what stands of ours."""
+        """Restart, and own exactly our entries in the map."""
         adopted = self.world.restart()
         standing = self.world.exact()
         assert adopted == {p.address(4): e for p in PEERS if (e := standing.get(p.prefix(4))) in OURS}
@@ -460,7 +460,7 @@ class Lives(RuleBasedStateMachine):
 
     @invariant()
     def theirs_is_as_they_wrote_it(self) -> None:
-        """Nothing of theirs is touched, nothing of ours stands without a line in the journal."""
+        """Theirs are never touched, and ours are never without a line in the journal."""
         if not hasattr(self, "world"):
             return
         standing = self.world.exact()

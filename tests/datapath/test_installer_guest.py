@@ -1,4 +1,4 @@
-"""Ours and Cilium's in Cilium's maps, in any order, its restarts and ours included.
+"""Our entries and Cilium's in Cilium's maps, in any order, restarts of both included.
 
 On real maps of each layout. Cilium is the stand-in's own writer, which packs its bytes and forgets its map as the real
 one does; what it wrote last is the truth that no step of ours may change.
@@ -38,7 +38,7 @@ Table = dict[str, bytes]
 
 
 class CiliumMap:
-    """One map of Cilium's: what it wrote there, and what stands."""
+    """A map of Cilium's: what it wrote there, and what is there."""
 
     def __init__(self, layout: Layout, flags: int, fuse: Fuse | None = None) -> None:
         self.raw = layout.create(64, flags)
@@ -46,16 +46,16 @@ class CiliumMap:
         self.ours = MortalIpcache(self.raw, Path("/the/ipcache"), fuse or Fuse(), TAG)
 
     def read(self) -> Table:
-        """Return everything that stands, by prefix."""
+        """Return everything in the map, by prefix."""
         return {unpack_key(key): value for key, value in self.raw.items()}
 
     def tagged(self) -> Table:
-        """Return what says of itself that it is ours."""
+        """Return what is tagged as ours."""
         return {prefix: value for prefix, value in self.read().items() if value[-4:-2] == _TAG_BYTES}
 
 
 class Interleavings(RuleBasedStateMachine):
-    """The agent of Cilium's, ours, and what each of them believes."""
+    """Cilium's agent, ours, and what each believes."""
 
     layout, flags = V2, 129
     peers, identities = st.sampled_from(PEERS), st.sampled_from(IDENTITIES)
@@ -69,7 +69,7 @@ class Interleavings(RuleBasedStateMachine):
         self.fuse = Fuse()
         self.raw_journal = Map.create("lm_test", MapLayout(MAP_TYPE_HASH, 24, 56, 64, 0))
         self.believed: dict[str, Entry] = {}
-        """What our resolver goes on watching."""
+        """What our resolver keeps watching."""
         self.cilium_restarts()
         self.fill(len(CIDRS))
         self.we_start()
@@ -174,7 +174,7 @@ class Interleavings(RuleBasedStateMachine):
 
     @rule()
     def sweep(self) -> None:
-        """Look for what is not ours any more, as the agent does once there is but one map."""
+        """Look for what is no longer ours, as the agent does once there is only one map."""
         if len(self.maps) > 1:
             return
         for address in self.installer.owned_addresses():
@@ -245,7 +245,7 @@ def test_any_interleaving(kind: str) -> None:
 
 
 class Node:
-    """Maps of Cilium's and an agent of ours over them, which may start again."""
+    """Cilium's maps and our agent over them, which may restart."""
 
     def __init__(self) -> None:
         self.maps = [CiliumMap(V2, 129)]
@@ -269,7 +269,7 @@ FIRST, SECOND = (Entry(identity, parse_address(HOST), 0, 2) for identity in IDEN
 
 
 def test_what_cilium_writes_while_we_write_the_journal_stands(monkeypatch: pytest.MonkeyPatch) -> None:
-    """We had looked before that: ours is replaced only if it is there still."""
+    """We looked before that: our entry is replaced only if it is still there."""
     node = Node()
     writer = Writer(V2, NODE, [])
     writer.use(node.maps[0].raw)
@@ -288,7 +288,7 @@ def test_what_cilium_writes_while_we_write_the_journal_stands(monkeypatch: pytes
 
 
 def test_what_no_line_stands_for_goes_at_the_next_start() -> None:
-    """The journal may be lost: with its directory, as one is told to do when another version has made it."""
+    """The journal may be lost: with its directory, as advised when another version made it."""
     node = Node()
     node.installer.install(PEER, FIRST, CLUSTER)
     theirs = node.maps[0]
@@ -304,7 +304,7 @@ def test_what_no_line_stands_for_goes_at_the_next_start() -> None:
 
 
 def test_entry_is_carried_into_a_map_that_came_while_no_agent_ran() -> None:
-    """Programs that still read the old one keep it meanwhile; where Cilium has written, its own stands."""
+    """Programs that still read the old one keep it meanwhile; where Cilium has written, its entry stays."""
     node = Node()
     other = parse_address(PEERS[1])
     for address in (PEER, other):

@@ -101,7 +101,7 @@ def inside(node: Namespace, story: Callable[[], Coroutine[Any, Any, None]]) -> N
 
 
 async def make(node: Namespace, *lines: str) -> None:
-    """Run ip commands inside while the loop goes on."""
+    """Run ip commands inside while the loop runs."""
     await asyncio.to_thread(node.ip, lines)
 
 
@@ -128,7 +128,7 @@ def test_selected_interfaces_get_the_program_of_their_direction(
 
 
 def test_programs_stay_when_the_agent_goes(loaded: Datapath, node: Namespace, style: str) -> None:
-    """Traffic goes on through them; the next agent puts its own in their place, once."""
+    """Traffic keeps passing through them; the next agent replaces them with its own, once."""
     node.ip(veth("eth0"))
 
     async def story() -> None:
@@ -187,7 +187,7 @@ def test_exact_name_that_is_no_ethernet_is_an_error(loaded: Datapath, node: Name
 def test_pattern_that_matches_another_kind_passes_it_over(
     loaded: Datapath, node: Namespace, style: str
 ) -> None:
-    """A pattern names nobody, so nobody's kind is the user's mistake: counted, told, not fatal."""
+    """A pattern names no interface exactly, so a wrong kind is not the user's mistake: counted, logged, not fatal."""
     node.ip(veth("lxc1"))
 
     async def story() -> None:
@@ -297,7 +297,7 @@ def test_interface_that_cannot_be_attached_to_is_told_as_long_as_it_is_there(
 def test_interface_that_could_not_be_attached_to_is_tried_again(
     loaded: Datapath, node: Namespace, style: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Nobody tells when the reason is gone."""
+    """Nothing reports when the reason is gone."""
     monkeypatch.setattr(module, "LOOK_EVERY_S", 0.001)
     refusing, attach = True, InterfaceFollower._attach
 
@@ -364,7 +364,7 @@ def test_pod_that_becomes_an_uplink_changes_its_program(
 
 
 def test_leaving_a_bridge_is_no_farewell(loaded: Datapath, node: Namespace, style: str) -> None:
-    """The kernel tells it as a deletion, of the bridge's port and not of the interface."""
+    """The kernel reports a deletion, of the bridge's port and not of the interface."""
     node.ip([*veth("eth0", "lxc1"), "link add br0 type bridge"])
 
     async def story() -> None:
@@ -431,7 +431,7 @@ def test_listing_again_repairs_what_was_taken_off(
 
 
 async def take_off(node: Namespace, datapath: Datapath, name: str, style: str) -> None:
-    """Remove our program from an interface as somebody else would who knows how."""
+    """Remove our program from an interface as another program would."""
     if style == "clsact":
         await asyncio.to_thread(node.run, "tc", "qdisc", "del", "dev", name, "clsact")
     else:
@@ -451,7 +451,7 @@ async def until_attached(node: Namespace, name: str, expected: list[str]) -> Non
 
 
 def add_theirs(node: Namespace, datapath: Datapath, name: str, hook: str, *place: str) -> None:
-    """Attach a filter as somebody else; our own pinned program serves as theirs."""
+    """Attach a foreign filter; our own pinned program serves as it."""
     pinned = ("bpf", "direct-action", "object-pinned", datapath.pins.path("lm_from_uplink"))
     node.run("tc", "filter", "add", "dev", name, hook, *place, *pinned)
 

@@ -126,7 +126,7 @@ class TestIpcache:
     def test_tag_tells_ours_from_everybody_else_s(
         self, make_map: Callable[..., Map], value: int, flags: int
     ) -> None:
-        """In the padding of either layout: an equal entry of somebody else's has none; nothing else differs."""
+        """In the padding of either layout: another writer's equal entry has none; nothing else differs."""
         raw = make_map(MAP_TYPE_LPM_TRIE, 24, value, flags=flags)
         ours, theirs = IpcacheMap(raw, HERE, tag=0x6D6C), IpcacheMap(raw, HERE)
         assert ours.stands(B1) is None
@@ -218,7 +218,7 @@ class TestViews:
         assert self.peer_is_a_hit(shown), "the one in the middle is looked into no more"
 
     def test_map_that_the_kernel_refuses(self, shown: Bench) -> None:
-        """An error of ours; the next try begins where this one did."""
+        """A DatapathError; the next try starts where this one did."""
         with Path(os.devnull).open("rb") as no_map:
             refused = SimpleNamespace(layout=IpcacheLayout.V2, fd=no_map.fileno())
             with pytest.raises(DatapathError, match="cannot show the ipcache to our programs"):
@@ -242,7 +242,7 @@ class TestViews:
 
 
 def test_bpftool_reads_what_cilium_would(bench: Bench) -> None:
-    """The golden vectors once more, out of the kernel by somebody else's tool."""
+    """The golden vectors once more, read from the kernel by another tool."""
     prefixes = [prefix for prefix in GOLDEN_KEYS if prefix != "0.0.0.0/0"]
     written = dict(zip(prefixes, (entry for entry, _ in GOLDEN_ENTRIES.values()), strict=True))
     bench.entries(written)

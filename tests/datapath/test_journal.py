@@ -50,7 +50,7 @@ class TestJournal:
         assert dict(journal.items()) == {pod_of_b(n).address(4): line for n in range(5_000)}
 
     def test_foreign_keys_are_passed_over(self, bench: Bench) -> None:
-        """A prefix, or a key of another cluster id, is no line of ours."""
+        """A prefix, or a key with another cluster id, is not a line of ours."""
         value = abi.pack_owned(abi.OwnedEntry(ENTRY, ENTRY, 2))
         bench.maps["lm_owned"].update(key_of("10.2.0.0/24"), value)
         bench.maps["lm_owned"].update(bytes(abi.IpcacheKey(prefixlen=64, cluster_id=1, family=1)), value)

@@ -117,7 +117,7 @@ def test_interrupted_batch_is_taken_up_again(opened: Map, monkeypatch: pytest.Mo
 
 @pytest.mark.parametrize("opened", [replace(TRIE, max_entries=5_000)], indirect=True, ids=["trie"])
 def test_count_that_cannot_be_is_none(opened: Map, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The kernel begins with a trie anew when the element goes at which it is: it gives the same ones again."""
+    """If the element at which the kernel has arrived is deleted, it starts the trie over and returns elements again."""
     wanted = elements(opened.layout.kind, 5_000)
     opened.update_many(list(wanted.items()))
     assert opened.count() == 5_000
@@ -151,28 +151,28 @@ def test_flags_are_the_kernel_s(opened: Map) -> None:
 
 
 def test_closed_map_stays_closed() -> None:
-    """Closing twice must not close somebody else's descriptor."""
+    """Closing twice must not close another descriptor."""
     made = Map.create("lm_test", HASH)
     number = made.fd
     made.close()
-    stranger = os.open("/dev/null", os.O_RDONLY)
+    reused = os.open("/dev/null", os.O_RDONLY)
     try:
-        assert stranger == number
+        assert reused == number
         made.close()
-        assert os.fstat(stranger)
+        assert os.fstat(reused)
     finally:
-        os.close(stranger)
+        os.close(reused)
     with pytest.raises(OSError, match="Bad file descriptor"):
         made.lookup(bytes(4))
 
 
 def test_layout_reads_like_bpftool_s() -> None:
-    """It stands in messages to people."""
+    """It appears in messages to people."""
     assert str(HASH) == "type 1, key 4B, value 8B, max_entries 20000, flags 0x1"
 
 
 def test_map_is_the_same_behind_its_pin(bpffs: Path) -> None:
-    """Pinned, replaced by another, opened again: the id tells which."""
+    """Pinned, replaced by another, opened again: the id shows which."""
     first, second = Map.create("lm_test", HASH), Map.create("lm_test", HASH)
     path = bpffs / "a_map"
     libbpf.pin(first.fd, path)

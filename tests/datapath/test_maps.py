@@ -161,7 +161,7 @@ def test_missing_pin_says_what_to_start(tmp_path: Path) -> None:
 
 
 def test_pin_that_is_no_map_is_named(tmp_path: Path) -> None:
-    """A file that is not on a BPF file system is no map."""
+    """A file that is not on a BPF file system is not a map."""
     (tmp_path / "file").touch()
     with pytest.raises(DatapathError, match=r"cannot open the map at .*/file: "):
         open_map(tmp_path / "file")

@@ -164,7 +164,7 @@ def test_budget_is_a_twentieth_of_the_map_and_no_more_than_the_journal_is_for(
 
 
 def test_ipcache_of_another_size_stays(bpffs: Path) -> None:
-    """A map cannot grow, and a changed value in a chart must not end every agent: status tells of it."""
+    """A map cannot grow, and a changed value in a chart must not end every agent: status reports it."""
     place = Pins.under(bpffs)
     place.prepare(SIZE)
     pin_map(place.path("lm_ipcache"), expected_layouts(SIZE)["lm_ipcache"])
@@ -175,7 +175,7 @@ def test_ipcache_of_another_size_stays(bpffs: Path) -> None:
 
 
 def test_program_in_place_of_a_map_is_refused(bpffs: Path) -> None:
-    """Whatever stands there, it is one line that names it."""
+    """Whatever is there, one line names it."""
     place = Pins.under(bpffs)
     place.prepare(SIZE)
     program = load_empty_program()
@@ -245,7 +245,7 @@ def test_second_agent_with_other_pins_is_refused_too(nodes: NamespaceSet, tmp_pa
 
 
 def test_refused_lock_keeps_no_descriptor(nodes: NamespaceSet, tmp_path: Path) -> None:
-    """Or waiting for the other agent to end would wait for ever."""
+    """Or waiting for the other agent to end would take forever."""
     with hold(nodes["one"], tmp_path):
         before = open_descriptors()
         for _ in range(3):
@@ -289,7 +289,7 @@ def test_remove_leaves_nothing_of_ours(bpffs: Path) -> None:
 
 
 def test_remove_leaves_what_is_not_ours(bpffs: Path) -> None:
-    """Somebody else's pin in our directory stays, and so does the directory."""
+    """A foreign pin in our directory stays, and so does the directory."""
     place = Pins.under(bpffs)
     place.prepare(SIZE)
     pin_map(place.path("somebody_else_s"), expected_layouts(SIZE)["lm_config"])

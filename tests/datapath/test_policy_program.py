@@ -124,7 +124,7 @@ class TestIdentity:
     def test_traffic_outside_the_mesh_is_not_judged(
         self, policed: Policed, direction: Direction, version: int
     ) -> None:
-        """Neither world behind the default route, nor an entry of somebody else's, nor a tunnel's CIDR."""
+        """Neither world behind the default route, nor another writer's entry, nor a tunnel's CIDR."""
         bench = policed.bench
         bench.mesh({packets.PODS_OF_B[version]: 2})
         tunnelled = Entry(2, NODE_B.address(4), 0, EntryFlag.HAS_TUNNEL_EP)
@@ -151,7 +151,7 @@ class TestIdentity:
         assert policed.flows() == 0
 
     def test_identity_zero_is_no_wildcard(self, policed: Policed, direction: Direction, version: int) -> None:
-        """A broken entry is allowed only to who allows identity 0, and nobody does."""
+        """A broken entry is allowed only by a policy that allows identity 0, and none does."""
         policed.allow(direction, WORLD)
         policed.bench.entries({POD_B1.prefix(version): Entry(0)})
         assert policed.judge(direction, Flow(POD_B1, direction, version).udp()) == DENY
@@ -197,7 +197,7 @@ class TestReplies:
         assert policed.judge(back.direction, back.echo(7)) == DENY
 
     def test_echo_reply_opens_nothing(self, policed: Policed, initiator: Direction, version: int) -> None:
-        """An allowed answer that nobody asked for entitles nobody to requests."""
+        """An allowed but unsolicited answer does not allow requests."""
         policed.allow(initiator)
         there = Flow(POD_B1, initiator, version)
         assert policed.judge(initiator, there.echo_reply()) == ALLOW
@@ -219,7 +219,7 @@ class TestReplies:
     def test_answers_pass_whoever_the_peer_has_become(
         self, policed: Policed, initiator: Direction, version: int
     ) -> None:
-        """A flow allowed as world goes on when the peer's entry arrives, as long as its own direction is allowed."""
+        """A flow allowed as world continues when the peer's entry arrives, as long as its own direction is allowed."""
         bench = policed.bench
         bench.ipcache.delete(POD_B1.address(version))
         policed.allow(initiator, WORLD)
@@ -245,7 +245,7 @@ class TestReplies:
     def test_idle_flow_is_forgotten(
         self, policed: Policed, kind: str, seconds: int, initiator: Direction, version: int
     ) -> None:
-        """After its lifetime an answer is a stranger's packet; the next packet of the flow starts it again."""
+        """After its lifetime an answer is an unknown packet; the flow's next packet starts it again."""
         policed.allow(initiator)
         there = Flow(POD_B1, initiator, version)
         answer = getattr(Flow, "echo_reply" if kind == "echo" else kind)(there.back())
@@ -310,7 +310,7 @@ class TestClosing:
         assert policed.judge(back.direction, back.tcp("A")) == DENY
 
     def test_closed_connection_is_not_kept_alive(self, policed: Policed, there: Flow) -> None:
-        """A peer that goes on sending after the end gains no time by it."""
+        """A peer that keeps sending after the end gains no time by it."""
         back = there.back()
         policed.judge(there.direction, there.tcp("R"))
         policed.age_flows(6)
@@ -386,7 +386,7 @@ def test_endless_extension_headers_are_judged_by_identity_alone(
 def test_protocol_without_ports_is_judged_by_identity_alone(
     policed: Policed, direction: Direction, version: int
 ) -> None:
-    """ESP, SCTP and the rest, and ICMP that is no echo: allowed or denied, never remembered."""
+    """ESP, SCTP and the rest, and ICMP other than echo: allowed or denied, never remembered."""
     flow = Flow(POD_B1, direction, version)
     frames = [packets.of_protocol(flow, number) for number in (50, 132, 47, 255)]
     frames.append(packets.unreachable(flow))
@@ -414,7 +414,7 @@ def test_transport_header_cut_short_is_judged_by_identity_alone(
 
 @pytest.mark.parametrize("version", VERSIONS)
 def test_miss_is_signalled_before_it_is_denied(policed: Policed, version: int) -> None:
-    """A denied first packet must still page the entry in, or the peer would stay world for ever."""
+    """A denied first packet must still page the entry in, or the peer would stay world forever."""
     policed.bench.ipcache.delete(POD_B1.address(version))
     policed.bench.forget_counts()
     assert policed.bench.send(EGRESS, Flow(version=version).udp()) == TC_ACT_SHOT

@@ -230,7 +230,7 @@ def test_refusal_of_the_loader_is_passed_on(
 
 @pytest.mark.parametrize("missing", ["lm_owned", "lm_counters", "lm_view_v1", "lm_from_uplink"])
 def test_missing_pin_is_an_error_that_keeps_no_descriptor(prepared: Pins, missing: str) -> None:
-    """Somebody may remove a pin at any moment: named in one line, nothing stays open."""
+    """A pin may be removed at any moment: it is named in one line, and nothing stays open."""
     prepared.prepare(SIZE)
     some = expected_layouts(SIZE)["lm_config"]
     for name, layout in {**expected_layouts(SIZE), **dict.fromkeys((SIGNALS, *VIEWS), some)}.items():

@@ -64,7 +64,7 @@ def pins() -> Iterator[Pins]:
 
 @pytest.fixture
 def no_compiler(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    """Whoever wants to compile fails."""
+    """Compiling fails."""
     monkeypatch.setattr(sys, "executable", str(tmp_path / "no python here"))
 
 
@@ -190,7 +190,7 @@ def of_compiler_that_is_gone(content: bytes) -> bytes:
 
 
 def of_other_form(_content: bytes) -> bytes:
-    """Make it somebody else's."""
+    """Change its owner."""
     return b'{"programs": []}'
 
 
@@ -223,7 +223,7 @@ def too_deep(_content: bytes) -> bytes:
     ],
 )
 def test_useless_file_is_taken_for_none(first: tuple[Path, dict[str, object]], tmp_path: Path, spoil) -> None:  # type: ignore[no-untyped-def]
-    """Of another version or kernel, cut off, or no file of ours."""
+    """Of another version or kernel, truncated, or not ours."""
     file = tmp_path / "programs.json"
     spoilt = spoil(first[0].read_bytes())
     assert spoilt != first[0].read_bytes()

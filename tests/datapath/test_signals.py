@@ -264,7 +264,7 @@ def test_a_share_of_the_rates_is_admitted_and_of_a_burst_as_well(mesh: Bench) ->
 
 
 def test_a_rate_without_limit_stays_so(mesh: Bench) -> None:
-    """A share of it is no number."""
+    """A share of no limit is not a number."""
     mesh.configure(rearm_s=0, interface_rate=0, global_rate=0)
     mesh.datapath.config.admit(0.1)
     with reading(mesh):
@@ -319,7 +319,7 @@ def test_full_ring_loses_signals_by_count(mesh: Bench) -> None:
 
 
 def test_dropped_misses_are_signalled_like_any(mesh: Bench) -> None:
-    """Otherwise a dropped peer would stay dropped for ever."""
+    """Otherwise a dropped peer would stay dropped forever."""
     mesh.configure(on_miss=OnMiss.DROP)
     with reading(mesh) as records:
         mesh.send(EGRESS, Flow().udp())
@@ -360,7 +360,7 @@ async def test_reader_receives_exactly_what_was_signalled(mesh: Bench) -> None:
 async def test_signals_that_follow_several_wait_a_moment_and_come_together(
     mesh: Bench, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """What follows a lone one does not: of a flood, many share a wake-up, and nobody else waits for any."""
+    """What follows a lone one does not wait; in a flood many share a wake-up, and nothing else waits for them."""
     monkeypatch.setattr(signals_module, "EACH_S", 1.0)
     monkeypatch.setattr(signals_module, "REST_S", 1.0)
     mesh.configure(**UNLIMITED)
@@ -406,7 +406,7 @@ async def test_closed_reader_leaves_the_kernel_without_one(mesh: Bench) -> None:
 
 
 def test_record_that_is_no_signal_is_told_apart() -> None:
-    """Too short, another number, another family or direction: not ours to understand; those beside it are read."""
+    """Too short, another number, another family or direction: ignored; those beside it are read."""
     address = POD_B1.address(4)
     good = struct.pack("=IBBHI16sIQ", 3, 1, 0, 2, 7, address, 0, 5)
     for bad in (
@@ -549,7 +549,7 @@ async def test_storm_is_taken_in_parts_and_nothing_of_it_is_lost(mesh: Bench) ->
 
 
 async def test_paused_reader_keeps_signals(mesh: Bench) -> None:
-    """And hands them over, with no new one to wake it, when it goes on."""
+    """And hands them over when it resumes, with no new one to wake it."""
     mesh.configure(**UNLIMITED)
     received: list[Address] = []
     receive = lambda signals: received.extend(signals.addresses)  # noqa: E731

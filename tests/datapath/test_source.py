@@ -1,4 +1,4 @@
-"""What BCC is given to compile, and what tells one such text from another."""
+"""What BCC compiles, and what distinguishes one such text from another."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ def test_headers_of_ours_are_put_in_once_and_others_left_alone(tmp_path: Path) -
 
 
 def test_our_c_is_whole() -> None:
-    """Nothing of ours is left to be included."""
+    """No include of our own is left."""
     with resources.as_file(resources.files("lazymesh") / "bpf") as folder:
         text = source.one_text(folder / "lazymesh.c")
         guards = [

@@ -1,7 +1,7 @@
 """One packet in; which verdict, which counter, miss or no miss.
 
 Every row runs in both directions and both IP versions. ``{peer}`` and its like in a row stand for the prefix of that
-name in the version at hand. Without a reader of signals each miss is counted as lost: that is how a row tells one.
+name in the version at hand. Without a reader of signals each miss is counted as lost: that is how a row recognizes one.
 """
 
 from __future__ import annotations
@@ -170,7 +170,7 @@ def test_packet_goes_on_and_is_counted_once(
 @pytest.mark.parametrize("version", VERSIONS)
 @pytest.mark.parametrize("direction", BOTH)
 def test_only_the_peer_is_looked_up(bench: Bench, direction: Direction, version: int) -> None:
-    """Our own pod's address may be anything: a missing entry for it is no miss."""
+    """Our own pod's address may be anything: a missing entry for it is not a miss."""
     bench.mesh({packets.PODS_OF_A[version]: 1, packets.PODS_OF_B[version]: 2})
     bench.entries({POD_B1.prefix(version): entry(IDENTITY)})
 
@@ -194,7 +194,7 @@ def test_only_the_peer_is_looked_up(bench: Bench, direction: Direction, version:
 def test_on_miss_drop_drops_misses_only(
     bench: Bench, row: Row, verdict: int, direction: Direction, version: int
 ) -> None:
-    """Dropping is for who prefers no answer to one as world; nobody else's packets may suffer."""
+    """Dropping is for users who prefer no answer to one as world; other packets must not suffer."""
     bench.configure(on_miss=OnMiss.DROP)
     set_up(bench, row, version)
 
@@ -319,7 +319,7 @@ def test_random_bytes_never_crash_and_never_drop(bench: Bench) -> None:
 
 
 def test_peers_that_are_hits_are_remembered_once_an_epoch(bench: Bench) -> None:
-    """Newest first; misses, and what is no mesh at all, are not."""
+    """Newest first; misses and traffic outside the mesh are not noted."""
     bench.mesh({packets.PODS_OF_B[4]: 2})
     bench.entries({POD_B1.prefix(4): entry(IDENTITY), POD_B2.prefix(4): entry(IDENTITY)})
     for host in (POD_B1, POD_B2, packets.pod_of_b(9), INTERNET):

@@ -115,7 +115,7 @@ def test_full_ipcache_leaves_no_line(bench: Bench) -> None:
 
 
 def test_kernel_that_does_not_run_it_is_asked_one_by_one(bench: Bench) -> None:
-    """A program that is none stands for every refusal."""
+    """A descriptor that is not a program stands for every refusal."""
     nothing = os.open("/dev/null", os.O_RDONLY)
     try:
         assert Writer(nothing).write(LINES) == [None] * len(LINES)
@@ -126,7 +126,7 @@ def test_kernel_that_does_not_run_it_is_asked_one_by_one(bench: Bench) -> None:
 
 @pytest.mark.parametrize("ran", [0, 70, len(MANY)])
 def test_run_that_ends_in_an_error_is_looked_at(bench: Bench, ran: int) -> None:
-    """A kernel may say EINTR when all is done: what stands is ours, with its line, and the rest is written."""
+    """A kernel may report EINTR after all is done: what was written is ours, with its line, and the rest is written."""
 
     class Interrupted(Writer):
         def write(self, lines: Sequence[Line]) -> list[bool | None]:
@@ -142,7 +142,7 @@ def test_run_that_ends_in_an_error_is_looked_at(bench: Bench, ran: int) -> None:
 
 @NOEXIST
 def test_theirs_that_equals_ours_is_not_taken_for_it_after_an_error(bench: Bench) -> None:
-    """No line of ours stands for it."""
+    """It has no line of ours."""
     for key, entry, _ in LINES[:10]:
         bench.maps["lm_ipcache"].update(key, abi.pack_entry(entry))
     reasons = installer_of(bench, Writer(-1)).install_many(MANY[:20])

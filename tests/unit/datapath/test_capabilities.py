@@ -1,4 +1,4 @@
-"""Which capabilities are needed where; that they are enough, and each of them needed, is told by the ship tier."""
+"""Which capabilities are needed where; that they are enough, and each is needed, is tested in the ship tier."""
 
 from __future__ import annotations
 

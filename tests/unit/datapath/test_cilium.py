@@ -1,4 +1,4 @@
-"""How the node is asked about Cilium; what it answers there is told by the mesh tier."""
+"""How the node is asked about Cilium; its answers are tested in the mesh tier."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ async def refuse(*_: object) -> Any:
 
 
 async def test_kernel_that_does_not_answer(monkeypatch: pytest.MonkeyPatch) -> None:
-    """An error of ours, which those who look again and again expect."""
+    """A DatapathError, which callers that retry expect."""
     monkeypatch.setattr(module, "tcx_attachments", lambda _index: [])
     monkeypatch.setattr(module, "clsact_attachments", refuse)
     async with NodeView(ALL) as node:
