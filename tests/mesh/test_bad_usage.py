@@ -266,7 +266,7 @@ def test_map_of_an_unknown_layout(lab: Lab) -> None:
         line = agent_refused(lab, 3)
         assert "another layout" in line
         assert f"remove {home}" in line
-        assert "no ipcache that lazymesh knows" in refused(
+        assert "is not an ipcache of a known layout" in refused(
             lab, 3, "ipcache", "list", "--bpffs", str(lab.bpffs)
         )
         done = lazymesh(lab, "check", "--bpffs", str(lab.bpffs), "--clustermesh-config", str(lab.config))
