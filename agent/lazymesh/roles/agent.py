@@ -31,7 +31,6 @@ from lazymesh.datapath.interfaces import InterfaceFollower, InterfaceSelection
 from lazymesh.datapath.kernelfeatures import kernel_honours_noexist
 from lazymesh.datapath.pins import IPCACHE, Pins, alone, budget, check_bpffs
 from lazymesh.datapath.program import MeshMaps, load
-from lazymesh.datapath.settingsmap import DatapathConfig, OnMiss, bits_of
 from lazymesh.datapath.signals import SignalReader
 from lazymesh.errors import DatapathError
 from lazymesh.metrics import Metrics

@@ -6,13 +6,13 @@ from typing import TYPE_CHECKING, Any
 
 import structlog
 
-from lazymesh.datapath.maps import DatapathConfig, OnMiss, bits_of
+from lazymesh.datapath.settingsmap import DatapathConfig, OnMiss, bits_of
 from lazymesh.roles.enforcement import Enforcement
 
 if TYPE_CHECKING:
     from lazymesh.core.policy import Policy, PolicyEngine
-    from lazymesh.datapath.maps import ConfigMap
     from lazymesh.datapath.program import MeshMaps
+    from lazymesh.datapath.settingsmap import SettingsMap
     from lazymesh.roles.holding import Holding
     from lazymesh.settings import AgentSettings
 
@@ -37,7 +37,7 @@ class ProgramSettings:
             maps.config.change(policy_tag=0, enforced=config.enforced & bits_of(self._enforced))
         return Enforcement(maps.policy, engine, keep)
 
-    def write(self, config: ConfigMap) -> None:
+    def write(self, config: SettingsMap) -> None:
         """Put everything in force."""
         settings = self._settings.datapath
         # Where no entry is ever written, holding and dropping would cut everything off.
@@ -54,7 +54,7 @@ class ProgramSettings:
             )
         )
 
-    def switch_on_miss(self, config: ConfigMap, holding: Holding, action: str) -> dict[str, Any]:
+    def switch_on_miss(self, config: SettingsMap, holding: Holding, action: str) -> dict[str, Any]:
         """Change at once what becomes of missed packets; return the answer to ``lazymesh config on-miss``."""
         if self._settings.shadow and action != "pass":
             return {"error": "in shadow mode missed packets are always passed on"}

@@ -15,7 +15,7 @@ import structlog
 
 from lazymesh.core import events
 from lazymesh.core.ipcaches import ROOM_EVERY_S, Room
-from lazymesh.datapath.maps import IpcacheMap
+from lazymesh.datapath.ipcachemaps import IpcacheMap
 from lazymesh.tasks import take_turns, wait
 
 if TYPE_CHECKING:

@@ -11,7 +11,7 @@ import pytest
 from lazymesh.core.model import Direction
 from lazymesh.core.policy import PolicyEngine
 from lazymesh.core.policyfile import parse_policy
-from lazymesh.datapath.maps import OnMiss
+from lazymesh.datapath.settingsmap import OnMiss
 from lazymesh.roles.programsettings import ProgramSettings
 from tests.support.agentsettings import settings
 from tests.support.lab import BOTH_WAYS, POLICY
@@ -19,7 +19,7 @@ from tests.support.lab import BOTH_WAYS, POLICY
 if TYPE_CHECKING:
     from pathlib import Path
 
-    from lazymesh.datapath.maps import DatapathConfig
+    from lazymesh.datapath.settingsmap import DatapathConfig
     from lazymesh.roles.holding import Holding
 
 
