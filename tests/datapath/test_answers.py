@@ -145,9 +145,10 @@ def test_ipv6_address_with_the_bytes_of_an_ipv4_one_is_another_peer(mesh: Bench)
         assert (outcome(mesh, twin, 4), outcome(mesh, twin, 6)) == ("allowed", "denied")
 
 
-def test_ipv6_addresses_of_one_hash_are_two_peers(mesh: Bench) -> None:
+@pytest.mark.parametrize("double", ["fd00:3::1:0:5", "fd00:3:0:1:0:1:0:4"])
+def test_ipv6_addresses_of_one_hash_are_two_peers(mesh: Bench, double: str) -> None:
     """An attacker who chooses addresses can make any number of these."""
-    first, second = POD_B1, Host("its double", POD_B1.v4, "fd00:3::1:0:5")
+    first, second = POD_B1, Host("its double", POD_B1.v4, double)
     assert place_of(first.address(6)) == place_of(second.address(6))
     mesh.mesh({"fd00:3::/48": 2})
     mesh.entries({first.prefix(6): Entry(IDENTITY), second.prefix(6): Entry(OTHER_IDENTITY)})
@@ -165,6 +166,10 @@ def test_nothing_is_remembered_where_that_is_switched_off(mesh: Bench, raw: Map)
         mesh.datapath.config.remember(on=False)
         raw.delete(key)
         assert outcome(mesh) == "missed"
+        raw.update(key, abi.pack_entry(Entry(IDENTITY)))
+        assert outcome(mesh) == "allowed"
+        raw.delete(key)
+        assert outcome(mesh) == "missed", "it was a hit while nothing was to be remembered"
 
 
 def test_settings_void_what_is_remembered(mesh: Bench, raw: Map) -> None:

@@ -82,6 +82,28 @@ def test_priority_tag_is_no_way_around_policy(bench: Bench, tap: Tap) -> None:
     assert bench.counts(Direction.EGRESS) == NOT_PARSED | DENY
 
 
+def test_priority_of_a_priority_tag_is_no_way_around_policy(bench: Bench, tap: Tap) -> None:
+    """The bits beside its id say how urgent a frame is, not whose; which kind of tag follows is the same."""
+    bench.configure(enforced=frozenset({Direction.EGRESS}), rearm_s=0)
+    plain = Flow().udp()
+    for bits in (0x1000, 0x2000, 0xE000, 0xF000):
+        bench.forget_counts()
+        tap.receive(plain[:12] + b"\x81\x00" + bits.to_bytes(2, "big") + plain[12:])
+        assert bench.counts(Direction.EGRESS) == MISS | DENY
+    bench.forget_counts()
+    tap.receive(plain[:12] + b"\x81\x00\x00\x00\x88\xa8\x00\x00" + plain[12:])
+    assert bench.counts(Direction.EGRESS) == NOT_PARSED | DENY
+
+
+def test_stacked_priority_tags_pass_where_the_other_direction_alone_has_a_policy(
+    bench: Bench, tap: Tap
+) -> None:
+    """Each direction has its own switch."""
+    bench.configure(enforced=frozenset({Direction.INGRESS}))
+    tap.receive(Flow().vlan(0, 0))
+    assert bench.counts(Direction.EGRESS) == NOT_PARSED
+
+
 def test_stacked_priority_tags_pass_without_policy(bench: Bench, tap: Tap) -> None:
     """Only a policy has something to get around."""
     tap.receive(Flow().vlan(0, 0))

@@ -201,6 +201,44 @@ class TestViews:
         theirs.replace(B1, ENTRY)
         assert self.peer_is_a_hit(shown)
 
+    @pytest.mark.parametrize(
+        ("value", "flags"), [(12, 1), (24, 1), (24, 129)], ids=["v1", "v2", "read-only v2"]
+    )
+    def test_world_behind_a_tunnel_is_a_miss_in_any_layout(
+        self, shown: Bench, make_map: Callable[..., Map], value: int, flags: int
+    ) -> None:
+        """The route to a node's pods, of which no mesh CIDR says that they are ours; without the tunnel it is world."""
+        raw = make_map(MAP_TYPE_LPM_TRIE, 24, value, flags=flags)
+        theirs = IpcacheMap(raw, HERE)
+        shown.datapath.visible.show([theirs])
+        for found, expected in (
+            (Entry(2, NODE_B.address(4), 0, EntryFlag.HAS_TUNNEL_EP), {"missed": 1, "lost": 1}),
+            (Entry(2), {"not_mesh": 1}),
+        ):
+            theirs.replace(B1, found)
+            shown.forget_counts()
+            shown.send(Direction.EGRESS, Flow().udp())
+            assert shown.counts(Direction.EGRESS) == expected
+
+    @pytest.mark.parametrize("first", range(3), ids=["v1", "v2", "read-only v2"])
+    def test_policy_goes_by_what_the_first_map_says(
+        self, shown: Bench, make_map: Callable[..., Map], first: int
+    ) -> None:
+        """In whichever layout; the others say only whether it is known."""
+        layouts = [(12, 1), (24, 1), (24, 129)]
+        layouts.insert(0, layouts.pop(first))
+        maps = [IpcacheMap(make_map(MAP_TYPE_LPM_TRIE, 24, v, flags=f), HERE) for v, f in layouts]
+        shown.datapath.visible.show(maps)
+        for one, found in zip(maps, (ENTRY, OTHER, OTHER), strict=True):
+            one.replace(B1, found)
+        shown.mesh({"10.2.0.0/16": 2})
+        shown.configure(enforced=frozenset(Direction))
+        for identity, expected in ((OTHER.identity, "policy_deny"), (ENTRY.identity, "policy_allow")):
+            shown.datapath.policy.apply([(Direction.EGRESS, identity)], [])
+            shown.forget_counts()
+            shown.send(Direction.EGRESS, Flow().udp())
+            assert shown.counts(Direction.EGRESS) == {"hit": 1, expected: 1}
+
     def test_every_map_has_to_know_the_peer(self, shown: Bench, make_map: Callable[..., Map]) -> None:
         """Three at once, of three layouts: a packet is a hit when it is one to all, whichever is missing it."""
         layouts = [(24, 129), (24, 1), (12, 1)]

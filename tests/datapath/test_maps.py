@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ipaddress
+import time
 from types import SimpleNamespace
 from typing import TYPE_CHECKING, cast
 
@@ -106,6 +107,27 @@ class TestWindows:
         passing.send(Direction.EGRESS, Flow(POD_B1).udp())
         assert (counters.windows_opened(), len(windows.elements())) == (4, 3)
         assert {window_of(each).address for each in windows.elements()} == {B1, B2, POD_B1.address(6)}
+
+    @pytest.mark.parametrize("direction", list(Direction), ids=["egress", "ingress"])
+    def test_window_says_when_how_much_and_which_way(self, passing: Bench, direction: Direction) -> None:
+        """From its first packet to its last one."""
+        times, frames = [time.monotonic()], [Flow(POD_B1, direction).udp(bytes(n)) for n in (10, 200)]
+        for frame in frames:
+            passing.send(direction, frame)
+            times.append(time.monotonic())
+        window = passing.datapath.windows.take(B1)
+        assert window
+        assert times[0] <= window.first <= times[1] <= window.last <= times[2]
+        assert (window.packets, window.bytes) == (2, sum(map(len, frames)))
+        assert window.direction is direction
+
+    def test_packet_that_is_dropped_opens_none(self, passing: Bench) -> None:
+        """By the policy, or because missed ones are: nothing went through."""
+        for settings in ({"enforced": frozenset(Direction)}, {"on_miss": OnMiss.DROP}):
+            passing.configure(**settings)
+            passing.send(Direction.EGRESS, Flow(POD_B1).udp())
+        assert passing.datapath.counters.windows_opened() == 0
+        assert passing.datapath.windows.is_empty()
 
     async def test_more_addresses_than_there_is_room_for_are_known_to_be_forgotten(
         self, passing: Bench

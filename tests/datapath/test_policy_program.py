@@ -9,11 +9,12 @@ from dataclasses import replace
 from typing import TYPE_CHECKING
 
 import pytest
+from scapy.packet import Raw
 
 from lazymesh.core.model import Direction, Entry, EntryFlag
 from lazymesh.datapath import abi
 from tests.support import packets
-from tests.support.packets import INTERNET, NODE_B, POD_B1, POD_B2, Flow
+from tests.support.packets import INTERNET, NODE_B, POD_B1, POD_B2, Flow, Host
 from tests.support.prog_run import TC_ACT_SHOT, TC_ACT_UNSPEC
 
 if TYPE_CHECKING:
@@ -318,6 +319,24 @@ class TestClosing:
         policed.age_flows(6)
         assert policed.judge(back.direction, back.tcp("A")) == DENY
 
+    def test_connection_that_goes_on_after_its_end_is_a_new_one(self, policed: Policed, there: Flow) -> None:
+        """Somebody's reset was a forgery, say: the next packet of the allowed side starts it again."""
+        back = there.back()
+        policed.judge(back.direction, back.tcp("RA"))
+        policed.age_flows(11)
+        assert policed.judge(back.direction, back.tcp("A")) == DENY
+        assert policed.judge(there.direction, there.tcp("A")) == ALLOW
+        policed.age_flows(600)
+        assert policed.judge(back.direction, back.tcp("A")) == REPLY
+
+    def test_first_packet_may_be_the_last(self, policed: Policed, there: Flow) -> None:
+        """Of a connection that was there before the policy: a reset opens no flow of hours."""
+        there = replace(there, pod_port=there.pod_port + 1)
+        assert policed.judge(there.direction, there.tcp("RA")) == ALLOW
+        assert policed.judge(there.back().direction, there.back().tcp("A")) == REPLY
+        policed.age_flows(11)
+        assert policed.judge(there.back().direction, there.back().tcp("A")) == DENY
+
     def test_same_ports_may_be_used_again(self, policed: Policed, there: Flow) -> None:
         """A SYN on the ports of a closed connection starts a new one with its full lifetime."""
         back = there.back()
@@ -344,6 +363,41 @@ def test_later_fragments_pass_with_their_first(policed: Policed, direction: Dire
     assert policed.judge(back.direction, back.later_fragment()) == FRAGMENT
 
 
+@pytest.mark.parametrize("version", VERSIONS)
+@pytest.mark.parametrize("offset", [1, 256, 4_096, 8_191])
+def test_fragment_with_any_offset_has_no_ports(policed: Policed, offset: int, version: int) -> None:
+    """What stands where the ports would be is payload, and its sender chose it."""
+    policed.allow(EGRESS)
+    there = Flow(POD_B1, EGRESS, version)
+    assert policed.judge(EGRESS, there.udp()) == ALLOW
+    payload = Raw(there.back().udp()[34 if version == 4 else 54 :])
+    piece = there.back()._fragment(offset, more=False, payload=payload)
+    assert policed.judge(INGRESS, piece) == FRAGMENT
+
+
+@pytest.mark.parametrize("direction", BOTH)
+def test_reserved_bits_of_a_fragment_header_move_no_ports(policed: Policed, direction: Direction) -> None:
+    """In other extension headers the length stands there; this one has always eight bytes."""
+    policed.allow(direction)
+    flow = Flow(POD_B1, direction, version=6)
+    frame = bytearray(flow.first_fragment())
+    frame[14 + 40 + 1] = 0xFF
+    assert policed.judge(direction, bytes(frame)) == ALLOW
+    assert policed.judge(flow.back().direction, flow.back().udp()) == REPLY
+
+
+def test_flows_of_both_families_are_apart(policed: Policed) -> None:
+    """An IPv6 pair that begins with the bytes of an IPv4 pair is another one."""
+    pod, peer = Host("pod", packets.POD_A1.v4, "a01:a4::"), Host("peer", POD_B1.v4, "a02:5::")
+    policed.bench.mesh({"a02:5::/64": 2})
+    policed.bench.entries({peer.prefix(6): Entry(OTHER_IDENTITY)})
+    policed.allow(EGRESS)
+    there, twin = (Flow(peer, EGRESS, version, pod=pod) for version in (4, 6))
+    assert policed.judge(EGRESS, there.udp()) == ALLOW
+    assert policed.judge(INGRESS, twin.back().udp()) == DENY
+    assert policed.judge(INGRESS, there.back().udp()) == REPLY
+
+
 @pytest.mark.parametrize("direction", BOTH)
 @pytest.mark.parametrize("options", ["ip_options", "longest_header"])
 def test_ports_are_found_behind_ip_options(policed: Policed, options: str, direction: Direction) -> None:
@@ -368,13 +422,14 @@ def test_ports_are_found_behind_extension_headers(
     assert policed.judge(flow.back().direction, flow.back().tcp("SA")) == REPLY
 
 
+@pytest.mark.parametrize("length", [6, 8])
 @pytest.mark.parametrize("direction", BOTH)
 def test_endless_extension_headers_are_judged_by_identity_alone(
-    policed: Policed, direction: Direction
+    policed: Policed, direction: Direction, length: int
 ) -> None:
     """We stop reading after a few: such a packet is denied or allowed, and opens no flow."""
     flow = Flow(POD_B1, direction, version=6)
-    frame = flow.extensions(*packets.extension_chain(8), flags="S")
+    frame = flow.extensions(*packets.extension_chain(length), flags="S")
     assert policed.judge(direction, frame) == DENY
     policed.allow(direction)
     assert policed.judge(direction, frame) == ALLOW

@@ -6,6 +6,7 @@ name in the version at hand. Without a reader of signals each miss is counted as
 
 from __future__ import annotations
 
+import sys
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
@@ -316,6 +317,26 @@ def test_random_bytes_never_crash_and_never_drop(bench: Bench) -> None:
         assert bench.send(Direction.INGRESS, header + version + noise) == TC_ACT_UNSPEC
     counts = bench.counts(Direction.INGRESS)
     assert sum(counts.get(name, 0) for name in ("hit", "missed", "not_mesh", "not_parsed")) == 400
+
+
+def test_peers_whose_tags_share_a_place_are_both_remembered(bench: Bench) -> None:
+    """A tag says whose it is: one that another peer has left spares nothing."""
+    first = packets.pod_of_b(0)
+    second = next(
+        pod
+        for pod in map(packets.pod_of_b, range(1, 32_768))
+        if place_of_tag(pod.address(4)) == place_of_tag(first.address(4))
+    )
+    bench.entries({host.prefix(4): entry(IDENTITY) for host in (first, second)})
+    for host in (first, second):
+        bench.send(Direction.EGRESS, Flow(host).udp())
+    assert bench.datapath.recent.newest_first() == [second.address(4), first.address(4)]
+
+
+def place_of_tag(address: bytes) -> int:
+    """Return the place of an IPv4 address among the tags, as hash_of has it."""
+    word = int.from_bytes(address, sys.byteorder)
+    return (word << 32) * 0x9E3779B97F4A7C15 % (1 << 64) >> 51
 
 
 def test_peers_that_are_hits_are_remembered_once_an_epoch(bench: Bench) -> None:
