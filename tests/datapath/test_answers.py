@@ -145,7 +145,7 @@ def test_ipv6_address_with_the_bytes_of_an_ipv4_one_is_another_peer(mesh: Bench)
         assert (outcome(mesh, twin, 4), outcome(mesh, twin, 6)) == ("allowed", "denied")
 
 
-@pytest.mark.parametrize("double", ["fd00:3::1:0:5", "fd00:3:0:1:0:1:0:4"])
+@pytest.mark.parametrize("double", ["fd00:3::1:0:5", "fd00:2:0:1::4"])
 def test_ipv6_addresses_of_one_hash_are_two_peers(mesh: Bench, double: str) -> None:
     """An attacker who chooses addresses can make any number of these."""
     first, second = POD_B1, Host("its double", POD_B1.v4, double)

@@ -11,6 +11,7 @@ import ctypes
 import errno
 import fcntl
 import ipaddress
+import json
 import os
 import random
 import selectors
@@ -36,14 +37,14 @@ from lazymesh.datapath.pins import HOLD_FILTER, Pins
 from lazymesh.datapath.program import open_own_ipcache
 from lazymesh.datapath.settingsmap import DatapathConfig, OnMiss
 from lazymesh.datapath.tap import VNET_HEADER, open_tap
-from lazymesh.roles.holder import Holder, Mapped, frame_of, reset
+from lazymesh.roles.holder import ANSWER, Holder, Mapped, frame_of, reset
 from tests.support import packets
 from tests.support.etcd import wait_until
 from tests.support.follower import Follower, Seen
 from tests.support.loaded import load
 from tests.support.namespaces import NamespaceSet
 from tests.support.packets import POD_B1, POD_B2, Flow, pod_of_b
-from tests.support.prog_run import _SkBuff
+from tests.support.prog_run import _SkBuff, run_packet
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -244,6 +245,8 @@ def test_a_parked_packet_comes_back_as_it_was(bench: HoldBench, version: int) ->
         assert body[:6] + POD_MAC + body[12:] == sent
         slot = bench.slot(frame)
         assert (slot.ifindex, slot.length, slot.hold) == (bench.ifindex, len(sent), Why.FIRST)
+        assert slot.family == (1 if version == 4 else 2)
+        assert bytes(slot.addr) == POD_B1.address(version).ljust(16, b"\0")
         assert behind.seen().without_entry == 0
         assert bench.out() == 1
         bench.install(POD_B1)
@@ -273,6 +276,39 @@ def test_the_mark_a_packet_had_is_put_back(bench: HoldBench) -> None:
         slot.ifindex = ifindex
         assert mark_after(bench, mark) == after
     assert bench.counts() == {"returned": 1}
+
+
+@pytest.mark.parametrize("direction", list(Direction), ids=["egress", "ingress"])
+def test_a_parked_packets_mark_is_kept(bench: HoldBench, direction: Direction) -> None:
+    """It is not in the frame itself."""
+    program, frame = bench.datapath.program(direction)[1], Flow(direction=direction).udp()
+    run = bench.node.call(lambda: run_packet(program, frame, ifindex=bench.ifindex, mark=0x77))
+    assert run.verdict == bench.datapath.config.read().park_verdict
+    slot = bench.slot(bench.read())
+    assert (slot.mark, slot.ifindex) == (0x77, bench.ifindex)
+    assert bytes(slot.addr[:4]) == POD_B1.address(4)
+
+
+def test_the_verdict_of_a_parked_packet_is_what_the_settings_say(
+    bench: HoldBench, follower: Follower
+) -> None:
+    """Which one ends its way depends on the hook; where it is "next", the follower sees what was parked, too."""
+    bench.datapath.config.change(park_verdict=0xFFFFFFFF)
+    bench.send(Flow().udp())
+    arrivals(follower, 1)
+    bench.install(POD_B1)
+    bench.send(Flow().udp())
+    arrivals(follower, 2)
+    assert bench.counts() == {"held": 1, "gated": 1}
+
+
+def test_nothing_is_parked_where_missed_packets_pass(bench: HoldBench, follower: Follower) -> None:
+    """The holder of before may still be there."""
+    bench.datapath.config.change(on_miss=OnMiss.PASS)
+    for _ in range(2):
+        bench.send(Flow().udp())
+    arrivals(follower, 2)
+    assert bench.counts() == {}
 
 
 def mark_of(number: int) -> int:
@@ -381,6 +417,19 @@ def test_bytes_are_bounded_on_each_level(bench: HoldBench, follower: Follower, w
     assert bench.counts() == {"held": 1, "refused_bytes": 1}
 
 
+def test_a_packet_that_just_fits_is_parked(bench: HoldBench) -> None:
+    """A bound is the most that may be out, on each level; a byte less is too little."""
+    length, out, peers = len(Flow().udp(bytes(600))), 0, map(pod_of_b, range(6))
+    for word in ("address_bytes", "interface_bytes", "total_bytes"):
+        most = length if word == "address_bytes" else out + length
+        for bound in (most - 1, most):
+            bench.control.set_limits(HoldLimits(), 0.25)
+            setattr(bench.mapped.control, word, bound)
+            bench.send(Flow(peer=next(peers)).udp(bytes(600)))
+        out += length
+        assert bench.counts() == {"held": out // length, "refused_bytes": out // length}
+
+
 @pytest.mark.parametrize("burst", [1, 3])
 def test_the_rate_is_of_addresses_and_of_one_interface(
     bench: HoldBench, follower: Follower, burst: int
@@ -409,6 +458,55 @@ def test_neighbours_have_accounts_of_their_own(bench: HoldBench, follower: Follo
     bench.send(Flow(peer=peer).udp())
     arrivals(follower, 1)
     assert bench.counts() == {"held": 1}
+
+
+def test_ipv6_neighbours_have_accounts_of_their_own(bench: HoldBench) -> None:
+    """They may differ in any word of the address."""
+    bench.control.set_limits(HoldLimits(address_packets=1), 0.25)
+    address = int(ipaddress.ip_address(POD_B1.v6))
+    for bit in (None, 0, 8, 31, 32, 40, 63, 64, 72):
+        other = address if bit is None else address ^ 1 << bit
+        peer = packets.Host("twin", POD_B1.v4, str(ipaddress.ip_address(other)))
+        bench.send(Flow(peer=peer, version=6).udp())
+    assert bench.counts() == {"held": 9}
+
+
+def test_an_address_of_which_none_is_out_is_not_gated(bench: HoldBench, follower: Follower) -> None:
+    """Its own have just come back; that others wait is nothing to it."""
+    bench.send(Flow().udp())
+    bench.send(Flow(peer=POD_B2).udp())
+    frame = bench.read()
+    bench.install(POD_B1)
+    bench.write(frame)
+    arrivals(follower, 1)
+    bench.send(Flow().udp())
+    arrivals(follower, 2)
+    assert bench.counts() == {"held": 2, "returned": 1}
+
+
+def test_what_comes_back_is_not_parked_again_behind_the_rest(bench: HoldBench, follower: Follower) -> None:
+    """It was the first of its address, and is so again."""
+    for _ in range(3):
+        bench.send(Flow().udp())
+    frames = [bench.read() for _ in range(3)]
+    bench.install(POD_B1)
+    for count, frame in enumerate(frames, 1):
+        bench.write(frame)
+        arrivals(follower, count)
+    assert bench.counts() == {"held": 3, "returned": 3}
+    assert not bench.waits()
+
+
+def test_more_interfaces_than_there_are_accounts_pass(bench: HoldBench, follower: Follower) -> None:
+    """What no account can be opened for is not parked, and counted."""
+    accounts = libbpf.Map.pinned(bench.pins / "lm_hold_if")
+    nothing = bytes(ctypes.sizeof(abi.Outstanding))
+    numbers = range(1 << 20, (1 << 20) + accounts.layout.max_entries)
+    accounts.update_many([(number.to_bytes(4, "little"), nothing) for number in numbers])
+    accounts.close()
+    bench.send(Flow().udp())
+    arrivals(follower, 1)
+    assert bench.counts() == {"park_failed": 1}
 
 
 def test_slots_are_the_last_bound(bench: HoldBench, follower: Follower) -> None:
@@ -478,6 +576,14 @@ def test_udp_segments_are_parked_where_the_tap_takes_them(
         assert bench.counts() == {"refused_gso": 1}
 
 
+def test_what_is_no_bundle_of_segments_is_parked_by_any_tap(bench: HoldBench) -> None:
+    """Whatever its protocol is, there is nothing to cut up."""
+    bench.mapped.control.udp_gso = 0
+    for number, shape in enumerate((Flow.udp, Flow.echo, Flow.later_fragment)):
+        bench.send(shape(Flow(peer=pod_of_b(number))))
+    assert bench.counts() == {"held": 3}
+
+
 def test_segments_behind_something_else_are_refused(bench: HoldBench, follower: Follower) -> None:
     """Extension headers, tunnels: who knows whether the TAP takes such segments whole."""
     sent = bytearray(Flow(version=6).extensions(IPv6ExtHdrDestOpt(), flags="A") + bytes(5_000))
@@ -515,6 +621,12 @@ def test_what_is_too_big_for_the_tap_passes(bench: HoldBench, follower: Follower
         pytest.skip("needs a kernel whose packet sockets take so much (6.1 does not)")
     assert arrivals(follower, 1).length == len(sent)
     assert bench.counts() == {"refused_size": 1}
+    for length, peer in ((65_536, POD_B2), (65_535, pod_of_b(1))):
+        sent[:54] = Flow(peer=peer, version=6).tcp("A")[:54]
+        sent[18:20] = (length - 54).to_bytes(2, "big")
+        bench.send_gso(bytes(sent[:length]), 4, 54, 16)
+    assert len(bench.read()) == VNET_HEADER + 65_535
+    assert bench.counts() == {"refused_size": 2, "held": 1}
 
 
 def test_a_tap_that_is_down_costs_nothing(bench: HoldBench, follower: Follower) -> None:
@@ -527,6 +639,15 @@ def test_a_tap_that_is_down_costs_nothing(bench: HoldBench, follower: Follower) 
         bench.node.ip([f"link set {bench.tap.name} up"])
     assert bench.counts() == {"park_failed": 1}
     assert bench.settled()
+    assert all_free(bench)
+
+
+def all_free(bench: HoldBench) -> bool:
+    """Tell whether no slot is in use, neither by its word nor by the queue of free ones; empties that."""
+    free = libbpf.Map.pinned(bench.pins / "lm_hold_free")
+    count = free.drain()
+    free.close()
+    return count == len(bench.mapped.slots) and {slot.state for slot in bench.mapped.slots} == {abi.SLOT_FREE}
 
 
 def test_a_token_counts_at_the_tap_only(bench: HoldBench, follower: Follower) -> None:
@@ -576,6 +697,30 @@ def test_a_token_is_good_for_one_return(bench: HoldBench, follower: Follower) ->
     wait_until(lambda: bench.counts().get("stray") == 3, 2)
     assert arrivals(follower, 1)
     assert bench.counts() == {"held": 1, "returned": 1, "stray": 3}
+
+
+def test_a_frame_without_our_word_in_its_token_is_a_stray(bench: HoldBench) -> None:
+    """Though slot and generation are right: it may be anybody's source MAC."""
+    bench.send(Flow().udp())
+    frame = bench.read()
+    for byte in (6, 7):
+        other = bytearray(frame)
+        other[VNET_HEADER + byte] ^= 0x10
+        bench.write(bytes(other))
+    assert wait_until(lambda: bench.counts() == {"held": 1, "stray": 2}, 2)
+
+
+def test_a_spent_token_opens_the_tap_to_nobody(bench: HoldBench, follower: Follower) -> None:
+    """What it stood for has gone back; the node's own stack finds no way in by it."""
+    bench.send(Flow().udp())
+    frame = bench.read()
+    bench.write(frame)
+    arrivals(follower, 1)
+    sock = bench.node.call(socket.socket, socket.AF_PACKET, socket.SOCK_RAW, 0)
+    with sock, contextlib.suppress(OSError):  # ENOBUFS: the drop, told to the sender
+        sock.bind((bench.tap.name, 0))
+        sock.send(frame[VNET_HEADER:])
+    assert not bench.waits(0.05)
 
 
 def test_nothing_but_parked_packets_enters_the_tap(bench: HoldBench) -> None:
@@ -675,9 +820,7 @@ def test_the_books_balance_whatever_happens(bench: HoldBench) -> None:
     for frame in waiting:
         give_back(bench, frame, dice)
     wait_until(lambda: balanced(bench) == bench.out() == 0, 2, "everything back")
-    free = libbpf.Map.pinned(bench.pins / "lm_hold_free")
-    assert free.drain() == len(bench.mapped.slots)
-    free.close()
+    assert all_free(bench)
     assert bench.settled()
 
 
@@ -744,6 +887,75 @@ def holder_at(bench: HoldBench) -> Iterator[Holder]:
         yield Holder(bench.tap, bench.pins, bench.mapped, theirs)
 
 
+def test_a_holder_does_as_it_is_told(bench: HoldBench, follower: Follower) -> None:
+    """How long packets wait, whether they are dropped then, from when on they are parked, and where they may go."""
+    words, stats = bench.mapped.control, bench.mapped.stats
+    words.tap_ifindex = words.udp_gso = words.holder_beat_ns = 0
+    with holder_at(bench) as holder:
+        holder._obey(b"c" + json.dumps({"limit_s": 0.5, "drop_on_timeout": True}).encode())
+        assert (holder._queues.limit_s, holder._queues.drop_on_timeout) == (0.5, True)
+        began = time.monotonic_ns()
+        holder._obey(b"g")
+        assert (words.tap_ifindex, words.udp_gso) == (bench.tap.ifindex, bench.tap.udp_gso)
+        assert began <= words.holder_beat_ns
+        peers, before = [pod_of_b(number) for number in range(3)], (stats.installed, stats.negative)
+        for version in (4, 6):
+            for peer in peers:
+                bench.send(Flow(peer=peer, version=version).udp())
+        holder._read_tap()
+        now = time.monotonic()
+        answers = [
+            (0, b"\1" + peers[0].address(4).ljust(16, b"\0"), now),
+            (1, b"\1" + peers[1].address(4).ljust(16, b"\0"), now),
+            (1, b"\2" + peers[1].address(6), now),
+            (0, b"\2" + peers[2].address(6), now - 60),
+        ]
+        holder._obey(b"a" + b"".join(ANSWER.pack(*each) for each in answers))
+        arrivals(follower, 3)
+        assert len(holder._queues) == 3
+        assert (stats.installed - before[0], stats.negative - before[1]) == (1, 2)
+        holder._obey(b"q")
+        holder.run()
+    arrivals(follower, 6)
+    assert bench.settled()
+
+
+def test_a_holder_reads_the_largest_packet_whole(bench: HoldBench) -> None:
+    """A shorter read would cut it without an error."""
+    bench.send_gso(Flow().tcp("A", bytes(64_000)), 1, 34, 16)
+    with holder_at(bench) as holder:
+        holder._read_tap()
+        (back,) = holder._queues.drain()
+    assert len(back.frame.data) == VNET_HEADER + 54 + 64_000
+
+
+def test_what_another_holder_has_parked_is_a_stray(bench: HoldBench) -> None:
+    """It has begun anew, and knows nothing of it."""
+    bench.send(Flow().udp())
+    before = bench.mapped.stats.strays
+    for slot in bench.mapped.slots:
+        slot.hold = 0
+    with holder_at(bench) as holder:
+        holder._read_tap()
+        assert len(holder._queues) == 0
+    assert bench.mapped.stats.strays == before + 1
+
+
+def test_a_frame_with_a_number_that_no_slot_has_is_none(bench: HoldBench) -> None:
+    """The first beyond the last one, and the highest."""
+    for number in (len(bench.mapped.slots), 0xFFFF):
+        frame = bytes(VNET_HEADER + 10) + number.to_bytes(2, "big") + bytes(50)
+        assert frame_of(frame, bench.mapped.slots) is None
+
+
+def test_a_holder_that_has_been_succeeded_leaves_parking_on(bench: HoldBench) -> None:
+    """It is its successor's by then."""
+    bench.mapped.control.tap_ifindex = bench.tap.ifindex + 1
+    with holder_at(bench) as holder:
+        holder._end()
+    assert bench.mapped.control.tap_ifindex == bench.tap.ifindex + 1
+
+
 def test_a_holder_that_ends_gives_back_all_that_is_in_the_ring(bench: HoldBench, follower: Follower) -> None:
     """It may be behind by thousands: what it has not read yet would go with the device."""
     frames = [Flow(peer=pod_of_b(number)).udp() for number in range(10)]
@@ -790,6 +1002,7 @@ def test_a_holder_starts_from_nothing(bench: HoldBench) -> None:
     reset(bench.pins, bench.mapped)
     assert bench.mapped.stats.lost == before + 4
     assert bench.mapped.control.tap_ifindex == 0
+    assert all_free(bench)
 
 
 def test_the_sweep_is_for_what_was_given_back_long_ago(bench: HoldBench) -> None:

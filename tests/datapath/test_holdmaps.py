@@ -55,6 +55,12 @@ def test_a_rate_of_zero_is_no_limit(pins: Path) -> None:
     assert words(pins).interface_interval_ns == 0
 
 
+def test_a_burst_of_none_is_a_burst_of_one(pins: Path) -> None:
+    """And not one without an end, which a depth below zero would be."""
+    HoldControl(pins).set_limits(HoldLimits(interface_rate=1_000, interface_burst=0), 0.25)
+    assert words(pins).interface_burst_ns == 0
+
+
 def test_counters_are_summed_over_cpus(pins: Path) -> None:
     """And named as in C."""
     copies = [abi.HoldCounters(held=number + 1, stray=1) for number in range(libbpf.possible_cpus())]

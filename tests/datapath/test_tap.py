@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import errno
+import fcntl
 import os
 import threading
 from pathlib import Path
@@ -11,6 +13,7 @@ import pytest
 
 from lazymesh.datapath.tap import NAMES, open_tap, try_tap
 from lazymesh.errors import DatapathError
+from tests.datapath.conftest import open_descriptors
 from tests.support.namespaces import Namespace, NamespaceSet
 
 if TYPE_CHECKING:
@@ -67,6 +70,31 @@ def test_a_name_that_somebody_else_has_is_passed_over(node: Namespace) -> None:
         node.ip([f"link del {NAMES[0]}"])
 
 
+def test_a_kernel_without_udp_segments_is_asked_for_the_rest(
+    node: Namespace, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As before 6.2; any other refusal means that no device will do, and leaves none."""
+    asked: list[int] = []
+    refusal, ioctl = errno.EINVAL, fcntl.ioctl
+
+    def refusing(fd: int, request: int, argument: int | bytes) -> object:
+        if not isinstance(argument, int):
+            return ioctl(fd, request, argument)
+        asked.append(argument)
+        if argument & 0x60:
+            raise OSError(refusal, os.strerror(refusal))
+        return ioctl(fd, request, argument)
+
+    monkeypatch.setattr(fcntl, "ioctl", refusing)
+    new = node.call(open_tap)
+    assert (new.udp_gso, asked) == (False, [0x6F, 0x0F])
+    os.close(new.fd)
+    refusal = errno.EPERM
+    with pytest.raises(DatapathError, match="with all offloads: Operation not permitted"):
+        node.call(open_tap)
+    assert "lm_" not in node.run("ip", "link")
+
+
 def test_trying_leaves_nothing(node: Namespace) -> None:
     """The check makes one and lets it go."""
     node.call(try_tap)
@@ -74,8 +102,10 @@ def test_trying_leaves_nothing(node: Namespace) -> None:
 
 
 def test_what_is_missing_is_named(node: Namespace, tmp_path: Path) -> None:
-    """No device file, or one that is something else."""
+    """No device file, or one that is something else; nothing stays open."""
+    before = open_descriptors()
     with pytest.raises(DatapathError, match=r"cannot open .*nowhere"):
         open_tap(path=tmp_path / "nowhere")
     with pytest.raises(DatapathError, match="cannot make the TAP device lm_hold0"):
         open_tap(path=Path("/dev/null"))
+    assert open_descriptors() == before

@@ -101,6 +101,25 @@ def test_a_packet_that_missed_before_the_answer_does_not_wait() -> None:
     assert late.cause is Cause.LATE
 
 
+def test_a_packet_of_the_very_moment_of_an_answer_is_one_before_it() -> None:
+    """Whether it comes to us before the answer or behind it."""
+    queues = HoldQueues()
+    mine = parked(queues, frame(at=10))
+    assert released(queues.answer(A, Cause.INSTALLED, since=10)) == mine
+    late = queues.park(frame(at=10))
+    assert late
+    assert late.cause is Cause.LATE
+
+
+def test_what_comes_late_for_an_answer_passes_also_where_a_timeout_means_drop() -> None:
+    """Somebody has answered: only silence drops."""
+    queues = HoldQueues(drop_on_timeout=True)
+    queues.answer(A, Cause.NEGATIVE, since=10)
+    late = queues.park(frame(at=9.9))
+    assert late
+    assert (late.cause, late.discard) == (Cause.LATE, False)
+
+
 def test_a_packet_that_was_signalled_after_the_answer_waits_for_its_own() -> None:
     """Its entry has vanished again; the old answer would let it through as world."""
     queues = HoldQueues()
@@ -163,6 +182,15 @@ def test_answers_are_forgotten_in_time() -> None:
     for number in range(10_000):
         queues.answer(b"%017d" % number, Cause.INSTALLED, since=float(number))
     assert len(queues._answered) <= REMEMBER_S + 1
+
+
+def test_an_address_that_is_answered_again_and_again_keeps_no_others() -> None:
+    """It was the first to be answered, and is always remembered."""
+    queues = HoldQueues()
+    for number in range(100):
+        queues.answer(A, Cause.INSTALLED, since=float(number))
+        queues.answer(b"%017d" % number, Cause.INSTALLED, since=float(number))
+    assert len(queues._answered) <= REMEMBER_S + 2
 
 
 class Holding(RuleBasedStateMachine):
