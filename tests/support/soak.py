@@ -89,7 +89,7 @@ class Outcome:
     def good(self) -> bool:
         """Whether it is as it must be."""
         flat = all(end <= 1.2 * warm + 4 for warm, end in self.memory.values())
-        return not self.wrong and not self.losses and not self.complaints and flat
+        return self.rounds > 0 and not self.wrong and not self.losses and not self.complaints and flat
 
     def __str__(self) -> str:
         memory = ", ".join(f"{who} {warm:.1f} -> {end:.1f}" for who, (warm, end) in self.memory.items())
@@ -189,6 +189,7 @@ class Soak:
             name = bag.pop()
             self._say(f"{time.monotonic() - self._began:7.1f} s  {name}")
             faults[name]()
+            self.witness.insist()
             took = self._settle(name)
             self._outcome.rounds += 1
             self._outcome.faults[name] = self._outcome.faults.get(name, 0) + 1
@@ -241,13 +242,15 @@ class Soak:
             words = options(self.lab, datapath="cilium", policy=None, **changes)
         return AgentProcess(self.lab.node_a, words, self.lab.directory / "agent.log", self.clock.env)
 
-    def _check_agent(self) -> None:
-        """Note what must not have happened in this agent's life, before it ends or when all does."""
-        log = self.agent.log
-        if self.agent.process.poll() is None and metric(self.agent, "lazymesh_unexpected_errors_total"):
+    def _check_agent(self, *, starting: bool = False) -> None:
+        """Note what must not have happened in this agent's life, before we end it or when all ends."""
+        code = self.agent.process.poll()
+        if code is not None:
+            self._outcome.complaints.append(f"the agent ended by itself, with exit code {code}")
+        elif not starting and metric(self.agent, "lazymesh_unexpected_errors_total"):
             self._outcome.complaints.append("the agent counts unexpected errors")
         self._outcome.complaints += [
-            line.strip() for line in log.splitlines() if "Traceback" in line or "crashed" in line
+            line.strip() for line in self.agent.log.splitlines() if "Traceback" in line or "crashed" in line
         ]
 
     def _memory(self) -> dict[str, float]:
@@ -268,8 +271,8 @@ class Soak:
 
     def kill_starting_agent(self) -> None:
         """Kill it, and its successors before they have become ready."""
-        self._check_agent()
-        for _ in range(self._dice.randrange(1, 4)):
+        for number in range(self._dice.randrange(1, 4)):
+            self._check_agent(starting=number > 0)
             self.agent.kill()
             self.agent = self._start_agent()
             self._calm(self._dice.uniform(0, 2.5))

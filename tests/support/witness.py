@@ -49,6 +49,7 @@ class Witness:
         self._might: dict[str, frozenset[int]] = {}
         self._keys: dict[str, bytes] = {}
         self._lock = threading.Lock()
+        self._failure: Exception | None = None
         self._stop = threading.Event()
         self._thread = threading.Thread(target=self._run, name="witness")
 
@@ -56,9 +57,20 @@ class Witness:
         self._thread.start()
         return self
 
-    def __exit__(self, *exc: object) -> None:
+    def __exit__(self, kind: object, error: BaseException | None, _trace: object) -> None:
         self._stop.set()
         self._thread.join()
+        if error is None:
+            self.insist()
+        elif self._failure is not None:
+            error.add_note(f"and the witness had ended: {self._failure!r}")
+
+    def insist(self) -> None:
+        """Raise RuntimeError if it looks no more: that nothing wrong was seen says nothing then."""
+        if self._failure is not None:
+            raise RuntimeError(
+                f"the witness ended after {self.looks} looks: {self._failure!r}"
+            ) from self._failure
 
     def may_be(self, address: str, *identities: int) -> None:
         """Let an address have these identities too, from now on; none: it is looked at, and may have no entry."""
@@ -78,10 +90,16 @@ class Witness:
             return {address: _identity(ipcache, _key(address)) for address in addresses}
 
     def _run(self) -> None:
-        while not self._stop.wait(self._every_s):
-            # While a map is replaced there is no pin for a moment.
-            with contextlib.suppress(FileNotFoundError), contextlib.closing(Map.pinned(self._pin)) as ipcache:
-                self._look(ipcache)
+        try:
+            while not self._stop.wait(self._every_s):
+                # While a map is replaced there is no pin for a moment.
+                with (
+                    contextlib.suppress(FileNotFoundError),
+                    contextlib.closing(Map.pinned(self._pin)) as ipcache,
+                ):
+                    self._look(ipcache)
+        except Exception as exc:  # a thread's words reach nobody who could act on them
+            self._failure = exc
 
     def _look(self, ipcache: Map) -> None:
         self.looks += 1
