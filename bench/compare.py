@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import math
 import statistics
 from typing import TYPE_CHECKING, Any
 
@@ -11,6 +13,39 @@ if TYPE_CHECKING:
     from collections.abc import Iterator
 
 NOT_FIGURES = ("repeats", "samples", "runs", "counts")
+
+
+def read(text: str) -> dict[str, Any]:
+    """Return a run that was kept as JSON; ValueError, with what is wrong with it, if it is none."""
+    run = json.loads(text)
+    if not isinstance(run, dict):
+        raise ValueError("it is no object")  # noqa: TRY004 (a value from outside, not a caller's mistake)
+    loads = run.get("load", {})
+    if not (isinstance(loads, dict) and all(map(_is_number, loads.values()))):
+        raise ValueError("load: not numbers by name")
+    for name, part in run.items():
+        if name == "load":
+            continue
+        if not isinstance(part, dict):
+            raise ValueError(f"{name}: no object")  # noqa: TRY004
+        repeats = part.get("repeats", {})
+        if not (isinstance(repeats, dict) and all(map(_are_numbers, repeats.values()))):
+            raise ValueError(f"{name}.repeats: not lists of numbers by name")
+        for figure, value in _figures(part):
+            if not _is_number(value):
+                raise ValueError(f"{name}.{figure}: no finite number")
+    return run
+
+
+def _are_numbers(values: object) -> bool:
+    return isinstance(values, list) and all(map(_is_number, values))
+
+
+def _is_number(value: object) -> bool:
+    try:
+        return isinstance(value, int | float) and math.isfinite(value)
+    except OverflowError:
+        return False
 
 
 def compare(old: dict[str, Any], new: dict[str, Any]) -> str:

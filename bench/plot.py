@@ -23,7 +23,7 @@ def plot(results: dict[str, Any], directory: Path, say: Callable[[str], None]) -
     directory.mkdir(parents=True, exist_ok=True)
     for part, name, draw in (("resolve", "latency.png", _latency), ("memory", "memory.png", _memory)):
         if part not in results:
-            say(f"no {name}: the part {part} was not run")
+            say(f"no {name}: there are no figures of the part {part}")
             continue
         draw(results[part]).savefig(directory / name, dpi=150)
         say(f"{directory / name}")

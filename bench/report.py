@@ -38,6 +38,22 @@ class Part:
     rows: list[Row] = field(default_factory=list)
     repeats: dict[str, list[float]] = field(default_factory=dict)
     """What each run of a figure gave, by the figure's name (``miss_to_entry_us.p50``): its noise, for a comparison."""
+    left_out: dict[str, str] = field(default_factory=dict)
+    """What nothing could be compared with, and why."""
+    failed: str | None = None
+    """Why there are no figures."""
+
+    @property
+    def kept(self) -> bool:
+        """Whether all budgets are kept."""
+        return all(row.kept for row in self.rows)
+
+    def as_object(self) -> dict[str, Any]:
+        """Return it for programs."""
+        if self.failed is not None:
+            return {"failed": self.failed}
+        left_out = {"left_out": self.left_out} if self.left_out else {}
+        return self.figures | {"repeats": self.repeats} | left_out
 
 
 def percentiles(values: Sequence[float], digits: int = 3) -> dict[str, float]:
@@ -60,6 +76,9 @@ def table(parts: dict[str, Part]) -> str:
     lines = [head]
     for name, part in parts.items():
         lines += [(name, *_cells(row)) for row in part.rows]
+        lines += [(name, "left out", "", who, "", why) for who, why in part.left_out.items()]
+        if part.failed is not None:
+            lines.append((name, "failed", "", "", "", part.failed))
     return columns(lines)
 
 

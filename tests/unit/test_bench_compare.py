@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import json
 from typing import Any
 
-from bench.compare import compare
+import pytest
+
+from bench.compare import compare, read
 
 
 def run(value: float, repeats: list[float], load: float = 1.0) -> dict[str, Any]:
@@ -50,3 +53,37 @@ def test_parts_and_figures_of_one_run_alone_are_left_out() -> None:
     lines = compare(run(100, []), new).splitlines()
     assert len(lines) == 4
     assert lines[-1] == "Load average: old 1.0, new 7.2."
+
+
+@pytest.mark.parametrize(
+    "run",
+    [
+        5,
+        {"load": 5},
+        {"load": {"before": None}},
+        {"load": {"before": float("nan")}},
+        {"part": 5},
+        {"part": {"repeats": []}},
+        {"part": {"repeats": None}},
+        {"part": {"repeats": {"us": 5}}},
+        {"part": {"repeats": {"us": [None]}}},
+        {"part": {"us": {"p50": float("inf")}}},
+        {"part": {"us": 10**400}},
+    ],
+)
+def test_what_is_no_run_is_refused_when_it_is_read(run: object) -> None:
+    """Once everything is measured it is too late."""
+    with pytest.raises(ValueError, match=r"^(it|load|part\S*): |^it is no object$"):
+        read(json.dumps(run))
+
+
+def test_what_is_a_run_is_read() -> None:
+    """With loads or without, with parts of any figures, and words among them."""
+    for kept in (
+        {},
+        run(50, [1, 2.5]),
+        {"part": {"failed": "x"}},
+        {"part": {"x": None, "y": "z", "rounds": [1]}},
+    ):
+        assert read(json.dumps(kept)) == kept
+        assert compare(kept, run(50, []))

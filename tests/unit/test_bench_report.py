@@ -30,3 +30,12 @@ def test_the_table_has_what_is_compared_first_and_marks_what_is_over() -> None:
 def test_milliseconds_have_three_digits() -> None:
     """And no more than make sense."""
     assert [milliseconds(value) for value in (0.01234, 1.234, 1234.5)] == ["0.0123 ms", "1.23 ms", "1234 ms"]
+
+
+def test_what_is_left_out_leaves_a_trace() -> None:
+    """In the table and in the object: who looks at them later does not see what was said meanwhile."""
+    part = Part({"x": 1}, left_out={"Go": "no go on the PATH"})
+    line = table({"part": part}).splitlines()[1]
+    assert " ".join(line.split()) == "part left out Go no go on the PATH"
+    assert part.as_object() == {"x": 1, "repeats": {}, "left_out": {"Go": "no go on the PATH"}}
+    assert Part({"x": 1}, repeats={"x": [1.0]}).as_object() == {"x": 1, "repeats": {"x": [1.0]}}
