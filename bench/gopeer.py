@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import ipaddress
 import json
+import mmap
 import os
 import shutil
 import socket
@@ -23,6 +24,7 @@ from lazymesh.datapath.pins import IPCACHE, Pins
 from lazymesh.datapath.program import open_own_ipcache
 from lazymesh.datapath.programs import attach_tcx
 from lazymesh.datapath.settingsmap import DatapathConfig, OnMiss
+from lazymesh.datapath.signals import RING_PAGES
 from tests.datapath.conftest import mounted_bpffs
 from tests.support.loaded import load
 
@@ -36,20 +38,26 @@ SOURCE = Path(__file__).parent / "peer"
 BINARY = Path(__file__).parent.parent / ".cache" / "peer"
 
 
-def build(say: Callable[[str], None]) -> Path | None:
-    """Build it; None, with a word, where that cannot be done."""
+def build(say: Callable[[str], None]) -> dict[str, str]:
+    """Build it; where that cannot be done, say and return why, as bench.report has what is left out."""
+    reason = _build()
+    if reason is None:
+        return {}
+    say(f"the Go program is left out: {reason}")
+    return {"Go": reason}
+
+
+def _build() -> str | None:
     go = shutil.which("go")
     if go is None:
-        say("the Go program is left out: no go on the PATH")
-        return None
+        return "no go on the PATH"
     BINARY.parent.mkdir(exist_ok=True)
     done = subprocess.run(
         [go, "build", "-o", BINARY, "."], cwd=SOURCE, capture_output=True, text=True, check=False
     )
     if done.returncode:
-        say(f"the Go program is left out: {(done.stderr.strip().splitlines() or ['go build failed'])[-1]}")
-        return None
-    return BINARY
+        return (done.stderr.strip().splitlines() or ["go build failed"])[-1]
+    return None
 
 
 class Peer:
@@ -60,7 +68,8 @@ class Peer:
 
     def __init__(self, bed: Bed, pod: Pod, *, batch: bool = False, size: int = 512_000) -> None:
         self._lab, self._pod, self._size = bed.lab, pod, size
-        self._words = ["-endpoint", bed.url]
+        # As much room for signals as the agent has.
+        self._words = ["-endpoint", bed.url, "-ring", str(RING_PAGES * mmap.PAGESIZE)]
         if bed.tls is not None:
             authority, pair = bed.tls
             self._words += ["-ca", str(authority), "-cert", str(pair.cert), "-key", str(pair.key)]
@@ -98,8 +107,7 @@ class Peer:
                 text=True,
             )
             stack.callback(self._end)
-            if self._line() != "ready\n":
-                raise RuntimeError("the Go program did not start; see its words above")
+            self._line()  # it is ready
             self._stack = stack.pop_all()
         return self
 
@@ -127,12 +135,17 @@ class Peer:
 
     def _ask(self, line: str) -> Any:
         assert self._process.stdin
-        print(line, file=self._process.stdin, flush=True)
+        with contextlib.suppress(BrokenPipeError):  # it has ended, which is told below
+            print(line, file=self._process.stdin, flush=True)
         return json.loads(self._line())
 
     def _line(self) -> str:
         assert self._process.stdout
-        return self._process.stdout.readline()
+        line = self._process.stdout.readline()
+        if not line:
+            code = self._process.wait(10)
+            raise RuntimeError(f"the Go program has ended with exit code {code}; see its words above")
+        return line
 
     def _end(self) -> None:
         self._process.kill()

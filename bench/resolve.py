@@ -96,18 +96,18 @@ def _insist(ipcache: Map, ip: str) -> None:
 
 def run(say: Callable[[str], None]) -> Part:
     """Measure."""
-    binary = gopeer.build(say)
+    left_out = gopeer.build(say)
     took: dict[str, dict[str, list[float]]] = {}
     with Lab(pods=2) as lab, contextlib.ExitStack() as stack:
         plain = Bed(lab, "plain", lab.etcd.url)
         for name, bed in (("plain", plain), ("tls", stack.enter_context(tls_bed(lab)))):
             say(
-                f"{name}: {ROUNDS * BLOCK:,} misses and reads in turns{', the Go program too' if binary else ''}"
+                f"{name}: {ROUNDS * BLOCK:,} misses and reads in turns{'' if left_out else ', the Go program too'}"
             )
-            took[name] = measure(bed, with_peer=binary is not None)
+            took[name] = measure(bed, with_peer=not left_out)
     figures = summary(took["plain"]) | {"tls": summary(took["tls"])}
     repeats = noise(took["plain"]) | {f"tls.{name}": values for name, values in noise(took["tls"]).items()}
-    return Part(figures, rows(figures), repeats)
+    return Part(figures, rows(figures), repeats, left_out)
 
 
 def measure(bed: Bed, *, with_peer: bool) -> dict[str, list[float]]:

@@ -12,7 +12,7 @@ import contextlib
 import socket
 import statistics
 import time
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import TYPE_CHECKING, Any, Protocol
 
 from bench import gopeer, records
@@ -97,7 +97,7 @@ def _wait(ipcache: Map, keys: dict[str, bytes], ips: list[str]) -> None:
 
 def run(say: Callable[[str], None]) -> Part:
     """Measure."""
-    with_peer = gopeer.build(say) is not None
+    left_out = gopeer.build(say)
     found: dict[str, list[dict[str, Any]]] = {"ours": [], "bare": [], "go": []}
     with Lab(pods=2) as lab, contextlib.ExitStack() as stack:
         bed = Bed(lab, "plain", lab.etcd.url)
@@ -109,13 +109,13 @@ def run(say: Callable[[str], None]) -> Part:
             say(f"round {number + 1} of {REPEATS}: {ADDRESSES:,} addresses")
             found["ours"].append(of_agent(bed, ADDRESSES, MAP_SIZE))
             found["bare"].append(store.bare(0, ADDRESSES))
-            if with_peer:
+            if not left_out:
                 with Peer(bed, lab.pods[1], batch=True, size=MAP_SIZE) as peer:
                     result = asdict(storm(peer, lab.pods[1], peer.ipcache, 0, ADDRESSES))
                     found["go"].append(result | {"counts": peer.counts()})
         say(f"{IN_A_ROW:,} addresses")
         row = of_agent(bed, IN_A_ROW, 20 * IN_A_ROW)
-    return summary(found, row)
+    return replace(summary(found, row), left_out=left_out)
 
 
 def of_agent(bed: Bed, count: int, size: int) -> dict[str, Any]:

@@ -40,7 +40,6 @@ const (
 	atOnce       = 64 // addresses in a transaction, whose 128 reads are etcd's limit
 	transactions = 8
 	waiting      = 1 << 20
-	ringBytes    = 64 * 4096
 	timeout      = 5 * time.Second
 	signalMiss   = 3
 )
@@ -73,6 +72,7 @@ func main() {
 	ca := flag.String("ca", "", "file of the authority, for TLS")
 	cert := flag.String("cert", "", "file of our certificate")
 	key := flag.String("key", "", "file of its key")
+	ring := flag.Int("ring", 0, "bytes of each CPU's ring of signals")
 	batch := flag.Bool("batch", false, "read many addresses in a transaction, instead of a goroutine for each")
 	flag.Parse()
 
@@ -89,7 +89,7 @@ func main() {
 	if err != nil {
 		log.Fatal(err)
 	}
-	reader, err := perf.NewReader(signals, ringBytes)
+	reader, err := perf.NewReader(signals, *ring)
 	if err != nil {
 		log.Fatal(err)
 	}
