@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+from itertools import chain
 from typing import TYPE_CHECKING
 
-from bench.report import Part, Row, milliseconds, percentiles
+from bench.report import Part, Row, milliseconds, percentiles, repeated
 from bench.stage import connect_each, fresh, running, syn_retransmits
 from tests.support.lab import ETCD_PORT, Lab
 from tests.support.proxy import Proxy
@@ -30,12 +31,12 @@ def run(say: Callable[[str], None]) -> Part:
         slow, slow_lost = measure_slow(lab)
     figures = {
         "dropped_ms": percentiles(dropped),
-        "hold_ms": percentiles(held),
-        "warm_ms": percentiles(warm),
+        "hold_ms": percentiles(chain.from_iterable(held)),
+        "warm_ms": percentiles(chain.from_iterable(warm)),
         "hold_slow_etcd_ms": percentiles(slow),
         "syns_lost": lost + slow_lost,
     }
-    return Part(figures, list(rows(figures)))
+    return Part(figures, rows(figures), repeated({"hold_ms": held, "warm_ms": warm}))
 
 
 def rows(figures: dict) -> list[Row]:
@@ -67,18 +68,18 @@ def measure_dropped(lab: Lab) -> list[float]:
     return [one.first_ms for one in exchanges if one.first_ms is not None]
 
 
-def measure_held(lab: Lab) -> tuple[list[float], list[float], int]:
+def measure_held(lab: Lab) -> tuple[list[list[float]], list[list[float]], int]:
     """Measure blocks of first and of warm connections in turns, directly to etcd; also count the lost SYNs."""
     addresses = fresh(CONNECTIONS)
     lab.publish_many(addresses)
     pod = lab.pods[0].namespace
-    held: list[float] = []
-    warm: list[float] = []
+    held: list[list[float]] = []
+    warm: list[list[float]] = []
     with running(lab, "--on-miss", "hold", policy=None):
         before = syn_retransmits(pod)
         for at in range(0, CONNECTIONS, BLOCK):
-            held += connect_each(pod, addresses[at : at + BLOCK])
-            warm += connect_each(pod, addresses[at : at + BLOCK])
+            held.append(connect_each(pod, addresses[at : at + BLOCK]))
+            warm.append(connect_each(pod, addresses[at : at + BLOCK]))
         return held, warm, syn_retransmits(pod) - before
 
 

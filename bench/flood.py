@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import contextlib
 import os
+import statistics
 import time
+from itertools import chain
 from typing import TYPE_CHECKING
 
-from bench.report import Part, Row, milliseconds, percentiles
+from bench.report import Part, Row, milliseconds, percentiles, repeated
 from bench.stage import fresh, running
 from tests.support.lab import SERVER_IDENTITY, Lab
 from tests.support.node import FATES, packets, send_udp, wait_identity
@@ -31,7 +33,7 @@ def run(say: Callable[[str], None]) -> Part:
     ours: list[Fates] = []
     empty: list[Fates] = []
     counted = dict.fromkeys(("sent", "missed", *FATES), 0)
-    rates = {"ours": 0.0, "empty": 0.0}
+    rates: dict[str, list[float]] = {"ours": [], "empty": []}
     for number in range(ROUNDS):
         say(f"round {number + 1} of {ROUNDS}: {SECONDS} s with an empty program, {SECONDS} s with ours")
         with Lab(pods=2) as lab:
@@ -40,7 +42,7 @@ def run(say: Callable[[str], None]) -> Part:
             with _empty_programs(lab):
                 fates, _, rate = _flood(lab, peers)
                 empty.append(fates)
-                rates["empty"] += rate / ROUNDS
+                rates["empty"].append(rate)
             with running(lab, "--mesh-cidr", f"b={PREFIX}", policy=None) as agent:
                 for peer in peers:
                     send_udp(lab.pods[1].namespace, peer, 1)
@@ -48,7 +50,7 @@ def run(say: Callable[[str], None]) -> Part:
                 before = _counts(agent)
                 fates, sent, rate = _flood(lab, peers)
                 ours.append(fates)
-                rates["ours"] += rate / ROUNDS
+                rates["ours"].append(rate)
                 counted["sent"] += sent
                 for cause, value in _counts(agent).items():
                     counted[cause] += value - before[cause]
@@ -81,11 +83,15 @@ def _counts(agent: AgentProcess) -> dict[str, int]:
     return {name: packets(agent, name) for name in ("missed", *FATES)}
 
 
-def _part(ours: list[Fates], empty: list[Fates], counted: dict[str, int], rates: dict[str, float]) -> Part:
-    times = {
-        name: percentiles([took * 1000 for one in fates for _, took in one.flows if took is not None])
+def _part(
+    ours: list[Fates], empty: list[Fates], counted: dict[str, int], rates_of: dict[str, list[float]]
+) -> Part:
+    rounds = {
+        name: [[took * 1000 for _, took in one.flows if took is not None] for one in fates]
         for name, fates in (("ours", ours), ("empty", empty))
     }
+    times = {name: percentiles(chain.from_iterable(each)) for name, each in rounds.items()}
+    rates = {name: statistics.fmean(each) for name, each in rates_of.items()}
     figures = {
         "round_trip_ms": times["ours"],
         "round_trip_empty_program_ms": times["empty"],
@@ -113,4 +119,10 @@ def _part(ours: list[Fates], empty: list[Fates], counted: dict[str, int], rates:
             abs(figures["without_cause"]), 0, "misses",
         ),
     ]  # fmt: skip
-    return Part(figures, rows)
+    repeats = {
+        **repeated({"round_trip_ms": rounds["ours"], "round_trip_empty_program_ms": rounds["empty"]}),
+        "packets_per_second": rates_of["ours"],
+        "packets_per_second_empty_program": rates_of["empty"],
+        "known_peers_lost": [float(one.lost) for one in ours],
+    }
+    return Part(figures, rows, repeats)

@@ -1,4 +1,4 @@
-"""The agent's resident memory in meshes of different sizes, without traffic."""
+"""The resident memory of agent and holder in meshes of different sizes, without traffic."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from bench.report import Part, Row
 from bench.stage import running
 from bench.store import Store
 from tests.support.lab import Lab
-from tests.support.node import memory_mib
+from tests.support.node import child_of, memory_mib
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -43,15 +43,26 @@ def run(say: Callable[[str], None]) -> Part:
             with running(lab, clustermesh_config=str(bed.config)) as agent:
                 time.sleep(SETTLE_S)  # nothing but its start happens here
                 figures[f"rss_{name}_mib"] = round(memory_mib(agent.pid), 1)
+                figures[f"holder_{name}_mib"] = round(memory_mib(holder_of(agent.pid)), 1)
     return Part(figures, rows(figures))
+
+
+def holder_of(agent: int) -> int:
+    """Return the process id of an agent's holder."""
+    holder = child_of(agent)
+    if holder is None:
+        raise RuntimeError("the agent has no holder")
+    return holder
 
 
 def rows(figures: dict[str, float]) -> list[Row]:
     """Return the comparisons."""
     small, large, alone = figures["rss_1k_mib"], figures["rss_500k_mib"], figures["import_mib"]
+    holder, small_holder = figures["holder_500k_mib"], figures["holder_1k_mib"]
     return [
         Row("resident, 500,000 endpoints", f"{large} MiB", f"1,000: {small} MiB", large / small, MOST_GROWTH),
         Row("resident, 500,000 endpoints", f"{large} MiB", f"bound {MOST_MIB} MiB", large, MOST_MIB, "MiB"),
         Row("resident, 100,000 endpoints", f"{figures['rss_100k_mib']} MiB", f"imports alone {alone} MiB",
             figures["rss_100k_mib"] / alone),
+        Row("holder resident, 500,000 endpoints", f"{holder} MiB", f"1,000: {small_holder} MiB", holder / small_holder),
     ]  # fmt: skip

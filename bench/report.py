@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Iterable, Mapping, Sequence
 
 
 @dataclass(frozen=True)
@@ -56,12 +56,21 @@ class Part:
         return self.figures | {"repeats": self.repeats} | left_out
 
 
-def percentiles(values: Sequence[float], digits: int = 3) -> dict[str, float]:
+def percentiles(values: Iterable[float], digits: int = 3) -> dict[str, float]:
     """Return p50 and p99 by nearest rank."""
     ranked = sorted(values)
     return {
         f"p{percent}": round(ranked[math.ceil(percent / 100 * len(ranked)) - 1], digits)
         for percent in (50, 99)
+    }
+
+
+def repeated(blocks: Mapping[str, Sequence[Sequence[float]]]) -> dict[str, list[float]]:
+    """Return the percentiles of each block of a figure's values, as Part has repeats."""
+    return {
+        f"{name}.{rank}": [percentiles(block)[rank] for block in each if block]
+        for name, each in blocks.items()
+        for rank in ("p50", "p99")
     }
 
 

@@ -24,22 +24,33 @@ def rows(figures: dict) -> list[Row]:
     """Return the comparisons."""
     ours, alone = figures["with"], figures["without"]
     lost = {side: _lost(figures[side]) for side in ("without", "with")}
-    return [
+    found = [
         Row("packets lost", str(lost["with"]), f"without {lost['without']:,}", lost["with"], 0, "packets"),
         Row(
             "first to last lost packet", f"{ours['lost_for_s']:.1f} s", f"without {alone['lost_for_s']:.1f} s",
-            ours["lost_for_s"] / alone["lost_for_s"], 0,
+            ours["lost_for_s"], 0, "s",
         ),
         Row("entries of Cilium overwritten", str(ours["overwritten"]), "none", ours["overwritten"], 0, "entries"),
         Row(
             "new map noticed after", f"{ours['noticed_ms']} ms", f"bound {NOTICE_MS} ms",
             ours["noticed_ms"] / NOTICE_MS, 1,
         ),
-        Row(
-            "first packets, p50", f"{ours['first_ms']['p50']} ms", f"without {alone['first_ms']['p50']} ms",
-            ours["first_ms"]["p50"] / alone["first_ms"]["p50"],
-        ),
     ]  # fmt: skip
+    if ours["first_ms"] and alone["first_ms"]:  # None where no connection was made
+        made = {side: _made(figures[side]["connections"]) for side in ("without", "with")}
+        found.append(
+            Row(
+                "new connections that were made, most of them hits, p50",
+                f"{ours['first_ms']['p50']} ms ({made['with']})",
+                f"without {alone['first_ms']['p50']} ms ({made['without']})",
+                ours["first_ms"]["p50"] / alone["first_ms"]["p50"],
+            )
+        )
+    return found
+
+
+def _made(connections: dict) -> str:
+    return f"{connections['attempted'] - connections['failed']:,} of {connections['attempted']:,}"
 
 
 def _lost(result: dict) -> int:
