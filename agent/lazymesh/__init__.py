@@ -1,3 +1,3 @@
-"""lazymesh: demand paging for the Cilium ipcache. ARCHITECTURE.md draws the house."""
+"""lazymesh: demand paging for the Cilium ipcache. ARCHITECTURE.md describes the code."""
 
 __version__ = "0.1.0"

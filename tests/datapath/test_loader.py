@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 from typing import TYPE_CHECKING
 
 import pytest
 
+from lazymesh.datapath import loader
 from lazymesh.datapath.pins import (
     HOLD_FILTER,
     HOLD_PROGRAMS,
@@ -29,6 +31,19 @@ if TYPE_CHECKING:
     from pathlib import Path
 
 NO_CAPABILITIES = ("setpriv", "--bounding-set=-all", "--inh-caps=-all")
+
+
+def test_what_killed_loaders_have_left_is_removed(tmp_path: Path) -> None:
+    """Not what one is at work in, nor what is another program's."""
+    left, used, other = (
+        tmp_path / name for name in ("lazymesh-headers-a", "lazymesh-headers-b", "other-headers")
+    )
+    for each in (left, used, other):
+        (each / "include").mkdir(parents=True)
+    for each in (left, other):
+        os.utime(each, (0, 0))
+    loader.remove_left(tmp_path)
+    assert {each.name for each in tmp_path.iterdir()} == {used.name, other.name}
 
 
 @pytest.fixture(scope="module")

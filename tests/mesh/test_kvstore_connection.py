@@ -254,7 +254,7 @@ async def test_wrong_password_is_told_and_does_not_hammer_the_server() -> None:
     """Attempts are spaced by the back-off, like those on a dead server."""
     with EtcdServer() as server:
         server.enable_auth([Role("remote", ("cilium/state/",), password="pw")], root_password="rootpw")
-        slow = Options(backoff=BackoffLimits(60, 60), dice=lambda: 1.0)
+        slow = Options(backoff=BackoffLimits(60, 60), jitter=lambda: 1.0)
         config = config_of(server.url, None, None, password(word="wrong"))
         async with EtcdClient(config, slow) as client:
             for _ in range(20):

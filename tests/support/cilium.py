@@ -1,7 +1,7 @@
 """A stand-in for cilium-agent on node ``a`` of the lab: its ipcache, its programs, its restarts, its manners.
 
-Written from reference/cilium-formats.md and cilium-live.md, to be held against real agents. It does what matters to
-somebody who lives beside it: the map with its pin and layout, programs that drop what the policy denies, the writer
+Written from docs/reference/cilium-formats.md and cilium-live.md, to be held against real agents. It does what matters
+beside it: the map with its pin and layout, programs that drop what the policy denies, the writer
 that suppresses identical upserts and repairs nothing, and the start that puts an empty map under the pin.
 Where it is simpler than a real agent, the module that is simpler says so.
 """

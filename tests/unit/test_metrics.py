@@ -96,6 +96,26 @@ async def test_counts_and_readings_are_exported(served: Served) -> None:
         assert line in body.splitlines()
 
 
+@pytest.mark.parametrize("error", [OSError("denied"), ValueError("odd"), KeyError("b")])
+async def test_collector_that_fails_is_an_error_and_not_a_client_that_has_left(
+    served: Served, error: Exception
+) -> None:
+    """The scrape fails with a status, and the agent is told; the next one may succeed."""
+    reported: list[object] = []
+    asyncio.get_running_loop().set_exception_handler(lambda _, context: reported.append(context["exception"]))
+    errors = [error]
+
+    def read() -> list[tuple[tuple[str, ...], float]]:
+        if errors:
+            raise errors.pop()
+        return [((), 1.0)]
+
+    served.metrics.collect_gauge("x_ready", "x", (), read)
+    assert await served.get("/metrics") == (500, "cannot collect the metrics: see the agent's log\n")
+    assert reported == [error]
+    assert "x_ready 1.0" in (await served.get("/metrics"))[1]
+
+
 @pytest.mark.parametrize(
     "words", [b"", b"\r\n\r\n", b"\xff\xfe", b"GET", b"GET /" + b"x" * 200_000, b"GET / HTTP/1.1\r\n"]
 )

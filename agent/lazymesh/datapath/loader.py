@@ -14,9 +14,11 @@ import errno
 import json
 import os
 import re
+import shutil
 import signal
 import sys
 import tempfile
+import time
 from importlib import resources
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -47,6 +49,9 @@ if TYPE_CHECKING:
     from lazymesh.datapath.programcache import Kept
 
 _PR_SET_PDEATHSIG = 1
+_SCRATCH = "lazymesh-headers-"
+_SCRATCH_S = 600.0
+"""After this time no loader is at work in a scratch directory: one that was killed has left it."""
 
 
 def die_with(parent: int) -> None:
@@ -177,6 +182,14 @@ def _first_complaint(words: str) -> str:
     return lines[-1] if lines else ""
 
 
+def remove_left(directory: Path) -> None:
+    """Remove the scratch directories of loaders that were killed, together with their agent, while they compiled."""
+    for left in directory.glob(f"{_SCRATCH}*"):
+        with contextlib.suppress(OSError):
+            if time.time() - left.lstat().st_mtime > _SCRATCH_S:
+                shutil.rmtree(left)
+
+
 def main() -> None:
     """Read the request, load, answer."""
     # Stopping a service may signal all its processes; the agent waits for us, and we end when it does.
@@ -189,8 +202,9 @@ def main() -> None:
     # BCC, clang and the verifier write to file descriptor 2: if they fail, one line of that is shown.
     with (
         tempfile.TemporaryFile() as words,
-        tempfile.TemporaryDirectory(prefix="lazymesh-headers-") as scratch,
+        tempfile.TemporaryDirectory(prefix=_SCRATCH) as scratch,
     ):
+        remove_left(Path(scratch).parent)
         os.dup2(words.fileno(), 2)
         try:
             headers = find_headers()

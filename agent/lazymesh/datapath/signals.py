@@ -24,7 +24,8 @@ ROOM = 65_536
 CROWDED, RELIEVED = ROOM * 3 // 4, ROOM // 4
 EACH_S = 30e-6
 """The time allotted to a signal: after several that took less, the reader waits for the rest, at most REST_S. So a lone
-miss never waits, and in a flood few wake-ups handle many signals: each of 250 costs half of what each of ten does."""
+miss never waits, and in a flood few wake-ups handle many signals: each of 250 costs half of what each of ten does.
+The event loop's timers round up to whole milliseconds, so such a wait takes one to three of them."""
 REST_S = 0.002
 
 

@@ -80,7 +80,7 @@ class WatchHub:
     async def run(self) -> None:
         """Keep the stream until cancelled, from the first watch on."""
         await self._wanted.wait()
-        backoff = Backoff(self._options.backoff, self._options.dice)
+        backoff = Backoff(self._options.backoff, self._options.jitter)
         while True:
             connection = await self._supervisor.wait_connected()
             began = time.monotonic()

@@ -50,7 +50,7 @@ class Options:
     """The refusal of a watch is final if its stream's token is younger than this; etcd's tokens live 300 s."""
     settled_s: float = 5.0
     """A connection that lasted this long was a success: the next failure restarts the back-off."""
-    dice: Callable[[], float] = random.random
+    jitter: Callable[[], float] = random.random
 
 
 class Dial(Protocol):
@@ -70,7 +70,7 @@ class Supervisor:
         self._config = config
         self._options = options
         self._dial = dial
-        self._backoff = Backoff(options.backoff, options.dice)
+        self._backoff = Backoff(options.backoff, options.jitter)
         self._connection: Connection | None = None
         self._failure: KvstoreError | None = None
         self._up = asyncio.Event()

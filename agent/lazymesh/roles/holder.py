@@ -217,7 +217,6 @@ class Holder:
         if self._mapped.control.tap_ifindex == self._tap.ifindex:  # else another holder has taken over
             self._mapped.control.tap_ifindex = 0
         self._give_back(self._queues.drain())
-        self._queues.limit_s = 0.0
         until = time.monotonic() + DRAIN_S
         while time.monotonic() < until:
             if self._read_tap():  # this ends, even with a full ring, as nothing more is parked
