@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING
 import pytest
 
 from lazymesh.datapath.libbpf import Map
+from lazymesh.roles.mesh import EMPTY_S
 from tests.support import tcx
 from tests.support.etcd import wait_until
 from tests.support.lab import OTHER_IDENTITY, SERVER_IDENTITY, Lab, remote_address
@@ -197,13 +198,13 @@ def test_more_than_the_budget_of_earlier_lives_is_evicted_at_once(lab: Lab) -> N
 
 
 def test_entries_of_a_cluster_that_left_meanwhile_are_removed(lab: Lab) -> None:
-    """The file of the cluster went while no agent ran: nobody vouches for its entries."""
+    """The file of the cluster went while no agent ran; a moment later it is certain that none will come."""
     agent = lab.start_agent()
     installed(lab, 0, 1)
     agent.stop()
     lab.leave_mesh()
     lab.start_agent()
-    wait_until(lambda: entries(lab) == {}, 5, "the entries gone")
+    wait_until(lambda: entries(lab) == {}, EMPTY_S + 5, "the entries gone")
     assert raw_entries(lab, "lm_owned") == {}
 
 

@@ -40,6 +40,8 @@ TABLE_SHARE = 3
 COMPLAIN_EVERY_S = 600.0
 RESTART_S = 5.0
 """A link that ended by a bug of lazymesh, or because its map is full, is started again after this long."""
+EMPTY_S = 10.0
+"""Without any cluster's file for this long, there is none: a Secret may be mounted while the agent starts."""
 RETRY_TABLE_S = 1.0
 """Between attempts to write pod CIDRs that the kernel has refused."""
 _KEY_SHOWN = 100
@@ -92,12 +94,18 @@ class Mesh:
         self._due: asyncio.TimerHandle | None = None
         self._table_took_s = 0.0
         self._swept = False
+        self._empty_since: float | None = None
+        """Since when there is no cluster's file."""
 
     @property
     def complete(self) -> bool:
-        """Whether every configured cluster has been listed; not with an empty directory, whose files may come later."""
+        """Whether every configured cluster has been listed."""
         every = all(link.state == "ready" for link in self.links.values())
-        return bool(self.links) and every and not self.file_errors
+        return every and not self.file_errors and (bool(self.links) or self._stays_empty)
+
+    @property
+    def _stays_empty(self) -> bool:
+        return self._empty_since is not None and time.monotonic() - self._empty_since >= EMPTY_S
 
     @property
     def no_cluster(self) -> str | None:
@@ -154,6 +162,10 @@ class Mesh:
         self._files = files
         if self.no_cluster and self._complained("no cluster", time.monotonic()):
             log.warning("no remote cluster configured", why=self.no_cluster)
+        if self.links or self.file_errors:
+            self._empty_since = None
+        elif self._empty_since is None:
+            self._empty_since = time.monotonic()
         if not self._swept and self.complete:
             self._sweep()
 

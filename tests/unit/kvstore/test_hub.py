@@ -141,7 +141,7 @@ async def hub_of(connection: Scripted, first: Told | None = None, **options: Any
         async def wait_connected(self) -> Scripted:
             return connection
 
-    hub = WatchHub(cast("Any", Supervisor()), Options(dice=lambda: 1.0, **options))
+    hub = WatchHub(cast("Any", Supervisor()), Options(jitter=lambda: 1.0, **options))
     hub.add(b"a", first or Told(), 5)
     running = asyncio.create_task(hub.run())
     await connection.told()
@@ -364,7 +364,7 @@ async def test_server_that_ends_each_stream_at_once_is_not_asked_without_end(fai
         async def wait_connected(self) -> Refusing:
             return connection
 
-    hub = WatchHub(cast("Any", Supervisor()), Options(dice=lambda: 1.0))
+    hub = WatchHub(cast("Any", Supervisor()), Options(jitter=lambda: 1.0))
     hub.add(b"a", cast("Any", None), 5)
     running = asyncio.create_task(hub.run())
     await asyncio.sleep(0.9)

@@ -188,6 +188,7 @@ async def test_directory_that_is_empty_at_first_is_not_taken_for_a_mesh_without_
     rights = [(Direction.EGRESS, 131_073)]
     stage = Stage(tmp_path, rights=rights)
     stage.look()
+    stage.look()
     assert stage.mesh.no_cluster
     assert events.AllListed() not in stage.told
     assert stage.policy.rights == set(rights)
@@ -197,6 +198,19 @@ async def test_directory_that_is_empty_at_first_is_not_taken_for_a_mesh_without_
     cast("Any", stage.link).state = "ready"
     stage.mesh.on_listed(stage.link)
     assert stage.told.count(events.AllListed()) == 1
+
+
+async def test_directory_that_stays_empty_is_a_mesh_without_clusters(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """All clusters have left while no agent ran: what they left goes."""
+    stage = Stage(tmp_path, rights=[(Direction.EGRESS, 131_073)])
+    stage.look()
+    assert events.AllListed() not in stage.told
+    monkeypatch.setattr(module, "EMPTY_S", 0.0)
+    stage.look_twice()
+    assert stage.told.count(events.AllListed()) == 1
+    assert stage.policy.rights == set()
 
 
 async def test_agent_without_a_remote_cluster_says_so(stage: Stage) -> None:
