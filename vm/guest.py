@@ -48,13 +48,15 @@ GROUPS = {
     "installer": ("test_installer", "test_journal"),
     "cilium": ("test_installer_guest", "test_cilium"),
     "interfaces": ("test_interfaces",),
-    "pins": ("test_pins", "test_program", "test_programcache"),
+    "pins": ("test_pins",),
     "taps": ("test_tap", "test_frames"),
 }
 """The modules of the datapath tier for each group of results."""
 LEFT_OUT_MODULES = {
     "test_abi_layout": "compares structs, without the kernel",
     "test_fuzzed_frames": "many frames of the kinds that the others try one by one",
+    "test_program": "compiles many times; here programs are compiled and loaded once",
+    "test_programcache": "the same; what was cached is loaded once",
     "test_holdmaps": "plain maps, as in test_maps",
     "test_loader": "the loader's process; every group loads programs",
     "test_source": "reads text only",
@@ -64,7 +66,7 @@ LEFT_OUT = (
     "ingress-IPv4", "egress-IPv6",
     # Large numbers of cases that do not depend on the kernel.
     "random_bytes", "cut_anywhere", "what_cannot_be_read", "every_shape", "every_miss_is_counted", "full_ring",
-    "reader_receives", "ten_thousand", "every_prefix", "any_history", "whatever_lies_between",
+    "any_interleaving", "reader_receives", "ten_thousand", "every_prefix", "any_history", "whatever_lies_between",
 )  # fmt: skip
 """Emulated processors are some twenty times slower than real ones. So of tests that differ only in family and
 direction, half are run: each direction and each family once."""

@@ -108,7 +108,7 @@ def matrix(every: dict[str, dict[str, Any]]) -> str:
         ("entries and journal", lambda found: _tests(found, "installer")),
         ("entries in Cilium's map", lambda found: _tests(found, "cilium")),
         ("interfaces that come and go", lambda found: _tests(found, "interfaces")),
-        ("pins, loading, program cache", lambda found: _tests(found, "pins")),
+        ("pins", lambda found: _tests(found, "pins")),
         ("TAPs, odd frames", lambda found: _tests(found, "taps")),
         ("scenarios on one node", lambda found: f"yes, {found['stories']['test_stories']}"),
         ("scenarios on two nodes", lambda found: f"yes, {found['stories']['test_two_nodes']}"),

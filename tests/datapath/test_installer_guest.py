@@ -21,6 +21,7 @@ from lazymesh.core.model import Entry, Reason, parse_address
 from lazymesh.datapath.cilium import TAG
 from lazymesh.datapath.installer import Installer
 from lazymesh.datapath.journal import Journal
+from lazymesh.datapath.kernelfeatures import kernel_honours_noexist
 from lazymesh.datapath.libbpf import MAP_TYPE_HASH, Map, MapLayout
 from tests.support.cilium_ipcache import V1, V2, Layout, Record, Writer, pack_value, unpack_key
 from tests.support.mortal import Crash, Fuse, MortalIpcache, MortalJournal
@@ -188,7 +189,7 @@ class Interleavings(RuleBasedStateMachine):
         """Our agent is killed, and starts again with what is pinned."""
         journal = MortalJournal(self.raw_journal, self.fuse)
         self.installer = Installer(
-            [one.ours for one in self.maps], journal, honours_noexist=True, shared=True
+            [one.ours for one in self.maps], journal, honours_noexist=kernel_honours_noexist(), shared=True
         )
         self.believed = {_text(address): entry for address, entry, _ in self.installer.adopt()}
 
@@ -255,7 +256,9 @@ class Node:
     def start(self) -> list[bytes]:
         """Begin another life; return what it takes over."""
         maps = [one.ours for one in self.maps]
-        self.installer = Installer(maps, Journal(self.journal), honours_noexist=True, shared=True)
+        self.installer = Installer(
+            maps, Journal(self.journal), honours_noexist=kernel_honours_noexist(), shared=True
+        )
         return [address for address, _, _ in self.installer.adopt()]
 
     def use(self, *maps: CiliumMap) -> None:
@@ -297,7 +300,9 @@ def test_what_no_line_stands_for_goes_at_the_next_start() -> None:
     writer.upsert(PEERS[1], Record(IDENTITIES[0], HOST))
     node.journal = Map.create("lm_test", MapLayout(MAP_TYPE_HASH, 24, 56, 64, 0))
     maps = [one.ours for one in node.maps]
-    assert Installer(maps, Journal(node.journal), honours_noexist=True, shared=True).has_leftovers()
+    assert Installer(
+        maps, Journal(node.journal), honours_noexist=kernel_honours_noexist(), shared=True
+    ).has_leftovers()
     assert node.start() == []
     assert not node.installer.has_leftovers()
     assert set(theirs.read()) == {PEERS[1]}

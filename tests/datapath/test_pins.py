@@ -181,7 +181,7 @@ def test_program_in_place_of_a_map_is_refused(bpffs: Path) -> None:
     program = load_empty_program()
     libbpf.pin(program, place.path("lm_owned"))
     os.close(program)
-    with pytest.raises(DatapathError, match=r"lm_owned (is not a BPF map|has another layout)"):
+    with pytest.raises(DatapathError, match=r"lm_owned is not a BPF map"):
         place.prepare(SIZE)
 
 

@@ -16,13 +16,13 @@ import resource
 import sys
 from dataclasses import dataclass
 from itertools import accumulate
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from lazymesh.errors import DatapathError
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator
-    from pathlib import Path
 
 BPF_ANY = 0
 BPF_NOEXIST = 1
@@ -199,8 +199,13 @@ class Map:
 
     @classmethod
     def pinned(cls, path: Path) -> Map:
-        """Open a pinned map."""
-        return cls(open_pin(path))
+        """Open a pinned map; OSError (EINVAL) if it is a program or a link."""
+        fd = open_pin(path)
+        # The kernel describes those by other structs, whose bytes would pass for sizes.
+        if str(Path(f"/proc/self/fd/{fd}").readlink()) != "anon_inode:bpf-map":
+            os.close(fd)
+            raise OSError(errno.EINVAL, "not a map")
+        return cls(fd)
 
     @classmethod
     def by_id(cls, map_id: int) -> Map:
