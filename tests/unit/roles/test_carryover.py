@@ -10,7 +10,7 @@ import pytest
 from lazymesh.core.events import Adopted, Lost, Used
 from lazymesh.core.model import Entry, Reason
 from lazymesh.core.resolver import Judge, Limits, Resolver
-from lazymesh.roles.carryover import CarryOver
+from lazymesh.roles.carryover import SLICE, CarryOver
 from tests.support.playbook import B1, B2, B3, CLAIMED_TWICE, STRANGER, WEB, WEB_OF_C, entry, mesh
 
 if TYPE_CHECKING:
@@ -159,3 +159,25 @@ def test_everything_of_ours_is_taken_out_of_every_map_that_does_not_count_any_mo
     for _ in node.carry_over.withdraw_all([cast("Any", "old"), cast("Any", "older")]):
         pass
     assert node.installs.withdrawn == [(one, address) for address in (B1, B2) for one in ("old", "older")]
+
+
+def test_filling_and_leaving_a_map_let_others_have_their_turn() -> None:
+    """All at once would block the event loop for as long as there are entries."""
+    addresses = [bytes((10, 2, number >> 8, number & 255)) for number in range(3 * SLICE + 1)]
+    node = Node(*addresses)
+    assert list(node.carry_over.fill([], [])) == [None] * 3
+    assert list(node.carry_over.withdraw_all([cast("Any", "old")])) == [None] * 3
+    assert node.carry_over.outcomes == {"carried": len(addresses)}
+    assert node.installs.withdrawn == [("old", address) for address in addresses]
+
+
+@pytest.mark.parametrize(
+    "before", [Entry(2), entry(WEB_OF_C), entry(WEB + 99)], ids=["world", "another cluster's", "unknown"]
+)
+def test_peer_that_one_old_map_does_not_know_is_looked_up_in_the_next(before: Entry) -> None:
+    """Some of Cilium's programs read either."""
+    node = Node()
+    old = [cast("Any", SimpleNamespace(lookup={B1: each}.get)) for each in (before, entry())]
+    for _ in node.carry_over.fill([B1], old):
+        pass
+    assert node.installs.put == {B1: (entry(), 2)}

@@ -49,6 +49,15 @@ def test_map_without_room_gets_nothing_new_and_sheds_what_is_too_much() -> None:
     assert not node.installs.crowded
 
 
+def test_nothing_is_shed_where_nothing_is_ours() -> None:
+    """Cilium has filled the map."""
+    node = Node()
+    cast("Any", node.room._resolver).owned = 0
+    node.counted(97)
+    assert node.installs.crowded
+    assert node.told == []
+
+
 def test_what_is_too_much_goes_in_steps() -> None:
     """All at once would block the event loop for a third of a second; a new map ends it."""
     node = Node()
@@ -70,6 +79,10 @@ def test_no_more_of_ours_comes_than_there_was_room_for_at_the_last_count() -> No
     node.counted(60, added=20)
     assert node.installs.added_most == 20 + 35
     assert node.room.pause(100) == node.room._room.pause(100, 10)
+    for _ in node.room.limit(850_000, 1_000_000, 20):
+        pass
+    assert node.room.pause(1_000_000) == node.room._room.pause(1_000_000, 10)
+    assert node.room.pause(1_000_000) > node.room._room.pause(1_000_000, 30)
     node.room.begin()
     assert node.installs.added_most == math.inf
 
