@@ -15,7 +15,7 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule
 
-from lazymesh.core.model import Address, Entry, Reason
+from lazymesh.core.model import Address, Entry, Reason, parse_address
 from lazymesh.datapath import abi
 from lazymesh.datapath.installer import Installer
 from lazymesh.datapath.kernelfeatures import kernel_honours_noexist
@@ -282,6 +282,27 @@ def test_no_more_goes_in_than_there_was_room_for_when_the_map_was_counted(world:
     installer.added_most = 3
     assert installer.install_many([(fourth, OURS[0], CLUSTER)]) == [None]
     assert installer.added == len(installer.owned_addresses()) == 3
+
+
+def test_only_what_is_added_takes_room_and_only_what_is_removed_makes_it(world: World) -> None:
+    """Another writer removes the first entry, which a prefix of its own equals, and replaces the second."""
+    third, fourth, fifth = (f"10.2.9.{number}" for number in range(3))
+    world.they_write(f"{third}/32", THEIRS[0])
+    world.they_write(f"{fourth}/32", THEIRS[0])
+    installs = [(parse_address(text), OURS[0], CLUSTER) for text in (third, fourth, fifth)]
+    assert world.installer.install(*installs[0]) is Reason.NOT_OURS
+    assert world.installer.install_many(installs[1:]) == [Reason.NOT_OURS, None]
+    for address in (B1, B2):
+        assert world.installer.install(address, OURS[0], CLUSTER) is None
+    assert world.installer.added == 3
+    world.they_delete(POD_B1.prefix(4))
+    world.they_write(packets.NODE_PODS_OF_B[4], OURS[0])
+    world.they_write(POD_B2.prefix(4), THEIRS[0])
+    for address in (B1, B2, POD_B1.address(6)):
+        world.installer.evict(address)
+    assert world.installer.added == 3
+    assert world.installer.evict(installs[2][0])
+    assert world.installer.added == 2
 
 
 def _refuse(*_: object) -> bool:

@@ -41,10 +41,12 @@ Table = dict[str, bytes]
 class CiliumMap:
     """A map of Cilium's: what it wrote there, and what is there."""
 
-    def __init__(self, layout: Layout, flags: int, fuse: Fuse | None = None) -> None:
-        self.raw = layout.create(64, flags)
+    def __init__(
+        self, layout: Layout, flags: int, fuse: Fuse | None = None, *, size: int = 64, honours: bool = True
+    ) -> None:
+        self.raw = layout.create(size, flags)
         self.theirs: Table = {}
-        self.ours = MortalIpcache(self.raw, Path("/the/ipcache"), fuse or Fuse(), TAG)
+        self.ours = MortalIpcache(self.raw, Path("/the/ipcache"), fuse or Fuse(), TAG, honours=honours)
 
     def read(self) -> Table:
         """Return everything in the map, by prefix."""
@@ -248,17 +250,17 @@ def test_any_interleaving(kind: str) -> None:
 class Node:
     """Cilium's maps and our agent over them, which may restart."""
 
-    def __init__(self) -> None:
-        self.maps = [CiliumMap(V2, 129)]
+    def __init__(self, *, honours: bool | None = None) -> None:
+        """Honours: whether inserts never replace; None: as on this kernel."""
+        self.honours = kernel_honours_noexist() if honours is None else honours
+        self.maps = [CiliumMap(V2, 129, honours=self.honours)]
         self.journal = Map.create("lm_test", MapLayout(MAP_TYPE_HASH, 24, 56, 64, 0))
         self.start()
 
     def start(self) -> list[bytes]:
         """Begin another life; return what it takes over."""
         maps = [one.ours for one in self.maps]
-        self.installer = Installer(
-            maps, Journal(self.journal), honours_noexist=kernel_honours_noexist(), shared=True
-        )
+        self.installer = Installer(maps, Journal(self.journal), self.honours, shared=True)
         return [address for address, _, _ in self.installer.adopt()]
 
     def use(self, *maps: CiliumMap) -> None:
@@ -365,3 +367,61 @@ def test_map_that_does_not_count_any_more_keeps_nothing_of_ours() -> None:
     for prefix in PEERS[:2]:
         node.installer.withdraw(left.ours, parse_address(prefix))
     assert set(left.read()) == {PEERS[1]}
+
+
+def test_entry_is_put_into_every_map_that_counts_and_removed_from_each() -> None:
+    """Programs of Cilium's read any of them."""
+    node = Node()
+    node.use(*(CiliumMap(layout, flags) for layout, flags in KINDS.values()))
+    for entry in (FIRST, SECOND):
+        assert node.installer.install(PEER, entry, CLUSTER) is None
+        assert [one.ours.lookup(PEER) for one in node.maps] == [
+            one.ours.as_read_back(entry) for one in node.maps
+        ]
+        assert [set(one.tagged()) for one in node.maps] == [{PEERS[0]}] * 3
+    assert node.installer.evict(PEER)
+    assert [one.read() for one in node.maps] == [{}] * 3
+
+
+@pytest.mark.parametrize(
+    "honours",
+    [
+        pytest.param(True, id="kernel with BPF_NOEXIST", marks=pytest.mark.needs("BPF_NOEXIST")),
+        pytest.param(False, id="kernel without"),
+    ],
+)
+def test_what_cilium_wrote_into_an_old_map_stands_whatever_becomes_of_ours(honours: bool) -> None:
+    """Ours is in the other two."""
+    node = Node(honours=honours)
+    node.use(*(CiliumMap(V2, 129, honours=honours) for _ in range(3)))
+    old = node.maps[1]
+    writer = Writer(V2, NODE, [])
+    writer.use(old.raw)
+    writer.upsert(PEERS[0], Record(IDENTITIES[0], HOST))
+    theirs = old.read()
+    for entry in (FIRST, SECOND):
+        assert node.installer.install(PEER, entry, CLUSTER) is None
+        assert [set(one.tagged()) for one in node.maps] == [{PEERS[0]}, set(), {PEERS[0]}]
+        assert old.read() == theirs
+    assert node.installer.evict(PEER)
+    assert [one.read() for one in node.maps] == [{}, theirs, {}]
+
+
+def test_entry_without_room_in_the_first_map_is_in_no_old_one() -> None:
+    """It is not ours, so nothing would keep it true."""
+    node = Node()
+    node.use(*(CiliumMap(V2, 129) for _ in range(3)))
+    node.installer.crowded = True
+    assert node.installer.install(PEER, FIRST, CLUSTER) is Reason.MAP_FULL
+    assert [one.read() for one in node.maps] == [{}] * 3
+
+
+def test_entry_that_an_old_map_has_no_room_for_is_in_the_others() -> None:
+    """Only what still reads that one misses."""
+    node = Node()
+    node.use(*(CiliumMap(V2, 129, size=size) for size in (64, 1, 64)))
+    writer = Writer(V2, NODE, [])
+    writer.use(node.maps[1].raw)
+    writer.upsert(PEERS[1], Record(IDENTITIES[0], HOST))
+    assert node.installer.install(PEER, FIRST, CLUSTER) is None
+    assert [set(one.tagged()) for one in node.maps] == [{PEERS[0]}, set(), {PEERS[0]}]
