@@ -6,15 +6,16 @@ import asyncio
 import os
 import socket
 import threading
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import pytest
 
 from lazymesh.core.model import Direction
 from lazymesh.datapath import interfaces, kernelfeatures, libbpf
-from lazymesh.datapath.hooks import detach_everywhere
+from lazymesh.datapath.hooks import TcxHook, detach_everywhere
 from lazymesh.datapath.interfaces import InterfaceFollower, InterfaceSelection
 from lazymesh.errors import DatapathError
+from tests.datapath.conftest import open_descriptors
 from tests.datapath.test_interfaces import (
     HOOKS,
     PODS,
@@ -32,6 +33,7 @@ from tests.datapath.test_interfaces import (
     veth,
 )
 from tests.support import packets, tcx
+from tests.support.namespaces import NamespaceSet
 from tests.support.packets import Flow
 
 if TYPE_CHECKING:
@@ -144,6 +146,67 @@ def test_going_to_the_front_lets_nothing_past(loaded: Datapath, node: Namespace)
     assert sent > 100
     assert sent - (seen() - before) < 10
     assert len(filters(node, "lxc1")) == 1
+
+
+INDEX = 50
+LXC1 = f"link add lxc1 index {INDEX} type veth peer name peer-lxc1"
+
+
+def on_tcx(node: Namespace, datapath: Datapath, step: str) -> None:
+    """Take one step on lxc1 with the program for pods: ``attach``, ``put_first`` or ``detach``."""
+    name, program = datapath.program(Direction.EGRESS)
+    words = () if step == "detach" else (program, name)
+    hook = TcxHook(datapath.pins, cast("Any", None))
+    node.call(lambda: asyncio.run(getattr(hook, step)(INDEX, *words)))
+
+
+@pytest.mark.needs("tcx")
+@pytest.mark.parametrize("step", ["attach", "put_first"])
+def test_link_of_an_interface_that_had_the_same_index_is_replaced(
+    loaded: Datapath, node: Namespace, step: str
+) -> None:
+    """The interface is gone; the new one gets a link of its own, which is pinned."""
+    node.ip([LXC1])
+    on_tcx(node, loaded, "attach")
+    node.ip(["link del lxc1", LXC1])
+    on_tcx(node, loaded, step)
+    assert filters(node, "lxc1") == ["lm_from_pod"]
+    on_tcx(node, loaded, "detach")
+    assert filters(node, "lxc1") == []
+
+
+@pytest.mark.needs("tcx")
+@pytest.mark.parametrize("step", ["attach", "put_first"])
+def test_link_in_another_network_namespace_is_not_taken_for_this_ones(
+    loaded: Datapath, node: Namespace, step: str
+) -> None:
+    """Both have an interface of that index."""
+    node.ip([LXC1])
+    with NamespaceSet(["other"]) as spaces:
+        spaces["other"].ip([LXC1])
+        on_tcx(spaces["other"], loaded, "attach")
+        on_tcx(node, loaded, step)
+        assert filters(node, "lxc1") == ["lm_from_pod"]
+
+
+@pytest.mark.needs("tcx")
+def test_old_link_ends_at_once_whoever_has_it_open(loaded: Datapath, node: Namespace) -> None:
+    """An inspection tool may, and keep its program running; of ours, no descriptor stays open."""
+    node.ip([LXC1])
+    before = open_descriptors()
+    on_tcx(node, loaded, "attach")
+    theirs = libbpf.open_pin(loaded.pins.path("lm_hold_back"))
+    ahead = node.call(tcx.TcxLink.attach, theirs, "lxc1", head=True)
+    elsewhere = [tcx.TcxLink.pinned(loaded.pins.link(INDEX))]
+    on_tcx(node, loaded, "put_first")
+    assert filters(node, "lxc1") == ["lm_from_pod", "lm_hold_back"]
+    elsewhere.append(tcx.TcxLink.pinned(loaded.pins.link(INDEX)))
+    on_tcx(node, loaded, "detach")
+    assert filters(node, "lxc1") == ["lm_hold_back"]
+    for link in (*elsewhere, ahead):
+        link.close()
+    os.close(theirs)
+    assert open_descriptors() == before
 
 
 def test_interface_that_is_renamed_while_ours_is_put_first_is_left(
