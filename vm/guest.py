@@ -66,7 +66,8 @@ LEFT_OUT = (
     "ingress-IPv4", "egress-IPv6",
     # Large numbers of cases that do not depend on the kernel.
     "random_bytes", "cut_anywhere", "what_cannot_be_read", "every_shape", "every_miss_is_counted", "full_ring",
-    "any_interleaving", "hundred_pods", "reader_receives", "ten_thousand", "every_prefix", "any_history", "whatever_lies_between",
+    "any_interleaving", "hundred_pods", "reader_receives", "ten_thousand", "every_prefix", "any_history",
+    "whatever_lies_between",
 )  # fmt: skip
 """Emulated processors are some twenty times slower than real ones. So of tests that differ only in family and
 direction, half are run: each direction and each family once."""
