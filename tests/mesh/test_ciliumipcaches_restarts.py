@@ -122,6 +122,6 @@ def test_upgrade_is_a_restart_like_any_other(lab: Lab) -> None:
     """The new map is under another name, and the old pin stays: programs read that one for a while."""
     with Cilium(lab, layout="v1") as cilium:
         cilium.upsert_many(addresses(SCENE.endpoints))
-        with beside_cilium(lab):
+        with beside_cilium(lab) as agent:
             cilium.become("v2")
-            costs_nothing_to_restart(cilium, lab)
+            costs_nothing_to_restart(cilium, lab, agent)
