@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 from bench.report import Part, Row, milliseconds, percentiles, repeated
 from bench.stage import fresh, running
 from tests.support.lab import SERVER_IDENTITY, Lab
-from tests.support.node import FATES, packets, send_udp, wait_identity
+from tests.support.node import SIGNAL_OUTCOMES, packets, send_udp, wait_identity
 from tests.support.prog_run import load_empty_program
 from tests.support.pulse import Pulse, Sender
 from tests.support.storm import Storm
@@ -32,7 +32,7 @@ def run(say: Callable[[str], None]) -> Part:
     """Measure."""
     ours: list[Fates] = []
     empty: list[Fates] = []
-    counted = dict.fromkeys(("sent", "missed", *FATES), 0)
+    counted = dict.fromkeys(("sent", "missed", *SIGNAL_OUTCOMES), 0)
     rates: dict[str, list[float]] = {"ours": [], "empty": []}
     for number in range(ROUNDS):
         say(f"round {number + 1} of {ROUNDS}: {SECONDS} s with an empty program, {SECONDS} s with ours")
@@ -80,7 +80,7 @@ def _flood(lab: Lab, peers: list[str]) -> tuple[Fates, int, float]:
 
 
 def _counts(agent: AgentProcess) -> dict[str, int]:
-    return {name: packets(agent, name) for name in ("missed", *FATES)}
+    return {name: packets(agent, name) for name in ("missed", *SIGNAL_OUTCOMES)}
 
 
 def _part(
@@ -100,7 +100,7 @@ def _part(
         "known_peers_lost": sum(one.lost for one in ours),
         "known_peers_sent": sum(len(one.flows) for one in ours),
         "packets": counted,
-        "without_cause": counted["sent"] - sum(counted[fate] for fate in FATES),
+        "without_cause": counted["sent"] - sum(counted[outcome] for outcome in SIGNAL_OUTCOMES),
     }
     rows = [
         Row(

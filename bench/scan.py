@@ -12,7 +12,7 @@ from bench.report import Part, Row, milliseconds, percentiles, repeated
 from bench.stage import connect_each, fresh, running
 from lazymesh.datapath.holdmaps import HoldLimits
 from tests.support.lab import Lab
-from tests.support.node import FATES, metric, packets
+from tests.support.node import SIGNAL_OUTCOMES, metric, packets
 
 if TYPE_CHECKING:
     import subprocess
@@ -97,7 +97,7 @@ def run(say: Callable[[str], None]) -> Part:
                 beside.append(connect_each(pod, addresses[CONNECTIONS:], PAUSE_S))
             time.sleep(1)
         missed = packets(agent, "missed")
-        counted = sum(packets(agent, fate) for fate in FATES)
+        counted = sum(packets(agent, outcome) for outcome in SIGNAL_OUTCOMES)
         out = books(agent)
     figures = {
         "quiet_ms": percentiles(chain.from_iterable(quiet)),

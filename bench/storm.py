@@ -24,7 +24,7 @@ from bench.store import Store
 from lazymesh.datapath.libbpf import Map
 from lazymesh.datapath.pins import IPCACHE, Pins
 from tests.support.lab import Lab
-from tests.support.node import FATES, metric, pack_key, pack_value, packets, status
+from tests.support.node import SIGNAL_OUTCOMES, metric, pack_key, pack_value, packets, status
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -127,7 +127,7 @@ def of_agent(bed: Bed, count: int, size: int) -> dict[str, Any]:
         ipcache = Map.pinned(Pins.under(lab.bpffs).path(IPCACHE))
         with contextlib.closing(ipcache):
             result = storm(agent, lab.pods[0], ipcache, 0, count)
-        counted = {name: packets(agent, name) for name in ("missed", *FATES)} | {
+        counted = {name: packets(agent, name) for name in ("missed", *SIGNAL_OUTCOMES)} | {
             outcome: int(metric(agent, "lazymesh_resolutions_total", outcome=outcome, cached="false"))
             for outcome in ("installed", "absent", "failed", "shed")
         }
@@ -177,7 +177,7 @@ def _of(runs: list[dict[str, Any]]) -> dict[str, Any]:
 
 def _without_cause(counts: dict[str, int]) -> int:
     """Return by how many packets the programs' counters of a miss and of what became of it differ."""
-    return abs(counts["missed"] - sum(counts[fate] for fate in FATES))
+    return abs(counts["missed"] - sum(counts[outcome] for outcome in SIGNAL_OUTCOMES))
 
 
 def _median(runs: list[dict[str, Any]], name: str) -> float:

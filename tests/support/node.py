@@ -182,13 +182,13 @@ def assert_unharmed(agent: AgentProcess) -> None:
     assert "Traceback" not in agent.log
 
 
-FATES = ("signalled", "suppressed_dedup", "suppressed_rate", "muted", "lost")
+SIGNAL_OUTCOMES = ("signalled", "suppressed_dedup", "suppressed_rate", "muted", "lost")
 """What becomes of a packet that missed."""
 
 
 def packets(agent: AgentProcess, counter: str, direction: str = "egress") -> int:
     """Return one of the kernel's packet counters, by its name in struct lm_counters."""
-    if counter in FATES:
+    if counter in SIGNAL_OUTCOMES:
         return int(metric(agent, "lazymesh_missed_packets_total", direction=direction, outcome=counter))
     if counter == "missed_drop":
         return int(metric(agent, "lazymesh_missed_packets_dropped_total", direction=direction))

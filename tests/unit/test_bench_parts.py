@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, cast
 import pytest
 
 from bench import first_packet, flood, memory, packet, restart, scan, storm
-from tests.support.node import FATES
+from tests.support.node import SIGNAL_OUTCOMES
 from tests.support.pulse import Fates
 
 if TYPE_CHECKING:
@@ -88,7 +88,8 @@ def test_packets_are_measured_as_the_agent_configures_them_beside_a_cilium() -> 
 def stormed(missing: int = 0, wrong: int = 0, **counts: int) -> dict[str, Any]:
     """Return one storm of ten addresses."""
     counted = (
-        dict.fromkeys(("missed", *FATES, "installed", "absent", "failed", "shed", "evicted"), 0) | counts
+        dict.fromkeys(("missed", *SIGNAL_OUTCOMES, "installed", "absent", "failed", "shed", "evicted"), 0)
+        | counts
     )
     return {
         "addresses": 10, "seconds": 1.0, "cpu_us_each": 1.0, "rounds": 1, "sent_s": 0.1, "wrong": wrong,
@@ -105,7 +106,7 @@ def stormed(missing: int = 0, wrong: int = 0, **counts: int) -> dict[str, Any]:
         ({"wrong": 1}, {}, ["wrong entries"]),
         ({"missed": 3, "signalled": 2}, {}, ["misses without a cause"]),
         ({"missed": 2, "signalled": 3}, {}, ["misses without a cause"]),
-        ({"missed": 5, **dict.fromkeys(FATES, 1)}, {}, []),
+        ({"missed": 5, **dict.fromkeys(SIGNAL_OUTCOMES, 1)}, {}, []),
     ],
 )
 def test_storm_has_to_give_every_address_its_entry(
@@ -206,7 +207,7 @@ def flooded() -> Part:
     """Return the part of three rounds."""
     ours = [Fates(flows=[(0.0, ms / 1_000)]) for ms in (3, 1, 2)]
     empty = [Fates(flows=[(0.0, 0.001)]), Fates(flows=[(0.0, None)]), Fates(flows=[(0.0, 0.001)])]
-    counted = dict.fromkeys(("sent", "missed", *FATES), 0)
+    counted = dict.fromkeys(("sent", "missed", *SIGNAL_OUTCOMES), 0)
     return flood._part(ours, empty, counted, {"ours": [1.0, 2.0, 3.0], "empty": [4.0, 5.0, 6.0]})
 
 

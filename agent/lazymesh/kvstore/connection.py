@@ -258,9 +258,8 @@ class Connection:
             self._observe(response.header, floor)
         except RpcError as exc:
             error = self._down() or self.peer.translate(exc, call.what())
-            error.__cause__ = exc.with_traceback(
-                None
-            )  # its traceback holds this frame, which holds the error
+            # Without its traceback, which holds this frame, which holds the error.
+            error.__cause__ = exc.with_traceback(None)
             return error
         except KvstoreError as exc:
             return exc

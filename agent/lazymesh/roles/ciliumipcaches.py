@@ -185,7 +185,7 @@ class CiliumIpcaches:
             "Entries put into new ipcaches: carried (ours), warmed (peers that the old one knew); taken: Cilium was"
             " first, refused: there was no room",
             ("outcome",),
-            lambda: [((fate,), count) for fate, count in self.outcomes.items()],
+            lambda: [((outcome,), count) for outcome, count in self.outcomes.items()],
         )
         metrics.collect_gauge(
             "lazymesh_ipcache_entries",

@@ -160,14 +160,19 @@ class Mesh:
             if self._files.get(name) != pair:
                 self._configure(name, pair)
         self._files = files
-        if self.no_cluster and self._complained("no cluster", time.monotonic()):
-            log.warning("no remote cluster configured", why=self.no_cluster)
-        if self.links or self.file_errors:
-            self._empty_since = None
-        elif self._empty_since is None:
-            self._empty_since = time.monotonic()
+        self._note_whether_empty(time.monotonic())
         if not self._swept and self.complete:
             self._sweep()
+
+    def _note_whether_empty(self, now: float) -> None:
+        why = self.no_cluster
+        if why is None:
+            self._empty_since = None
+            return
+        if self._empty_since is None:
+            self._empty_since = now
+        if self._complained("no cluster", now):
+            log.warning("no remote cluster configured", why=why)
 
     def _configure(self, name: str, pair: tuple[ClusterFile, ClusterFile | None]) -> None:
         file, remote = pair
