@@ -12,6 +12,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Coroutine, Iterator, Sequence
 
 Item = TypeVar("Item")
+Result = TypeVar("Result")
 
 PIECE = 32
 SPELL_S = 0.002
@@ -38,6 +39,19 @@ async def wait(event: asyncio.Event, seconds: float) -> bool:
     came = event.is_set()
     event.clear()
     return came
+
+
+async def in_thread(function: Callable[[], Result]) -> Result:
+    """Run in a thread what the kernel may keep waiting; when cancelled, end only after it has ended.
+
+    So it may use what its caller closes.
+    """
+    running = asyncio.ensure_future(asyncio.to_thread(function))
+    try:
+        return await asyncio.shield(running)
+    except asyncio.CancelledError:
+        await asyncio.wait([running])
+        raise
 
 
 async def take_turns(steps: Iterator[None], seconds: float = math.inf) -> None:

@@ -18,7 +18,10 @@
 #define HOLD_TOKEN_0 0x02 /* locally administered */
 #define HOLD_TOKEN_1 0x4c
 #define HOLD_SIZE_MAX 65535 /* the TAP segments anything larger, and the segments would share one token */
-#define HOLD_STALE_NS 100000000ULL
+/* A holder that hangs loses what does not fit into its TAP, so soon nothing more is parked. */
+#define HOLD_HOLDER_STALE_NS 100000000ULL
+/* An agent that hangs makes packets late at worst: if it answers again within their time limit, they are not lost. */
+#define HOLD_AGENT_STALE_NS 500000000ULL
 #define HOLD_GATE_NS 50000000ULL
 
 /*
@@ -122,9 +125,9 @@ static __always_inline __u64 *hold_refusal(struct __sk_buff *skb, const struct l
 {
 	if (!control->tap_ifindex)
 		return &counters->refused_off;
-	if (now - control->agent_beat_ns > HOLD_STALE_NS && now > control->agent_beat_ns)
+	if (now - control->agent_beat_ns > HOLD_AGENT_STALE_NS && now > control->agent_beat_ns)
 		return &counters->refused_stale;
-	if (now - control->holder_beat_ns > HOLD_STALE_NS && now > control->holder_beat_ns)
+	if (now - control->holder_beat_ns > HOLD_HOLDER_STALE_NS && now > control->holder_beat_ns)
 		return &counters->refused_stale;
 	if (skb->len > HOLD_SIZE_MAX)
 		return &counters->refused_size;

@@ -393,10 +393,12 @@ def test_a_refused_packet_passes_and_is_counted_by_cause(
     assert not bench.waits()
 
 
-@pytest.mark.parametrize("word", ["agent_beat_ns", "holder_beat_ns"])
-def test_a_heartbeat_that_is_too_old_refuses(bench: HoldBench, follower: Follower, word: str) -> None:
-    """Agent or holder hangs: 100 ms later nothing is parked; the beat alone brings it back."""
-    setattr(bench.mapped.control, word, time.monotonic_ns() - 101_000_000)
+@pytest.mark.parametrize(("word", "limit_ms"), [("agent_beat_ns", 500), ("holder_beat_ns", 100)])
+def test_a_heartbeat_that_is_too_old_refuses(
+    bench: HoldBench, follower: Follower, word: str, limit_ms: int
+) -> None:
+    """Agent or holder hangs: half a second, or 100 ms, later nothing is parked; the beat alone brings it back."""
+    setattr(bench.mapped.control, word, time.monotonic_ns() - (limit_ms + 1) * 1_000_000)
     bench.send(Flow().udp())
     arrivals(follower, 1)
     assert bench.counts() == {"refused_stale": 1}
@@ -404,6 +406,14 @@ def test_a_heartbeat_that_is_too_old_refuses(bench: HoldBench, follower: Followe
     bench.send(Flow(peer=POD_B2).udp())
     bench.read()
     assert bench.counts() == {"refused_stale": 1, "held": 1}
+
+
+def test_an_agent_that_is_late_is_waited_for(bench: HoldBench) -> None:
+    """It may still answer within the packet's time limit."""
+    bench.mapped.control.agent_beat_ns = time.monotonic_ns() - 200_000_000
+    bench.send(Flow().udp())
+    bench.read()
+    assert bench.counts() == {"held": 1}
 
 
 @pytest.mark.parametrize("word", ["address_bytes", "interface_bytes", "total_bytes"])

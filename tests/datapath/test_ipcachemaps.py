@@ -6,6 +6,8 @@ import ipaddress
 import json
 import os
 import subprocess
+import threading
+import time
 from pathlib import Path
 from types import SimpleNamespace
 from typing import TYPE_CHECKING, cast
@@ -277,6 +279,31 @@ class TestViews:
             one.close()
         for number in numbers:
             wait_until(lambda number=number: not map_exists(number), 5, "the map freed")
+
+    def test_other_threads_run_while_the_kernel_waits(
+        self, shown: Bench, make_map: Callable[..., Map]
+    ) -> None:
+        """Each change waits until no program runs that began before it, some 10 ms: others have many turns in each."""
+        maps = [IpcacheMap(make_map(MAP_TYPE_LPM_TRIE, 24, 24), HERE) for _ in range(2)]
+        waiting, done, turns = threading.Event(), threading.Event(), 0
+
+        def other() -> None:
+            nonlocal turns
+            while not done.is_set():
+                turns += waiting.is_set()
+                time.sleep(0.0001)
+
+        thread = threading.Thread(target=other)
+        thread.start()
+        outer = shown.datapath.visible._outer[IpcacheLayout.V2]
+        for one in maps * 10:
+            waiting.set()
+            outer.put_map(2, one.fd)
+            waiting.clear()
+        outer.take_map_out(2)
+        done.set()
+        thread.join()
+        assert turns > 3 * 20
 
 
 def test_bpftool_reads_what_cilium_would(bench: Bench) -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import sys
+import threading
 from typing import TYPE_CHECKING
 
 import pytest
@@ -48,3 +50,20 @@ class TestConfig:
         bench.datapath.config.write(DatapathConfig(**settings))  # type: ignore[arg-type]
         found = bench.datapath.config.read()
         assert {name: getattr(found, name) for name in expected} == expected
+
+    def test_threads_lose_nothing_of_each_other(self, bench: Bench) -> None:
+        """The event loop voids answers while a thread puts maps in force: two words of one element."""
+        config, rounds = bench.datapath.config, 2_000
+        config.change(generation=1)
+        switch, interval = sys.setswitchinterval, sys.getswitchinterval()
+        switch(1e-6)
+        try:
+            void = threading.Thread(target=lambda: [config.void() for _ in range(rounds)])
+            void.start()
+            for number in range(rounds):
+                config.change(rearm_ns=number)
+                assert config.read().rearm_ns == number
+            void.join()
+        finally:
+            switch(interval)
+        assert config.read().generation == 1 + rounds

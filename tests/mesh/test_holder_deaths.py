@@ -146,13 +146,13 @@ def test_a_killed_agent_loses_no_packet(lab: Lab, proxy: Proxy) -> None:
 
 
 def test_a_stopped_agent_stops_the_holding_not_the_traffic(lab: Lab, agent: AgentProcess) -> None:
-    """Within 100 ms misses pass, what waits is let go after the time limit, and after it wakes up all is as before."""
+    """Half a second later misses pass; what waits is let go after the time limit, and awake again all is as before."""
     with Sink(lab.node_b) as sink, Ticker(lab.pods[0].namespace, KNOWN, fresh()) as ticker:
         wait_until(lambda: out(lab) > 5, 5, "parked packets")
         agent.process.send_signal(signal.SIGSTOP)
         stopped = time.monotonic()
         try:
-            run_for(0.6)
+            run_for(1.1)
             stale = counts(lab)["refused_stale"]
         finally:
             agent.process.send_signal(signal.SIGCONT)
@@ -160,7 +160,7 @@ def test_a_stopped_agent_stops_the_holding_not_the_traffic(lab: Lab, agent: Agen
         wait_until(lambda: counts(lab)["held"] > before + 20, 5, "holding to resume")
         ticker.stop()
         assert lost(ticker, sink) == (0, 0)
-        mine = [each for each in ticker.sent if stopped + 0.15 < each[1] < woken - 0.05]
+        mine = [each for each in ticker.sent if stopped + 0.55 < each[1] < woken - 0.05]
         came = {each.address: each.at for each in sink.arrived}
         assert max(came[address] - at for address, at in mine if address != KNOWN) < 0.15
         assert stale > 50

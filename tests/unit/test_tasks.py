@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import asyncio
+import threading
 import time
 from typing import TYPE_CHECKING
 
 import pytest
 
-from lazymesh.tasks import PIECE, FairShare, take_turns, together, wait
+from lazymesh.tasks import PIECE, FairShare, in_thread, take_turns, together, wait
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -51,6 +52,40 @@ async def test_cancelling_reaches_every_part() -> None:
     with pytest.raises(asyncio.CancelledError):
         await whole
     assert asyncio.all_tasks() == {asyncio.current_task()}
+
+
+async def test_thread_is_waited_for_even_when_cancelled() -> None:
+    """What it uses may be closed right after."""
+    steps: list[str] = []
+    started, go_on = threading.Event(), threading.Event()
+
+    def work() -> None:
+        started.set()
+        go_on.wait(5)
+        steps.append("worked")
+
+    async def whole() -> None:
+        try:
+            await in_thread(work)
+        finally:
+            steps.append("closed")
+
+    task = asyncio.create_task(whole())
+    await asyncio.to_thread(started.wait)
+    task.cancel()
+    await asyncio.sleep(0.01)
+    assert steps == []
+    go_on.set()
+    with pytest.raises(asyncio.CancelledError):
+        await task
+    assert steps == ["worked", "closed"]
+
+
+async def test_thread_s_result_and_error_are_the_caller_s() -> None:
+    """As if it had been called."""
+    assert await in_thread(lambda: 7) == 7
+    with pytest.raises(ZeroDivisionError):
+        await in_thread(lambda: 1 // 0)
 
 
 async def test_long_work_leaves_others_half_of_the_time() -> None:

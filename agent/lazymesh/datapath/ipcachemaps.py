@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import enum
 import errno
-import sys
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -229,7 +228,8 @@ class VisibleIpcaches:
         """Put maps in force, first the one that is written; meanwhile programs see the old maps, the new, or both.
 
         From the last to the first, so that a map that moves up is in its new place before it loses the old one.
-        DatapathError when the kernel refuses one; call this again then.
+        DatapathError when the kernel refuses one; call this again then. The kernel takes its time, so the agent calls
+        this in a thread.
         """
         try:
             self._show(ipcaches)
@@ -240,16 +240,15 @@ class VisibleIpcaches:
             ) from exc
 
     def _show(self, ipcaches: Sequence[IpcacheMap]) -> None:
+        for ipcache in ipcaches:
+            ipcache.on_change = self._config.void
         for slot in reversed(range(len(ipcaches))):
-            index = slot.to_bytes(4, sys.byteorder)
-            self._outer[ipcaches[slot].layout].update(index, ipcaches[slot].fd.to_bytes(4, sys.byteorder))
+            self._outer[ipcaches[slot].layout].put_map(slot, ipcaches[slot].fd)
             self._config.set_view(slot, ipcaches[slot].layout)
         for slot in range(len(ipcaches), _SLOTS):  # an earlier life may have shown more
             self._config.set_view(slot, 0)
         for slot, layout in enumerate(self._shown):
             if slot >= len(ipcaches) or ipcaches[slot].layout is not layout:
-                self._outer[layout].delete(slot.to_bytes(4, sys.byteorder))
+                self._outer[layout].take_map_out(slot)
         self._shown = [ipcache.layout for ipcache in ipcaches]
         self._config.void()
-        for ipcache in ipcaches:
-            ipcache.on_change = self._config.void

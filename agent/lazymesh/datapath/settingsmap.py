@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import contextlib
 import enum
+import threading
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from lazymesh.datapath import abi
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable
+    from collections.abc import Iterable, Iterator
 
     from lazymesh.core.model import Direction
     from lazymesh.datapath.libbpf import Map
@@ -63,59 +65,69 @@ def token_bucket(rate: int, burst: int) -> tuple[int, int]:
 
 
 class SettingsMap:
-    """The map of settings, which has one element."""
+    """The map of settings, which has one element. Threads may share it."""
 
     _SLOT = bytes(4)
 
     def __init__(self, bpf_map: Map) -> None:
         self._map = bpf_map
         self._intervals: dict[str, int] = {}
+        self._lock = threading.RLock()
+        """Held from reading to writing: another thread's change in between would be lost."""
 
     def write(self, config: DatapathConfig) -> None:
         """Put new settings in force; unmutes, and admits the full rates.
 
         Leaves alone which maps are looked into.
         """
-        raw = self.read()
-        raw.rearm_ns = int(config.rearm_s * 1e9)
-        raw.on_miss, raw.policy_tag = config.on_miss, config.policy_tag
-        raw.enforced = bits_of(config.enforced)
-        raw.park_verdict, raw.muted, raw.hold_cookie = config.park_verdict, 0, 0
-        raw.generation = _next(raw.generation) if config.remember else 0
-        for name in ("interface", "uplink", "global"):
-            interval, depth = token_bucket(getattr(config, f"{name}_rate"), getattr(config, f"{name}_burst"))
-            setattr(raw, f"{name}_interval_ns", interval)
-            setattr(raw, f"{name}_burst_ns", depth)
-            self._intervals[f"{name}_interval_ns"] = interval
-        self._map.update(self._SLOT, bytes(raw))
+        with self._changing() as raw:
+            raw.rearm_ns = int(config.rearm_s * 1e9)
+            raw.on_miss, raw.policy_tag = config.on_miss, config.policy_tag
+            raw.enforced = bits_of(config.enforced)
+            raw.park_verdict, raw.muted, raw.hold_cookie = config.park_verdict, 0, 0
+            raw.generation = _next(raw.generation) if config.remember else 0
+            for name in ("interface", "uplink", "global"):
+                rate, burst = getattr(config, f"{name}_rate"), getattr(config, f"{name}_burst")
+                interval, depth = token_bucket(rate, burst)
+                setattr(raw, f"{name}_interval_ns", interval)
+                setattr(raw, f"{name}_burst_ns", depth)
+                self._intervals[f"{name}_interval_ns"] = interval
 
     def read(self) -> abi.Config:
         """Return the settings in force."""
-        return abi.Config.from_buffer_copy(self._map.lookup(self._SLOT) or b"")
+        with self._lock:
+            return abi.Config.from_buffer_copy(self._map.lookup(self._SLOT) or b"")
+
+    @contextlib.contextmanager
+    def _changing(self) -> Iterator[abi.Config]:
+        with self._lock:
+            raw = self.read()
+            yield raw
+            self._map.update(self._SLOT, bytes(raw))
 
     def change(self, **words: int) -> None:
         """Change some members of struct lm_config."""
-        raw = self.read()
-        for name, value in words.items():
-            setattr(raw, name, value)
-        self._map.update(self._SLOT, bytes(raw))
+        with self._changing() as raw:
+            for name, value in words.items():
+                setattr(raw, name, value)
 
     def set_view(self, slot: int, view: int) -> None:
         """Set how a slot of the view maps must be read; 0: not at all."""
-        raw = self.read()
-        raw.view[slot] = view
-        self._map.update(self._SLOT, bytes(raw))
+        with self._changing() as raw:
+            raw.view[slot] = view
 
     def remember(self, on: bool) -> None:
         """Let the programs remember the ipcache's answers, or stop that."""
-        self.change(generation=_next(self.read().generation) if on else 0)
+        with self._changing() as raw:
+            raw.generation = _next(raw.generation) if on else 0
 
     def void(self) -> None:
         """Make the programs forget the ipcache's answers, which may have changed."""
-        raw = self.read()
-        if raw.generation:
-            raw.generation = _next(raw.generation)
-            self._map.update(self._SLOT, bytes(raw))
+        with self._lock:  # each replaced or removed entry comes here, most of them with nothing to forget
+            raw = self.read()
+            if raw.generation:
+                raw.generation = _next(raw.generation)
+                self._map.update(self._SLOT, bytes(raw))
 
     def mute(self, on: bool) -> None:
         """Set or clear the mute flag: while it is set the programs count misses but signal none."""

@@ -23,7 +23,7 @@ from lazymesh.errors import DatapathError
 from lazymesh.roles.carryover import SLICE, CarryOver
 from lazymesh.roles.ipcaches import describe_map
 from lazymesh.roles.room import EntryCount, MapRoom
-from lazymesh.tasks import take_turns, together, wait
+from lazymesh.tasks import in_thread, take_turns, together, wait
 
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable, Container, Iterator, Mapping, Sequence
@@ -244,7 +244,7 @@ class CiliumIpcaches:
             filling = self._carry_over.fill(self._datapath.recent.newest_first(), maps[1:])
         # Cilium's programs read the old map for seconds more, so ours may for a moment.
         await take_turns(filling, FIRST_S)
-        self._datapath.visible.show(maps)
+        await in_thread(lambda: self._datapath.visible.show(maps))
         self._shown = True
         await take_turns(filling)
         if self._carry_over is not None and self._gone:

@@ -43,6 +43,7 @@ class Node:
         self.refuses: set[str] = set()
         self.refused: set[str] = set()
         self.shown: list[list[int]] = []
+        self.show_takes_s = 0.0
         self.counts: list[int | None] = [3]
         """What counts of a map say, one after the other; the last one again and again."""
 
@@ -58,6 +59,7 @@ class Node:
 
     def show(self, maps: list[Any]) -> None:
         """Put maps in force."""
+        time.sleep(self.show_takes_s)
         self._refuse("show")
         self.shown.append([one.map_id for one in maps])
 
@@ -182,6 +184,20 @@ async def test_map_that_could_not_be_put_in_force_is_tried_again(node: Node) -> 
         metrics = Metrics()
         cilium.export(metrics)
         assert metrics.registry.get_sample_value("lazymesh_ipcache_recreated_total") == 1
+
+
+async def test_misses_are_answered_while_the_kernel_takes_its_time(node: Node) -> None:
+    """It lets nobody put a map in force, or take one out, before no program runs that may look into the one before."""
+    async with following(node) as cilium:
+        node.show_takes_s, node.pins = 0.3, {Path("/tc/globals/cilium_ipcache_v2"): 9}
+        began, longest = time.monotonic(), 0.0
+        while node.shown[-1] != [9, 5]:
+            before = time.monotonic()
+            await asyncio.sleep(0.001)
+            longest = max(longest, time.monotonic() - before)
+        assert time.monotonic() - began >= 0.3
+        assert longest < 0.15
+        assert list(cilium.problems()) == []
 
 
 async def test_pinned_map_that_nothing_reads_is_reported(node: Node, monkeypatch: pytest.MonkeyPatch) -> None:
