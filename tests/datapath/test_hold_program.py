@@ -892,7 +892,7 @@ def test_a_packet_that_never_arrives_is_found(bench: HoldBench) -> None:
 @contextlib.contextmanager
 def holder_at(bench: HoldBench) -> Iterator[Holder]:
     """Have a holder's loop at the TAP, to be driven step by step."""
-    ours, theirs = socket.socketpair()
+    ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
     with ours, theirs:
         yield Holder(bench.tap, bench.pins, bench.mapped, theirs)
 

@@ -27,7 +27,7 @@ from lazymesh.datapath.libbpf import Map, open_pin
 from lazymesh.datapath.pins import HOLD_FILTER
 from lazymesh.datapath.tap import READ_SIZE, VNET_HEADER, Tap, open_tap
 from lazymesh.errors import DatapathError
-from lazymesh.roles.holdwire import ANSWER, ANSWERS, CAUSES, ERROR, GO, QUIT, SETTINGS, UP
+from lazymesh.roles.holdwire import ANSWER, ANSWERS, CAUSES, ERROR, GO, ON, QUIT, SETTINGS, UP
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
@@ -166,6 +166,8 @@ class Holder:
             self._mapped.control.udp_gso = self._tap.udp_gso
             self._mapped.control.holder_beat_ns = time.monotonic_ns()
             self._mapped.control.tap_ifindex = self._tap.ifindex
+            with contextlib.suppress(BrokenPipeError):  # the next read notices it, too
+                self._agent.send(ON)
 
     def _give_back(self, returns: Iterable[Return]) -> None:
         stats = self._mapped.stats

@@ -22,7 +22,7 @@ from lazymesh.datapath.holdmaps import COOKIE_BITS, HoldLimits
 from lazymesh.datapath.hooks import mend_tap, prepare_tap
 from lazymesh.datapath.tap import NAMES
 from lazymesh.errors import DatapathError
-from lazymesh.roles.holdwire import ANSWER, ANSWERS, CAUSE_NUMBERS, FAMILIES, GO, QUIT, SETTINGS, UP
+from lazymesh.roles.holdwire import ANSWER, ANSWERS, CAUSE_NUMBERS, FAMILIES, GO, ON, QUIT, SETTINGS, UP
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
@@ -195,15 +195,8 @@ class Holding:
                 return
 
     async def _handshake(self, ours: socket.socket) -> int:
-        """Prepare the TAP that the holder has opened, and let it start; return the TAP's index."""
-        try:
-            async with asyncio.timeout(BIRTH_S):
-                datagram = await asyncio.get_running_loop().sock_recv(ours, 65_536)
-        except TimeoutError as exc:
-            raise DatapathError(f"the holder has not started in {BIRTH_S:g} s") from exc
-        if datagram[:1] != UP:
-            raise DatapathError(datagram[1:].decode() or "the holder ended without giving a reason")
-        tap = json.loads(datagram[1:])
+        """Prepare the holder's TAP and let the holder start; return the TAP's index once packets are parked there."""
+        tap = json.loads(await _hear(ours, UP))
         if tap["name"] != NAMES[0]:
             log.warning(
                 "the TAP's usual name is taken, by a hung holder or another device",
@@ -216,7 +209,20 @@ class Holding:
         words = {"limit_s": self._settings.limit_s, "drop_on_timeout": self._settings.drop_on_timeout}
         ours.send(SETTINGS + json.dumps(words).encode())
         ours.send(GO)
+        await _hear(ours, ON)
         return int(tap["ifindex"])
+
+
+async def _hear(ours: socket.socket, expected: bytes) -> bytes:
+    """Return what follows the holder's next word; DatapathError with the reason if it is another, or none."""
+    try:
+        async with asyncio.timeout(BIRTH_S):
+            datagram = await asyncio.get_running_loop().sock_recv(ours, 65_536)
+    except TimeoutError as exc:
+        raise DatapathError(f"the holder has not started in {BIRTH_S:g} s") from exc
+    if datagram[:1] != expected:
+        raise DatapathError(datagram[1:].decode() or "the holder ended without giving a reason")
+    return datagram[1:]
 
 
 def _wait_for(process: subprocess.Popen[bytes]) -> None:

@@ -8,8 +8,8 @@ from lazymesh.core.hold import Cause
 
 ANSWERS, SETTINGS, GO, QUIT = b"a", b"c", b"g", b"q"
 """Agent to holder: answers, one behind the other; settings (JSON); start parking; give everything back and end."""
-UP, ERROR = b"u", b"e"
-"""Holder to agent: the TAP it has opened (JSON); why it cannot work (one line)."""
+UP, ON, ERROR = b"u", b"o", b"e"
+"""Holder to agent: the TAP it has opened (JSON); it parks packets now; why it cannot work (one line)."""
 
 ANSWER = struct.Struct("=B17sd")
 """Number of the cause; family and address, as in a slot; since when it holds, in seconds of the monotonic clock."""

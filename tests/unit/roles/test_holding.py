@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import sys
+import time
 from pathlib import Path
 from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any, cast
@@ -19,6 +20,51 @@ if TYPE_CHECKING:
 def alive(process: str) -> bool:
     """Tell whether a process is there."""
     return Path("/proc", process).exists()
+
+
+HOLDER = """#!/usr/bin/python3
+import socket, sys, time
+agent = socket.socket(fileno=int(sys.argv[3]))
+agent.send(b'u{"ifindex": 7, "name": "lm_hold0"}')
+while agent.recv(65536)[:1] != b"g":
+    pass
+time.sleep(0.4)
+agent.send(b"o")
+agent.recv(65536)
+"""
+
+
+async def test_holding_is_on_when_the_holder_says_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Not when it was told to: on a busy node that takes it a while, and missed packets pass until then."""
+    slow = tmp_path / "python"
+    slow.write_text(HOLDER, encoding="ascii")
+    slow.chmod(0o755)
+    monkeypatch.setattr(sys, "executable", str(slow))
+    prepared = asyncio.Event()
+
+    async def prepare_tap(_datapath: object, index: int, name: str) -> None:
+        assert (index, name) == (7, "lm_hold0")
+        prepared.set()
+
+    monkeypatch.setattr(holding, "prepare_tap", prepare_tap)
+    nothing = {
+        "pins": SimpleNamespace(directory=tmp_path),
+        "config": SimpleNamespace(change=lambda **_: None),
+    }
+    control = SimpleNamespace(beat=lambda _now: None, set_limits=lambda _limits, _seconds: None)
+    keeper = Holding(cast("Any", SimpleNamespace(**nothing)), cast("Any", control), HoldSettings())
+    keeper.want()
+    running = asyncio.create_task(keeper.run())
+    async with asyncio.timeout(20):
+        await prepared.wait()
+        told = time.monotonic()
+        assert keeper.state == "starting"
+        while keeper.state == "starting":  # noqa: ASYNC110 (nothing tells)
+            await asyncio.sleep(0.01)
+    assert (keeper.state, time.monotonic() - told >= 0.4) == ("on", True)
+    running.cancel()
+    with contextlib.suppress(asyncio.CancelledError):
+        await running
 
 
 async def test_a_holder_that_never_starts_is_killed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
