@@ -80,7 +80,7 @@ async def until(condition: Callable[[], bool], seconds: float = 5) -> float:
 async def following(follower: InterfaceFollower) -> AsyncIterator[InterfaceFollower]:
     """Follow interfaces until the block ends; what goes wrong at the start is raised."""
     ready = asyncio.Event()
-    work = asyncio.create_task(follower.run(ready))
+    work = asyncio.create_task(follower.run(ready.set))
     waiting = asyncio.create_task(ready.wait())
     await asyncio.wait({work, waiting}, return_when=asyncio.FIRST_COMPLETED)
     waiting.cancel()

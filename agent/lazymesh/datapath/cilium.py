@@ -12,6 +12,7 @@ import contextlib
 import functools
 import os
 import socket
+from pathlib import Path
 from typing import TYPE_CHECKING, Self
 
 from pyroute2 import AsyncIPRoute, NetlinkError
@@ -25,7 +26,6 @@ from lazymesh.errors import DatapathError
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Callable, Iterable
-    from pathlib import Path
 
     from lazymesh.core.model import Address
     from lazymesh.datapath.hooks import Attachment
@@ -37,6 +37,7 @@ TAG = 0x6D6C
 """``lm`` in memory: the tag in the padding of our entries in Cilium's map (ipcachemaps.IpcacheMap)."""
 _PREFIX = "cil_"
 """The prefix by which Cilium itself recognizes its programs."""
+_INTERFACES = Path("/proc/thread-self/net/dev")
 _CALLS_MOST = 1_024
 """An endpoint's array of tail calls has a few dozen slots; that of all endpoints' policies has 65,535."""
 
@@ -70,10 +71,10 @@ class NodeView:
         self.tcx_in_use = False
         """Cilium is attached by tcx: clsact filters run too late, or are deleted."""
         self._known: dict[int, frozenset[int]] = {}
-        self._route = AsyncIPRoute()
         self._turn = asyncio.Lock()
 
     async def __aenter__(self) -> Self:
+        self._route = AsyncIPRoute()
         await self._route.__aenter__()
         return self
 
@@ -133,7 +134,14 @@ class NodeView:
                 raise DatapathError(f"cannot ask the kernel about interfaces and programs: {exc}") from exc
 
     def _selected(self) -> list[tuple[int, str]]:
-        return [each for each in socket.if_nameindex() if self._selection.direction_of(each[1]) is not None]
+        """Return indexes and names, not from if_nameindex(3), which may wait and keeps the interpreter meanwhile."""
+        found = []
+        for line in _INTERFACES.read_text(encoding="utf-8").splitlines()[2:]:
+            name = line.partition(":")[0].strip()
+            if self._selection.direction_of(name) is not None:
+                with contextlib.suppress(OSError):  # it is gone
+                    found.append((socket.if_nametoindex(name), name))
+        return found
 
 
 def _ciliums(chain: list[Attachment]) -> dict[int, Attachment]:

@@ -25,6 +25,8 @@ from lazymesh.errors import DatapathError
 from lazymesh.tasks import together
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     from lazymesh.datapath.hooks import Hook
     from lazymesh.datapath.program import Datapath
 
@@ -118,7 +120,7 @@ class InterfaceFollower:
     @property
     def attached(self) -> dict[str, Direction]:
         """Names and directions of the interfaces with our program."""
-        return {item.name: item.direction for item in self._attached.values()}
+        return {item.name: item.direction for item in list(self._attached.values())}
 
     @property
     def attach(self) -> str:
@@ -128,24 +130,25 @@ class InterfaceFollower:
     @property
     def behind(self) -> list[str]:
         """Names of the interfaces on which another program insists on being first."""
-        return sorted(item.name for item in self._attached.values() if item.behind)
+        return sorted(item.name for item in list(self._attached.values()) if item.behind)
 
     @property
     def failed(self) -> list[tuple[str, str]]:
         """Names of the selected interfaces that cannot be attached to, and why."""
-        return sorted((item.name, item.reason) for item in self._failed.values())
+        return sorted((item.name, item.reason) for item in list(self._failed.values()))
 
-    async def run(self, ready: asyncio.Event) -> None:
-        """Attach to what is there, set ``ready``, then follow the kernel's link messages forever.
+    async def run(self, ready: Callable[[], object]) -> None:
+        """Attach to what is there, call ``ready``, then follow the kernel's link messages forever.
 
-        DatapathError when an interface named exactly is missing or cannot be attached to.
+        The agent runs this in another thread than the one that reads what is attached. DatapathError when an interface
+        named exactly is missing or cannot be attached to.
         """
         async with AsyncIPRoute() as self._ipr:
             self._hook = choose_hook(self.style, self.datapath.pins, self._ipr)
             self.datapath.config.change(park_verdict=self._hook.park_verdict)
             await together(self._keep_attached(ready), self._keep_first())
 
-    async def _keep_attached(self, ready: asyncio.Event) -> None:
+    async def _keep_attached(self, ready: Callable[[], object]) -> None:
         first = True
         while True:
             async with AsyncIPRoute() as monitor:
@@ -153,7 +156,7 @@ class InterfaceFollower:
                 await monitor.bind(RTMGRP_LINK | RTMGRP_TC)
                 await self._resync(strict=first)
                 first = False
-                ready.set()
+                ready()
                 with contextlib.suppress(NetlinkError, OSError):
                     await self._follow(monitor)
             log.warning("the kernel's link messages were lost; listing interfaces again")

@@ -14,6 +14,7 @@ import gc
 import os
 import random
 import signal
+import sys
 import time
 from typing import TYPE_CHECKING, Any
 
@@ -29,6 +30,7 @@ from lazymesh.datapath.holdmaps import HoldControl, HoldCounterMap
 from lazymesh.datapath.installer import Installer
 from lazymesh.datapath.interfaces import InterfaceFollower, InterfaceSelection
 from lazymesh.datapath.kernelfeatures import kernel_honours_noexist
+from lazymesh.datapath.netlinkthread import NetlinkThread
 from lazymesh.datapath.pins import IPCACHE, Pins, alone, budget, check_bpffs
 from lazymesh.datapath.program import MeshMaps, load
 from lazymesh.datapath.signals import SignalReader
@@ -50,6 +52,8 @@ from lazymesh.roles.status import Parts, Starting
 from lazymesh.tasks import together
 
 if TYPE_CHECKING:
+    import threading
+
     from lazymesh.core.policy import Policy
     from lazymesh.datapath.program import Datapath
     from lazymesh.metrics import Sample
@@ -85,6 +89,8 @@ def run_agent(settings: AgentSettings) -> None:
     gc.collect()
     gc.freeze()
     gc.set_threshold(20_000, 10, 10)
+    # The thread for netlink may compute for this long (the default is 5 ms) while a miss waits to be read.
+    sys.setswitchinterval(0.001)
     asyncio.run(agent.run())
 
 
@@ -97,6 +103,7 @@ class Agent:
         self._engine = PolicyEngine(policy) if policy else None
         self._programs = ProgramSettings(settings, policy)
         self._metrics = Metrics()
+        self._netlink = NetlinkThread()
         self._stop = asyncio.Event()
         self._failure: Exception | None = None
         self._unexpected = 0
@@ -165,7 +172,8 @@ class Agent:
             starting = Starting(self._settings, self._started)
             endpoints = Endpoints(self._settings, self._metrics, starting)
             await endpoints.open(stack)
-            ipcaches = await self._open_ipcaches(datapath, starting, stack)
+            await stack.enter_async_context(self._netlink)
+            ipcaches = await self._open_ipcaches(datapath, starting)
             parts, auditor = self._assemble(datapath, ipcaches, mesh, buffer, cleanup.attached)
             stack.callback(parts.reader.close)
             status = endpoints.show(parts, auditor, self._programs)
@@ -180,7 +188,7 @@ class Agent:
             await together(
                 asyncio.wait_for(following, None),
                 ipcaches.run(),
-                parts.follower.run(cleanup.attached),
+                self._netlink.run(parts.follower.run(cleanup.attached.set)),
                 self._tick(parts.driver, status),
                 self._note_use(datapath, parts.driver),
                 parts.holding.run(),
@@ -193,7 +201,7 @@ class Agent:
         ipcaches: NodeIpcaches,
         mesh: Mesh,
         buffer: MeshEventBuffer,
-        attached: asyncio.Event,
+        attached: threading.Event,
     ) -> tuple[Parts, Auditor]:
         """Make what resolves misses and holds packets, with what an earlier life left; nothing of it runs yet."""
         settings, wanted = self._settings, self._settings.datapath
@@ -216,7 +224,7 @@ class Agent:
         resolver = Resolver(limits, judge, random.random)
         auditor = Auditor(datapath.windows, datapath.counters, self._allows(), resolver)
         hold_settings = HoldSettings(wanted.hold_limit_s, wanted.drop_on_timeout)
-        holding = Holding(datapath, HoldControl(datapath.pins.directory), hold_settings)
+        holding = Holding(datapath, HoldControl(datapath.pins.directory), hold_settings, self._netlink)
         throttle = MissThrottle(datapath.config)
         driver = Driver(resolver, shadow or installer, mesh.links, self._metrics, throttle)
         driver.fail = self._fail
@@ -255,9 +263,7 @@ class Agent:
             return self._engine.verdict
         return None if self._settings.datapath.mode == "cilium" else lambda _direction, _identity: True
 
-    async def _open_ipcaches(
-        self, datapath: Datapath, starting: Starting, stack: contextlib.AsyncExitStack
-    ) -> NodeIpcaches:
+    async def _open_ipcaches(self, datapath: Datapath, starting: Starting) -> NodeIpcaches:
         """Put the ipcache in force that entries go to: our own, or Cilium's."""
         settings = self._settings.datapath
         if settings.mode == "standalone":
@@ -267,8 +273,8 @@ class Agent:
             return OwnIpcache(datapath, settings.ipcache_size, settings.bpffs)
         # An earlier life may have had no Cilium beside it.
         datapath.pins.path(IPCACHE).unlink(missing_ok=True)
-        node = await stack.enter_async_context(NodeView(self._selection))
-        cilium = CiliumIpcaches(settings.bpffs, datapath, node)
+        node = await self._netlink.enter(NodeView(self._selection))
+        cilium = CiliumIpcaches(settings.bpffs, datapath, node, self._netlink)
         await cilium.open(starting.wait_for_cilium)
         if settings.attach == "clsact" and node.tcx_in_use:
             raise DatapathError(

@@ -33,6 +33,7 @@ if TYPE_CHECKING:
     from lazymesh.core.resolver import Resolver
     from lazymesh.datapath.cilium import NodeView
     from lazymesh.datapath.installer import Installer
+    from lazymesh.datapath.netlinkthread import NetlinkThread
     from lazymesh.datapath.program import Datapath
     from lazymesh.metrics import Metrics
     from lazymesh.roles.driver import Driver
@@ -61,11 +62,12 @@ class CiliumIpcaches:
     mode = "cilium"
     shared = True
 
-    def __init__(self, bpffs: Path, datapath: Datapath, node: NodeView) -> None:
+    def __init__(self, bpffs: Path, datapath: Datapath, node: NodeView, netlink: NetlinkThread) -> None:
         self._here: set[Address] = set()
         self._bpffs = bpffs
         self._datapath = datapath
         self._node = node
+        self._netlink = netlink
         self._arrangement = Arrangement()
         self._maps: list[IpcacheMap] = []
         self._shown = False
@@ -211,7 +213,7 @@ class CiliumIpcaches:
         pause = READ_SETTLED_S if self._arrangement.settled else READ_EVERY_S
         due = self._read_at + max(pause, self._read_took / READ_SHARE)
         if self._arrangement.has_news(pins) or now >= due:
-            self._read = await self._node.ipcaches()
+            self._read = await self._netlink.run(self._node.ipcaches())
             self._read_at = time.monotonic()
             self._read_took = self._read_at - now
             pins = self._pins()
@@ -292,7 +294,7 @@ class CiliumIpcaches:
 
     async def _learn_addresses(self) -> None:
         try:
-            found = await self._node.addresses()
+            found = await self._netlink.run(self._node.addresses())
         except DatapathError as exc:  # they hardly ever change
             log.warning("cannot refresh the node's addresses", error=str(exc))
             return

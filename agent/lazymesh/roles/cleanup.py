@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import asyncio
 import contextlib
+import threading
 from typing import TYPE_CHECKING
 
 import structlog
@@ -45,7 +45,7 @@ class CleanUp:
         self._fresh = not any(pins.directory.iterdir())
         self._refused = False
         self._attaching = False
-        self.attached = asyncio.Event()
+        self.attached = threading.Event()
         """Set once the programs are on the interfaces that were there at the start."""
 
     @contextlib.contextmanager

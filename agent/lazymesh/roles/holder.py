@@ -209,10 +209,11 @@ class Holder:
 
     def _forget_interfaces(self) -> None:
         """Close the accounts of interfaces that are gone: pods come and go, and room is limited."""
+        # One by one, as the kernel's list of interfaces waits for its lock over them (netlinkthread.py).
         keys = [key for key, _ in self._interfaces.items()]
-        # Listed after the keys: an interface that came in between has no account yet.
-        here = {index for index, _ in socket.if_nameindex()}
-        self._interfaces.delete_many([key for key in keys if int.from_bytes(key, sys.byteorder) not in here])
+        self._interfaces.delete_many(
+            [key for key in keys if not _is_here(int.from_bytes(key, sys.byteorder))]
+        )
 
     def _end(self) -> None:
         """Stop parking; give back what waits and what is still in the ring."""
@@ -236,6 +237,14 @@ def frame_of(data: bytes, slots: ctypes.Array[abi.Slot]) -> Frame | None:
     slot = slots[number]
     key = bytes((slot.family,)) + bytes(slot.addr)
     return Frame(number, key, slot.parked_ns, Why(slot.hold), data)
+
+
+def _is_here(index: int) -> bool:
+    try:
+        socket.if_indextoname(index)
+    except OSError:
+        return False
+    return True
 
 
 def main() -> None:

@@ -30,6 +30,7 @@ if TYPE_CHECKING:
     from lazymesh.core.hold import Cause
     from lazymesh.core.model import Address
     from lazymesh.datapath.holdmaps import HoldControl
+    from lazymesh.datapath.netlinkthread import NetlinkThread
     from lazymesh.datapath.program import Datapath
 
 log = structlog.get_logger()
@@ -61,7 +62,9 @@ class HoldSettings:
 class Holding:
     """Owns the holder process."""
 
-    def __init__(self, datapath: Datapath, control: HoldControl, settings: HoldSettings) -> None:
+    def __init__(
+        self, datapath: Datapath, control: HoldControl, settings: HoldSettings, netlink: NetlinkThread
+    ) -> None:
         self.state: State = "off"
         self.problem: str | None = None
         """Why packets are not held although they should be; set while the state is ``failed``."""
@@ -72,6 +75,7 @@ class Holding:
         self._datapath = datapath
         self._control = control
         self._settings = settings
+        self._netlink = netlink
         self._socket: socket.socket | None = None
         self._answers: list[bytes] = []
 
@@ -189,7 +193,7 @@ class Holding:
                     self._set("failed", "the holder hangs")
                 else:
                     self._set("on")
-                if await mend_tap(self._datapath, tap):
+                if await self._netlink.run(mend_tap(self._datapath, tap)):
                     log.warning("the holder's TAP device was changed, and has been repaired")
             else:
                 return
@@ -203,7 +207,7 @@ class Holding:
                 name=tap["name"],
                 usual=NAMES[0],
             )
-        await prepare_tap(self._datapath, tap["ifindex"], tap["name"])
+        await self._netlink.run(prepare_tap(self._datapath, tap["ifindex"], tap["name"]))
         self._control.set_limits(HoldLimits(), self._settings.limit_s)
         self._datapath.config.change(hold_cookie=secrets.randbelow((1 << COOKIE_BITS) - 1) + 1)
         words = {"limit_s": self._settings.limit_s, "drop_on_timeout": self._settings.drop_on_timeout}

@@ -6,6 +6,7 @@ import logging
 import os
 import select
 import sys
+import threading
 from typing import TYPE_CHECKING, cast
 
 import structlog
@@ -26,16 +27,19 @@ class LogSink:
         self._fd = fd
         self._room = select.poll()
         self._room.register(fd, select.POLLOUT)
+        self._lock = threading.Lock()
+        """poll(2) of one object by two threads is an error to Python."""
 
     def write(self, text: str) -> None:
         """Write a line, or count it as lost."""
         data = text.encode(errors="backslashreplace")
         try:
-            while data:
-                # A pipe that is ready takes this much at once; one that is not is full, and a write would block.
-                if not self._room.poll(0):
-                    raise BlockingIOError
-                data = data[os.write(self._fd, data[: select.PIPE_BUF]) :]
+            with self._lock:
+                while data:
+                    # A pipe that is ready takes this much at once; one that is not is full, and a write would block.
+                    if not self._room.poll(0):
+                        raise BlockingIOError
+                    data = data[os.write(self._fd, data[: select.PIPE_BUF]) :]
         except OSError:
             self.lost += 1
 

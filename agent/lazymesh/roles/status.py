@@ -13,7 +13,7 @@ from lazymesh.errors import LazymeshError
 from lazymesh.roles.announce import is_marked
 
 if TYPE_CHECKING:
-    import asyncio
+    import threading
     from collections.abc import Iterator
     from pathlib import Path
 
@@ -46,7 +46,7 @@ class Parts:
     hold_counters: HoldCounterMap
     reader: SignalReader
     limits: Limits
-    attached: asyncio.Event
+    attached: threading.Event
     """Set once the programs are on the interfaces that were there at the start."""
     started: float
 

@@ -69,6 +69,10 @@ class Node:
             raise DatapathError(f"no {what} today")
 
 
+NETLINK = cast("Any", SimpleNamespace(run=lambda coroutine: coroutine))
+"""Runs it in this thread."""
+
+
 class FakeMap:
     """A map of which only the number counts."""
 
@@ -140,7 +144,7 @@ async def following(node: Node, installs: Installs | None = None) -> AsyncIterat
     """Follow the node until the end of the block; installs: as one who writes there."""
     pins, recent = SimpleNamespace(linked=set), SimpleNamespace(newest_first=list)
     datapath = SimpleNamespace(visible=SimpleNamespace(show=node.show), pins=pins, recent=recent)
-    cilium = CiliumIpcaches(Path("/sys/fs/bpf"), cast("Datapath", datapath), cast("NodeView", node))
+    cilium = CiliumIpcaches(Path("/sys/fs/bpf"), cast("Datapath", datapath), cast("NodeView", node), NETLINK)
     await cilium.open(lambda _: None)
     if installs is not None:
         others = SimpleNamespace(feed=lambda _event: None, owned=2)
@@ -543,7 +547,7 @@ async def test_wait_for_the_pin_is_reported_once(node: Node, monkeypatch: pytest
     node.read = frozenset()
     sleep, slept = asyncio.sleep, list[float]()
     monkeypatch.setattr(asyncio, "sleep", lambda seconds: slept.append(seconds) or sleep(0))
-    cilium = CiliumIpcaches(Path("/sys/fs/bpf"), cast("Datapath", None), cast("NodeView", node))
+    cilium = CiliumIpcaches(Path("/sys/fs/bpf"), cast("Datapath", None), cast("NodeView", node), NETLINK)
     told: list[Path] = []
     with pytest.raises(DatapathError, match="no ipcache is pinned in /sys/fs/bpf/tc/globals any more"):
         await cilium.open(told.append)

@@ -22,6 +22,8 @@ def alive(process: str) -> bool:
     return Path("/proc", process).exists()
 
 
+NETLINK = cast("Any", SimpleNamespace(run=lambda coroutine: coroutine))
+"""Runs it in this thread."""
 HOLDER = """#!/usr/bin/python3
 import socket, sys, time
 agent = socket.socket(fileno=int(sys.argv[3]))
@@ -52,7 +54,7 @@ async def test_holding_is_on_when_the_holder_says_so(tmp_path: Path, monkeypatch
         "config": SimpleNamespace(change=lambda **_: None),
     }
     control = SimpleNamespace(beat=lambda _now: None, set_limits=lambda _limits, _seconds: None)
-    keeper = Holding(cast("Any", SimpleNamespace(**nothing)), cast("Any", control), HoldSettings())
+    keeper = Holding(cast("Any", SimpleNamespace(**nothing)), cast("Any", control), HoldSettings(), NETLINK)
     keeper.want()
     running = asyncio.create_task(keeper.run())
     async with asyncio.timeout(20):
@@ -76,7 +78,7 @@ async def test_a_holder_that_never_starts_is_killed(tmp_path: Path, monkeypatch:
     monkeypatch.setattr(holding, "BIRTH_S", 0.5)
     monkeypatch.setattr(holding, "RESTART_S", 0.1)
     datapath: Any = SimpleNamespace(pins=SimpleNamespace(directory=tmp_path))
-    keeper = Holding(datapath, cast("Any", SimpleNamespace(beat=lambda _now: None)), HoldSettings())
+    keeper = Holding(datapath, cast("Any", SimpleNamespace(beat=lambda _now: None)), HoldSettings(), NETLINK)
     keeper.want()
     running = asyncio.create_task(keeper.run())
 

@@ -1,0 +1,94 @@
+"""Somebody keeps the kernel's lock over interfaces, for which every question about them waits: misses do not."""
+
+from __future__ import annotations
+
+import threading
+import time
+from typing import TYPE_CHECKING
+
+import pytest
+from pyroute2 import IPRoute
+
+from lazymesh.datapath.holdmaps import HoldCounterMap
+from tests.support.burst import Sink, Ticker
+from tests.support.cilium import Cilium
+from tests.support.lab import Lab, remote_address
+from tests.support.namespaces import NamespaceSet, ip_batch
+from tests.support.node import beside_cilium, launched, options
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    from tests.support.lab import AgentProcess
+    from tests.support.namespaces import Namespace
+
+pytestmark = pytest.mark.needs("clang")
+
+PAIRS = 3_000
+"""The kernel holds the lock for some 0.4 s when as many pairs of interfaces go with their namespace."""
+KNOWN, *FRESH = (remote_address(number) for number in range(8_000))
+_fresh = iter(FRESH)
+
+
+class Questions:
+    """Asks the kernel for something that takes the lock, again and again, and notes the longest wait."""
+
+    def __init__(self, namespace: Namespace) -> None:
+        self.longest_s = 0.0
+        self._stop = threading.Event()
+        self._thread = threading.Thread(target=namespace.call, args=(self._ask,))
+
+    def __enter__(self) -> Questions:
+        self._thread.start()
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        self._stop.set()
+        self._thread.join()
+
+    def _ask(self) -> None:
+        with IPRoute() as route:
+            while not self._stop.wait(0.005):
+                began = time.monotonic()
+                route.link("set", index=1, state="up")
+                self.longest_s = max(self.longest_s, time.monotonic() - began)
+
+
+@pytest.fixture(scope="module")
+def lab() -> Iterator[Lab]:
+    """One lab, with more peers than all tests send to."""
+    with Lab(pods=1) as built:
+        built.publish_many([KNOWN, *FRESH])
+        yield built
+
+
+@pytest.fixture(params=["alone", "beside Cilium"])
+def agent(request: pytest.FixtureRequest, lab: Lab) -> Iterator[AgentProcess]:
+    """Return an agent that holds missed packets."""
+    if request.param == "alone":
+        with launched(lab, *options(lab, policy=None), "--on-miss", "hold", "--cleanup") as running:
+            running.wait_ready()
+            yield running
+    else:
+        with Cilium(lab), beside_cilium(lab) as running:
+            yield running
+
+
+@pytest.mark.usefixtures("agent")
+def test_misses_are_answered_while_the_kernel_keeps_its_lock_over_interfaces(lab: Lab) -> None:
+    """Twice; nothing times out, nothing passes unheld."""
+    with Sink(lab.node_b) as sink, Ticker(lab.pods[0].namespace, KNOWN, _fresh, 0.005) as ticker:
+        for _ in range(2):
+            with NamespaceSet(["crowd"]) as spaces, Questions(lab.node_a) as questions:
+                ends = (f"v{number} type veth peer name w{number}" for number in range(PAIRS))
+                ip_batch((f"link add {end}" for end in ends), spaces["crowd"])
+                spaces.remove()
+                time.sleep(0.7)
+            assert questions.longest_s > 0.1, "the lock was not kept for long"
+        ticker.stop()
+        sink.wait(len(ticker.sent))
+        assert len(sink.arrived) == len(ticker.sent)
+    maps = HoldCounterMap(lab.bpffs / "lazymesh")
+    assert maps.holder()["timeout"] == 0
+    held = maps.kernel()
+    assert (held["refused_stale"], held["held"] > 200) == (0, True)
