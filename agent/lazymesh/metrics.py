@@ -208,19 +208,18 @@ class HttpServer:
             self._hung_up.labels("crowded").inc()
 
     def _answer(self, path: str, accept: str) -> tuple[str, str, bytes]:
+        try:
+            return self._page(path, accept)
+        except Exception as exc:
+            # A bug; whatever its type, it must not look like a client that has left.
+            error = {"message": f"cannot answer {path}", "exception": exc}
+            asyncio.get_running_loop().call_exception_handler(error)
+            return "500 Internal Server Error", _PLAIN, b"cannot answer: see the agent's log\n"
+
+    def _page(self, path: str, accept: str) -> tuple[str, str, bytes]:
         if path == "/metrics":
             encode, kind = choose_encoder(accept)
-            try:
-                return "200 OK", kind, encode(self._registry)
-            except Exception as exc:
-                # A bug; whatever its type, it must not look like a client that has left.
-                error = {"message": "cannot collect the metrics", "exception": exc}
-                asyncio.get_running_loop().call_exception_handler(error)
-                return (
-                    "500 Internal Server Error",
-                    _PLAIN,
-                    b"cannot collect the metrics: see the agent's log\n",
-                )
+            return "200 OK", kind, encode(self._registry)
         missing = self._ready() if path == "/readyz" else None
         if path not in ("/healthz", "/readyz"):
             return "404 Not Found", _PLAIN, b"try /metrics, /healthz or /readyz\n"

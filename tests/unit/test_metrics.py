@@ -111,9 +111,26 @@ async def test_collector_that_fails_is_an_error_and_not_a_client_that_has_left(
         return [((), 1.0)]
 
     served.metrics.collect_gauge("x_ready", "x", (), read)
-    assert await served.get("/metrics") == (500, "cannot collect the metrics: see the agent's log\n")
+    assert await served.get("/metrics") == (500, "cannot answer: see the agent's log\n")
     assert reported == [error]
     assert "x_ready 1.0" in (await served.get("/metrics"))[1]
+
+
+async def test_readiness_that_cannot_be_told_is_an_error(
+    served: Served, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In the same way, with a status that takes the pod out of service."""
+    reported: list[object] = []
+    asyncio.get_running_loop().set_exception_handler(lambda _, context: reported.append(context["exception"]))
+    error = OSError("odd")
+
+    def fail() -> str | None:
+        raise error
+
+    monkeypatch.setattr(served.server, "_ready", fail)
+    assert await served.get("/readyz") == (500, "cannot answer: see the agent's log\n")
+    assert reported == [error]
+    assert await served.get("/healthz") == (200, "ok\n")
 
 
 @pytest.mark.parametrize(
