@@ -7,6 +7,7 @@ before a write; what follows is another life that has nothing but the pinned map
 from __future__ import annotations
 
 import contextlib
+import ipaddress
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -200,6 +201,20 @@ class TestEvict:
         assert not world.installer.evict(B1)
         assert not world.installer.evict(B2)
         assert world.exact() == BACKGROUND | {POD_B1.prefix(4): THEIRS[0], POD_B2.prefix(4): THEIRS[1]}
+        assert world.lines() == {}
+
+    def test_entry_that_is_gone_from_under_a_shorter_prefix_is_not_said_to_be_removed(
+        self, world: World
+    ) -> None:
+        """What a lookup finds then has the same value, in a map without tags."""
+        world.installer.install(B1, OURS[0], CLUSTER)
+        covering = str(ipaddress.ip_interface(f"{POD_B1.v4}/28").network)
+        world.they_write(covering, OURS[0])
+        world.they_delete(POD_B1.prefix(4))
+        added = world.installer.added
+        assert not world.installer.evict(B1)
+        assert world.installer.added == added
+        assert world.exact() == BACKGROUND | {covering: OURS[0]}
         assert world.lines() == {}
 
     def test_gone_already_is_no_error(self, world: World) -> None:

@@ -190,11 +190,11 @@ class Installer:
         """Remove our entry if it is still as we wrote it; return whether it was."""
         self._take_back(address)
         self._beside.discard(address)
-        ours = self._is_ours(address, self._main.stands(address))
-        if ours and self._main.delete(address):
-            self.added -= 1
+        # In our own map, what a lookup finds may be a shorter prefix with the same value.
+        removed = self._is_ours(address, self._main.stands(address)) and self._main.delete(address)
+        self.added -= removed
         self._forget(address)
-        return ours
+        return removed
 
     def is_lost(self, address: Address) -> bool:
         """Return whether our entry is gone: removed, or overwritten by the map's owner."""
