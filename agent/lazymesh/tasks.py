@@ -41,17 +41,32 @@ async def wait(event: asyncio.Event, seconds: float) -> bool:
     return came
 
 
+async def to_its_end(work: asyncio.Future[Result], cancel: Callable[[], object] | None = None) -> Result:
+    """Return a future's result; when cancelled, however often, end only after it has ended.
+
+    cancel: called once in that case, to end it sooner.
+    """
+    cancelled: asyncio.CancelledError | None = None
+    while not work.done():
+        try:
+            await asyncio.wait([work])
+        except asyncio.CancelledError as exc:
+            if cancelled is None and cancel is not None:
+                cancel()
+            cancelled = exc
+    if cancelled is None:
+        return work.result()
+    if not work.cancelled():
+        work.exception()  # nobody will ask for it any more, and that is no reason to report it
+    raise cancelled
+
+
 async def in_thread(function: Callable[[], Result]) -> Result:
     """Run in a thread what the kernel may keep waiting; when cancelled, end only after it has ended.
 
     So it may use what its caller closes.
     """
-    running = asyncio.ensure_future(asyncio.to_thread(function))
-    try:
-        return await asyncio.shield(running)
-    except asyncio.CancelledError:
-        await asyncio.wait([running])
-        raise
+    return await to_its_end(asyncio.ensure_future(asyncio.to_thread(function)))
 
 
 async def take_turns(steps: Iterator[None], seconds: float = math.inf) -> None:

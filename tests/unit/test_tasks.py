@@ -72,9 +72,10 @@ async def test_thread_is_waited_for_even_when_cancelled() -> None:
 
     task = asyncio.create_task(whole())
     await asyncio.to_thread(started.wait)
-    task.cancel()
-    await asyncio.sleep(0.01)
-    assert steps == []
+    for _ in range(2):  # the second time by whoever does not want to wait for the first
+        task.cancel()
+        await asyncio.sleep(0.01)
+        assert steps == []
     go_on.set()
     with pytest.raises(asyncio.CancelledError):
         await task

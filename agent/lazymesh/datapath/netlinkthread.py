@@ -11,6 +11,8 @@ import contextlib
 import threading
 from typing import TYPE_CHECKING, Any, Self, TypeVar
 
+from lazymesh.tasks import in_thread, to_its_end
+
 if TYPE_CHECKING:
     from collections.abc import Coroutine
 
@@ -40,7 +42,7 @@ class NetlinkThread:
             await self.run(self._stack.aclose())
         finally:
             self._loop.call_soon_threadsafe(self._loop.stop)
-            await asyncio.to_thread(self._thread.join)
+            await in_thread(self._thread.join)
             self._loop.close()
 
     async def enter(self, context: contextlib.AbstractAsyncContextManager[T]) -> T:
@@ -56,13 +58,15 @@ class NetlinkThread:
         def start() -> None:
             task = self._loop.create_task(coroutine)
             started.append(task)
-            task.add_done_callback(lambda task: callers.call_soon_threadsafe(ended.set_result, task))
+            task.add_done_callback(end)
+
+        def end(task: asyncio.Task[T]) -> None:
+            if not task.cancelled():
+                task.exception()  # a caller that was cancelled does not ask, and that is no reason to report it
+            callers.call_soon_threadsafe(ended.set_result, task)
+
+        def cancel() -> None:
+            self._loop.call_soon_threadsafe(lambda: started[0].cancel())  # noqa: PLW0108 (it starts only now)
 
         self._loop.call_soon_threadsafe(start)
-        try:
-            await asyncio.shield(ended)
-        except asyncio.CancelledError:
-            self._loop.call_soon_threadsafe(lambda: started[0].cancel())  # noqa: PLW0108 (it starts only now)
-            await asyncio.wait([ended])
-            raise
-        return ended.result().result()
+        return (await to_its_end(ended, cancel)).result()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import gc
 import threading
 import time
 from typing import TYPE_CHECKING, Any
@@ -99,3 +100,47 @@ async def test_unexpected_error_reaches_the_agent_s_handler() -> None:
         await netlink.run(work())
     await asyncio.sleep(0)
     assert [type(context["exception"]) for context in seen] == [ZeroDivisionError]
+
+
+async def test_work_cancelled_twice_has_ended_all_the_same() -> None:
+    """The agent is told to stop while it takes itself apart after a failure: its descriptors are closed next."""
+    steps: list[str] = []
+
+    async def forever() -> None:
+        try:
+            await asyncio.Event().wait()
+        finally:
+            await asyncio.sleep(0.1)
+            steps.append("tidied")
+
+    async with NetlinkThread() as netlink:
+        task = asyncio.create_task(netlink.run(forever()))
+        for _ in range(2):
+            await asyncio.sleep(0.02)
+            task.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await task
+        assert steps == ["tidied"]
+
+
+async def test_error_of_cancelled_work_is_nobody_s() -> None:
+    """Such as of a socket that was closed: the end of an agent reports nothing unexpected."""
+    seen: list[dict[str, Any]] = []
+    asyncio.get_running_loop().set_exception_handler(lambda _loop, context: seen.append(context))
+
+    async def work() -> None:
+        try:
+            await asyncio.Event().wait()
+        finally:
+            raise OSError("closed")
+
+    async with NetlinkThread() as netlink:
+        task = asyncio.create_task(netlink.run(work()))
+        await asyncio.sleep(0.02)
+        task.cancel()
+        assert isinstance((await asyncio.gather(task, return_exceptions=True))[0], asyncio.CancelledError)
+        del task
+        gc.collect()
+        await netlink.run(asyncio.sleep(0))
+    await asyncio.sleep(0)
+    assert seen == []
