@@ -167,7 +167,6 @@ class Holding:
             ours.setblocking(False)
             try:
                 tap = await self._handshake(ours)
-                self._socket = ours
                 self._set("on")
                 await self._watch(ours, tap)
             except ConnectionError:
@@ -213,6 +212,7 @@ class Holding:
         words = {"limit_s": self._settings.limit_s, "drop_on_timeout": self._settings.drop_on_timeout}
         ours.send(SETTINGS + json.dumps(words).encode())
         ours.send(GO)
+        self._socket = ours  # it may park before we hear of it, and wants the answers to that
         await _hear(ours, ON)
         return int(tap["ifindex"])
 

@@ -10,8 +10,10 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any, cast
 
+from lazymesh.core.hold import Cause
 from lazymesh.roles import holding
 from lazymesh.roles.holding import Holding, HoldSettings
+from lazymesh.roles.holdwire import ANSWERS
 
 if TYPE_CHECKING:
     import pytest
@@ -32,12 +34,17 @@ while agent.recv(65536)[:1] != b"g":
     pass
 time.sleep(0.4)
 agent.send(b"o")
+with open(sys.argv[4] + "/heard", "wb") as heard:
+    heard.write(agent.recv(65536))
 agent.recv(65536)
 """
 
 
 async def test_holding_is_on_when_the_holder_says_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Not when it was told to: on a busy node that takes it a while, and missed packets pass until then."""
+    """Not when it was told to: on a busy node that takes it a while, and missed packets pass until then.
+
+    But what it parks before it is heard is answered, too.
+    """
     slow = tmp_path / "python"
     slow.write_text(HOLDER, encoding="ascii")
     slow.chmod(0o755)
@@ -61,12 +68,17 @@ async def test_holding_is_on_when_the_holder_says_so(tmp_path: Path, monkeypatch
         await prepared.wait()
         told = time.monotonic()
         assert keeper.state == "starting"
+        keeper.answer([bytes((10, 2, 0, 5))], Cause.INSTALLED)
+        keeper.flush()
         while keeper.state == "starting":  # noqa: ASYNC110 (nothing tells)
+            await asyncio.sleep(0.01)
+        while not (tmp_path / "heard").exists():  # noqa: ASYNC110 (the same)
             await asyncio.sleep(0.01)
     assert (keeper.state, time.monotonic() - told >= 0.4) == ("on", True)
     running.cancel()
     with contextlib.suppress(asyncio.CancelledError):
         await running
+    assert (tmp_path / "heard").read_bytes()[:1] == ANSWERS
 
 
 async def test_a_holder_that_never_starts_is_killed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
