@@ -6,12 +6,13 @@ import asyncio
 import os
 import socket
 import threading
+import time
 from typing import TYPE_CHECKING, Any, cast
 
 import pytest
 
 from lazymesh.core.model import Direction
-from lazymesh.datapath import interfaces, kernelfeatures, libbpf
+from lazymesh.datapath import hooks, interfaces, kernelfeatures, libbpf
 from lazymesh.datapath.hooks import TcxHook, detach_everywhere
 from lazymesh.datapath.interfaces import InterfaceFollower, InterfaceSelection
 from lazymesh.errors import DatapathError
@@ -37,6 +38,8 @@ from tests.support.namespaces import NamespaceSet
 from tests.support.packets import Flow
 
 if TYPE_CHECKING:
+    from pathlib import Path
+
     from lazymesh.datapath.program import Datapath
     from tests.support.namespaces import Namespace
 
@@ -300,6 +303,24 @@ def test_links_of_interfaces_that_went_meanwhile_are_unpinned(loaded: Datapath, 
     attach_once(node, loaded, PODS_ONLY, "tcx")
     assert loaded.pins.linked() == {index_of(node, "lxc2")}
     assert leave(node, loaded) == ["lxc2"]
+
+
+async def test_what_is_cancelled_has_ended(loaded: Datapath, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The kernel makes an attachment wait; the agent, told to stop, closes the program and cleans up next."""
+    began, steps = threading.Event(), []
+
+    def slow(_pin: Path, index: int, _program: int) -> None:
+        began.set()
+        time.sleep(0.2)
+        steps.append(index)
+
+    monkeypatch.setattr(hooks, "_attach_link", slow)
+    attaching = asyncio.create_task(TcxHook(loaded.pins, cast("Any", None)).attach(7, 0, ""))
+    await asyncio.to_thread(began.wait)
+    attaching.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await attaching
+    assert steps == [7]
 
 
 def test_kernel_without_tcx_is_told(

@@ -8,7 +8,6 @@ so tcx is used wherever the kernel has it. Both outlive the agent: a link by its
 
 from __future__ import annotations
 
-import asyncio
 import contextlib
 import errno
 import os
@@ -22,6 +21,7 @@ from pyroute2.netlink.rtnl.tcmsg import sched_bpf
 
 from lazymesh.datapath import kernelfeatures, libbpf, programs
 from lazymesh.errors import DatapathError
+from lazymesh.tasks import in_thread
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -94,11 +94,11 @@ class TcxHook:
 
         In a thread, because the kernel waits for a grace period of some ten milliseconds.
         """
-        await asyncio.to_thread(_attach_link, self._pins.link(index), index, program)
+        await in_thread(lambda: _attach_link(self._pins.link(index), index, program))
 
     async def detach(self, index: int) -> None:
         """Detach and unpin the link."""
-        await asyncio.to_thread(_detach_link, self._pins.link(index))
+        await in_thread(lambda: _detach_link(self._pins.link(index)))
 
     async def place(self, index: int, program: int) -> int | None:
         """Query the chain."""
@@ -106,7 +106,7 @@ class TcxHook:
 
     async def put_first(self, index: int, program: int, name: str) -> None:  # noqa: ARG002
         """Replace the link with one in front: the kernel cannot move a link."""
-        await asyncio.to_thread(_move_link, self._pins.link(index), index, program)
+        await in_thread(lambda: _move_link(self._pins.link(index), index, program))
 
     async def supersede(self, index: int) -> None:
         """Delete our filter."""
@@ -210,7 +210,7 @@ class ClsactHook:
 
     async def supersede(self, index: int) -> None:
         """Detach and unpin our link."""
-        await asyncio.to_thread(_detach_link, self._pins.link(index))
+        await in_thread(lambda: _detach_link(self._pins.link(index)))
 
 
 async def prepare_tap(datapath: Datapath, index: int, name: str) -> None:
