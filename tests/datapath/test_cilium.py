@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import os
 
 from lazymesh.datapath.cilium import NodeView
 from lazymesh.datapath.interfaces import InterfaceSelection
@@ -33,3 +34,16 @@ def test_questions_asked_at_the_same_time_are_all_answered() -> None:
         )
         node.run("tc", "qdisc", "add", "dev", "lxc0", "clsact")
         node.call(asyncio.run, ask())
+
+
+def test_a_name_need_not_be_text() -> None:
+    """The kernel takes any bytes for a name, without blanks."""
+    odd = b"lxc\xff\x1c"
+
+    async def ask() -> list[str]:
+        async with NodeView(InterfaceSelection(("lxc+",))) as view:
+            return list(await view.chains())
+
+    with NamespaceSet(["node"]) as spaces:
+        spaces["node"].run("ip", "link", "add", os.fsdecode(odd), "type", "veth", "peer", "name", "pod")
+        assert spaces["node"].call(asyncio.run, ask()) == [os.fsdecode(odd)]

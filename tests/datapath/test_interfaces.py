@@ -6,6 +6,7 @@ import asyncio
 import contextlib
 import errno
 import json
+import os
 import socket
 import statistics
 import time
@@ -209,6 +210,18 @@ def test_uplink_that_matches_a_pod_pattern_is_an_uplink(
         selection = InterfaceSelection(pods=("eth+",), uplinks=("eth0",))
         async with following(InterfaceFollower(loaded, selection, style)) as follower:
             assert follower.attached == {"eth0": INGRESS, "eth1": EGRESS}
+
+    inside(node, story)
+
+
+def test_a_name_need_not_be_text(loaded: Datapath, node: Namespace, style: str) -> None:
+    """The kernel takes any bytes for one; pyroute2 then returns bytes."""
+    odd = os.fsdecode(b"lxc\xff")
+    node.run("ip", "link", "add", odd, "type", "veth", "peer", "name", os.fsdecode(b"\xff"))
+
+    async def story() -> None:
+        async with following(InterfaceFollower(loaded, PODS_ONLY, style)) as follower:
+            assert follower.attached == {odd: EGRESS}
 
     inside(node, story)
 

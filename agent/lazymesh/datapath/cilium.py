@@ -19,7 +19,7 @@ from pyroute2 import AsyncIPRoute, NetlinkError
 
 from lazymesh.core.model import parse_address
 from lazymesh.datapath import programs
-from lazymesh.datapath.hooks import attachments, clsact_attachments, link_kind, tcx_attachments
+from lazymesh.datapath.hooks import attachments, clsact_attachments, link_kind, link_name, tcx_attachments
 from lazymesh.datapath.ipcachemaps import IpcacheMap, ipcache_layout_of
 from lazymesh.datapath.libbpf import MAP_TYPE_PROG_ARRAY, Map
 from lazymesh.errors import DatapathError
@@ -112,7 +112,7 @@ class NodeView:
         """Return the names of netkit devices, which lazymesh does not support yet."""
         async with self._asking_the_kernel():
             links = [link async for link in await self._route.link("dump", kind="netkit")]
-        return sorted(link.get("ifname") for link in links if link_kind(link) == "netkit")
+        return sorted(link_name(link) for link in links if link_kind(link) == "netkit")
 
     async def addresses(self) -> set[Address]:
         """Return all addresses of this node."""
@@ -136,8 +136,8 @@ class NodeView:
     def _selected(self) -> list[tuple[int, str]]:
         """Return indexes and names, not from if_nameindex(3), which may wait and keeps the interpreter meanwhile."""
         found = []
-        for line in _INTERFACES.read_text(encoding="utf-8").splitlines()[2:]:
-            name = line.partition(":")[0].strip()
+        for line in _INTERFACES.read_bytes().splitlines()[2:]:
+            name = os.fsdecode(line.partition(b":")[0].strip(b" "))  # names need not be UTF-8
             if self._selection.direction_of(name) is not None:
                 with contextlib.suppress(OSError):  # it is gone
                     found.append((socket.if_nametoindex(name), name))

@@ -297,7 +297,7 @@ async def detach_everywhere(pins: Pins) -> list[str]:
             # An interface may disappear at any moment, with its filters.
             with contextlib.suppress(NetlinkError):
                 if await _clean(route, link["index"]) or link["index"] in linked:
-                    cleaned.append(link.get("ifname"))
+                    cleaned.append(link_name(link))
     return cleaned
 
 
@@ -359,6 +359,11 @@ async def clsact_attachments(route: AsyncIPRoute, index: int) -> list[Attachment
         if number:
             found.append(Attachment("clsact", options.get_attr("TCA_BPF_NAME") or "", number))
     return found
+
+
+def link_name(link: Any) -> str:
+    """Return the name in a link message; pyroute2 leaves one that is not UTF-8 as bytes."""
+    return os.fsdecode(link.get("ifname") or "")
 
 
 def link_kind(link: Any) -> str | None:

@@ -20,7 +20,7 @@ from pyroute2.netlink.rtnl import RTMGRP_LINK, RTMGRP_TC
 
 from lazymesh.core.model import Direction
 from lazymesh.datapath import tap
-from lazymesh.datapath.hooks import choose_hook, has_metadata, link_kind
+from lazymesh.datapath.hooks import choose_hook, has_metadata, link_kind, link_name
 from lazymesh.errors import DatapathError
 from lazymesh.tasks import together
 
@@ -181,12 +181,12 @@ class InterfaceFollower:
         present = {link["index"] for link in links}
         for gone in (self._attached.keys() | self._failed.keys() | self.datapath.pins.linked()) - present:
             await self._detach(gone)
-        names = {link.get("ifname") for link in links}
+        names = {link_name(link) for link in links}
         for name in self.selection.exact_names() if strict else ():
             if name not in names:
                 raise DatapathError(f"no interface {name} here: `ip link` lists what there is")
         for link in links:
-            named = link.get("ifname") in self.selection.exact_names()
+            named = link_name(link) in self.selection.exact_names()
             await self._consider(link, strict and named, again=True)
             if strict and link["index"] in self._attached:
                 await self._on.supersede(link["index"])
@@ -200,7 +200,7 @@ class InterfaceFollower:
             await self._bring_up_to_date(link, strict, again)
 
     async def _bring_up_to_date(self, link: Any, strict: bool, again: bool) -> None:
-        index, name = link["index"], link.get("ifname")
+        index, name = link["index"], link_name(link)
         direction = self.selection.direction_of(name)
         known = self._attached.get(index)
         if known is not None and known.direction == direction:
@@ -239,7 +239,7 @@ class InterfaceFollower:
 
     def _note_failure(self, link: Any, exc: DatapathError | NetlinkError) -> None:
         """Record a failure; count and log it once, unless the interface has probably gone since it was reported."""
-        index, name, reason = link["index"], link.get("ifname"), str(exc.args[-1])
+        index, name, reason = link["index"], link_name(link), str(exc.args[-1])
         known = self._failed.get(index)
         self._failed[index] = _Failed(link, name, reason)
         if isinstance(exc, NetlinkError) and exc.code in (errno.ENODEV, errno.EINVAL):
