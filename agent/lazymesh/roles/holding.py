@@ -36,7 +36,7 @@ if TYPE_CHECKING:
 log = structlog.get_logger()
 
 BEAT_S = 0.03
-"""A third of the silence after which the kernel stops parking."""
+"""Far less than the silence after which the kernel stops parking (HOLD_AGENT_STALE_NS)."""
 RESTART_S = 1.0
 RETRY_MOST_S = 60.0
 """While holding is not possible, each retry comes after twice the pause of the last one, up to this."""
