@@ -122,6 +122,11 @@ class HoldBench:
         words.tap_ifindex = self.tap.ifindex
         fcntl.ioctl(self.tap.fd, _TUNSETOFFLOAD, 0x6F if self.tap.udp_gso else 0x0F)
 
+    def is_connected(self) -> bool:
+        """Send a packet, and tell whether the program has seen it: the kernel opens a new link in its own time."""
+        self.send(Flow().udp())
+        return self.datapath.counters.read(Direction.EGRESS).missed > 0
+
     def send(self, frame: bytes) -> None:
         """Have the pod send a frame; the program has seen it when this returns."""
         self.socket.send(frame)
@@ -204,6 +209,7 @@ def shared() -> Iterator[HoldBench]:
         bench.datapath.mesh_cidrs.apply(
             [(ipaddress.ip_network(c), 2) for c in packets.PODS_OF_B.values()], []
         )
+        wait_until(bench.is_connected, 10, "the pod's link")
         yield bench
 
 
