@@ -18,7 +18,7 @@ from tests.support.witness import Witness
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
-KILLS = 50
+KILLS = 40
 START_UP_S = 2.5
 """From its start to its being ready, an agent takes about so long."""
 KNOWN = [remote_address(number, 6 if number % 2 else 4) for number in range(8)]
@@ -34,7 +34,7 @@ def lab() -> Iterator[Lab]:
 
 
 @pytest.mark.patience(900)
-def test_fifty_kills_at_random_moments_cost_known_peers_nothing(lab: Lab, fault_seed: int) -> None:
+def test_kills_at_random_moments_cost_known_peers_nothing(lab: Lab, fault_seed: int) -> None:
     """Half of them while it starts; records are deleted and addresses re-used while it is dead, and while it lives."""
     print(f"seed {fault_seed}: replay with --fault-seed {fault_seed}")
     dice = random.Random(fault_seed)
