@@ -299,11 +299,11 @@ class TestViews:
         sys.setswitchinterval(10)  # so that nobody gets a turn who was not given one
         try:
             thread.start()
-            outer = shown.datapath.visible._outer[IpcacheLayout.V2]
+            outer, slot = shown.datapath.visible._outer[IpcacheLayout.V2], (2).to_bytes(4, sys.byteorder)
             for one in maps * 10:
                 waiting = True
-                outer.put_map(2, one.fd)
-                outer.take_map_out(2)
+                outer.update(slot, one.fd.to_bytes(4, sys.byteorder))
+                outer.delete(slot)
                 waiting = False
         finally:
             done = True

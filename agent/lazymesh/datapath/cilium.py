@@ -38,6 +38,7 @@ TAG = 0x6D6C
 _PREFIX = "cil_"
 """The prefix by which Cilium itself recognizes its programs."""
 _INTERFACES = Path("/proc/thread-self/net/dev")
+"""Those of the thread's network namespace, listed without waiting for the kernel's lock over them."""
 _CALLS_MOST = 1_024
 """An endpoint's array of tail calls has a few dozen slots; that of all endpoints' policies has 65,535."""
 

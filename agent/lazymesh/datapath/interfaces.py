@@ -109,6 +109,7 @@ class InterfaceFollower:
     style: str = "auto"
     """tcx, clsact, or auto for the better one that the kernel has."""
     stats: InterfaceStats = field(default_factory=InterfaceStats)
+    # Another thread reads these two, so what it reads is a copy: list() makes one before anybody else has a turn.
     _attached: dict[int, _Attached] = field(default_factory=dict)
     _failed: dict[int, _Failed] = field(default_factory=dict)
     """Selected, but our program is not, or perhaps no longer, attached."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import enum
 import errno
+import sys
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -243,12 +244,13 @@ class VisibleIpcaches:
         for ipcache in ipcaches:
             ipcache.on_change = self._config.void
         for slot in reversed(range(len(ipcaches))):
-            self._outer[ipcaches[slot].layout].put_map(slot, ipcaches[slot].fd)
+            index = slot.to_bytes(4, sys.byteorder)
+            self._outer[ipcaches[slot].layout].update(index, ipcaches[slot].fd.to_bytes(4, sys.byteorder))
             self._config.set_view(slot, ipcaches[slot].layout)
         for slot in range(len(ipcaches), _SLOTS):  # an earlier life may have shown more
             self._config.set_view(slot, 0)
         for slot, layout in enumerate(self._shown):
             if slot >= len(ipcaches) or ipcaches[slot].layout is not layout:
-                self._outer[layout].take_map_out(slot)
+                self._outer[layout].delete(slot.to_bytes(4, sys.byteorder))
         self._shown = [ipcache.layout for ipcache in ipcaches]
         self._config.void()

@@ -191,9 +191,11 @@ class Map:
         copies = possible_cpus() if info.type == MAP_TYPE_PERCPU_ARRAY else 1
         # Per-CPU copies are rounded up to 8 bytes each (bpf(2)); our values are multiples of that already.
         self._value_size = info.value_size * copies
-        quick = _quick_library()
-        self._lookup, self._update = quick.bpf_map_lookup_elem, quick.bpf_map_update_elem
-        self._delete = quick.bpf_map_delete_elem
+        # A change in a map of maps waits until no program runs any more that may have seen the map before: 10 ms, and
+        # several 100 on a busy machine, during which other threads must run.
+        lib = self._lib if info.type == MAP_TYPE_ARRAY_OF_MAPS else _quick_library()
+        self._lookup, self._update = lib.bpf_map_lookup_elem, lib.bpf_map_update_elem
+        self._delete = lib.bpf_map_delete_elem
         # One buffer for all lookups: nothing else runs between the call and the copy.
         self._value = ctypes.create_string_buffer(max(self._value_size, 1))
 
@@ -257,20 +259,6 @@ class Map:
         """Return the ids of the programs in a program array."""
         slots = (index.to_bytes(4, sys.byteorder) for index in range(self.layout.max_entries))
         return [int.from_bytes(raw, sys.byteorder) for raw in map(self.lookup, slots) if raw is not None]
-
-    def put_map(self, slot: int, fd: int) -> None:
-        """Put a map into a map of maps, and wait until no program runs any more that may have seen the one before.
-
-        That takes the kernel 10 ms, and several 100 on a busy machine; the interpreter is released meanwhile.
-        """
-        key, value = slot.to_bytes(4, sys.byteorder), fd.to_bytes(4, sys.byteorder)
-        checked(self._lib.bpf_map_update_elem(self.fd, key, value, BPF_ANY))
-
-    def take_map_out(self, slot: int) -> None:
-        """Empty a slot of a map of maps, where there may be none; waits in the same way."""
-        result = self._lib.bpf_map_delete_elem(self.fd, slot.to_bytes(4, sys.byteorder))
-        if result != -errno.ENOENT:
-            checked(result)
 
     def push(self, value: bytes) -> None:
         """Add to a queue map."""

@@ -87,10 +87,16 @@ async def test_contexts_are_left_in_the_thread_that_entered_them() -> None:
     assert not one.is_alive()
 
 
-async def test_unexpected_error_reaches_the_agent_s_handler() -> None:
-    """It logs and counts what nobody awaited."""
+def unexpected() -> list[dict[str, Any]]:
+    """Return what the handler of the caller's loop will have been told."""
     seen: list[dict[str, Any]] = []
     asyncio.get_running_loop().set_exception_handler(lambda _loop, context: seen.append(context))
+    return seen
+
+
+async def test_unexpected_error_reaches_the_agent_s_handler() -> None:
+    """It logs and counts what nobody awaited."""
+    seen = unexpected()
 
     async def work() -> None:
         asyncio.get_running_loop().call_soon(lambda: 1 // 0)
@@ -125,8 +131,7 @@ async def test_work_cancelled_twice_has_ended_all_the_same() -> None:
 
 async def test_error_of_cancelled_work_is_nobody_s() -> None:
     """Such as of a socket that was closed: the end of an agent reports nothing unexpected."""
-    seen: list[dict[str, Any]] = []
-    asyncio.get_running_loop().set_exception_handler(lambda _loop, context: seen.append(context))
+    seen = unexpected()
 
     async def work() -> None:
         try:
