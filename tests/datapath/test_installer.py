@@ -16,6 +16,7 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule
 
+from lazymesh.core.events import Install
 from lazymesh.core.model import Address, Entry, Reason, parse_address
 from lazymesh.datapath import abi
 from lazymesh.datapath.installer import Installer
@@ -24,6 +25,7 @@ from lazymesh.datapath.libbpf import BPF_F_NO_PREALLOC, MAP_TYPE_HASH, MAP_TYPE_
 from lazymesh.errors import DatapathError
 from tests.datapath.conftest import key_of
 from tests.support import packets
+from tests.support.installs import installs_of
 from tests.support.mortal import Crash, Fuse, MortalIpcache, MortalJournal
 from tests.support.packets import NODE_B, POD_B1, POD_B2
 
@@ -130,7 +132,7 @@ class TestInstall:
     def test_theirs_among_many_is_left_alone(self, world: World, theirs: Entry) -> None:
         """It was written after the address had missed; the others are installed."""
         world.they_write(POD_B1.prefix(4), theirs)
-        reasons = world.installer.install_many([(B1, OURS[0], CLUSTER), (B2, OURS[0], CLUSTER)])
+        reasons = world.installer.install_many([Install([B1, B2], OURS[0], CLUSTER)])
         assert reasons == [Reason.NOT_OURS, None]
         assert world.exact() == BACKGROUND | {POD_B1.prefix(4): theirs, POD_B2.prefix(4): OURS[0]}
         assert set(world.lines()) == {B2}
@@ -290,12 +292,9 @@ def test_no_more_goes_in_than_there_was_room_for_when_the_map_was_counted(world:
     assert installer.install(third, OURS[0], CLUSTER) is Reason.MAP_FULL
     assert (len(told), third in world.lines()) == (1, False)
     assert installer.evict(first)
-    assert installer.install_many([(each, OURS[0], CLUSTER) for each in (third, fourth)]) == [
-        None,
-        Reason.MAP_FULL,
-    ]
+    assert installer.install_many([Install([third, fourth], OURS[0], CLUSTER)]) == [None, Reason.MAP_FULL]
     installer.added_most = 3
-    assert installer.install_many([(fourth, OURS[0], CLUSTER)]) == [None]
+    assert installer.install_many([Install([fourth], OURS[0], CLUSTER)]) == [None]
     assert installer.added == len(installer.owned_addresses()) == 3
 
 
@@ -306,7 +305,7 @@ def test_only_what_is_added_takes_room_and_only_what_is_removed_makes_it(world: 
     world.they_write(f"{fourth}/32", THEIRS[0])
     installs = [(parse_address(text), OURS[0], CLUSTER) for text in (third, fourth, fifth)]
     assert world.installer.install(*installs[0]) is Reason.NOT_OURS
-    assert world.installer.install_many(installs[1:]) == [Reason.NOT_OURS, None]
+    assert world.installer.install_many(installs_of(installs[1:])) == [Reason.NOT_OURS, None]
     for address in (B1, B2):
         assert world.installer.install(address, OURS[0], CLUSTER) is None
     assert world.installer.added == 3
@@ -452,7 +451,7 @@ class Lives(RuleBasedStateMachine):
     def install_many(self, entries: dict[packets.Host, Entry]) -> None:
         """We install several at once: each ends as it would have by itself."""
         reasons = self.world.installer.install_many(
-            [(peer.address(4), entry, CLUSTER) for peer, entry in entries.items()]
+            installs_of((peer.address(4), entry, CLUSTER) for peer, entry in entries.items())
         )
         assert reasons == [Reason.NOT_OURS if peer.prefix(4) in self.theirs else None for peer in entries]
 
@@ -462,7 +461,7 @@ class Lives(RuleBasedStateMachine):
         self.world.fuse.left = write
         with contextlib.suppress(Crash):
             self.world.installer.install_many(
-                [(peer.address(4), entry, CLUSTER) for peer, entry in entries.items()]
+                installs_of((peer.address(4), entry, CLUSTER) for peer, entry in entries.items())
             )
         self.restart()
 

@@ -24,6 +24,7 @@ from lazymesh.datapath.journal import Journal
 from lazymesh.datapath.kernelfeatures import kernel_honours_noexist
 from lazymesh.datapath.libbpf import MAP_TYPE_HASH, Map, MapLayout
 from tests.support.cilium_ipcache import V1, V2, Layout, Record, Writer, pack_value, unpack_key
+from tests.support.installs import installs_of
 from tests.support.mortal import Crash, Fuse, MortalIpcache, MortalJournal
 
 NODE, HOST = ("192.168.100.1",), "192.168.100.2"
@@ -147,7 +148,7 @@ class Interleavings(RuleBasedStateMachine):
             (parse_address(prefix), Entry(identity, parse_address(HOST), 0, 2), CLUSTER)
             for prefix, identity in identity_of.items()
         ]
-        reasons = self.installer.install_many(installs)
+        reasons = self.installer.install_many(installs_of(installs))
         for prefix, (_, entry, _), reason in zip(identity_of, installs, reasons, strict=True):
             self.heed(prefix, entry, reason)
 

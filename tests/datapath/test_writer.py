@@ -19,12 +19,13 @@ from lazymesh.datapath.journal import Journal, Writer
 from lazymesh.datapath.libbpf import Map
 from lazymesh.datapath.pins import JOURNAL_SPARE, SHARE_OF_MAP, expected_layouts
 from tests.datapath.conftest import IPCACHE_SIZE
+from tests.support.installs import installs_of
 from tests.support.packets import NODE_B, pod_of_b
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Iterable
 
-    from lazymesh.datapath.journal import Line
+    from lazymesh.core.events import Install
     from tests.datapath.conftest import Bench
 
 NOEXIST = pytest.mark.needs("BPF_NOEXIST")
@@ -34,9 +35,16 @@ ENTRIES = [
     Entry(131_073 + n, each, n, {4: 2, 16: 6}.get(len(each or b""), 0)) for n, each in enumerate(ENDPOINTS)
 ]
 THEIRS = Entry(140_000, NODE_B.address(4), 0, 2)
-PODS = [pod_of_b(number).address(version) for number in range(100) for version in (4, 6)]
-MANY = [(address, ENTRIES[n // 2 % 3], 2 + n % 2) for n, address in enumerate(PODS)]
-LINES = [(abi.pack_address_key(address), entry, number) for address, entry, number in MANY]
+PODS = [
+    pod_of_b(ten + number).address(version)
+    for ten in range(0, 100, 10)
+    for version in (4, 6)
+    for number in range(10)
+]
+"""Ten of IPv4, ten of IPv6, and so on."""
+RUNS = [n // 5 if n < 100 else n // 15 for n in range(len(PODS))]
+"""Which share an Install: first neighbours of one family only, then of both."""
+MANY = [(address, ENTRIES[run % 3], 2 + run % 2) for address, run in zip(PODS, RUNS, strict=True)]
 
 
 def installer_of(bench: Bench, writer: Writer | None = None) -> Installer:
@@ -53,7 +61,7 @@ def test_many_are_written_as_one_by_one(bench: Bench) -> None:
     """Byte for byte, in both maps: IPv4 and IPv6, entries of three kinds, in more than one run of the program."""
     assert len(MANY) > 2 * abi.INSTALL_MOST
     ours = [bench.maps[name] for name in ("lm_ipcache", "lm_owned")]
-    assert installer_of(bench).install_many(MANY) == [None] * len(MANY)
+    assert installer_of(bench).install_many(installs_of(MANY)) == [None] * len(MANY)
     written = contents(*ours)
     bench.wipe()
     alone = Installer([bench.ipcache], bench.datapath.journal, True)
@@ -67,7 +75,7 @@ def test_theirs_in_the_middle_are_left_alone_and_have_no_line(bench: Bench) -> N
     """As found by the kernel, in the moment of the write; all others are installed."""
     taken = [PODS[0], PODS[abi.INSTALL_MOST - 1], PODS[abi.INSTALL_MOST], PODS[-1]]
     bench.maps["lm_ipcache"].update_many([(abi.pack_address_key(a), abi.pack_entry(THEIRS)) for a in taken])
-    reasons = installer_of(bench).install_many(MANY)
+    reasons = installer_of(bench).install_many(installs_of(MANY))
     assert {address for (address, *_), reason in zip(MANY, reasons, strict=True) if reason} == set(taken)
     assert {reason for reason in reasons if reason} == {Reason.NOT_OURS}
     assert {address for address, _ in bench.datapath.journal.items()} == set(PODS) - set(taken)
@@ -82,7 +90,7 @@ def test_full_journal_ends_it_for_those_without_room_alone(bench: Bench) -> None
     told: list[None] = []
     installer = installer_of(bench)
     installer.on_full = lambda: told.append(None)
-    assert installer.install_many(MANY) == [None] * room + [Reason.MAP_FULL] * (len(MANY) - room)
+    assert installer.install_many(installs_of(MANY)) == [None] * room + [Reason.MAP_FULL] * (len(MANY) - room)
     assert told
     assert len(dict(bench.maps["lm_ipcache"].items())) == room
 
@@ -98,7 +106,7 @@ def test_journal_has_room_for_an_earlier_life_and_a_full_budget(bench: Bench, by
         pods = [bytes([10, 2 + life, *divmod(number, 256)]) for number in range(budget)]
         for at in range(0, budget, 200):
             some = [(address, ENTRIES[0], 2) for address in pods[at : at + 200]]
-            assert installer.install_many(some) == [None] * 200
+            assert installer.install_many(installs_of(some)) == [None] * 200
     assert bench.datapath.journal.size - 2 * budget == JOURNAL_SPARE
 
 
@@ -109,7 +117,7 @@ def test_full_ipcache_leaves_no_line(bench: Bench) -> None:
         (abi.pack_address_key((0xC000_0000 + n).to_bytes(4)), bytes(24)) for n in range(IPCACHE_SIZE - room)
     ]
     bench.maps["lm_ipcache"].update_many(taken)
-    reasons = installer_of(bench).install_many(MANY)
+    reasons = installer_of(bench).install_many(installs_of(MANY))
     assert reasons == [None] * room + [Reason.MAP_FULL] * (len(MANY) - room)
     assert {address for address, _ in bench.datapath.journal.items()} == set(PODS[:room])
 
@@ -118,8 +126,8 @@ def test_kernel_that_does_not_run_it_is_asked_one_by_one(bench: Bench) -> None:
     """A descriptor that is not a program stands for every refusal."""
     nothing = os.open("/dev/null", os.O_RDONLY)
     try:
-        assert Writer(nothing).write(LINES) == [None] * len(LINES)
-        assert installer_of(bench, Writer(nothing)).install_many(MANY) == [None] * len(MANY)
+        assert Writer(nothing).write(installs_of(MANY)) == [None] * len(MANY)
+        assert installer_of(bench, Writer(nothing)).install_many(installs_of(MANY)) == [None] * len(MANY)
     finally:
         os.close(nothing)
 
@@ -129,12 +137,12 @@ def test_run_that_ends_in_an_error_is_looked_at(bench: Bench, ran: int) -> None:
     """A kernel may report EINTR after all is done: what was written is ours, with its line, and the rest is written."""
 
     class Interrupted(Writer):
-        def write(self, lines: Sequence[Line]) -> list[bool | None]:
-            super().write(lines[:ran])
-            return [None] * len(lines)
+        def write(self, _installs: Iterable[Install]) -> list[bool | None]:
+            super().write(installs_of(MANY[:ran]))
+            return [None] * len(MANY)
 
     installer = installer_of(bench, Interrupted(bench.datapath.writer.program))
-    assert installer.install_many(MANY) == [None] * len(MANY)
+    assert installer.install_many(installs_of(MANY)) == [None] * len(MANY)
     assert dict(bench.datapath.journal.items()).keys() == set(PODS)
     assert all(installer.evict(address) for address in PODS)
     assert contents(bench.maps["lm_ipcache"], bench.maps["lm_owned"]) == [{}, {}]
@@ -143,9 +151,9 @@ def test_run_that_ends_in_an_error_is_looked_at(bench: Bench, ran: int) -> None:
 @NOEXIST
 def test_theirs_that_equals_ours_is_not_taken_for_it_after_an_error(bench: Bench) -> None:
     """It has no line of ours."""
-    for key, entry, _ in LINES[:10]:
-        bench.maps["lm_ipcache"].update(key, abi.pack_entry(entry))
-    reasons = installer_of(bench, Writer(-1)).install_many(MANY[:20])
+    for address, entry, _ in MANY[:10]:
+        bench.maps["lm_ipcache"].update(abi.pack_address_key(address), abi.pack_entry(entry))
+    reasons = installer_of(bench, Writer(-1)).install_many(installs_of(MANY[:20]))
     assert reasons == [Reason.NOT_OURS] * 10 + [None] * 10
 
 
@@ -159,15 +167,16 @@ def test_writer_is_for_many_and_for_a_map_of_our_own(
     asked: list[int] = []
 
     class Spy(Writer):
-        def write(self, lines: Sequence[Line]) -> list[bool | None]:
-            asked.append(len(lines))
-            return super().write(lines)
+        def write(self, installs: Iterable[Install]) -> list[bool | None]:
+            written = super().write(installs)
+            asked.append(len(written))
+            return written
 
     tag = 0x6D6C if shared else 0
     ipcache = IpcacheMap(bench.maps["lm_ipcache"], Path("/the/ipcache"), tag)
     spy = Spy(bench.datapath.writer.program)
     installer = Installer([ipcache], bench.datapath.journal, True, shared=shared, writer=spy)
-    assert installer.install_many(MANY[:count]) == [None] * count
+    assert installer.install_many(installs_of(MANY[:count])) == [None] * count
     assert asked == [count] * used
     assert len(list(ipcache.tagged())) == count
 
@@ -176,7 +185,7 @@ def test_what_was_ours_in_an_old_map_only_is_ours_in_the_first_one_then(bench: B
     """And no more counted among those that went with the old one."""
     installer = installer_of(bench)
     installer._beside.update(PODS[:5])
-    installer.install_many(MANY)
+    installer.install_many(installs_of(MANY))
     assert not any(installer.is_lost(address) for address in PODS)
 
 
@@ -184,7 +193,7 @@ def test_without_an_ipcache_of_our_own_nothing_is_written(bench: Bench) -> None:
     """Beside Cilium the programs look into other maps, and this one is not for those."""
     bench.datapath.visible.show([])
     try:
-        assert bench.datapath.writer.write(LINES) == [False] * len(LINES)
+        assert bench.datapath.writer.write(installs_of(MANY)) == [False] * len(MANY)
         assert contents(bench.maps["lm_ipcache"], bench.maps["lm_owned"]) == [{}, {}]
     finally:
         bench.datapath.visible.show([bench.ipcache])
@@ -194,20 +203,24 @@ def test_without_an_ipcache_of_our_own_nothing_is_written(bench: Bench) -> None:
 def test_a_run_has_as_many_lines_as_both_sides_say(bench: Bench) -> None:
     """The program looks at no more, and not at a part of one; each has its own result."""
     program = bench.datapath.writer.program
-    data = abi.pack_installs(LINES[: abi.INSTALL_MOST] + LINES[:1])
-    verdict, packet = programs.run_program(program, data)
+    lines = abi.pack_installs(PODS[: abi.INSTALL_MOST + 1], ENTRIES[0], 2)
+    full, rest = abi.pack_install_runs(lines)
+    line = len(rest) - abi.INSTALL_HEAD
+    assert len(full) == abi.INSTALL_HEAD + abi.INSTALL_MOST * line
+    verdict, packet = programs.run_program(program, full + lines[-line:])
     assert (verdict, abi.unpack_installed(packet)[:-1]) == (0, [0] * abi.INSTALL_MOST)
-    assert packet[-56:] == data[-56:]
-    verdict, packet = programs.run_program(program, abi.pack_installs(LINES[:3])[:-1])
-    assert (verdict, abi.unpack_installed(packet[:-55])) == (0, [-errno.EEXIST] * 2)
+    assert packet[-line:] == lines[-line:]
+    verdict, packet = programs.run_program(program, full[: abi.INSTALL_HEAD + 3 * line - 1])
+    assert (verdict, abi.unpack_installed(packet[: 1 - line])) == (0, [-errno.EEXIST] * 2)
 
 
+FEW = PODS[5:13]
 STEPS = st.one_of(
     st.tuples(
-        st.just("install"), st.dictionaries(st.sampled_from(PODS[:8]), st.sampled_from(ENTRIES), max_size=8)
+        st.just("install"), st.dictionaries(st.sampled_from(FEW), st.sampled_from(ENTRIES), max_size=8)
     ),
-    st.tuples(st.just("evict"), st.sampled_from(PODS[:8])),
-    st.tuples(st.sampled_from(["they write", "they delete"]), st.sampled_from(PODS[:8])),
+    st.tuples(st.just("evict"), st.sampled_from(FEW)),
+    st.tuples(st.sampled_from(["they write", "they delete"]), st.sampled_from(FEW)),
     st.tuples(st.just("restart"), st.none()),
 )
 
@@ -253,7 +266,8 @@ class Twins:
         installer, ipcache = self._installers[side], self.maps[side][0]
         match what, argument:
             case "install", dict() as entries:
-                return installer.install_many([(address, entry, 2) for address, entry in entries.items()])
+                wanted = installs_of((address, entry, 2) for address, entry in entries.items())
+                return installer.install_many(wanted)
             case "evict", bytes() as address:
                 return installer.evict(address)
             case "they write", bytes() as address:

@@ -19,7 +19,7 @@ from msgspec import Struct
 from lazymesh.core.model import Address, Direction, Entry, EntryFlag, Network
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Mapping
+    from collections.abc import Iterable, Iterator, Mapping, Sequence
 
 SIGNAL_IPCACHE_MISS = 3
 FAMILY_IPV4, FAMILY_IPV6 = 1, 2
@@ -325,11 +325,14 @@ _STATIC_BITS = 8 * (IpcacheKey.addr.offset - IpcacheKey.cluster_id.offset)
 
 # struct is three times as fast as filling a ctypes structure, and this is the miss path; the layout test checks both.
 _KEY = struct.Struct("=IHBB16s")
+_KEY_HEAD, _KEY_TAIL = _KEY.pack(_STATIC_BITS + 32, 0, 0, FAMILY_IPV4, b"")[:-16], bytes(12)
+"""What the key of an IPv4 address has before and after it."""
 _ENTRY = struct.Struct("=I16sHBB")
 _ENTRY_V1 = struct.Struct("=I4sHBB")
 _OWNED = struct.Struct("=24s24sHHI")
 _INSTALL = struct.Struct("=24sHHi")
 _INSTALLED = struct.Struct("=52xi")
+_RUN = INSTALL_MOST * _INSTALLED.size
 _UNTOUCHED = -1
 """The result of lines that the program has not reached."""
 _DEDUP_KEY = struct.Struct("=16sI")
@@ -420,15 +423,19 @@ def pack_owned_new(entry: Entry, cluster_id: int) -> bytes:
     return _OWNED.pack(packed, packed, cluster_id, 0, 0)
 
 
-def pack_installs(lines: Iterable[tuple[bytes, Entry, int]]) -> bytes:
-    """Return the packet that lm_install is run over: the head, then each line's key, entry and cluster id."""
-    parts: list[bytes] = [bytes(INSTALL_HEAD)]
-    of: tuple[Entry | None, int] = (None, 0)
-    for key, entry, cluster_id in lines:
-        if entry is not of[0] or cluster_id != of[1]:  # mostly it is, as above
-            rest, of = _INSTALL.pack(pack_entry(entry), cluster_id, 0, _UNTOUCHED), (entry, cluster_id)
-        parts += (key, rest)
-    return b"".join(parts)
+def pack_installs(addresses: Sequence[Address], entry: Entry, cluster_id: int) -> bytes:
+    """Return the lines of new entries, INSTALL_SIZE bytes each: key, entry and cluster id."""
+    rest = _INSTALL.pack(pack_entry(entry), cluster_id, 0, _UNTOUCHED)
+    if set(map(len, addresses)) == {4}:  # then what stands between two addresses is always the same
+        head, tail = _KEY_HEAD, _KEY_TAIL + rest
+        return head + (tail + head).join(addresses) + tail
+    return b"".join([pack_address_key(address) + rest for address in addresses])
+
+
+def pack_install_runs(lines: bytes) -> Iterator[bytes]:
+    """Yield the packets that lm_install is run over, INSTALL_MOST lines each."""
+    for at in range(0, len(lines), _RUN):
+        yield bytes(INSTALL_HEAD) + lines[at : at + _RUN]
 
 
 def unpack_installed(raw: bytes) -> list[int]:

@@ -11,8 +11,10 @@ the new one, which the journal describes; older ones get the same entries, and g
 from __future__ import annotations
 
 import math
-from itertools import compress
+from itertools import compress, islice
 from typing import TYPE_CHECKING
+
+from msgspec.structs import replace
 
 from lazymesh.core.identities import WORLD_IDENTITIES, is_peer
 from lazymesh.core.model import Reason, with_tunnel_flags
@@ -21,15 +23,14 @@ from lazymesh.datapath.abi import OwnedEntry
 from lazymesh.errors import DatapathError, MapFullError
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator, Sequence
+    from collections.abc import Callable, Container, Iterable, Iterator, Sequence
 
+    from lazymesh.core.events import Install
     from lazymesh.core.model import Address, Entry
     from lazymesh.datapath.ipcachemaps import IpcacheMap, Standing
     from lazymesh.datapath.journal import Journal, Writer
 
 
-Installed = tuple["Address", "Entry", int]
-"""An address, its entry and the id of its cluster."""
 FEW = 3
 """Up to this many new entries, two system calls each take no longer: for a batch the kernel has to make a packet."""
 
@@ -65,8 +66,8 @@ class Installer:
         self._honours_noexist = honours_noexist
         self._shared = shared
         self._writer = None if shared else writer
-        self._owned: dict[Address, Installed] = {}
-        """Our entries in the first map."""
+        self._owned: dict[Address, tuple[Entry, int]] = {}
+        """Our entries in the first map, and the ids of their clusters."""
         self._beside: set[Address] = set()
         """Our entries in old maps only: in the first one Cilium has written its own by now."""
 
@@ -78,7 +79,7 @@ class Installer:
         """Return the addresses of our entries, the latest installed first."""
         return [*reversed(self._owned), *self._beside]
 
-    def adopt(self) -> Iterator[Installed]:
+    def adopt(self) -> Iterator[tuple[Address, Entry, int]]:
         """Take over an earlier agent's journal; yield address, entry and cluster id of what is still in the map.
 
         What is in an old map only is carried over: Cilium may have restarted while we did not run. A line whose entry
@@ -91,7 +92,7 @@ class Installer:
                 entry = (
                     line.entry if self._main.as_read_back(line.entry) == standing.entry else standing.entry
                 )
-                self._owned[address] = (address, entry, line.cluster_id)
+                self._owned[address] = entry, line.cluster_id
                 self._bring_back(address, with_tunnel_flags(entry))
                 yield address, entry, line.cluster_id
             elif (
@@ -117,7 +118,7 @@ class Installer:
 
     def carry_over(self, address: Address) -> Reason | None:
         """Put our entry into a new first map; return why not, in which case it is no longer ours."""
-        _, entry, cluster_id = self._owned[address]
+        entry, cluster_id = self._owned[address]
         wanted, standing = with_tunnel_flags(entry), self._main.stands(address)
         if standing is not None and standing.tagged and standing.entry == self._main.as_read_back(wanted):
             return None
@@ -145,39 +146,53 @@ class Installer:
         self._beside.discard(address)
         return reason
 
-    def install_many(self, installs: Sequence[Installed]) -> list[Reason | None]:
+    def install_many(self, installs: Sequence[Install]) -> list[Reason | None]:
         """Install several addresses, each of which appears once; return why not, or None, for each.
 
         New entries are written together, each line before its entry; the rest one by one. Nothing is looked up first:
         an address gets an entry because it missed, so the programs have looked.
         """
-        scarce = self.crowded or self.added + len(installs) > self.added_most
+        count = sum([len(each.addresses) for each in installs])
+        scarce = self.crowded or self.added + count > self.added_most
         if scarce or not self._honours_noexist or len(self._maps) > 1:
-            return [self.install(*each) for each in installs]
-        owned = self._owned
-        fresh = [each for each in installs if each[0] not in owned]
+            return self._install_apart(installs, set())
+        fresh = self._only_fresh(installs)
         try:
             inserted = self._write(fresh)
         except DatapathError:  # one by one, to see for which there is room
-            return [self.install(*each) for each in installs]
-        stand = fresh if all(inserted) else list(compress(fresh, inserted))
-        self.added += len(stand)
-        addresses = [each[0] for each in stand]
-        owned.update(zip(addresses, stand, strict=True))
-        self._beside.difference_update(addresses)
-        if len(stand) == len(installs):
-            return [None] * len(installs)
-        settled = set(addresses)
-        return [None if each[0] in settled else self.install(*each) for each in installs]
+            return self._install_apart(installs, set())
+        written = fresh if all(inserted) else _only(fresh, inserted)
+        for each in written:
+            self._owned.update(dict.fromkeys(each.addresses, (each.entry, each.cluster_id)))
+            self._beside.difference_update(each.addresses if self._beside else ())
+        self.added += sum(inserted)
+        if sum(inserted) == count:
+            return [None] * count
+        return self._install_apart(installs, {address for each in written for address in each.addresses})
 
-    def _write(self, fresh: Sequence[Installed]) -> list[bool]:
-        lines = [(abi.pack_address_key(address), entry, number) for address, entry, number in fresh]
-        if self._writer is not None and len(lines) > FEW:
-            stand = self._writer.write(lines)
+    def _install_apart(self, installs: Sequence[Install], written: Container[Address]) -> list[Reason | None]:
+        """Install one by one those that are not written yet."""
+        return [
+            None if address in written else self.install(address, each.entry, each.cluster_id)
+            for each in installs
+            for address in each.addresses
+        ]
+
+    def _only_fresh(self, installs: Sequence[Install]) -> Sequence[Install]:
+        """Leave out addresses that have an entry of ours."""
+        owned = self._owned
+        if all(owned.keys().isdisjoint(each.addresses) for each in installs):  # the usual case
+            return installs
+        return _only(installs, [address not in owned for each in installs for address in each.addresses])
+
+    def _write(self, fresh: Sequence[Install]) -> Sequence[bool]:
+        if self._writer is not None and sum([len(each.addresses) for each in fresh]) > FEW:
+            stand = self._writer.write(fresh)
             return [
                 self._stands_as_written(*each) if known is None else known
-                for each, known in zip(fresh, stand, strict=True)
+                for each, known in zip(_each(fresh), stand, strict=True)
             ]
+        lines = [(abi.pack_address_key(address), entry, number) for address, entry, number in _each(fresh)]
         self._journal.write_many(lines)
         return self._main.insert_many(lines)
 
@@ -236,7 +251,7 @@ class Installer:
             self._settle(address)
             return Reason.INSTALL_FAILED
         self._owned.pop(address, None)
-        self._owned[address] = (address, entry, cluster_id)
+        self._owned[address] = entry, cluster_id
         return None
 
     def _put_beside(self, ipcache: IpcacheMap, address: Address, entry: Entry) -> bool:
@@ -266,7 +281,7 @@ class Installer:
         if standing is None or self._shared:
             return standing is not None and standing.tagged
         mine = self._owned.get(address)
-        return mine is not None and standing.entry == self._main.as_read_back(mine[1])
+        return mine is not None and standing.entry == self._main.as_read_back(mine[0])
 
     def _is_of_line(self, standing: Standing, line: OwnedEntry) -> bool:
         return standing.tagged if self._shared else standing.entry in (line.entry, line.previous)
@@ -296,6 +311,21 @@ class Installer:
     def _forget(self, address: Address) -> None:
         self._owned.pop(address, None)
         self._journal.remove(address)
+
+
+def _only(installs: Iterable[Install], wanted: Iterable[bool]) -> list[Install]:
+    """Return the installs with only the wanted ones of their addresses."""
+    left = iter(wanted)
+    return [
+        replace(each, addresses=list(compress(each.addresses, islice(left, len(each.addresses)))))
+        for each in installs
+    ]
+
+
+def _each(installs: Iterable[Install]) -> Iterator[tuple[Address, Entry, int]]:
+    for each in installs:
+        for address in each.addresses:
+            yield address, each.entry, each.cluster_id
 
 
 def _is_tagged(ipcache: IpcacheMap, address: Address) -> bool:

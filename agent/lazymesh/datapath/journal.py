@@ -11,8 +11,9 @@ from lazymesh.datapath.programs import run_program
 from lazymesh.errors import DatapathError, MapFullError
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Iterator, Sequence
+    from collections.abc import Iterable, Iterator
 
+    from lazymesh.core.events import Install
     from lazymesh.datapath.libbpf import Map
 
 Line = tuple[bytes, Entry, int]
@@ -68,18 +69,18 @@ class Writer:
     def __init__(self, program: int) -> None:
         self.program = program
 
-    def write(self, lines: Sequence[Line]) -> list[bool | None]:
+    def write(self, installs: Iterable[Install]) -> list[bool | None]:
         """Write lines and entries of new addresses; return whether each was written. If not, its line may be there.
 
         None: unknown, because the whole run failed; some kernels report an error even after running the program.
         """
+        lines = [abi.pack_installs(each.addresses, each.entry, each.cluster_id) for each in installs]
         written: list[bool | None] = []
-        for at in range(0, len(lines), abi.INSTALL_MOST):
-            part = lines[at : at + abi.INSTALL_MOST]
+        for run in abi.pack_install_runs(b"".join(lines)):
             try:
-                verdict, packet = run_program(self.program, abi.pack_installs(part))
+                verdict, packet = run_program(self.program, run)
             except OSError:
-                written += [None] * len(part)
+                written += [None] * len(abi.unpack_installed(run))
                 continue
             written += [verdict == 0 and error == 0 for error in abi.unpack_installed(packet)]
         return written

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import time
 from collections import deque
-from itertools import repeat
+from itertools import chain
 from typing import TYPE_CHECKING, Any, Protocol
 
 import structlog
@@ -23,7 +23,7 @@ from lazymesh.roles.logs import OncePer
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence
 
-    from lazymesh.core.model import Address, Entry
+    from lazymesh.core.model import Address
     from lazymesh.core.resolver import Resolver
     from lazymesh.datapath.abi import Signals
     from lazymesh.datapath.ipcachemaps import IpcacheMap
@@ -42,8 +42,8 @@ _REFUSALS = frozenset({Reason.FORGED, Reason.MALFORMED, Reason.AMBIGUOUS, Reason
 class Installs(Protocol):
     """Takes entries: into the map, or nowhere in shadow mode."""
 
-    def install_many(self, installs: Sequence[tuple[Address, Entry, int]]) -> list[Reason | None]:
-        """Install entries; return why not, or None, for each."""
+    def install_many(self, installs: Sequence[events.Install]) -> list[Reason | None]:
+        """Install entries; return why not, or None, for each address."""
 
     def evict(self, address: Address) -> bool:
         """Remove our entry."""
@@ -67,17 +67,16 @@ class Shadow:
         """Installs that would have changed a peer's identity for the programs, and so for policy."""
         self._ipcaches = ipcaches
 
-    def install(self, address: Address, _entry: Entry, _cluster_id: int) -> Reason | None:
+    def install_many(self, installs: Sequence[events.Install]) -> list[Reason | None]:
         """Return success, or TAKEN where the map's owner was first, as the installer would."""
+        return [self._install(address) for each in installs for address in each.addresses]
+
+    def _install(self, address: Address) -> Reason | None:
         standing = self._ipcaches.maps[0].lookup(address)
         if standing is not None and is_peer(standing.identity):
             return Reason.TAKEN
         self.changes_total += 1
         return None
-
-    def install_many(self, installs: Sequence[tuple[Address, Entry, int]]) -> list[Reason | None]:
-        """Do the same for several."""
-        return [self.install(*each) for each in installs]
 
     def evict(self, _address: Address) -> bool:
         """Return False: there is nothing to remove."""
@@ -211,10 +210,10 @@ class Driver:
 
     def _carry_out(self, commands: list[events.Command], now: float) -> None:
         """Carry out the commands of one step in order; consecutive installs go together."""
-        installs: list[tuple[Address, Entry, int]] = []
+        installs: list[events.Install] = []
         for command in commands:
             if isinstance(command, events.Install):
-                installs += zip(command.addresses, repeat(command.entry), repeat(command.cluster_id))
+                installs.append(command)
             elif isinstance(command, events.Report):
                 self._reports.append((command, now))
             elif isinstance(command, events.Read):
@@ -231,13 +230,13 @@ class Driver:
                 self._throttle.pause(command.on)
         self._install(installs)
 
-    def _install(self, installs: list[tuple[Address, Entry, int]]) -> None:
+    def _install(self, installs: list[events.Install]) -> None:
         """Install entries; how it went is the resolver's next event."""
         if not installs:
             return
         errors = self._installer.install_many(installs)
         self._installed_at = time.monotonic()
-        addresses = tuple([address for address, _, _ in installs])
+        addresses = tuple(chain.from_iterable([each.addresses for each in installs]))
         self._events.appendleft(events.InstallsEnded(addresses, tuple(errors)))
         installs.clear()
 

@@ -22,6 +22,7 @@ if TYPE_CHECKING:
 
 IP = parse_address("10.2.0.5")
 ENTRY = Entry(131_073)
+INSTALL = events.Install([IP], ENTRY, 2)
 WATCH = events.Watch("b", (Space.PUSHED,), (IP,), 1)
 
 
@@ -167,7 +168,7 @@ def test_outcomes_are_counted_and_published() -> None:
 def test_shadow_counts_what_it_would_have_changed(standing: Entry | None) -> None:
     """Where the map has the world, or nothing, an entry would change what policy says."""
     one = shadow(standing)
-    assert one.install(IP, ENTRY, 2) is None
+    assert one.install_many([INSTALL]) == [None]
     assert one.changes_total == 1
     assert not one.evict(IP)
 
@@ -175,7 +176,7 @@ def test_shadow_counts_what_it_would_have_changed(standing: Entry | None) -> Non
 def test_shadow_leaves_alone_what_is_known_by_now() -> None:
     """As the installer would."""
     one = shadow(Entry(131_074))
-    assert one.install(IP, ENTRY, 2) is Reason.TAKEN
+    assert one.install_many([INSTALL]) == [Reason.TAKEN]
     assert one.changes_total == 0
 
 
@@ -200,8 +201,7 @@ def test_installs_with_nothing_in_between_go_together() -> None:
     fixture = Fixture({events.Tick: commands})
     order: list[object] = []
     installer = SimpleNamespace(
-        install=lambda address, *_: order.append(address),
-        install_many=lambda many: [order.append(address) for address, *_ in many],
+        install_many=lambda many: [order.append(address) for each in many for address in each.addresses],
         evict=order.append,
     )
     fixture.driver._installer = cast("Shadow", installer)
