@@ -10,7 +10,8 @@ from __future__ import annotations
 import asyncio
 import os
 from bisect import bisect_left
-from itertools import accumulate
+from functools import partial
+from itertools import accumulate, repeat
 from typing import TYPE_CHECKING
 
 from prometheus_client import CollectorRegistry, Counter, ProcessCollector
@@ -22,7 +23,7 @@ from lazymesh import __version__
 from lazymesh.errors import LazymeshError
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable
+    from collections.abc import Callable, Iterable, Sequence
 
 RESOLUTION_BUCKETS = (0.0002, 0.0005, 0.001, 0.002, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5)
 """Seconds: from the answer of an etcd on the same node to the time limit of a read."""
@@ -93,17 +94,15 @@ class Durations(Collector):
         """By outcome; one count for each bucket, and a last one for what is beyond."""
         self._sums: dict[str, float] = {}
 
-    def observe(self, outcome: str, durations: Iterable[float]) -> None:
+    def observe(self, outcome: str, durations: Sequence[float]) -> None:
         """Add durations in seconds; negative ones count as zero."""
         counts = self._counts.get(outcome)
         if counts is None:
             counts = self._counts[outcome] = [0] * (len(RESOLUTION_BUCKETS) + 1)
             self._sums[outcome] = 0.0
-        total = 0.0
-        for seconds in durations:
-            counts[bisect_left(RESOLUTION_BUCKETS, seconds)] += 1
-            total += max(seconds, 0.0)
-        self._sums[outcome] += total
+        for bucket in map(partial(bisect_left, RESOLUTION_BUCKETS), durations):
+            counts[bucket] += 1
+        self._sums[outcome] += sum(map(max, durations, repeat(0.0)))
 
     def describe(self) -> Iterable[Metric]:
         """Return the family without samples."""

@@ -73,7 +73,7 @@ class CidrChanges:
 class ClusterTable:
     """A snapshot of the clusters and what they claim; made by :meth:`MeshState.table`."""
 
-    __slots__ = ("_by_id", "_clusters", "_levels", "_regions", "_search")
+    __slots__ = ("_by_id", "_clusters", "_levels", "_neighbours", "_regions", "_search")
 
     def __init__(
         self,
@@ -93,6 +93,9 @@ class ClusterTable:
             ]
             for size in (4, 16)
         }
+        self._neighbours = [
+            size - 1 for size, found in self._search.items() if all(bits >= 8 for bits, _ in found)
+        ]
 
     def owners(self, address: Address) -> tuple[str, ...]:
         """Return the names of the clusters that claim the address: none, one, or several if ambiguous.
@@ -105,6 +108,21 @@ class ClusterTable:
             if names:
                 return names
         return ()
+
+    def by_owners(self, addresses: Iterable[Address]) -> dict[tuple[str, ...], list[Address]]:
+        """Return the addresses by their owners, those of one owner in their order."""
+        found: defaultdict[tuple[str, ...], list[Address]] = defaultdict(list)
+        alike: dict[bytes, list[Address]] = {}
+        """By what they begin with: where no CIDR is that small, neighbours have the same owners."""
+        for address in addresses:
+            common = address[:-1]
+            some = alike.get(common)
+            if some is None:
+                some = found[self.owners(address)]
+                if len(common) in self._neighbours:
+                    alike[common] = some
+            some.append(address)
+        return found
 
     def cluster(self, name: str) -> ClusterInfo | None:
         """Return the cluster of this name; None if it is not joined."""

@@ -12,7 +12,7 @@ from lazymesh.core import events, keys
 from lazymesh.core.model import Space
 from lazymesh.errors import KvstoreError
 from lazymesh.kvstore.requests import Reads, Whole
-from lazymesh.roles.keywatches import KeyWatches, neighbours_of
+from lazymesh.roles.keywatches import KeyWatches
 from lazymesh.roles.logs import OncePer
 
 if TYPE_CHECKING:
@@ -107,7 +107,7 @@ class AddressReads:
 
     def watch(self, command: events.Watch) -> None:
         """Watch the keys of some addresses."""
-        neighbours = neighbours_of(command.addresses)
+        neighbours = list(keys.neighbours_of(command.addresses))
         for space in command.spaces:
             self._watches[space].follow(neighbours, command.after)
 

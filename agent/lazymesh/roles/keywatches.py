@@ -11,7 +11,6 @@ the range is watched again from there. Changes that come twice are recognized by
 
 from __future__ import annotations
 
-from itertools import groupby
 from typing import TYPE_CHECKING, Protocol
 
 from lazymesh.core.keys import common_text, group_of
@@ -32,15 +31,6 @@ class Watches(Protocol):
 
     def remove(self, watch_id: int) -> None:
         """End a watch."""
-
-
-Neighbours = tuple[bytes, set["Address"]]
-"""A group, and some of its addresses."""
-
-
-def neighbours_of(addresses: Iterable[Address]) -> list[Neighbours]:
-    """Return runs of addresses of one group; a group may come more than once."""
-    return [(group, set(some)) for group, some in groupby(addresses, group_of)]
 
 
 class KeyWatches:
@@ -72,17 +62,17 @@ class KeyWatches:
         """How many watches that takes."""
         return len(self._ranges)
 
-    def follow(self, neighbours: Iterable[Neighbours], after: int) -> None:
-        """Report all changes of these addresses after the revision at which they were read."""
+    def follow(self, neighbours: Iterable[tuple[bytes, list[Address]]], after: int) -> None:
+        """Report all changes of addresses, given by groups, after the revision at which they were read."""
         for group, some in neighbours:
             one = self._ranges.get(group)
             if one is None:
-                one = self._ranges[group] = _Range(self, group, self.prefix + common_text(next(iter(some))))
+                one = self._ranges[group] = _Range(self, group, self.prefix + common_text(some[0]))
                 self._begin(one, after + 1)
-            elif one.since > after + 1 and not some <= one.addresses:
+            elif one.since > after + 1 and not one.addresses.issuperset(some):
                 self._watches.remove(one.watch_id)
                 self._begin(one, after + 1)
-            one.addresses |= some
+            one.addresses.update(some)
 
     def unfollow(self, address: Address) -> None:
         """Report nothing more about the address."""

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import itertools
 from typing import TYPE_CHECKING
 
 import pytest
@@ -185,6 +186,27 @@ def test_every_address_of_a_group_has_its_text(address: Address, last: int) -> N
     assert keys.address_text(address).encode().startswith(keys.common_text(address))
     if keys.group_of(other) == keys.group_of(address):
         assert keys.common_text(other) == keys.common_text(address)
+
+
+NEAR = st.binary(min_size=1, max_size=2).map(lambda end: bytes(16 - len(end)) + end)
+MIXED = st.lists(st.binary(min_size=4, max_size=4) | NEAR | NEAR.map(lambda address: address[-4:]) | ZEROS)
+
+
+@given(MIXED)
+def test_texts_of_many_are_those_of_each(addresses: list[Address]) -> None:
+    """Whoever stands beside whom."""
+    assert keys.address_texts(addresses) == [keys.address_text(address) for address in addresses]
+
+
+@given(MIXED)
+def test_neighbours_are_of_one_group_and_none_is_lost(addresses: list[Address]) -> None:
+    """In their order, so that a run is as long as it can be."""
+    runs = list(keys.neighbours_of(addresses))
+    assert [address for _, some in runs for address in some] == addresses
+    for group, some in runs:
+        assert {keys.group_of(address) for address in some} == {group}
+    for (before, _), (after, _) in itertools.pairwise(runs):
+        assert before != after
 
 
 @given(st.lists(st.binary(min_size=4, max_size=4)))

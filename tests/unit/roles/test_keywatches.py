@@ -9,11 +9,11 @@ import pytest
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, rule
 
-from lazymesh.core.keys import address_text, common_text
+from lazymesh.core.keys import address_text, common_text, neighbours_of
 from lazymesh.core.model import parse_address
 from lazymesh.errors import KvstoreError
 from lazymesh.kvstore.model import Change, WatchLoss
-from lazymesh.roles.keywatches import KeyWatches, neighbours_of
+from lazymesh.roles.keywatches import KeyWatches
 
 if TYPE_CHECKING:
     from lazymesh.core.model import Address

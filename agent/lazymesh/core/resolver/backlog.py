@@ -10,11 +10,11 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from lazymesh.core.events import Read
-from lazymesh.core.resolver.tracked import Fetch, Link, LinkState
+from lazymesh.core.resolver.tracked import Fetch, Link, LinkState, Sent
 from lazymesh.core.resolver.waiting import Lane
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable
+    from collections.abc import Sequence
 
     from lazymesh.core.model import Space
     from lazymesh.core.resolver.limits import Limits
@@ -44,22 +44,22 @@ class Backlog:
             return sum(waiting)
         return sum(waiting) - max(0, max(waiting) - int(self._limits.queue * self._limits.one_cluster))
 
-    def put(self, some: Iterable[Tracked], link: Link, spaces: tuple[Space, ...], *, urgent: bool) -> None:
+    def put(self, some: Sequence[Tracked], link: Link, spaces: tuple[Space, ...], *, urgent: bool) -> None:
         """Queue reads of addresses, or join those in flight; urgent: packets wait for them."""
-        reading, lane = link.reading, link.lanes.get(spaces)
+        lane = link.lanes.get(spaces)
         if lane is None:
             lane = link.lanes[spaces] = Lane()
         before = lane.misses.count
-        waiting: list[Tracked] = []
+        waiting = (
+            [tracked for tracked in some if tracked.address not in link.orphans] if link.orphans else some
+        )
         for tracked in some:
-            in_flight = reading.get(tracked.address)
-            if in_flight is None:
-                tracked.fetch = Fetch.QUEUED
-                tracked.wants = spaces
-                waiting.append(tracked)
-            else:
-                tracked.fetch = Fetch.READING
-                tracked.wants = in_flight or spaces
+            tracked.fetch = Fetch.QUEUED
+            tracked.wants = spaces
+        if waiting is not some:
+            for tracked in some:
+                if tracked.address in link.orphans:
+                    tracked.fetch = Fetch.READING
         if urgent:
             lane.misses.add(waiting)
         else:
@@ -78,13 +78,15 @@ class Backlog:
         if (
             link.name in self.busy
             or link.state is not LinkState.READY
-            or link.in_flight >= self._limits.transactions_in_flight
+            or len(link.sent) >= self._limits.transactions_in_flight
             or len(some) >= self._limits.whole_at
             or len(some) * len(spaces) > self._limits.keys_per_transaction
             or self._only_adopted(link, now)
-            or not link.reading.keys().isdisjoint([tracked.address for tracked in some])
+            or not link.orphans.isdisjoint([tracked.address for tracked in some])
         ):
             return None
+        for tracked in some:
+            tracked.wants = spaces
         return self._send(some, link, spaces)
 
     def remove(self, tracked: Tracked, link: Link) -> None:
@@ -130,7 +132,7 @@ class Backlog:
 
     def _read(self, link: Link, now: float, reads: list[Read]) -> bool:
         """Add one read of the cluster's if one may be sent; return whether there may be another."""
-        if link.in_flight >= self._limits.transactions_in_flight or not link.breaker.admits(now):
+        if len(link.sent) >= self._limits.transactions_in_flight or not link.breaker.admits(now):
             return False
         only_adopted = self._only_adopted(link, now)
         whole_at = self._limits.whole_at if now >= link.whole_after else None
@@ -161,10 +163,8 @@ class Backlog:
     ) -> Read:
         for tracked in some:
             tracked.fetch = Fetch.READING
-            tracked.wants = spaces
         addresses = tuple([tracked.address for tracked in some])
-        link.reading.update(dict.fromkeys(addresses, spaces))
-        link.in_flight += 1
+        link.sent[addresses] = Sent(link, some)
         link.breaker.sent()
         return Read(link.name, spaces, addresses, whole)
 

@@ -7,6 +7,7 @@ policy).
 
 from __future__ import annotations
 
+from collections import defaultdict
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -45,18 +46,16 @@ class Judge:
 
     def verdicts(
         self, values: Sequence[bytes], addresses: Sequence[Address], cluster: ClusterInfo
-    ) -> list[IpRecord | Refusal]:
-        """Return each record if it may be installed, else why not; all are of one cluster.
+    ) -> list[tuple[IpRecord | Refusal, list[int]]]:
+        """Return the records if they may be installed, else why not, each with the indexes of those that are alike.
 
-        Pods of one node come together, and their records are equal except for the address: they are judged once.
+        All are of one cluster. Pods of one node come together, and their records are equal except for the address.
         """
         records = decode_pairs(values, addresses)
-        numbers = list(map(id, records))  # unique while the records live
-        judged = {
-            number: self._verdict(record, cluster)
-            for number, record in dict(zip(numbers, records, strict=True)).items()
-        }
-        return [judged[number] for number in numbers]
+        alike: defaultdict[int, list[int]] = defaultdict(list)  # by the record's id, unique while it lives
+        for index, number in enumerate(map(id, records)):
+            alike[number].append(index)
+        return [(self._verdict(records[indexes[0]], cluster), indexes) for indexes in alike.values()]
 
     def _verdict(self, record: IpRecord | RecordError, cluster: ClusterInfo) -> IpRecord | Refusal:
         if isinstance(record, RecordError):

@@ -118,7 +118,7 @@ class Lifecycle:
         self._backlog.park(link)
         link.void_reads()
         # Reads in flight are remembered, lest a cluster that returns under this name takes them for its own.
-        if not link.reading:
+        if not link.sent:
             del self.links[event.cluster]
         self._moves.admission.forget(event.cluster)
 

@@ -14,7 +14,7 @@ which may answer several.
 
 from __future__ import annotations
 
-from itertools import chain, cycle, repeat
+from itertools import repeat
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from lazymesh.core import events as ev
@@ -26,16 +26,16 @@ from lazymesh.core.resolver.ledger import Ledger
 from lazymesh.core.resolver.lifecycle import Lifecycle
 from lazymesh.core.resolver.moves import Moves
 from lazymesh.core.resolver.negatives import Negatives
-from lazymesh.core.resolver.tracked import Fetch, LinkState, Phase, Tracked
+from lazymesh.core.resolver.tracked import NOTHING, Fetch, LinkState, Phase, Tracked
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable
+    from collections.abc import Callable
 
     from lazymesh.core.clusters import ClusterInfo
     from lazymesh.core.model import Address, Entry, Space
     from lazymesh.core.resolver.judge import Judge
     from lazymesh.core.resolver.limits import Limits
-    from lazymesh.core.resolver.tracked import Link
+    from lazymesh.core.resolver.tracked import Link, Sent
 
 
 _APART: frozenset[ev.ReadFailure] = frozenset({"exhausted", "permission"})
@@ -122,7 +122,11 @@ class Resolver:
 
     def _misses(self, event: ev.Misses, now: float) -> None:
         known = self._moves.tracked
-        fresh: dict[Address, float | None] = {}
+        fresh: dict[Address, float | None] = dict(zip(event.addresses, event.at, strict=True))
+        if len(fresh) == len(event.addresses) and known.keys().isdisjoint(fresh):
+            self._resolve(fresh, now)
+            return
+        fresh.clear()
         for address, at in zip(event.addresses, event.at, strict=True):
             if address not in known:
                 fresh.setdefault(address, at)
@@ -149,24 +153,19 @@ class Resolver:
 
     def _resolve(self, missed: dict[Address, float | None], now: float) -> None:
         """Resolve all untracked addresses of one step together, given with when each missed, to share reads."""
-        table = self._judge.table
-        if len(missed) == 1:
-            (address,) = missed
-            self._resolve_with(table.owners(address), missed, now)
-            return
-        by_owners: dict[tuple[str, ...], dict[Address, float | None]] = {}
-        for address, at in missed.items():
-            owners = table.owners(address)
-            if owners not in by_owners:
-                by_owners[owners] = {}
-            by_owners[owners][address] = at
-        for owners, some in by_owners.items():
-            self._resolve_with(owners, some, now)
+        for owners, some in self._judge.table.by_owners(missed).items():
+            self._resolve_with(owners, some, [missed[address] for address in some], now)
 
-    def _resolve_with(self, owners: tuple[str, ...], missed: dict[Address, float | None], now: float) -> None:
+    def _resolve_with(
+        self,
+        owners: tuple[str, ...],
+        addresses: list[Address],
+        missed_at: list[float | None],
+        now: float,
+    ) -> None:
         cluster = self._asked(owners)
         link = self._lifecycle.link(cluster.name) if cluster is not None else None
-        begun = self._moves.begin(missed, owners, link)
+        begun = self._moves.begin(addresses, missed_at, owners, link)
         if cluster is None or link is None:
             refusal = _unowned(owners)
         elif link.state is LinkState.SILENT or not link.breaker.admits(now):
@@ -211,45 +210,50 @@ class Resolver:
     # --- what the stores say --------------------------------------------------------------------------------
 
     def _answered(self, answer: ev.Answered, now: float) -> None:
-        link = self._links.get(answer.cluster)
-        if link is None:
+        sent = self._ended(answer)
+        if sent is None:
             return
-        link.in_flight = max(0, link.in_flight - 1)
+        link = sent.link
         link.breaker.succeeded()
         spaces, as_of = answer.spaces, answer.as_of
         landed: list[Tracked] = []
-        of_each = chain.from_iterable(zip(*repeat(answer.addresses, len(spaces)), strict=True))
-        states = map(ev.KeyState, of_each, cycle(spaces), answer.values, repeat(as_of))
-        by_address = zip(*repeat(states, len(spaces)), strict=True)
-        for tracked, known in zip(self._land(link, answer.addresses), by_address, strict=True):
+        values = zip(*repeat(iter(answer.values), len(spaces)), strict=True)
+        knowns = zip(repeat(spaces), values, repeat((as_of,) * len(spaces)))
+        for tracked, known in zip(self._land(sent), knowns, strict=True):
             if tracked is None:
                 continue
             landed.append(tracked)
-            if tracked.known:
-                for state in known:
-                    tracked.learn(state)
-            else:
+            if tracked.known is NOTHING:
                 tracked.known = known
+            else:
+                for space, value in zip(spaces, known[1], strict=True):
+                    tracked.learn(ev.KeyState(tracked.address, space, value, as_of))
         self._take_answers(landed, link, now)
         self._watch(link, landed, spaces, as_of)
 
-    def _land(self, link: Link, addresses: Iterable[Address]) -> list[Tracked | None]:
-        """End the read of some addresses; return each one's Tracked if the outcome can be used, else None."""
-        known, reading = self._moves.tracked, link.reading
+    def _ended(self, read: ev.Answered | ev.ReadFailed) -> Sent | None:
+        """Take a read out of those in flight; None: it was not sent."""
+        link = self._links.get(read.cluster)
+        return None if link is None else link.sent.pop(read.addresses, None)
+
+    def _land(self, sent: Sent) -> list[Tracked | None]:
+        """Return for each address of a read that has ended its Tracked if the outcome can be used, else None."""
         landed: list[Tracked | None] = []
-        for address in addresses:
-            spaces, tracked = reading.pop(address, None), known.get(address)
-            if tracked is None or tracked.link is not link or spaces is None:
-                tracked = None
-            elif spaces:
+        for tracked in sent.asking:
+            if tracked.link is sent.link and not sent.void:
                 tracked.fetch = Fetch.IDLE
-                tracked.wants = spaces
+                landed.append(tracked)
             else:
-                if tracked.fetch is Fetch.READING:
-                    self._moves.read(tracked, tracked.wants)
-                tracked = None
-            landed.append(tracked)
+                self._read_once_more(sent.link, tracked.address)
+                landed.append(None)
         return landed
+
+    def _read_once_more(self, link: Link, address: Address) -> None:
+        """Read an address again, if it still waits for an answer that turned out to be worthless."""
+        link.orphans.discard(address)
+        tracked = self._moves.tracked.get(address)
+        if tracked is not None and tracked.link is link and tracked.fetch is Fetch.READING:
+            self._moves.read(tracked, tracked.wants)
 
     def _take_answers(self, landed: list[Tracked], link: Link, now: float) -> None:
         cluster = self._judge.table.cluster(link.name)
@@ -273,7 +277,7 @@ class Resolver:
         for tracked in landed:
             # No link: another address of this same answer has pushed it out of the budget.
             if tracked.link is link and not tracked.fleeting and spaces[0] not in tracked.watched:
-                tracked.watched += spaces
+                tracked.watched = tracked.watched + spaces if tracked.watched else spaces
                 addresses.append(tracked.address)
         if addresses:
             self._moves.out.append(ev.Watch(link.name, spaces, tuple(addresses), as_of))
@@ -282,19 +286,19 @@ class Resolver:
         self._moves.installs_ended(event.addresses, event.errors, now)
 
     def _read_failed(self, failure: ev.ReadFailed, now: float) -> None:
-        link = self._links.get(failure.cluster)
-        if link is None:
+        sent = self._ended(failure)
+        if sent is None:
             return
-        link.in_flight = max(0, link.in_flight - 1)
+        link = sent.link
         before = link.breaker.state
         if failure.whole and failure.kind in _APART:
-            self._read_apart(link, failure, now)
+            self._read_apart(sent, now)
             return
         if failure.kind in _WELL:
             link.breaker.succeeded()
         else:
             link.breaker.failed(now)
-        for tracked in self._land(link, failure.addresses):
+        for tracked in self._land(sent):
             if tracked is None:
                 continue
             link.adopted.discard(tracked.address)
@@ -308,11 +312,11 @@ class Resolver:
         if link.breaker.state is BreakerState.OPEN and before is not BreakerState.OPEN:
             self._lifecycle.give_up(link, now)
 
-    def _read_apart(self, link: Link, failure: ev.ReadFailed, now: float) -> None:
+    def _read_apart(self, sent: Sent, now: float) -> None:
         """Read each address alone for a while: what was too much in its /24 need not be what we need."""
-        link.whole_after = now + self._limits.apart_for
-        link.breaker.succeeded()
-        for tracked in self._land(link, failure.addresses):
+        sent.link.whole_after = now + self._limits.apart_for
+        sent.link.breaker.succeeded()
+        for tracked in self._land(sent):
             if tracked is not None:
                 self._moves.read(tracked, tracked.wants)
 
@@ -388,7 +392,7 @@ class Resolver:
 
     def _adopt(self, event: ev.Adopted, owners: tuple[str, ...], link: Link, now: float) -> None:
         self._moves.make_room()
-        (tracked,) = self._moves.begin({event.address: None}, owners, link)
+        (tracked,) = self._moves.begin([event.address], [None], owners, link)
         tracked.move(Phase.INSTALLED)
         self._ledger.own([tracked], event.entry)
         self._ledger.doubt([tracked], now)
@@ -487,7 +491,7 @@ class Resolver:
     def clusters(self) -> dict[str, ClusterReads]:
         """The reads of each cluster that was ever heard of, by name."""
         return {
-            name: ClusterReads(link.breaker.state.value, link.in_flight) for name, link in self._links.items()
+            name: ClusterReads(link.breaker.state.value, len(link.sent)) for name, link in self._links.items()
         }
 
     def describe(self, address: Address) -> Known | None:

@@ -7,7 +7,7 @@ commands to the shell.
 
 from __future__ import annotations
 
-from itertools import groupby
+from itertools import groupby, repeat
 from operator import attrgetter
 from typing import TYPE_CHECKING
 
@@ -15,10 +15,10 @@ from lazymesh.core.events import Command, Evict, Install, Outcome, Report, Unwat
 from lazymesh.core.model import Reason
 from lazymesh.core.records import entry_of
 from lazymesh.core.resolver.judge import Judge, Refusal
-from lazymesh.core.resolver.tracked import VOID, Fetch, LinkState, Phase, Tracked
+from lazymesh.core.resolver.tracked import Fetch, LinkState, Phase, Tracked
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping, Sequence
+    from collections.abc import Sequence
 
     from lazymesh.core.clusters import ClusterInfo
     from lazymesh.core.model import Address, Entry, Space
@@ -57,13 +57,17 @@ class Moves:
         self._negatives = negatives
 
     def begin(
-        self, missed: Mapping[Address, float | None], owners: tuple[str, ...], link: Link | None
+        self,
+        addresses: Sequence[Address],
+        missed_at: Sequence[float | None],
+        owners: tuple[str, ...],
+        link: Link | None,
     ) -> list[Tracked]:
         """Track more addresses, given with the time at which each missed."""
-        begun = [Tracked(address, owners, link, at) for address, at in missed.items()]
-        self.tracked.update(zip(missed, begun, strict=True))
+        begun = list(map(Tracked, addresses, repeat(owners), repeat(link), missed_at))
+        self.tracked.update(zip(addresses, begun, strict=True))
         if link is not None:
-            link.members.update(zip(missed, begun, strict=True))
+            link.members.update(zip(addresses, begun, strict=True))
         return begun
 
     def forget(self, tracked: Tracked) -> None:
@@ -74,7 +78,7 @@ class Moves:
                 self._backlog.remove(tracked, link)
             elif tracked.fetch is Fetch.READING:
                 # A new miss of the address must not be answered by what is older than what we forget here.
-                link.reading[tracked.address] = VOID
+                link.orphans.add(tracked.address)
             if tracked.watched:
                 self.out.append(Unwatch(link.name, tracked.address))
             del link.members[tracked.address]
@@ -129,28 +133,34 @@ class Moves:
             elif tracked.link is link:  # else another of these addresses has pushed it out of memory
                 self._settle_without_record(tracked, cluster, now)
         verdicts = self._judge.verdicts(values, [tracked.address for tracked in published], cluster)
-        unanswered = self._ledger.unanswered
-        wanted: dict[int, tuple[Entry, list[Tracked]]] = {}
-        """By the record's id: its entry, and the addresses that get it."""
-        for tracked, verdict in zip(published, verdicts, strict=True):
-            if tracked.link is not link:
-                continue  # as above
+        for verdict, indexes in verdicts:
+            alike = [published[index] for index in indexes]
             if isinstance(verdict, Refusal):
-                self._ledger.name(tracked, verdict.identity)
-                self.refuse(tracked, verdict.reason, verdict.detail, now)
-            elif unanswered and tracked.address in unanswered:
-                tracked.again = True
+                for tracked in alike:
+                    if tracked.link is link:  # as above
+                        self._ledger.name(tracked, verdict.identity)
+                        self.refuse(tracked, verdict.reason, verdict.detail, now)
             else:
-                known = wanted.get(id(verdict))
-                if known is None:
-                    known = wanted[id(verdict)] = (entry_of(verdict, self._judge.here), [])
-                if tracked.entry is None or tracked.entry != known[0]:
-                    if tracked.phase is Phase.ABSENT:
-                        self._negatives.remove(tracked)
-                        tracked.move(Phase.RESOLVING)
-                    known[1].append(tracked)
-        for entry, wanting in wanted.values():
-            self._install(wanting, entry, cluster.cluster_id, now)
+                entry = entry_of(verdict, self._judge.here)
+                self._install(self._wanting(alike, entry), entry, cluster.cluster_id, now)
+
+    def _wanting(self, some: list[Tracked], entry: Entry) -> list[Tracked]:
+        """Return the addresses whose record says this entry, and that do not have it."""
+        unanswered = self._ledger.unanswered
+        if unanswered and not unanswered.isdisjoint([tracked.address for tracked in some]):
+            for tracked in some:
+                tracked.again |= tracked.address in unanswered
+            some = [tracked for tracked in some if tracked.address not in unanswered]
+        wanting = [
+            tracked
+            for tracked in some
+            if tracked.link is not None and (tracked.entry is None or tracked.entry != entry)
+        ]
+        for tracked in wanting:
+            if tracked.phase is Phase.ABSENT:
+                self._negatives.remove(tracked)
+                tracked.move(Phase.RESOLVING)
+        return wanting
 
     def _settle_without_record(self, tracked: Tracked, cluster: ClusterInfo, now: float) -> None:
         following = _group_after(cluster.spaces, tracked.spaces)
@@ -182,10 +192,10 @@ class Moves:
             self.make_room()
         for tracked in some:
             tracked.installed_at = now
+        addresses = [tracked.address for tracked in some]
         ledger.own(some, entry)
         if some[0].link is not None and some[0].link.state is not LinkState.READY:
             ledger.doubt(some, now)
-        addresses = [tracked.address for tracked in some]
         ledger.unanswered.update(addresses)
         self.out.append(Install(addresses, entry, cluster_id))
 
@@ -201,7 +211,8 @@ class Moves:
         self._ledger.unanswered.difference_update(addresses)
         arrived: list[Tracked] = []
         again: list[Tracked] = []
-        for tracked, error in zip(map(self.tracked.get, addresses), errors, strict=True):
+        ended = list(map(self.tracked.get, addresses))
+        for tracked, error in zip(ended, errors, strict=True):
             if tracked is None:
                 continue
             if tracked.again:
@@ -211,7 +222,7 @@ class Moves:
             if tracked.entry is None:
                 continue
             if error is None and tracked.phase is Phase.RESOLVING:
-                tracked.move(Phase.INSTALLED)
+                tracked.phase = Phase.INSTALLED
                 arrived.append(tracked)
             elif error is None:
                 self._installed_again(tracked)

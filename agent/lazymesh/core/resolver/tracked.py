@@ -54,7 +54,13 @@ class Fetch(enum.Enum):
     READING = enum.auto()
 
 
-class Tracked(Struct, eq=False):
+Known = tuple["tuple[Space, ...]", tuple[bytes | None, ...], tuple[int, ...]]
+"""What some keys of an address said: their spaces, each one's value and the store revision at which that was true.
+(Columns, because the first and the last are the same objects for all addresses of an answer.)"""
+NOTHING: Known = ((), (), ())
+
+
+class Tracked(Struct, eq=False, gc=False):
     """One address that missed, or whose entry was adopted."""
 
     address: Address
@@ -71,7 +77,7 @@ class Tracked(Struct, eq=False):
     spaces: tuple[Space, ...] = ()
     """The read group that answered last: only it is judged. Later groups are nearer to the record's owner,
     and a cache that lags behind must not overrule the owner."""
-    known: tuple[KeyState, ...] = ()
+    known: Known = NOTHING
     """The newest state seen of each key, those of one group in its order; at most three."""
     watched: tuple[Space, ...] = ()
     entry: Entry | None = None
@@ -108,13 +114,15 @@ class Tracked(Struct, eq=False):
 
     def learn(self, state: KeyState) -> bool:
         """Remember a key's state; return False if it is older than what is known, or the same."""
-        for index, known in enumerate(self.known):
-            if known.space is state.space:
-                if state.as_of <= known.as_of:
-                    return False
-                self.known = (*self.known[:index], state, *self.known[index + 1 :])
-                return True
-        self.known += (state,)
+        spaces, values, as_of = self.known
+        at = spaces.index(state.space) if state.space in spaces else len(spaces)
+        if at < len(spaces) and state.as_of <= as_of[at]:
+            return False
+        self.known = (
+            (*spaces[:at], state.space, *spaces[at + 1 :]),
+            (*values[:at], state.value, *values[at + 1 :]),
+            (*as_of[:at], state.as_of, *as_of[at + 1 :]),
+        )
         return True
 
     def newest(self) -> bytes | None:
@@ -123,23 +131,35 @@ class Tracked(Struct, eq=False):
         While a publisher moves the record, both keys may be read at one revision: the first space of the group
         wins the tie, and the removal of the other key settles it.
         """
-        best, at, spaces = None, -1, self.spaces
-        for state in self.known:
-            value = state.value
-            if value is not None and state.as_of > at and state.space in spaces:
-                best, at = value, state.as_of
+        spaces, values, revisions = self.known
+        if spaces is self.spaces and revisions[0] == revisions[-1]:  # as they were read
+            for value in values:
+                if value is not None:
+                    return value
+            return None
+        best, at = None, -1
+        for space, value, as_of in zip(spaces, values, revisions, strict=True):
+            if value is not None and as_of > at and space in self.spaces:
+                best, at = value, as_of
         return best
 
     def forget_states(self) -> None:
         """Forget what the keys said: the revisions are those of a store that no longer exists."""
-        self.known = ()
+        self.known = NOTHING
         self.watched = ()
         self.spaces = ()
         self.again = self.withdrawn = False
 
 
-VOID: tuple[Space, ...] = ()
-"""In place of a read group: the answer to this read is worthless, it may be older than what was known."""
+@dataclass(slots=True, eq=False)
+class Sent:
+    """A read in flight, and whom it was sent for."""
+
+    link: Link
+    asking: list[Tracked]
+    """Some may have been forgotten since."""
+    void: bool = False
+    """The answer is worthless: the store that it was sent to no longer exists."""
 
 
 class LinkState(enum.Enum):
@@ -159,13 +179,13 @@ class Link:
     unjoined_id: int = 0
     """The id of a cluster that has not joined in this life and whose name is unknown; 0: it is known by its name."""
     state: LinkState = LinkState.CONNECTING
-    in_flight: int = 0
-    """Transactions sent and not answered."""
     members: dict[Address, Tracked] = field(default_factory=dict)
     """Every tracked address that is resolved with this cluster."""
-    reading: dict[Address, tuple[Space, ...]] = field(default_factory=dict)
-    """What is in flight; outlives the address itself, so that forgetting an address never doubles its read.
-    VOID stands for a read that was sent to a store that no longer exists, or for an address that was forgotten."""
+    sent: dict[tuple[Address, ...], Sent] = field(default_factory=dict)
+    """The reads in flight, by their addresses: no address is in two of them."""
+    orphans: set[Address] = field(default_factory=set)
+    """Addresses in flight that were forgotten. If one misses again it waits for the answer, lest its read be doubled;
+    as that may be older than what was forgotten, the address is then read once more."""
     lanes: dict[tuple[Space, ...], Lane[Tracked]] = field(default_factory=dict)
     adopted: set[Address] = field(default_factory=set)
     """Addresses with an adopted entry for which no read has ended yet."""
@@ -178,7 +198,12 @@ class Link:
     missed: int = 0
     """How many missed addresses wait for a read, in all lanes; kept by ``backlog``."""
 
+    @property
+    def in_flight(self) -> int:
+        """Transactions sent and not answered."""
+        return len(self.sent)
+
     def void_reads(self) -> None:
         """Make the answers of all reads in flight worthless: they may carry revisions of a replaced store."""
-        for address in self.reading:
-            self.reading[address] = VOID
+        for sent in self.sent.values():
+            sent.void = True

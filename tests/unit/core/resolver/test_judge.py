@@ -33,7 +33,7 @@ BAD = {
 @pytest.mark.parametrize("value", GOOD.values(), ids=GOOD)
 def test_a_good_record_is_returned_decoded(value: bytes) -> None:
     """What may be installed comes back as a record."""
-    (verdict,) = Judge(TABLE, {WEB}, "north").verdicts([value], [B1], info("b"))
+    ((verdict, _),) = Judge(TABLE, {WEB}, "north").verdicts([value], [B1], info("b"))
     assert isinstance(verdict, IpRecord)
     assert verdict.identity == WEB
 
@@ -41,7 +41,7 @@ def test_a_good_record_is_returned_decoded(value: bytes) -> None:
 @pytest.mark.parametrize(("value", "reason", "identity"), BAD.values(), ids=BAD)
 def test_a_bad_record_is_refused_with_its_reason(value: bytes, reason: Reason, identity: int) -> None:
     """The identity is named as far as it could be read: the address may be waiting for it."""
-    (verdict,) = Judge(TABLE, {WEB}, "north").verdicts([value], [B1], info("b"))
+    ((verdict, _),) = Judge(TABLE, {WEB}, "north").verdicts([value], [B1], info("b"))
     assert isinstance(verdict, Refusal)
     assert (verdict.reason, verdict.identity) == (reason, identity)
 
@@ -49,7 +49,7 @@ def test_a_bad_record_is_refused_with_its_reason(value: bytes, reason: Reason, i
 def test_a_node_that_does_not_know_its_region_is_in_every_scope() -> None:
     """Scope saves traffic; without a region nothing is saved and no peer is cut off."""
     regional = BAD["regional from another region"][0]
-    (verdict,) = Judge(TABLE, {WEB}, None).verdicts([regional], [B1], info("b"))
+    ((verdict, _),) = Judge(TABLE, {WEB}, None).verdicts([regional], [B1], info("b"))
     assert isinstance(verdict, IpRecord)
 
 
@@ -57,5 +57,7 @@ def test_a_node_that_does_not_know_its_region_is_in_every_scope() -> None:
 def test_records_that_are_judged_together_are_judged_as_each_alone(values: list[bytes]) -> None:
     """Whatever is judged beside them: a bad one does not affect the others."""
     judge, cluster = Judge(TABLE, {WEB}, "north"), info("b")
-    alone = [verdict for value in values for verdict in judge.verdicts([value], [B1], cluster)]
-    assert judge.verdicts(values, [B1] * len(values), cluster) == alone
+    alone = [verdict for value in values for verdict, _ in judge.verdicts([value], [B1], cluster)]
+    together = judge.verdicts(values, [B1] * len(values), cluster)
+    assert {index: verdict for verdict, indexes in together for index in indexes} == dict(enumerate(alone))
+    assert sorted(index for _, indexes in together for index in indexes) == list(range(len(values)))

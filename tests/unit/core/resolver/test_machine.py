@@ -29,7 +29,6 @@ from lazymesh.core.events import (
     Shrink,
     StoreReset,
     TableChanged,
-    Watch,
 )
 from lazymesh.core.model import Reason, Space, parse_address
 from lazymesh.core.resolver import Resolver
@@ -365,10 +364,12 @@ def test_the_oldest_negative_answers_are_forgotten_first_when_there_are_too_many
         << read(B2)
         >> miss(B3)
         << read(B3)
-        >> answered(10, {B1: None, B2: None})
+        >> answered(10, {B1: None})
         << report(B1, "absent", Reason.NOT_FOUND, missed_at=0.0)
+        << watch(B1, 10)
+        >> answered(10, {B2: None})
         << report(B2, "absent", Reason.NOT_FOUND, missed_at=0.0)
-        << Watch("b", DIRECT, (B1, B2), 10)
+        << watch(B2, 10)
         >> answered(10, {B3: None})
         << report(B3, "absent", Reason.NOT_FOUND, missed_at=0.0)
         << unwatch(B1)

@@ -209,7 +209,7 @@ class World(RuleBasedStateMachine):
         if value is None:
             return None
         judge = Judge(self.table(), self.identities, None)
-        (verdict,) = judge.verdicts([value], [address], INFOS[ADDRESSES[address]])
+        ((verdict, _),) = judge.verdicts([value], [address], INFOS[ADDRESSES[address]])
         return entry_of(verdict) if isinstance(verdict, IpRecord) else None
 
     def expected(self, address: Address) -> Entry | None:

@@ -10,7 +10,7 @@ from lazymesh.core.events import KeyState
 from lazymesh.core.model import Space
 from lazymesh.core.resolver.breaker import Breaker
 from lazymesh.core.resolver.limits import Limits
-from lazymesh.core.resolver.tracked import ALLOWED, VOID, Link, Phase, Tracked
+from lazymesh.core.resolver.tracked import ALLOWED, Link, Phase, Sent, Tracked
 from tests.support.playbook import B1, CACHE, DIRECT
 
 
@@ -35,7 +35,7 @@ def test_the_newest_state_of_a_key_counts_in_whatever_order_they_come(states: li
     for state in states:
         tracked.learn(state)
     assert tracked.newest() == b"4"
-    assert len(tracked.known) == 1
+    assert tracked.known == ((Space.PUSHED,), (b"4",), (4,))
 
 
 def test_of_two_keys_the_newer_record_counts() -> None:
@@ -51,7 +51,7 @@ def test_of_two_keys_the_newer_record_counts() -> None:
 def test_of_two_keys_read_at_one_revision_the_first_of_the_group_counts() -> None:
     """A publisher moves the record; the removal of the other key settles it."""
     tracked = Tracked(B1, ("b",), spaces=DIRECT)
-    tracked.known = tuple(KeyState(B1, space, space.value.encode(), 10) for space in DIRECT)
+    tracked.known = DIRECT, tuple(space.value.encode() for space in DIRECT), (10, 10)
     assert tracked.newest() == DIRECT[0].value.encode()
     tracked.learn(KeyState(B1, DIRECT[0], b"again", 11))
     tracked.learn(KeyState(B1, DIRECT[1], b"moved", 11))
@@ -67,8 +67,10 @@ def test_only_the_group_that_answered_last_counts() -> None:
     assert tracked.newest() is None
 
 
-def test_void_reads_stay_in_flight_without_a_group() -> None:
+def test_void_reads_stay_in_flight() -> None:
     """They still count, but their answer will not."""
-    link = Link("b", Breaker(Limits(), lambda: 1.0), reading={B1: DIRECT})
+    link = Link("b", Breaker(Limits(), lambda: 1.0))
+    link.sent[B1,] = Sent(link, [Tracked(B1, ("b",))])
     link.void_reads()
-    assert link.reading == {B1: VOID}
+    assert link.sent[B1,].void
+    assert len(link.sent) == 1
