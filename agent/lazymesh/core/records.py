@@ -60,7 +60,14 @@ class RecordError(Exception):
         self.detail = detail
 
 
-class IpRecord(msgspec.Struct, frozen=True):
+class BadRecord(msgspec.Struct, frozen=True, gc=False):
+    """What was found in place of a record."""
+
+    reason: Reason
+    detail: str
+
+
+class IpRecord(msgspec.Struct, frozen=True, gc=False):
     """One address's record, an IPIdentityPair."""
 
     identity: int
@@ -162,22 +169,22 @@ def decode_pair(value: bytes, address: Address) -> IpRecord:
     return _record_of(pair)
 
 
-def decode_pairs(values: Sequence[bytes], addresses: Sequence[Address]) -> list[IpRecord | RecordError]:
-    """Return for each what ``decode_pair`` returns or raises: faster if all are good, as they mostly are."""
+def decode_pairs(values: Sequence[bytes], addresses: Sequence[Address]) -> list[IpRecord | BadRecord]:
+    """Return for each what ``decode_pair`` returns or refuses: faster if all are good, as they mostly are."""
     if max(map(len, values), default=0) <= MAX_VALUE:
         with suppress(RecordError, ValueError, RecursionError):
             pairs = list(map(_PAIR.decode, values))
             unmasked = all([pair.Mask is None for pair in pairs])  # noqa: C419 - a generator takes three times as long
             if unmasked and [pair.IP for pair in pairs] == address_texts(addresses):
                 return list(map(_record_of, pairs))
-    return list(map(_pair_or_error, values, addresses))
+    return list(map(_good_or_bad, values, addresses))
 
 
-def _pair_or_error(value: bytes, address: Address) -> IpRecord | RecordError:
+def _good_or_bad(value: bytes, address: Address) -> IpRecord | BadRecord:
     try:
         return decode_pair(value, address)
     except RecordError as error:
-        return error
+        return BadRecord(error.reason, error.detail)
 
 
 def _record_of(pair: _Pair) -> IpRecord:

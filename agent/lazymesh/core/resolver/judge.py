@@ -7,16 +7,15 @@ policy).
 
 from __future__ import annotations
 
-from collections import defaultdict
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from lazymesh.core.identities import check_identity
 from lazymesh.core.model import Reason
-from lazymesh.core.records import REGIONAL, IpRecord, RecordError, decode_pairs
+from lazymesh.core.records import REGIONAL, BadRecord, IpRecord
 
 if TYPE_CHECKING:
-    from collections.abc import Container, Sequence
+    from collections.abc import Container
 
     from lazymesh.core.clusters import ClusterInfo, ClusterTable
     from lazymesh.core.model import Address
@@ -44,21 +43,9 @@ class Judge:
     here: Container[Address] = ()
     """This node's own addresses; the shell's set, too."""
 
-    def verdicts(
-        self, values: Sequence[bytes], addresses: Sequence[Address], cluster: ClusterInfo
-    ) -> list[tuple[IpRecord | Refusal, list[int]]]:
-        """Return the records if they may be installed, else why not, each with the indexes of those that are alike.
-
-        All are of one cluster. Pods of one node come together, and their records are equal except for the address.
-        """
-        records = decode_pairs(values, addresses)
-        alike: defaultdict[int, list[int]] = defaultdict(list)  # by the record's id, unique while it lives
-        for index, number in enumerate(map(id, records)):
-            alike[number].append(index)
-        return [(self._verdict(records[indexes[0]], cluster), indexes) for indexes in alike.values()]
-
-    def _verdict(self, record: IpRecord | RecordError, cluster: ClusterInfo) -> IpRecord | Refusal:
-        if isinstance(record, RecordError):
+    def verdict(self, record: IpRecord | BadRecord, cluster: ClusterInfo) -> IpRecord | Refusal:
+        """Return a cluster's record if it may be installed, else why not."""
+        if isinstance(record, BadRecord):
             return Refusal(record.reason, record.detail)
         forged = check_identity(record.identity, cluster.identities)
         if forged is not None:

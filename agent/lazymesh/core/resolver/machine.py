@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from lazymesh.core import events as ev
 from lazymesh.core.model import Reason
+from lazymesh.core.records import decode_pairs
 from lazymesh.core.resolver.admission import Admission
 from lazymesh.core.resolver.backlog import Backlog
 from lazymesh.core.resolver.breaker import Breaker, BreakerState
@@ -29,10 +30,11 @@ from lazymesh.core.resolver.negatives import Negatives
 from lazymesh.core.resolver.tracked import NOTHING, Fetch, LinkState, Phase, Tracked
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Sequence
 
     from lazymesh.core.clusters import ClusterInfo
     from lazymesh.core.model import Address, Entry, Space
+    from lazymesh.core.records import BadRecord, IpRecord
     from lazymesh.core.resolver.judge import Judge
     from lazymesh.core.resolver.limits import Limits
     from lazymesh.core.resolver.tracked import Link, Sent
@@ -217,8 +219,9 @@ class Resolver:
         link.breaker.succeeded()
         spaces, as_of = answer.spaces, answer.as_of
         landed: list[Tracked] = []
-        values = zip(*repeat(iter(answer.values), len(spaces)), strict=True)
-        knowns = zip(repeat(spaces), values, repeat((as_of,) * len(spaces)))
+        width = len(spaces)
+        columns = [_decoded(answer.values[at::width], answer.addresses) for at in range(width)]
+        knowns = zip(repeat(spaces), zip(*columns, strict=True), repeat((as_of,) * width))
         for tracked, known in zip(self._land(sent), knowns, strict=True):
             if tracked is None:
                 continue
@@ -226,8 +229,8 @@ class Resolver:
             if tracked.known is NOTHING:
                 tracked.known = known
             else:
-                for space, value in zip(spaces, known[1], strict=True):
-                    tracked.learn(ev.KeyState(tracked.address, space, value, as_of))
+                for space, record in zip(spaces, known[1], strict=True):
+                    tracked.learn(space, record, as_of)
         self._take_answers(landed, link, now)
         self._watch(link, landed, spaces, as_of)
 
@@ -326,7 +329,10 @@ class Resolver:
         if tracked is None or tracked.link is None or tracked.link.name != change.cluster:
             return
         # An unwatched key's change is from a watch given up meanwhile, perhaps of a store that no longer exists.
-        if state.space not in tracked.watched or not tracked.learn(state):
+        if state.space not in tracked.watched:
+            return
+        (record,) = _decoded((state.value,), (state.address,))
+        if not tracked.learn(state.space, record, state.as_of):
             return
         gone = tracked.entry is not None and tracked.newest() is None
         if gone and tracked.phase is Phase.INSTALLED and self._may_have_moved(tracked, tracked.link, now):
@@ -500,6 +506,20 @@ class Resolver:
         if tracked is None:
             return None
         return Known(None if tracked.link is None else tracked.link.name, tracked.entry)
+
+
+def _decoded(
+    values: Sequence[bytes | None], addresses: Sequence[Address]
+) -> list[IpRecord | BadRecord | None]:
+    """Return what the values are, each under its address."""
+    there = [value for value in values if value is not None]
+    if len(there) == len(values):
+        return [*decode_pairs(there, addresses)]
+    records: list[IpRecord | BadRecord | None] = [None] * len(values)
+    at = [index for index, value in enumerate(values) if value is not None]
+    for index, record in zip(at, decode_pairs(there, [addresses[index] for index in at]), strict=True):
+        records[index] = record
+    return records
 
 
 def _unowned(owners: tuple[str, ...]) -> Reason:

@@ -22,6 +22,7 @@ if TYPE_CHECKING:
 
     from lazymesh.core.clusters import ClusterInfo
     from lazymesh.core.model import Address, Entry, Space
+    from lazymesh.core.records import BadRecord, IpRecord
     from lazymesh.core.resolver.admission import Admission
     from lazymesh.core.resolver.backlog import Backlog
     from lazymesh.core.resolver.ledger import Ledger
@@ -122,19 +123,21 @@ class Moves:
 
     def settle_all(self, some: Sequence[Tracked], link: Link, cluster: ClusterInfo, now: float) -> None:
         """Do the same for addresses of one cluster, for each of which a group has answered."""
-        values: list[bytes] = []
-        published: list[Tracked] = []
+        # Pods of one node come together, and their records are mostly one: by its id, unique while it lives.
+        published: dict[int, tuple[IpRecord | BadRecord, list[Tracked]]] = {}
         for tracked in some:
             tracked.withdrawn = False
-            value = tracked.newest()
-            if value is not None:
-                values.append(value)
-                published.append(tracked)
+            record = tracked.newest()
+            if record is not None:
+                known = published.get(id(record))
+                if known is None:
+                    published[id(record)] = record, [tracked]
+                else:
+                    known[1].append(tracked)
             elif tracked.link is link:  # else another of these addresses has pushed it out of memory
                 self._settle_without_record(tracked, cluster, now)
-        verdicts = self._judge.verdicts(values, [tracked.address for tracked in published], cluster)
-        for verdict, indexes in verdicts:
-            alike = [published[index] for index in indexes]
+        for record, alike in published.values():
+            verdict = self._judge.verdict(record, cluster)
             if isinstance(verdict, Refusal):
                 for tracked in alike:
                     if tracked.link is link:  # as above

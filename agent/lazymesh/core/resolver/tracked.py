@@ -19,8 +19,8 @@ from msgspec import Struct
 from lazymesh.core.model import Reason
 
 if TYPE_CHECKING:
-    from lazymesh.core.events import KeyState
     from lazymesh.core.model import Address, Entry, Space
+    from lazymesh.core.records import BadRecord, IpRecord
     from lazymesh.core.resolver.breaker import Breaker
     from lazymesh.core.resolver.waiting import Lane
 
@@ -54,9 +54,9 @@ class Fetch(enum.Enum):
     READING = enum.auto()
 
 
-Known = tuple["tuple[Space, ...]", tuple[bytes | None, ...], tuple[int, ...]]
-"""What some keys of an address said: their spaces, each one's value and the store revision at which that was true.
-(Columns, because the first and the last are the same objects for all addresses of an answer.)"""
+Known = tuple["tuple[Space, ...]", "tuple[IpRecord | BadRecord | None, ...]", tuple[int, ...]]
+"""What some keys of an address said: their spaces, each one's record (None: it has none), and the store revision at
+which that was true. (Columns, because the first and the last are the same objects for all addresses of an answer.)"""
 NOTHING: Known = ((), (), ())
 
 
@@ -112,35 +112,35 @@ class Tracked(Struct, eq=False, gc=False):
         """Whether a miss has no answer yet and none is on its way into the map."""
         return self.phase is Phase.RESOLVING and self.entry is None
 
-    def learn(self, state: KeyState) -> bool:
+    def learn(self, space: Space, record: IpRecord | BadRecord | None, as_of: int) -> bool:
         """Remember a key's state; return False if it is older than what is known, or the same."""
-        spaces, values, as_of = self.known
-        at = spaces.index(state.space) if state.space in spaces else len(spaces)
-        if at < len(spaces) and state.as_of <= as_of[at]:
+        spaces, records, revisions = self.known
+        at = spaces.index(space) if space in spaces else len(spaces)
+        if at < len(spaces) and as_of <= revisions[at]:
             return False
         self.known = (
-            (*spaces[:at], state.space, *spaces[at + 1 :]),
-            (*values[:at], state.value, *values[at + 1 :]),
-            (*as_of[:at], state.as_of, *as_of[at + 1 :]),
+            (*spaces[:at], space, *spaces[at + 1 :]),
+            (*records[:at], record, *records[at + 1 :]),
+            (*revisions[:at], as_of, *revisions[at + 1 :]),
         )
         return True
 
-    def newest(self) -> bytes | None:
+    def newest(self) -> IpRecord | BadRecord | None:
         """Return the record that counts: the newest in the group that is judged; None if there is none.
 
         While a publisher moves the record, both keys may be read at one revision: the first space of the group
         wins the tie, and the removal of the other key settles it.
         """
-        spaces, values, revisions = self.known
+        spaces, records, revisions = self.known
         if spaces is self.spaces and revisions[0] == revisions[-1]:  # as they were read
-            for value in values:
-                if value is not None:
-                    return value
+            for record in records:
+                if record is not None:
+                    return record
             return None
         best, at = None, -1
-        for space, value, as_of in zip(spaces, values, revisions, strict=True):
-            if value is not None and as_of > at and space in self.spaces:
-                best, at = value, as_of
+        for space, record, as_of in zip(spaces, records, revisions, strict=True):
+            if record is not None and as_of > at and space in self.spaces:
+                best, at = record, as_of
         return best
 
     def forget_states(self) -> None:

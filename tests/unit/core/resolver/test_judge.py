@@ -1,11 +1,9 @@
 """Whether a record may become an entry here."""
 
 import pytest
-from hypothesis import given
-from hypothesis import strategies as st
 
 from lazymesh.core.model import Reason
-from lazymesh.core.records import IpRecord
+from lazymesh.core.records import IpRecord, decode_pairs
 from lazymesh.core.resolver.judge import Judge, Refusal
 from tests.support.playbook import B1, B2, NODE, OTHER_NODE, WEB, WEB_OF_C, info, mesh, record
 
@@ -30,10 +28,16 @@ BAD = {
 }
 
 
+def judged(value: bytes, region: str | None = "north") -> IpRecord | Refusal:
+    """Return what becomes of the record of B1, on a node in this region."""
+    (found,) = decode_pairs([value], [B1])
+    return Judge(TABLE, {WEB}, region).verdict(found, info("b"))
+
+
 @pytest.mark.parametrize("value", GOOD.values(), ids=GOOD)
 def test_a_good_record_is_returned_decoded(value: bytes) -> None:
     """What may be installed comes back as a record."""
-    ((verdict, _),) = Judge(TABLE, {WEB}, "north").verdicts([value], [B1], info("b"))
+    verdict = judged(value)
     assert isinstance(verdict, IpRecord)
     assert verdict.identity == WEB
 
@@ -41,7 +45,7 @@ def test_a_good_record_is_returned_decoded(value: bytes) -> None:
 @pytest.mark.parametrize(("value", "reason", "identity"), BAD.values(), ids=BAD)
 def test_a_bad_record_is_refused_with_its_reason(value: bytes, reason: Reason, identity: int) -> None:
     """The identity is named as far as it could be read: the address may be waiting for it."""
-    ((verdict, _),) = Judge(TABLE, {WEB}, "north").verdicts([value], [B1], info("b"))
+    verdict = judged(value)
     assert isinstance(verdict, Refusal)
     assert (verdict.reason, verdict.identity) == (reason, identity)
 
@@ -49,15 +53,5 @@ def test_a_bad_record_is_refused_with_its_reason(value: bytes, reason: Reason, i
 def test_a_node_that_does_not_know_its_region_is_in_every_scope() -> None:
     """Scope saves traffic; without a region nothing is saved and no peer is cut off."""
     regional = BAD["regional from another region"][0]
-    ((verdict, _),) = Judge(TABLE, {WEB}, None).verdicts([regional], [B1], info("b"))
+    verdict = judged(regional, region=None)
     assert isinstance(verdict, IpRecord)
-
-
-@given(st.lists(st.sampled_from([*GOOD.values(), *(value for value, *_ in BAD.values())])))
-def test_records_that_are_judged_together_are_judged_as_each_alone(values: list[bytes]) -> None:
-    """Whatever is judged beside them: a bad one does not affect the others."""
-    judge, cluster = Judge(TABLE, {WEB}, "north"), info("b")
-    alone = [verdict for value in values for verdict, _ in judge.verdicts([value], [B1], cluster)]
-    together = judge.verdicts(values, [B1] * len(values), cluster)
-    assert {index: verdict for verdict, indexes in together for index in indexes} == dict(enumerate(alone))
-    assert sorted(index for _, indexes in together for index in indexes) == list(range(len(values)))

@@ -45,7 +45,7 @@ from lazymesh.core.events import (
     Watch,
 )
 from lazymesh.core.model import Entry, Reason, Space
-from lazymesh.core.records import IpRecord, decode_pair, entry_of
+from lazymesh.core.records import IpRecord, decode_pair, decode_pairs, entry_of
 from lazymesh.core.resolver import Judge, Resolver
 from lazymesh.core.resolver.limits import Limits
 from tests.support.playbook import (
@@ -208,8 +208,8 @@ class World(RuleBasedStateMachine):
         """Return what the map should hold for a record."""
         if value is None:
             return None
-        judge = Judge(self.table(), self.identities, None)
-        ((verdict, _),) = judge.verdicts([value], [address], INFOS[ADDRESSES[address]])
+        (record_,) = decode_pairs([value], [address])
+        verdict = Judge(self.table(), self.identities, None).verdict(record_, INFOS[ADDRESSES[address]])
         return entry_of(verdict) if isinstance(verdict, IpRecord) else None
 
     def expected(self, address: Address) -> Entry | None:

@@ -6,8 +6,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from lazymesh.core.events import KeyState
 from lazymesh.core.model import Space
+from lazymesh.core.records import IpRecord
 from lazymesh.core.resolver.breaker import Breaker
 from lazymesh.core.resolver.limits import Limits
 from lazymesh.core.resolver.tracked import ALLOWED, Link, Phase, Sent, Tracked
@@ -28,41 +28,57 @@ def test_only_the_moves_of_the_table_are_possible(start: Phase, to: Phase) -> No
             tracked.move(to)
 
 
-@given(states=st.permutations([KeyState(B1, Space.PUSHED, str(n).encode(), n) for n in range(5)]))
-def test_the_newest_state_of_a_key_counts_in_whatever_order_they_come(states: list[KeyState]) -> None:
+def record(number: int) -> IpRecord:
+    """Return one of many."""
+    return IpRecord(number, bytes([172, 18, 0, 3]), 0, "")
+
+
+@given(revisions=st.permutations(range(5)))
+def test_the_newest_state_of_a_key_counts_in_whatever_order_they_come(revisions: list[int]) -> None:
     """Never an older answer over a newer one."""
     tracked = Tracked(B1, ("b",), spaces=DIRECT)
-    for state in states:
-        tracked.learn(state)
-    assert tracked.newest() == b"4"
-    assert tracked.known == ((Space.PUSHED,), (b"4",), (4,))
+    for number, revision in enumerate(revisions):
+        newest = not number or revision > max(revisions[:number])
+        assert tracked.learn(Space.PUSHED, record(revision), revision) == newest
+    assert tracked.newest() == record(4)
+    assert tracked.known == ((Space.PUSHED,), (record(4),), (4,))
 
 
 def test_of_two_keys_the_newer_record_counts() -> None:
     """An endpoint on its way from one space to the other is for a moment in both."""
     tracked = Tracked(B1, ("b",), spaces=DIRECT)
-    tracked.learn(KeyState(B1, Space.PULL_ONLY, b"new", 11))
-    tracked.learn(KeyState(B1, Space.PUSHED, b"old", 10))
-    assert tracked.newest() == b"new"
-    tracked.learn(KeyState(B1, Space.PULL_ONLY, None, 12))
-    assert tracked.newest() == b"old"
+    tracked.learn(Space.PULL_ONLY, record(2), 11)
+    tracked.learn(Space.PUSHED, record(1), 10)
+    assert tracked.newest() == record(2)
+    tracked.learn(Space.PULL_ONLY, None, 12)
+    assert tracked.newest() == record(1)
 
 
 def test_of_two_keys_read_at_one_revision_the_first_of_the_group_counts() -> None:
     """A publisher moves the record; the removal of the other key settles it."""
     tracked = Tracked(B1, ("b",), spaces=DIRECT)
-    tracked.known = DIRECT, tuple(space.value.encode() for space in DIRECT), (10, 10)
-    assert tracked.newest() == DIRECT[0].value.encode()
-    tracked.learn(KeyState(B1, DIRECT[0], b"again", 11))
-    tracked.learn(KeyState(B1, DIRECT[1], b"moved", 11))
-    assert tracked.newest() == b"again"
+    tracked.known = DIRECT, (record(1), record(2)), (10, 10)
+    assert tracked.newest() == record(1)
+    tracked.learn(DIRECT[0], record(3), 11)
+    tracked.learn(DIRECT[1], record(4), 11)
+    assert tracked.newest() == record(3)
+    tracked.learn(DIRECT[0], None, 12)
+    assert tracked.newest() == record(4)
+
+
+@pytest.mark.parametrize("records", [(None, None), (None, record(2)), (record(1), None)])
+def test_keys_read_at_one_revision_say_what_the_only_one_says(records: tuple[IpRecord | None, ...]) -> None:
+    """Mostly an address is in one space, and the other key does not exist."""
+    tracked = Tracked(B1, ("b",), spaces=DIRECT)
+    tracked.known = DIRECT, records, (10, 10)
+    assert tracked.newest() == next(filter(None, records), None)
 
 
 def test_only_the_group_that_answered_last_counts() -> None:
     """The revisions of two stores cannot be compared."""
     tracked = Tracked(B1, ("b",), spaces=CACHE)
-    tracked.learn(KeyState(B1, Space.CACHED, b"cached", 1000))
-    assert tracked.newest() == b"cached"
+    tracked.learn(Space.CACHED, record(1), 1000)
+    assert tracked.newest() == record(1)
     tracked.spaces = DIRECT
     assert tracked.newest() is None
 
