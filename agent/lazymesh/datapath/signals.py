@@ -17,8 +17,8 @@ if TYPE_CHECKING:
 RING_PAGES = 128
 """Pages per CPU: 512 KiB hold about 9,000 signals, and are what perf_event_mlock_kb allows everyone."""
 
-AT_ONCE = 256
-"""Signals handed over before the event loop gets its turn."""
+AT_ONCE = 512
+"""Signals handed over before the event loop gets its turn: one or two milliseconds of it."""
 ROOM = 65_536
 """Signals that may wait here, some 6 MB: a burst is read from the rings much faster than it is resolved."""
 CROWDED, RELIEVED = ROOM * 3 // 4, ROOM // 4

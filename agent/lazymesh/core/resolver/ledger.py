@@ -28,9 +28,9 @@ class Ledger:
         """How many more entries there is room for; read-only for others."""
         self._doubted: OrderedDict[Address, tuple[float, Tracked]] = OrderedDict()
         self._named: dict[int, dict[Address, Tracked]] = {}
-        self.unanswered: set[Address] = set()
-        """Addresses with an Install that has no result yet: at most one for each address at any time, even if
-        the address was forgotten and missed again meanwhile, so that no result is mistaken for another's."""
+        self.unanswered: dict[Address, Tracked] = {}
+        """Addresses with an Install that has no result yet, and whom it was sent for: at most one for each address at
+        any time, even if it was forgotten and missed again meanwhile, so that no result is mistaken for another's."""
 
     def __len__(self) -> int:
         return len(self._owned)

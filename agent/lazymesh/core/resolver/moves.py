@@ -150,7 +150,7 @@ class Moves:
     def _wanting(self, some: list[Tracked], entry: Entry) -> list[Tracked]:
         """Return the addresses whose record says this entry, and that do not have it."""
         unanswered = self._ledger.unanswered
-        if unanswered and not unanswered.isdisjoint([tracked.address for tracked in some]):
+        if unanswered and not unanswered.keys().isdisjoint([tracked.address for tracked in some]):
             for tracked in some:
                 tracked.again |= tracked.address in unanswered
             some = [tracked for tracked in some if tracked.address not in unanswered]
@@ -199,7 +199,7 @@ class Moves:
         ledger.own(some, entry)
         if some[0].link is not None and some[0].link.state is not LinkState.READY:
             ledger.doubt(some, now)
-        ledger.unanswered.update(addresses)
+        ledger.unanswered.update(zip(addresses, some, strict=True))
         self.out.append(Install(addresses, entry, cluster_id))
 
     def make_room(self) -> None:
@@ -211,11 +211,12 @@ class Moves:
         self, addresses: Sequence[Address], errors: Sequence[Reason | None], now: float
     ) -> None:
         """Take the outcomes of Installs, then whatever came while they were unanswered."""
-        self._ledger.unanswered.difference_update(addresses)
         arrived: list[Tracked] = []
         again: list[Tracked] = []
-        ended = list(map(self.tracked.get, addresses))
+        ended = map(self._ledger.unanswered.pop, addresses, repeat(None))
         for tracked, error in zip(ended, errors, strict=True):
+            if tracked is not None and tracked.link is None:  # it was forgotten, and may have missed again
+                tracked = self.tracked.get(tracked.address)  # noqa: PLW2901
             if tracked is None:
                 continue
             if tracked.again:

@@ -1,6 +1,8 @@
 """The queue: batches, fairness, shedding and muting, seen through the resolver."""
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from lazymesh.core.events import (
     Admit,
@@ -92,9 +94,30 @@ def test_many_neighbours_are_read_whole() -> None:
     story = Play()
     for address in NEIGHBOURS:
         story.tell(miss(address))
-    whole, apart = reads(story.tell(ClusterReady("b")))
-    assert (whole.addresses, whole.whole) == (tuple(NEIGHBOURS[:256]), (256,))
-    assert (apart.addresses, apart.whole) == (tuple(NEIGHBOURS[256:]), ())
+    first, second = reads(story.tell(ClusterReady("b")))
+    assert (first.addresses, first.whole) == (tuple(NEIGHBOURS[:288]), (256,))
+    assert (second.addresses, second.whole) == (tuple(NEIGHBOURS[288:]), ())
+
+
+def test_two_neighbourhoods_fill_a_transaction() -> None:
+    """More would make its answer too long for those that wait behind it."""
+    story = Play()
+    for group in range(3):
+        story.tell(Misses(tuple([bytes([10, 2, group, n]) for n in range(200)]), (0.0,) * 200))
+    sent = reads(story.tell(ClusterReady("b")))
+    assert [one.whole for one in sent] == [(200, 200), (200,)]
+
+
+@given(st.lists(st.integers(1, 256), min_size=1, max_size=5))
+def test_no_transaction_has_more_reads_than_etcd_takes(counts: list[int]) -> None:
+    """However many miss of each /24, every one is read once."""
+    story = Play()
+    missed = [bytes([10, 2, group, n]) for group, count in enumerate(counts) for n in range(count)]
+    story.tell(Misses(tuple(missed), (0.0,) * len(missed)))
+    sent = reads(story.tell(ClusterReady("b")))
+    for one in sent:
+        assert 2 * (len(one.whole) + len(one.addresses) - sum(one.whole)) <= 128
+    assert len(sent) == 8 or sorted(address for one in sent for address in one.addresses) == sorted(missed)
 
 
 @pytest.mark.parametrize("kind", ["exhausted", "permission"])

@@ -43,8 +43,9 @@ V6 = ("fd00::1", "fd00::2", "fd00::3")
         pytest.param((A[0], B[0], A[1], B[1], A[2]), 8, [A], B, id="wherever they are in the row"),
         pytest.param((*B, *A), 1, [], B[:1], id="the oldest first"),
         pytest.param((*B, *A), 3, [A], B, id="more than there is room for, if it is whole"),
-        pytest.param((*A, *B), 3, [A], (), id="which takes all the room"),
-        pytest.param((*A, *B), 4, [A], B[:1], id="or leaves some"),
+        pytest.param((*A, *B), 1, [A], (), id="which takes all the room"),
+        pytest.param((*A, *B), 2, [A], B[:1], id="or leaves some"),
+        pytest.param((*B, *A), 4, [A], B, id="and takes less than its number would"),
         pytest.param(V6, 8, [], V6, id="IPv6 never goes whole"),
     ],
 )
