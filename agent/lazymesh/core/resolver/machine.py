@@ -14,7 +14,6 @@ which may answer several.
 
 from __future__ import annotations
 
-from itertools import repeat
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from lazymesh.core import events as ev
@@ -27,7 +26,7 @@ from lazymesh.core.resolver.ledger import Ledger
 from lazymesh.core.resolver.lifecycle import Lifecycle
 from lazymesh.core.resolver.moves import Moves
 from lazymesh.core.resolver.negatives import Negatives
-from lazymesh.core.resolver.tracked import NOTHING, Fetch, LinkState, Phase, Tracked
+from lazymesh.core.resolver.tracked import Fetch, LinkState, Phase, Tracked
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -221,15 +220,15 @@ class Resolver:
         landed: list[Tracked] = []
         width = len(spaces)
         columns = [_decoded(answer.values[at::width], answer.addresses) for at in range(width)]
-        knowns = zip(repeat(spaces), zip(*columns, strict=True), repeat((as_of,) * width))
-        for tracked, known in zip(self._land(sent), knowns, strict=True):
+        revisions = (as_of,) * width
+        for tracked, records in zip(self._land(sent), zip(*columns, strict=True), strict=True):
             if tracked is None:
                 continue
             landed.append(tracked)
-            if tracked.known is NOTHING:
-                tracked.known = known
+            if not tracked.keys:
+                tracked.keys, tracked.records, tracked.revisions = spaces, records, revisions
             else:
-                for space, record in zip(spaces, known[1], strict=True):
+                for space, record in zip(spaces, records, strict=True):
                     tracked.learn(space, record, as_of)
         self._take_answers(landed, link, now)
         self._watch(link, landed, spaces, as_of)

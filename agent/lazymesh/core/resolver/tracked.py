@@ -54,14 +54,11 @@ class Fetch(enum.Enum):
     READING = enum.auto()
 
 
-Known = tuple["tuple[Space, ...]", "tuple[IpRecord | BadRecord | None, ...]", tuple[int, ...]]
-"""What some keys of an address said: their spaces, each one's record (None: it has none), and the store revision at
-which that was true. (Columns, because the first and the last are the same objects for all addresses of an answer.)"""
-NOTHING: Known = ((), (), ())
-
-
 class Tracked(Struct, eq=False, gc=False):
-    """One address that missed, or whose entry was adopted."""
+    """One address that missed, or whose entry was adopted.
+
+    The garbage collector has nothing to do with it, as there may be tens of thousands: it goes when it is forgotten.
+    """
 
     address: Address
     owners: tuple[str, ...]
@@ -77,8 +74,12 @@ class Tracked(Struct, eq=False, gc=False):
     spaces: tuple[Space, ...] = ()
     """The read group that answered last: only it is judged. Later groups are nearer to the record's owner,
     and a cache that lags behind must not overrule the owner."""
-    known: Known = NOTHING
-    """The newest state seen of each key, those of one group in its order; at most three."""
+    keys: tuple[Space, ...] = ()
+    """The keys of which a state was seen, those of one group in its order; at most three."""
+    records: tuple[IpRecord | BadRecord | None, ...] = ()
+    """What each key held by its newest state; None: it does not exist."""
+    revisions: tuple[int, ...] = ()
+    """The store revision at which that was true. (Like ``keys`` one object for all addresses of an answer.)"""
     watched: tuple[Space, ...] = ()
     entry: Entry | None = None
     """Our entry in the map once every command sent so far is carried out."""
@@ -114,15 +115,12 @@ class Tracked(Struct, eq=False, gc=False):
 
     def learn(self, space: Space, record: IpRecord | BadRecord | None, as_of: int) -> bool:
         """Remember a key's state; return False if it is older than what is known, or the same."""
-        spaces, records, revisions = self.known
-        at = spaces.index(space) if space in spaces else len(spaces)
-        if at < len(spaces) and as_of <= revisions[at]:
+        at = self.keys.index(space) if space in self.keys else len(self.keys)
+        if at < len(self.keys) and as_of <= self.revisions[at]:
             return False
-        self.known = (
-            (*spaces[:at], space, *spaces[at + 1 :]),
-            (*records[:at], record, *records[at + 1 :]),
-            (*revisions[:at], as_of, *revisions[at + 1 :]),
-        )
+        self.keys = (*self.keys[:at], space, *self.keys[at + 1 :])
+        self.records = (*self.records[:at], record, *self.records[at + 1 :])
+        self.revisions = (*self.revisions[:at], as_of, *self.revisions[at + 1 :])
         return True
 
     def newest(self) -> IpRecord | BadRecord | None:
@@ -131,21 +129,20 @@ class Tracked(Struct, eq=False, gc=False):
         While a publisher moves the record, both keys may be read at one revision: the first space of the group
         wins the tie, and the removal of the other key settles it.
         """
-        spaces, records, revisions = self.known
-        if spaces is self.spaces and revisions[0] == revisions[-1]:  # as they were read
-            for record in records:
+        if self.keys is self.spaces and self.revisions[0] == self.revisions[-1]:  # as they were read
+            for record in self.records:
                 if record is not None:
                     return record
             return None
         best, at = None, -1
-        for space, record, as_of in zip(spaces, records, revisions, strict=True):
+        for space, record, as_of in zip(self.keys, self.records, self.revisions, strict=True):
             if record is not None and as_of > at and space in self.spaces:
                 best, at = record, as_of
         return best
 
     def forget_states(self) -> None:
         """Forget what the keys said: the revisions are those of a store that no longer exists."""
-        self.known = NOTHING
+        self.keys = self.records = self.revisions = ()
         self.watched = ()
         self.spaces = ()
         self.again = self.withdrawn = False

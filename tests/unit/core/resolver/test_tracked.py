@@ -41,7 +41,7 @@ def test_the_newest_state_of_a_key_counts_in_whatever_order_they_come(revisions:
         newest = not number or revision > max(revisions[:number])
         assert tracked.learn(Space.PUSHED, record(revision), revision) == newest
     assert tracked.newest() == record(4)
-    assert tracked.known == ((Space.PUSHED,), (record(4),), (4,))
+    assert (tracked.keys, tracked.records, tracked.revisions) == ((Space.PUSHED,), (record(4),), (4,))
 
 
 def test_of_two_keys_the_newer_record_counts() -> None:
@@ -56,8 +56,9 @@ def test_of_two_keys_the_newer_record_counts() -> None:
 
 def test_of_two_keys_read_at_one_revision_the_first_of_the_group_counts() -> None:
     """A publisher moves the record; the removal of the other key settles it."""
-    tracked = Tracked(B1, ("b",), spaces=DIRECT)
-    tracked.known = DIRECT, (record(1), record(2)), (10, 10)
+    tracked = Tracked(
+        B1, ("b",), spaces=DIRECT, keys=DIRECT, records=(record(1), record(2)), revisions=(10, 10)
+    )
     assert tracked.newest() == record(1)
     tracked.learn(DIRECT[0], record(3), 11)
     tracked.learn(DIRECT[1], record(4), 11)
@@ -69,8 +70,7 @@ def test_of_two_keys_read_at_one_revision_the_first_of_the_group_counts() -> Non
 @pytest.mark.parametrize("records", [(None, None), (None, record(2)), (record(1), None)])
 def test_keys_read_at_one_revision_say_what_the_only_one_says(records: tuple[IpRecord | None, ...]) -> None:
     """Mostly an address is in one space, and the other key does not exist."""
-    tracked = Tracked(B1, ("b",), spaces=DIRECT)
-    tracked.known = DIRECT, records, (10, 10)
+    tracked = Tracked(B1, ("b",), spaces=DIRECT, keys=DIRECT, records=records, revisions=(10, 10))
     assert tracked.newest() == next(filter(None, records), None)
 
 
