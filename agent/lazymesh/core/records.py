@@ -78,6 +78,10 @@ class IpRecord(msgspec.Struct, frozen=True, gc=False):
     """``regional``, ``global``, or "" for global; other texts unchanged."""
 
 
+Record = IpRecord | BadRecord
+"""What is found under the key of an address."""
+
+
 @dataclass(frozen=True, slots=True)
 class NodeRecord:
     """One node of a cluster, as far as it says which cluster owns an address."""
@@ -169,8 +173,22 @@ def decode_pair(value: bytes, address: Address) -> IpRecord:
     return _record_of(pair)
 
 
-def decode_pairs(values: Sequence[bytes], addresses: Sequence[Address]) -> list[IpRecord | BadRecord]:
-    """Return for each what ``decode_pair`` returns or refuses: faster if all are good, as they mostly are."""
+def decode_pairs(values: Sequence[bytes | None], addresses: Sequence[Address]) -> list[Record | None]:
+    """Return for each value what ``decode_pair`` returns or refuses, and None for None.
+
+    Faster if all are good, as they mostly are.
+    """
+    there = [value for value in values if value is not None]
+    if len(there) == len(values):
+        return [*_decode_all(there, addresses)]
+    records: list[Record | None] = [None] * len(values)
+    at = [index for index, value in enumerate(values) if value is not None]
+    for index, record in zip(at, _decode_all(there, [addresses[index] for index in at]), strict=True):
+        records[index] = record
+    return records
+
+
+def _decode_all(values: Sequence[bytes], addresses: Sequence[Address]) -> list[Record]:
     if max(map(len, values), default=0) <= MAX_VALUE:
         with suppress(RecordError, ValueError, RecursionError):
             pairs = list(map(_PAIR.decode, values))
@@ -180,7 +198,7 @@ def decode_pairs(values: Sequence[bytes], addresses: Sequence[Address]) -> list[
     return list(map(_good_or_bad, values, addresses))
 
 
-def _good_or_bad(value: bytes, address: Address) -> IpRecord | BadRecord:
+def _good_or_bad(value: bytes, address: Address) -> Record:
     try:
         return decode_pair(value, address)
     except RecordError as error:

@@ -19,6 +19,7 @@ if TYPE_CHECKING:
 
     from lazymesh.core.clusters import ClusterInfo, ClusterTable
     from lazymesh.core.model import Address
+    from lazymesh.core.records import Record
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,7 +44,7 @@ class Judge:
     here: Container[Address] = ()
     """This node's own addresses; the shell's set, too."""
 
-    def verdict(self, record: IpRecord | BadRecord, cluster: ClusterInfo) -> IpRecord | Refusal:
+    def verdict(self, record: Record, cluster: ClusterInfo) -> IpRecord | Refusal:
         """Return a cluster's record if it may be installed, else why not."""
         if isinstance(record, BadRecord):
             return Refusal(record.reason, record.detail)

@@ -29,11 +29,10 @@ from lazymesh.core.resolver.negatives import Negatives
 from lazymesh.core.resolver.tracked import Fetch, LinkState, Phase, Tracked
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Sequence
+    from collections.abc import Callable
 
     from lazymesh.core.clusters import ClusterInfo
     from lazymesh.core.model import Address, Entry, Space
-    from lazymesh.core.records import BadRecord, IpRecord
     from lazymesh.core.resolver.judge import Judge
     from lazymesh.core.resolver.limits import Limits
     from lazymesh.core.resolver.tracked import Link, Sent
@@ -122,12 +121,16 @@ class Resolver:
     # --- misses ---------------------------------------------------------------------------------------------
 
     def _misses(self, event: ev.Misses, now: float) -> None:
-        known = self._moves.tracked
         fresh: dict[Address, float | None] = dict(zip(event.addresses, event.at, strict=True))
-        if len(fresh) == len(event.addresses) and known.keys().isdisjoint(fresh):
+        if len(fresh) < len(event.addresses) or not self._moves.tracked.keys().isdisjoint(fresh):
+            fresh = self._unknown(event, now)
+        if fresh:
             self._resolve(fresh, now)
-            return
-        fresh.clear()
+
+    def _unknown(self, event: ev.Misses, now: float) -> dict[Address, float | None]:
+        """Answer the misses of addresses that are known; return the others, each with when it missed first."""
+        known = self._moves.tracked
+        fresh: dict[Address, float | None] = {}
         for address, at in zip(event.addresses, event.at, strict=True):
             if address not in known:
                 fresh.setdefault(address, at)
@@ -138,8 +141,7 @@ class Resolver:
                 fresh[address] = at
             else:
                 self._missed_again(tracked, at, now)
-        if fresh:
-            self._resolve(fresh, now)
+        return fresh
 
     def _missed_again(self, tracked: Tracked, at: float, now: float) -> None:
         if tracked.phase is Phase.RESOLVING:
@@ -219,7 +221,7 @@ class Resolver:
         spaces, as_of = answer.spaces, answer.as_of
         landed: list[Tracked] = []
         width = len(spaces)
-        columns = [_decoded(answer.values[at::width], answer.addresses) for at in range(width)]
+        columns = [decode_pairs(answer.values[at::width], answer.addresses) for at in range(width)]
         revisions = (as_of,) * width
         for tracked, records in zip(self._land(sent), zip(*columns, strict=True), strict=True):
             if tracked is None:
@@ -330,7 +332,7 @@ class Resolver:
         # An unwatched key's change is from a watch given up meanwhile, perhaps of a store that no longer exists.
         if state.space not in tracked.watched:
             return
-        (record,) = _decoded((state.value,), (state.address,))
+        (record,) = decode_pairs((state.value,), (state.address,))
         if not tracked.learn(state.space, record, state.as_of):
             return
         gone = tracked.entry is not None and tracked.newest() is None
@@ -505,20 +507,6 @@ class Resolver:
         if tracked is None:
             return None
         return Known(None if tracked.link is None else tracked.link.name, tracked.entry)
-
-
-def _decoded(
-    values: Sequence[bytes | None], addresses: Sequence[Address]
-) -> list[IpRecord | BadRecord | None]:
-    """Return what the values are, each under its address."""
-    there = [value for value in values if value is not None]
-    if len(there) == len(values):
-        return [*decode_pairs(there, addresses)]
-    records: list[IpRecord | BadRecord | None] = [None] * len(values)
-    at = [index for index, value in enumerate(values) if value is not None]
-    for index, record in zip(at, decode_pairs(there, [addresses[index] for index in at]), strict=True):
-        records[index] = record
-    return records
 
 
 def _unowned(owners: tuple[str, ...]) -> Reason:

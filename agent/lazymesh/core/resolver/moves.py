@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
     from lazymesh.core.clusters import ClusterInfo
     from lazymesh.core.model import Address, Entry, Space
-    from lazymesh.core.records import BadRecord, IpRecord
+    from lazymesh.core.records import Record
     from lazymesh.core.resolver.admission import Admission
     from lazymesh.core.resolver.backlog import Backlog
     from lazymesh.core.resolver.ledger import Ledger
@@ -124,7 +124,7 @@ class Moves:
     def settle_all(self, some: Sequence[Tracked], link: Link, cluster: ClusterInfo, now: float) -> None:
         """Do the same for addresses of one cluster, for each of which a group has answered."""
         # Pods of one node come together, and their records are mostly one: by its id, unique while it lives.
-        published: dict[int, tuple[IpRecord | BadRecord, list[Tracked]]] = {}
+        published: dict[int, tuple[Record, list[Tracked]]] = {}
         for tracked in some:
             tracked.withdrawn = False
             record = tracked.newest()

@@ -20,7 +20,7 @@ from lazymesh.core.model import Reason
 
 if TYPE_CHECKING:
     from lazymesh.core.model import Address, Entry, Space
-    from lazymesh.core.records import BadRecord, IpRecord
+    from lazymesh.core.records import Record
     from lazymesh.core.resolver.breaker import Breaker
     from lazymesh.core.resolver.waiting import Lane
 
@@ -76,7 +76,7 @@ class Tracked(Struct, eq=False, gc=False):
     and a cache that lags behind must not overrule the owner."""
     keys: tuple[Space, ...] = ()
     """The keys of which a state was seen, those of one group in its order; at most three."""
-    records: tuple[IpRecord | BadRecord | None, ...] = ()
+    records: tuple[Record | None, ...] = ()
     """What each key held by its newest state; None: it does not exist."""
     revisions: tuple[int, ...] = ()
     """The store revision at which that was true. (Like ``keys`` one object for all addresses of an answer.)"""
@@ -113,7 +113,7 @@ class Tracked(Struct, eq=False, gc=False):
         """Whether a miss has no answer yet and none is on its way into the map."""
         return self.phase is Phase.RESOLVING and self.entry is None
 
-    def learn(self, space: Space, record: IpRecord | BadRecord | None, as_of: int) -> bool:
+    def learn(self, space: Space, record: Record | None, as_of: int) -> bool:
         """Remember a key's state; return False if it is older than what is known, or the same."""
         at = self.keys.index(space) if space in self.keys else len(self.keys)
         if at < len(self.keys) and as_of <= self.revisions[at]:
@@ -123,7 +123,7 @@ class Tracked(Struct, eq=False, gc=False):
         self.revisions = (*self.revisions[:at], as_of, *self.revisions[at + 1 :])
         return True
 
-    def newest(self) -> IpRecord | BadRecord | None:
+    def newest(self) -> Record | None:
         """Return the record that counts: the newest in the group that is judged; None if there is none.
 
         While a publisher moves the record, both keys may be read at one revision: the first space of the group
@@ -194,11 +194,6 @@ class Link:
     """No /24 is read whole before this: the last one could not be."""
     missed: int = 0
     """How many missed addresses wait for a read, in all lanes; kept by ``backlog``."""
-
-    @property
-    def in_flight(self) -> int:
-        """Transactions sent and not answered."""
-        return len(self.sent)
 
     def void_reads(self) -> None:
         """Make the answers of all reads in flight worthless: they may carry revisions of a replaced store."""
