@@ -10,7 +10,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from lazymesh.core.events import Read
-from lazymesh.core.resolver.tracked import Fetch, Link, LinkState, Sent
+from lazymesh.core.resolver.tracked import IDLE, QUEUED, READING, Link, LinkState, Sent
 from lazymesh.core.resolver.waiting import Lane
 
 if TYPE_CHECKING:
@@ -54,12 +54,12 @@ class Backlog:
             [tracked for tracked in some if tracked.address not in link.orphans] if link.orphans else some
         )
         for tracked in some:
-            tracked.fetch = Fetch.QUEUED
+            tracked.fetch = QUEUED
             tracked.wants = spaces
         if waiting is not some:
             for tracked in some:
                 if tracked.address in link.orphans:
-                    tracked.fetch = Fetch.READING
+                    tracked.fetch = READING
         if urgent:
             lane.misses.add(waiting)
         else:
@@ -92,7 +92,7 @@ class Backlog:
     def remove(self, tracked: Tracked, link: Link) -> None:
         """Take a queued address out."""
         address = tracked.address
-        tracked.fetch = Fetch.IDLE
+        tracked.fetch = IDLE
         lane = link.lanes[tracked.wants]
         if lane.misses.remove(address):
             link.missed -= 1
@@ -162,7 +162,7 @@ class Backlog:
         some: list[Tracked], link: Link, spaces: tuple[Space, ...], whole: tuple[int, ...] = ()
     ) -> Read:
         for tracked in some:
-            tracked.fetch = Fetch.READING
+            tracked.fetch = READING
         addresses = tuple([tracked.address for tracked in some])
         link.sent[addresses] = Sent(link, some)
         link.breaker.sent()

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 
 from lazymesh.core.events import Unwatch
 from lazymesh.core.model import Reason
-from lazymesh.core.resolver.tracked import Fetch, Link, LinkState
+from lazymesh.core.resolver.tracked import IDLE, Link, LinkState
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -138,7 +138,7 @@ class Lifecycle:
         if cluster is None:
             return
         for tracked in list(link.members.values()):
-            if tracked.fetch is Fetch.IDLE:
+            if tracked.fetch is IDLE:
                 # Read the group that was judged last: a lagging cache must not overrule the owner.
                 known = tracked.spaces in cluster.spaces
                 self._moves.read(tracked, tracked.spaces if known else cluster.spaces[0])

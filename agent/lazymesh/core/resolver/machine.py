@@ -26,7 +26,7 @@ from lazymesh.core.resolver.ledger import Ledger
 from lazymesh.core.resolver.lifecycle import Lifecycle
 from lazymesh.core.resolver.moves import Moves
 from lazymesh.core.resolver.negatives import Negatives
-from lazymesh.core.resolver.tracked import Fetch, LinkState, Phase, Tracked
+from lazymesh.core.resolver.tracked import ABSENT, IDLE, INSTALLED, READING, RESOLVING, LinkState, Tracked
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -136,7 +136,7 @@ class Resolver:
                 fresh.setdefault(address, at)
                 continue
             tracked = known[address]
-            if tracked.phase is Phase.ABSENT and tracked.expires <= now:
+            if tracked.phase is ABSENT and tracked.expires <= now:
                 self._moves.forget(tracked)
                 fresh[address] = at
             else:
@@ -144,10 +144,10 @@ class Resolver:
         return fresh
 
     def _missed_again(self, tracked: Tracked, at: float, now: float) -> None:
-        if tracked.phase is Phase.RESOLVING:
+        if tracked.phase is RESOLVING:
             if tracked.missed_at is None:
                 tracked.missed_at = at
-        elif tracked.phase is Phase.INSTALLED:
+        elif tracked.phase is INSTALLED:
             self._missed_though_installed(tracked, at, now)
         else:
             tracked.missed_at = at
@@ -245,7 +245,7 @@ class Resolver:
         landed: list[Tracked | None] = []
         for tracked in sent.asking:
             if tracked.link is sent.link and not sent.void:
-                tracked.fetch = Fetch.IDLE
+                tracked.fetch = IDLE
                 landed.append(tracked)
             else:
                 self._read_once_more(sent.link, tracked.address)
@@ -256,7 +256,7 @@ class Resolver:
         """Read an address again, if it still waits for an answer that turned out to be worthless."""
         link.orphans.discard(address)
         tracked = self._moves.tracked.get(address)
-        if tracked is not None and tracked.link is link and tracked.fetch is Fetch.READING:
+        if tracked is not None and tracked.link is link and tracked.fetch is READING:
             self._moves.read(tracked, tracked.wants)
 
     def _take_answers(self, landed: list[Tracked], link: Link, now: float) -> None:
@@ -269,7 +269,7 @@ class Resolver:
         if not link.adopted and not believed:
             return
         for tracked in landed:
-            if tracked.fetch is not Fetch.IDLE:
+            if tracked.fetch is not IDLE:
                 continue  # the next group is being asked, and may know more
             link.adopted.discard(tracked.address)
             if believed and tracked.entry is not None:
@@ -336,9 +336,9 @@ class Resolver:
         if not tracked.learn(state.space, record, state.as_of):
             return
         gone = tracked.entry is not None and tracked.newest() is None
-        if gone and tracked.phase is Phase.INSTALLED and self._may_have_moved(tracked, tracked.link, now):
+        if gone and tracked.phase is INSTALLED and self._may_have_moved(tracked, tracked.link, now):
             tracked.withdrawn = True
-            if tracked.fetch is Fetch.IDLE:
+            if tracked.fetch is IDLE:
                 self._moves.read(tracked, tracked.spaces)
             return
         if gone:
@@ -377,7 +377,7 @@ class Resolver:
     def _identities_known(self, event: ev.IdentitiesKnown, now: float) -> None:
         for identity in event.identities:
             for tracked in self._ledger.named(identity):
-                if tracked.phase is Phase.ABSENT and tracked.reason is Reason.UNKNOWN_IDENTITY:
+                if tracked.phase is ABSENT and tracked.reason is Reason.UNKNOWN_IDENTITY:
                     self._moves.settle(tracked, now)
 
     def _identity_gone(self, event: ev.IdentityGone, now: float) -> None:
@@ -400,7 +400,7 @@ class Resolver:
     def _adopt(self, event: ev.Adopted, owners: tuple[str, ...], link: Link, now: float) -> None:
         self._moves.make_room()
         (tracked,) = self._moves.begin([event.address], [None], owners, link)
-        tracked.move(Phase.INSTALLED)
+        tracked.move(INSTALLED)
         self._ledger.own([tracked], event.entry)
         self._ledger.doubt([tracked], now)
         link.adopted.add(event.address)
@@ -462,7 +462,7 @@ class Resolver:
     def counts(self) -> dict[str, int]:
         """How many addresses are in each state; the sum is all that is remembered."""
         tracked, absent = len(self._moves.tracked), len(self._negatives)
-        installed = sum(1 for entry in self._ledger if entry.phase is Phase.INSTALLED)
+        installed = sum(1 for entry in self._ledger if entry.phase is INSTALLED)
         return {"resolving": tracked - absent - installed, "installed": installed, "absent": absent}
 
     @property

@@ -15,7 +15,16 @@ from lazymesh.core.events import Command, Evict, Install, Outcome, Report, Unwat
 from lazymesh.core.model import Reason
 from lazymesh.core.records import entry_of
 from lazymesh.core.resolver.judge import Judge, Refusal
-from lazymesh.core.resolver.tracked import Fetch, LinkState, Phase, Tracked
+from lazymesh.core.resolver.tracked import (
+    ABSENT,
+    IDLE,
+    INSTALLED,
+    QUEUED,
+    READING,
+    RESOLVING,
+    LinkState,
+    Tracked,
+)
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -75,9 +84,9 @@ class Moves:
         """Stop tracking an address for which we have no entry."""
         link = tracked.link
         if link is not None:
-            if tracked.fetch is Fetch.QUEUED:
+            if tracked.fetch is QUEUED:
                 self._backlog.remove(tracked, link)
-            elif tracked.fetch is Fetch.READING:
+            elif tracked.fetch is READING:
                 # A new miss of the address must not be answered by what is older than what we forget here.
                 link.orphans.add(tracked.address)
             if tracked.watched:
@@ -86,7 +95,7 @@ class Moves:
             link.adopted.discard(tracked.address)
             # Callers further up the stack that still hold the object must find nothing to act upon.
             tracked.link = None
-        if tracked.phase is Phase.ABSENT:
+        if tracked.phase is ABSENT:
             self._negatives.remove(tracked)
         self._ledger.name(tracked, 0)
         del self.tracked[tracked.address]
@@ -110,7 +119,7 @@ class Moves:
 
         If it is already in flight it may still be answered, and is then used.
         """
-        if tracked.fetch is Fetch.QUEUED and tracked.link is not None:
+        if tracked.fetch is QUEUED and tracked.link is not None:
             self._backlog.remove(tracked, tracked.link)
         if tracked.waiting:
             self.refuse(tracked, reason, "", now)
@@ -160,9 +169,9 @@ class Moves:
             if tracked.link is not None and (tracked.entry is None or tracked.entry != entry)
         ]
         for tracked in wanting:
-            if tracked.phase is Phase.ABSENT:
+            if tracked.phase is ABSENT:
                 self._negatives.remove(tracked)
-                tracked.move(Phase.RESOLVING)
+                tracked.move(RESOLVING)
         return wanting
 
     def _settle_without_record(self, tracked: Tracked, cluster: ClusterInfo, now: float) -> None:
@@ -170,7 +179,7 @@ class Moves:
         if following is None:
             self._ledger.name(tracked, 0)
             self.refuse(tracked, Reason.NOT_FOUND, "", now)
-        elif tracked.fetch is Fetch.IDLE:
+        elif tracked.fetch is IDLE:
             self.read(tracked, following)
 
     def install(self, tracked: Tracked, entry: Entry, now: float) -> None:
@@ -225,8 +234,8 @@ class Moves:
             # Without an entry it was evicted while the Install was under way: the outcome no longer matters.
             if tracked.entry is None:
                 continue
-            if error is None and tracked.phase is Phase.RESOLVING:
-                tracked.phase = Phase.INSTALLED
+            if error is None and tracked.phase is RESOLVING:
+                tracked.phase = INSTALLED
                 arrived.append(tracked)
             elif error is None:
                 self._installed_again(tracked)
@@ -252,14 +261,14 @@ class Moves:
         tracked.withdrawn = False
         if tracked.entry is not None:
             self._evict(tracked, "deleted" if reason is Reason.NOT_FOUND else reason.value)
-        if tracked.phase is Phase.INSTALLED:
+        if tracked.phase is INSTALLED:
             self.report(tracked, "evicted", reason, detail)
         elif tracked.missed_at is not None:
             self.report(tracked, _OUTCOMES.get(reason, "absent"), reason, detail)
-        if tracked.phase is Phase.ABSENT:
+        if tracked.phase is ABSENT:
             self._negatives.remove(tracked)
         else:
-            tracked.move(Phase.ABSENT)
+            tracked.move(ABSENT)
         self._negatives.add(tracked, reason, now)
         oldest = self._negatives.overflow()
         if oldest is not None:
@@ -306,7 +315,7 @@ class Moves:
 
     def _evict(self, tracked: Tracked, why: str) -> None:
         # A first Install that ended in an error left no entry in the map.
-        if tracked.phase is Phase.INSTALLED or tracked.address in self._ledger.unanswered:
+        if tracked.phase is INSTALLED or tracked.address in self._ledger.unanswered:
             self.out.append(Evict(tracked.address, why))
         self._ledger.disown(tracked)
 
