@@ -162,6 +162,7 @@ from lazymesh.settings import (
 )
 @click.option(
     "--program-cache",
+    type=PATH,
     default=str(DEFAULT_PROGRAM_CACHE),
     show_default=True,
     metavar="FILE",
@@ -241,7 +242,7 @@ def _settings(options: dict[str, Any]) -> AgentSettings:
             drop_on_timeout=options["hold_timeout_action"] == "drop",
             signal_rate=options["signal_rate"],
             ipcache_size=options["ipcache_size"],
-            program_cache=None if cache == "off" else Path(cache),
+            program_cache=None if cache == Path("off") else cache,
         ),
         policy=options["policy"],
         shadow=options["shadow"],
