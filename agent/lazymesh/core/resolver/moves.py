@@ -145,16 +145,20 @@ class Moves:
                     known[1].append(tracked)
             elif tracked.link is link:  # else another of these addresses has pushed it out of memory
                 self._settle_without_record(tracked, cluster, now)
+        wanted: list[tuple[Entry, list[Tracked]]] = []
         for record, alike in published.values():
             verdict = self._judge.verdict(record, cluster)
-            if isinstance(verdict, Refusal):
-                for tracked in alike:
-                    if tracked.link is link:  # as above
-                        self._ledger.name(tracked, verdict.identity)
-                        self.refuse(tracked, verdict.reason, verdict.detail, now)
-            else:
+            if not isinstance(verdict, Refusal):
                 entry = entry_of(verdict, self._judge.here)
-                self._install(self._wanting(alike, entry), entry, cluster.cluster_id, now)
+                wanted.append((entry, self._wanting(alike, entry)))
+                continue
+            for tracked in alike:
+                if tracked.link is link:  # as above
+                    self._ledger.name(tracked, verdict.identity)
+                    self.refuse(tracked, verdict.reason, verdict.detail, now)
+        # After all that is refused: what that takes out of the map makes room.
+        for entry, wanting in wanted:
+            self._install(wanting, entry, cluster.cluster_id, now)
 
     def _wanting(self, some: list[Tracked], entry: Entry) -> list[Tracked]:
         """Return the addresses whose record says this entry, and that do not have it."""

@@ -5,13 +5,16 @@ import pytest
 from lazymesh.core.events import (
     ClusterGone,
     ClusterReady,
+    ClusterSilent,
     IdentityGone,
     Install,
     Lost,
     Misses,
     Report,
     Shrink,
+    StoreReset,
     Used,
+    Watch,
 )
 from lazymesh.core.model import Reason
 from lazymesh.core.resolver.limits import Limits
@@ -20,6 +23,7 @@ from tests.support.playbook import (
     B2,
     B3,
     DATABASE,
+    DIRECT,
     MAIL,
     WEB,
     Play,
@@ -51,6 +55,8 @@ def installed(**kwargs: object) -> Play:
     return sent(**kwargs) >> stands(B1) << report(B1, "installed", missed_at=0.0)
 
 
+UNKNOWN = 131999
+"""An identity of cluster b that nobody has published."""
 ERRORS = {Reason.NOT_OURS: "absent", Reason.MAP_FULL: "failed", Reason.INSTALL_FAILED: "failed"}
 
 
@@ -258,6 +264,38 @@ def test_a_batch_larger_than_the_budget_leaves_its_last_ones() -> None:
         << report(B2, "installed", missed_at=0.0)
     ).end()
     assert story.resolver.owned == 1
+
+
+def test_what_an_answer_takes_out_of_the_map_is_room_for_what_it_brings() -> None:
+    """Also if that is said first: no other entry goes for it."""
+    story = two_installed() >> ClusterSilent("b") >> miss(B3)
+    story = story << report(B3, "absent", Reason.CLUSTER_DOWN, missed_at=0.0) >> ClusterReady("b")
+    story = story << read(B1, B2, B3)
+    (
+        story
+        >> answered(20, {B1: record(B1), B2: record(B2, UNKNOWN), B3: record(B3)})
+        << evict(B2, "unknown-identity")
+        << report(B2, "evicted", Reason.UNKNOWN_IDENTITY)
+        << install(B3)
+        << watch(B3, 20)
+    ).end()
+
+
+def test_what_an_answer_refuses_pushes_nothing_out_of_memory_that_it_brings() -> None:
+    """An absent address whose record has come is absent no more when absences are counted."""
+    story = Play(limits=Limits(negatives=1)) >> ClusterReady("b") >> miss(B1) << read(B1)
+    story = story >> answered(10, {B1: None}) << report(B1, "absent", Reason.NOT_FOUND, missed_at=0.0)
+    story = story << watch(B1, 10) >> miss(B2) << read(B2) >> answered(10, {B2: record(B2)})
+    story = story << install(B2) << watch(B2, 10) >> stands(B2) << report(B2, "installed", missed_at=0.0)
+    story = story >> StoreReset("b") << unwatch(B1) << unwatch(B2) << read(B1, B2)
+    (
+        story
+        >> answered(20, {B1: record(B1), B2: record(B2, UNKNOWN)})
+        << evict(B2, "unknown-identity")
+        << report(B2, "evicted", Reason.UNKNOWN_IDENTITY)
+        << install(B1)
+        << Watch("b", DIRECT, (B1, B2), 20)
+    ).end()
 
 
 def test_room_is_made_of_an_entry_whose_result_comes_with_it() -> None:
