@@ -45,6 +45,7 @@ _MAX_REGION = 63
 _MAX_CACHED = 128
 """Characters of a label; a longer one is rare and is not cached."""
 _MAX_SCOPE = 16
+"""Characters of a scope that are kept: more than those that mean something have."""
 _MAX_ADDRESS_TEXT = 45  # an IPv6 address with its last 32 bits in dotted form
 
 Labels = dict[str, str]
@@ -75,7 +76,7 @@ class IpRecord(msgspec.Struct, frozen=True, gc=False):
     """The node that hosts the pod; an IPv4-mapped address as IPv4, as Go understands it."""
     encrypt_key: int
     scope: str
-    """``regional``, ``global``, or "" for global; other texts unchanged."""
+    """``regional``, ``global``, or "" for global; of other texts the beginning."""
 
 
 Record = IpRecord | BadRecord
@@ -206,11 +207,10 @@ def _good_or_bad(value: bytes, address: Address) -> Record:
 
 
 def _record_of(pair: _Pair) -> IpRecord:
-    scope = pair.SyncScope or pair.syncScope
-    # The cache must not keep another cluster's long texts alive.
-    if len(pair.HostIP) > _MAX_ADDRESS_TEXT or len(scope) > _MAX_SCOPE:
-        return _record.__wrapped__(pair.ID, pair.HostIP, pair.Key, scope)
-    return _record(pair.ID, pair.HostIP, pair.Key, scope)
+    # Neither the cache nor what is kept of an address must keep another cluster's long texts alive.
+    if len(pair.HostIP) > _MAX_ADDRESS_TEXT:
+        _refuse(f"HostIP is {pair.HostIP[:64]!r}")
+    return _record(pair.ID, pair.HostIP, pair.Key, (pair.SyncScope or pair.syncScope)[:_MAX_SCOPE])
 
 
 @lru_cache(maxsize=4096)  # pods of one identity on one node have equal records

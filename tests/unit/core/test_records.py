@@ -126,6 +126,14 @@ def test_pairs_that_we_would_not_act_on_are_malformed(value: bytes, detail: str)
     assert refused == BadRecord(Reason.MALFORMED, caught.value.detail)
 
 
+@pytest.mark.parametrize("name", ["SyncScope", "syncScope"])
+def test_a_long_scope_is_read_and_not_kept(name: str) -> None:
+    """Records are kept for each address, tens of thousands: that many of 60 KB would be gigabytes."""
+    record = decode_pair(pair(**{name: "regional" + "x" * 60_000}), POD)
+    assert len(record.scope) < 100
+    assert record.scope != "regional"
+
+
 def test_pairs_that_are_read_together_each_belong_to_their_address() -> None:
     """Two records that swapped places are both another's."""
     there = parse_address("10.244.1.80")
