@@ -134,7 +134,7 @@ class Tracked(Struct, eq=False, gc=False):
         While a publisher moves the record, both keys may be read at one revision: the first space of the group
         wins the tie, and the removal of the other key settles it.
         """
-        if self.keys is self.spaces and self.revisions[0] == self.revisions[-1]:  # as they were read
+        if self.keys is self.spaces:  # as they were read, all at one revision: else it is another tuple
             for record in self.records:
                 if record is not None:
                     return record

@@ -74,6 +74,24 @@ def test_keys_read_at_one_revision_say_what_the_only_one_says(records: tuple[IpR
     assert tracked.newest() == next(filter(None, records), None)
 
 
+def test_of_an_address_that_was_not_read_no_record_counts() -> None:
+    """Nor of one whose store was replaced."""
+    tracked = Tracked(B1, ("b",))
+    assert tracked.newest() is None
+    tracked.learn(Space.PUSHED, record(1), 10)
+    tracked.forget_states()
+    assert tracked.newest() is None
+
+
+@given(revisions=st.lists(st.integers(0, 20), min_size=1, max_size=4))
+def test_a_change_of_one_key_counts_against_what_was_read_of_both(revisions: list[int]) -> None:
+    """Whatever its revision is."""
+    tracked = Tracked(B1, ("b",), spaces=DIRECT, keys=DIRECT, records=(record(1), None), revisions=(10, 10))
+    for revision in revisions:
+        tracked.learn(Space.PULL_ONLY, record(2), revision)
+    assert tracked.newest() == record(2 if max(revisions) > 10 else 1)
+
+
 def test_only_the_group_that_answered_last_counts() -> None:
     """The revisions of two stores cannot be compared."""
     tracked = Tracked(B1, ("b",), spaces=CACHE)
