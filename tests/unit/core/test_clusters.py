@@ -153,6 +153,20 @@ def test_an_address_belongs_to_every_cluster_that_claims_it(
     assert owners(state, address) == expected
 
 
+@pytest.mark.parametrize("small", ["10.2.0.64/26", "10.2.0.65/32", "fd00:2::40/122", "fd00:2::41/128"])
+@pytest.mark.parametrize("large", ["10.2.0.0/16", "10.2.0.0/24", "fd00:2::/64", "fd00:2::/120"])
+def test_addresses_are_told_apart_by_their_owners(small: str, large: str) -> None:
+    """Neighbours, too: a CIDR may be smaller than a /24 or a /120. Whatever is claimed in the other family."""
+    table = mesh(explicit=[("a", small), ("b", large)]).table()
+    numbers = (0, 63, 64, 65, 66, 127, 128, 255)
+    texts = [f"10.2.{net}.{n}" for n in numbers for net in (0, 1)] + [f"fd00:2::{n:x}" for n in numbers]
+    addresses = list(map(parse_address, texts))
+    expected: dict[tuple[str, ...], list[bytes]] = {}
+    for address in addresses:
+        expected.setdefault(table.owners(address), []).append(address)
+    assert table.by_owners(addresses) == expected
+
+
 def test_the_kernel_gets_each_cidr_once_and_id_0_where_ambiguous() -> None:
     """Its longest-prefix match must answer as the table does."""
     state = mesh(

@@ -281,13 +281,18 @@ def test_what_an_answer_takes_out_of_the_map_is_room_for_what_it_brings() -> Non
     ).end()
 
 
-def test_what_an_answer_refuses_pushes_nothing_out_of_memory_that_it_brings() -> None:
-    """An absent address whose record has come is absent no more when absences are counted."""
+def absent_and_installed_are_read_again() -> Play:
+    """Return a play in which B1 is absent, B2 is installed, and no other absence would be remembered."""
     story = Play(limits=Limits(negatives=1)) >> ClusterReady("b") >> miss(B1) << read(B1)
     story = story >> answered(10, {B1: None}) << report(B1, "absent", Reason.NOT_FOUND, missed_at=0.0)
     story = story << watch(B1, 10) >> miss(B2) << read(B2) >> answered(10, {B2: record(B2)})
     story = story << install(B2) << watch(B2, 10) >> stands(B2) << report(B2, "installed", missed_at=0.0)
-    story = story >> StoreReset("b") << unwatch(B1) << unwatch(B2) << read(B1, B2)
+    return story >> StoreReset("b") << unwatch(B1) << unwatch(B2) << read(B1, B2)
+
+
+def test_what_an_answer_refuses_pushes_nothing_out_of_memory_that_it_brings() -> None:
+    """An absent address whose record has come is absent no more when absences are counted."""
+    story = absent_and_installed_are_read_again()
     (
         story
         >> answered(20, {B1: record(B1), B2: record(B2, UNKNOWN)})
@@ -296,6 +301,20 @@ def test_what_an_answer_refuses_pushes_nothing_out_of_memory_that_it_brings() ->
         << install(B1)
         << Watch("b", DIRECT, (B1, B2), 20)
     ).end()
+
+
+@pytest.mark.parametrize("identity", [WEB, UNKNOWN])
+def test_an_address_that_its_own_answer_pushed_out_of_memory_is_left_in_peace(identity: int) -> None:
+    """Whatever its record says."""
+    story = absent_and_installed_are_read_again()
+    (
+        story
+        >> answered(20, {B1: record(B1, identity), B2: None})
+        << evict(B2, "deleted")
+        << report(B2, "evicted", Reason.NOT_FOUND)
+        << watch(B2, 20)
+    ).end()
+    assert story.resolver.describe(B1) is None
 
 
 def test_room_is_made_of_an_entry_whose_result_comes_with_it() -> None:
