@@ -424,7 +424,7 @@ def pack_owned_new(entry: Entry, cluster_id: int) -> bytes:
 
 
 def pack_installs(addresses: Sequence[Address], entry: Entry, cluster_id: int) -> bytes:
-    """Return the lines of new entries, INSTALL_SIZE bytes each: key, entry and cluster id."""
+    """Return the lines of new entries for lm_install: key, entry and cluster id of each."""
     rest = _INSTALL.pack(pack_entry(entry), cluster_id, 0, _UNTOUCHED)
     if set(map(len, addresses)) == {4}:  # then what stands between two addresses is always the same
         head, tail = _KEY_HEAD, _KEY_TAIL + rest

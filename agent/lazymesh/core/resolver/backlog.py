@@ -50,16 +50,16 @@ class Backlog:
         if lane is None:
             lane = link.lanes[spaces] = Lane()
         before = lane.misses.count
-        waiting = (
-            [tracked for tracked in some if tracked.address not in link.orphans] if link.orphans else some
-        )
-        for tracked in some:
+        waiting, orphans = some, link.orphans
+        if orphans:
+            waiting = [tracked for tracked in some if tracked.address not in orphans]
+            for tracked in some:
+                if tracked.address in orphans:
+                    tracked.fetch = READING
+                    tracked.wants = spaces
+        for tracked in waiting:
             tracked.fetch = QUEUED
             tracked.wants = spaces
-        if waiting is not some:
-            for tracked in some:
-                if tracked.address in link.orphans:
-                    tracked.fetch = READING
         if urgent:
             lane.misses.add(waiting)
         else:

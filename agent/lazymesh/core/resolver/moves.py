@@ -227,9 +227,9 @@ class Moves:
         arrived: list[Tracked] = []
         again: list[Tracked] = []
         ended = map(self._ledger.unanswered.pop, addresses, repeat(None))
-        for tracked, error in zip(ended, errors, strict=True):
-            if tracked is not None and tracked.link is None:  # it was forgotten, and may have missed again
-                tracked = self.tracked.get(tracked.address)  # noqa: PLW2901
+        for asked, error in zip(ended, errors, strict=True):
+            # If it was forgotten meanwhile, it may have missed again.
+            tracked = asked if asked is None or asked.link is not None else self.tracked.get(asked.address)
             if tracked is None:
                 continue
             if tracked.again:

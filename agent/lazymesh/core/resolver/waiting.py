@@ -99,15 +99,16 @@ class Waiting(Generic[_T]):
     def take(self, batch: Batch[_T], room: int, whole_at: int | None) -> None:
         """Move addresses into the batch, neighbourhood by neighbourhood, until ``room`` is used up.
 
-        A /24 of which at least ``whole_at`` wait (None: no /24) comes whole, even if there is less room. It takes the
-        room of half as many: by the store's work it would be all, but a transaction for one has fewer addresses to
-        divide its own costs by, and the answer to one for two, some 170 KB, is not too long for those behind it.
+        A /24 of which at least ``whole_at`` wait (None: no /24) comes whole, even if there is less room. Two fill a
+        transaction: by the store's work one would, but then it has fewer addresses to divide its own costs by, and an
+        answer for two, some 170 KB, is not too long for those behind it.
         """
+        half = max(1, room // 2)
         while room > 0 and self._groups:
             group, members = next(iter(self._groups.items()))
             if whole_at is not None and len(members) >= whole_at and len(group) == 3:
                 batch.whole.append(list(members.values()))
-                room -= max(1, whole_at // 2)
+                room -= half
             elif len(members) > room:
                 batch.apart += [members.pop(address) for address in list(islice(members, room))]
                 self.count -= room

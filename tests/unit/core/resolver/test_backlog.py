@@ -1,5 +1,9 @@
 """The queue: batches, fairness, shedding and muting, seen through the resolver."""
 
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -41,6 +45,9 @@ from tests.support.playbook import (
     watch,
 )
 
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
 MUTED: list[Command] = [Mute(True), Admit(0.5)]
 MANY = [bytes([10, 2, n % 100, n // 100]) for n in range(300)]
 NEIGHBOURS = [bytes([10, 2, 1 + n // 256, n % 256]) for n in range(300)]
@@ -76,12 +83,14 @@ def test_lone_misses_go_out_at_once_until_the_window_is_full() -> None:
     ).end()
 
 
+def of_one_space() -> Play:
+    """Begin where a record is under one key, as behind a cache."""
+    return Play(table=mesh([info("b", tuple(info("b").spaces[0][:1]))], [("b", "10.2.0.0/16")]))
+
+
 def test_a_transaction_never_has_more_keys_than_etcd_takes() -> None:
     """Two keys for each address of the owner's store, one in the cache."""
-    direct, cached = (
-        Play(),
-        Play(table=mesh([info("b", tuple(info("b").spaces[0][:1]))], [("b", "10.2.0.0/16")])),
-    )
+    direct, cached = Play(), of_one_space()
     for story in (direct, cached):
         for address in MANY:
             story.tell(miss(address))
@@ -99,9 +108,10 @@ def test_many_neighbours_are_read_whole() -> None:
     assert (second.addresses, second.whole) == (tuple(NEIGHBOURS[288:]), ())
 
 
-def test_two_neighbourhoods_fill_a_transaction() -> None:
+@pytest.mark.parametrize("begin", [Play, of_one_space])
+def test_two_neighbourhoods_fill_a_transaction(begin: Callable[[], Play]) -> None:
     """More would make its answer too long for those that wait behind it."""
-    story = Play()
+    story = begin()
     for group in range(3):
         story.tell(Misses(tuple([bytes([10, 2, group, n]) for n in range(200)]), (0.0,) * 200))
     sent = reads(story.tell(ClusterReady("b")))
