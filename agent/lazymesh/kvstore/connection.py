@@ -43,6 +43,9 @@ class Connection:
         self.cluster_id = 0
         self.revision = 0
         """Highest store revision seen."""
+        self._answered = 0
+        """Highest one in an answer to a call. A watch may be ahead of it: etcd tells watches of a write just before it
+        shows the write to reads (mvcc's watchableStoreTxnWrite.End), and a busy server pauses in between."""
         self.version = ""
         self.heard_at = time.monotonic()
         """When the server last gave a sign of life."""
@@ -98,7 +101,7 @@ class Connection:
         self, call: rpc.Call[Request, Response], on_done: Callable[[Response | KvstoreError], None]
     ) -> Callable[[], None]:
         """Start a unary call; return a function that abandons it. on_done gets the outcome: once, later, if at all."""
-        login, floor = self.login, self.revision
+        login, floor = self.login, self._answered
         under_way: list[Callable[[], object]] = []
 
         def done(outcome: bytes | RpcError) -> None:
@@ -133,7 +136,7 @@ class Connection:
     ) -> AsyncGenerator[Response, None]:
         """Open a stream; it ends only by KvstoreError or when the caller leaves it."""
         self.check_up()
-        floor = self.revision
+        floor = self._answered
         # Otherwise a member cut off from its leader would keep its watches open and silent.
         metadata = (*self.login, ("hasleader", "true"))
         encoded = (method.encode(request) async for request in requests)
@@ -197,8 +200,9 @@ class Connection:
     def _observe(self, header: pb.ResponseHeader, floor: int) -> None:
         """Process a response's header; KvstoreError if it comes from another store.
 
-        ``floor`` is the revision known when the request was sent, or the stream opened. Answers overtake each other,
-        so only a revision below it indicates a store that went back; the next connect finds out for certain.
+        ``floor`` is the revision of an answer that was there when the request was sent, or the stream opened. Answers
+        overtake each other, so only one below it indicates a store that went back; the next connect finds out for
+        certain.
         """
         self.heard_at = time.monotonic()
         revision, cluster_id = header.revision, header.cluster_id
@@ -256,6 +260,7 @@ class Connection:
         try:
             response = self._decoded(call.method, raw)
             self._observe(response.header, floor)
+            self._answered = max(self._answered, response.header.revision)
         except RpcError as exc:
             error = self._down() or self.peer.translate(exc, call.what())
             # Without its traceback, which holds this frame, which holds the error.

@@ -1,8 +1,9 @@
-"""One connection, over a channel that answers as the test wants: logins by password."""
+"""One connection, over a channel that answers as the test wants: logins by password, and a store that goes back."""
 
 from __future__ import annotations
 
 import asyncio
+import contextlib
 from typing import TYPE_CHECKING
 
 import pytest
@@ -18,9 +19,9 @@ from lazymesh.kvstore.transport import Transport
 from tests.support.etcd import eventually
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import AsyncGenerator, AsyncIterator, Callable
 
-    from lazymesh.kvstore.channel import UnaryCall
+    from lazymesh.kvstore.channel import Metadata, UnaryCall
 
 CONFIG = parse_config("endpoints: ['http://127.0.0.1:1']\nusername: u\npassword: p\n", "b")
 EXPIRED = RpcError(Code.UNAUTHENTICATED, "etcdserver: invalid auth token")
@@ -33,6 +34,7 @@ class Server:
     lost: str | None = None
 
     def __init__(self) -> None:
+        self.revision = 7
         self.logins: list[Callable[[bytes | RpcError], None]] = []
         self.timeouts: list[float] = []
 
@@ -44,10 +46,17 @@ class Server:
         good = request.metadata == (("token", "good"),)
         if good:
             self.timeouts.append(request.timeout_s)
-        header = pb.ResponseHeader(cluster_id=1, revision=7)
+        header = pb.ResponseHeader(cluster_id=1, revision=self.revision)
         answer = pb.RangeResponse(header=header).SerializeToString() if good else EXPIRED
         asyncio.get_running_loop().call_soon(on_done, answer)
         return lambda: None
+
+    async def stream(
+        self, _path: str, _requests: AsyncIterator[bytes], _metadata: Metadata
+    ) -> AsyncGenerator[bytes, None]:
+        """Tell of one write."""
+        header = pb.ResponseHeader(cluster_id=1, revision=self.revision + 1)
+        yield pb.WatchResponse(header=header).SerializeToString()
 
     async def close(self) -> None:
         """Fail what is in flight."""
@@ -114,3 +123,40 @@ async def test_a_login_without_an_answer_takes_no_longer_than_the_call_may(serve
     assert "cannot read k: no new login within 0.05 s" in str(outcome)
     await connection.close()
     assert len(server.logins) == 1
+
+
+async def read_once(connection: Connection) -> object:
+    """Make a read and return its outcome."""
+    outcomes: list[object] = []
+    read(connection, outcomes)
+    await eventually(lambda: outcomes)
+    return outcomes[0]
+
+
+def logged_in() -> Connection:
+    """Return a connection with a good token."""
+    connection = connect()
+    connection.login = (("token", "good"),)
+    return connection
+
+
+async def test_a_read_may_not_show_yet_what_a_watch_has_told(server: Server) -> None:
+    """The server was interrupted between the two: it is the same store."""
+    connection, requests_ = logged_in(), rpc.Outbox[pb.WatchRequest]()
+    assert isinstance(await read_once(connection), pb.RangeResponse)
+    async with contextlib.aclosing(connection.stream(rpc.WATCH, requests_, lambda: "watch")) as told:
+        assert (await anext(told)).header.revision == 8
+        assert connection.revision == 8
+        assert isinstance(await read_once(connection), pb.RangeResponse)
+    assert connection.failure is None
+
+
+async def test_a_store_that_shows_less_than_it_did_is_another(server: Server) -> None:
+    """It was restored from a backup behind our back."""
+    connection = logged_in()
+    assert isinstance(await read_once(connection), pb.RangeResponse)
+    server.revision = 6
+    outcome = await read_once(connection)
+    assert isinstance(outcome, KvstoreError)
+    assert "another store answers there" in str(outcome)
+    assert connection.failure is not None
