@@ -226,12 +226,17 @@ class Resolver:
         for tracked, records in zip(self._land(sent), zip(*columns, strict=True), strict=True):
             if tracked is None:
                 continue
-            landed.append(tracked)
             if not tracked.keys:
                 tracked.keys, tracked.records, tracked.revisions = spaces, records, revisions
+            elif tracked.withdrawn and tracked.knows_later(spaces, as_of):
+                self._moves.read(
+                    tracked, spaces
+                )  # it was answered before the deletion, so it does not decide
+                continue
             else:
                 for space, record in zip(spaces, records, strict=True):
                     tracked.learn(space, record, as_of)
+            landed.append(tracked)
         self._take_answers(landed, link, now)
         self._watch(link, landed, spaces, as_of)
 

@@ -128,6 +128,13 @@ class Tracked(Struct, eq=False, gc=False):
         self.revisions = (*self.revisions[:at], as_of, *self.revisions[at + 1 :])
         return True
 
+    def knows_later(self, spaces: tuple[Space, ...], as_of: int) -> bool:
+        """Return whether a later state than this is known of any of these keys."""
+        return any(
+            revision > as_of and key in spaces
+            for key, revision in zip(self.keys, self.revisions, strict=True)
+        )
+
     def newest(self) -> Record | None:
         """Return the record that counts: the newest in the group that is judged; None if there is none.
 

@@ -410,6 +410,19 @@ def test_a_record_that_moves_to_the_other_space_leaves_no_gap() -> None:
     ).end()
 
 
+def test_a_read_from_before_the_deletion_does_not_decide() -> None:
+    """It was under way, or the store shows its reads the deletion later than its watches."""
+    (
+        installed()
+        >> deleted(B1, 12)
+        << read(B1)
+        >> answered(11, {B1: record(B1)})
+        << read(B1)
+        >> answered(12, pull_only={B1: record(B1, DATABASE)})
+        << install(B1, entry(DATABASE))
+    ).end()
+
+
 def test_a_deleted_record_that_cannot_be_read_again_is_gone() -> None:
     """The deletion is certain, that it has moved is not."""
     story = installed() >> deleted(B1, 11) << read(B1) >> failed(B1)
