@@ -37,7 +37,7 @@ def address_text(address: Address) -> str:
 
 
 def address_texts(addresses: Iterable[Address]) -> list[str]:
-    """Return the ``address_text`` of each, three times faster for IPv4 neighbours, which come together in a storm."""
+    """Return the ``address_text`` of each; of IPv4 neighbours, which come together in a storm, what they share once."""
     texts: list[str] = []
     for common, neighbours in groupby(addresses, itemgetter(slice(0, 3))):
         some = list(neighbours)

@@ -155,12 +155,12 @@ class Installer:
         count = sum([len(each.addresses) for each in installs])
         scarce = self.crowded or self.added + count > self.added_most
         if scarce or not self._honours_noexist or len(self._maps) > 1:
-            return self._install_apart(installs, set())
+            return self._install_apart(installs)
         fresh = self._only_fresh(installs)
         try:
             inserted = self._write(fresh)
         except DatapathError:  # one by one, to see for which there is room
-            return self._install_apart(installs, set())
+            return self._install_apart(installs)
         written = fresh if all(inserted) else _only(fresh, inserted)
         for each in written:
             self._owned.update(dict.fromkeys(each.addresses, (each.entry, each.cluster_id)))
@@ -170,7 +170,9 @@ class Installer:
             return [None] * count
         return self._install_apart(installs, {address for each in written for address in each.addresses})
 
-    def _install_apart(self, installs: Sequence[Install], written: Container[Address]) -> list[Reason | None]:
+    def _install_apart(
+        self, installs: Sequence[Install], written: Container[Address] = ()
+    ) -> list[Reason | None]:
         """Install one by one those that are not written yet."""
         return [
             None if address in written else self.install(address, each.entry, each.cluster_id)
