@@ -208,12 +208,10 @@ def _good_or_bad(value: bytes, address: Address) -> Record:
 
 def _record_of(pair: _Pair) -> IpRecord:
     # Neither the cache nor what is kept of an address must keep another cluster's long texts alive.
-    if len(pair.HostIP) > _MAX_ADDRESS_TEXT:
-        _refuse(f"HostIP is {pair.HostIP[:64]!r}")
     return _record(pair.ID, pair.HostIP, pair.Key, (pair.SyncScope or pair.syncScope)[:_MAX_SCOPE])
 
 
-@lru_cache(maxsize=4096)  # pods of one identity on one node have equal records
+@lru_cache(maxsize=4096)  # pods of one identity on one node have equal records; what is refused is not cached
 def _record(identity: int, host_ip: str, encrypt_key: int, scope: str) -> IpRecord:
     host = _host_address(host_ip)
     if host is None:

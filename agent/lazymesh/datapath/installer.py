@@ -161,23 +161,23 @@ class Installer:
             inserted = self._write(fresh)
         except DatapathError:  # one by one, to see for which there is room
             return self._install_apart(installs)
-        written = fresh if all(inserted) else _only(fresh, inserted)
+        added = sum(inserted)
+        written = fresh if added == len(inserted) else _only(fresh, inserted)
         for each in written:
             self._owned.update(dict.fromkeys(each.addresses, (each.entry, each.cluster_id)))
             self._beside.difference_update(each.addresses if self._beside else ())
-        self.added += sum(inserted)
-        if sum(inserted) == count:
+        self.added += added
+        if added == count:
             return [None] * count
-        return self._install_apart(installs, {address for each in written for address in each.addresses})
+        return self._install_apart(installs, {address for address, _, _ in _each(written)})
 
     def _install_apart(
         self, installs: Sequence[Install], written: Container[Address] = ()
     ) -> list[Reason | None]:
         """Install one by one those that are not written yet."""
         return [
-            None if address in written else self.install(address, each.entry, each.cluster_id)
-            for each in installs
-            for address in each.addresses
+            None if address in written else self.install(address, entry, cluster_id)
+            for address, entry, cluster_id in _each(installs)
         ]
 
     def _only_fresh(self, installs: Sequence[Install]) -> Sequence[Install]:
@@ -185,7 +185,7 @@ class Installer:
         owned = self._owned
         if all(owned.keys().isdisjoint(each.addresses) for each in installs):  # the usual case
             return installs
-        return _only(installs, [address not in owned for each in installs for address in each.addresses])
+        return _only(installs, [address not in owned for address, _, _ in _each(installs)])
 
     def _write(self, fresh: Sequence[Install]) -> Sequence[bool]:
         if self._writer is not None and sum([len(each.addresses) for each in fresh]) > FEW:

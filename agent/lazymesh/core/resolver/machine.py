@@ -229,9 +229,8 @@ class Resolver:
             if not tracked.keys:
                 tracked.keys, tracked.records, tracked.revisions = spaces, records, revisions
             elif tracked.withdrawn and tracked.knows_later(spaces, as_of):
-                self._moves.read(
-                    tracked, spaces
-                )  # it was answered before the deletion, so it does not decide
+                # It was answered before the deletion, so it does not decide.
+                self._moves.read(tracked, spaces)
                 continue
             else:
                 for space, record in zip(spaces, records, strict=True):
