@@ -102,7 +102,9 @@ class Stage:
     def miss(self) -> tuple[list[float], list[float]]:
         """Have packets miss, to a reader with room for them; return nanoseconds of suppressed and signalled ones."""
         signalled, frame, config = [], Flow(POD_B1).tcp(), self._datapath.config
-        with contextlib.closing(PerfBuffer(self._datapath.signals, RING_PAGES, lambda _: None)) as ring:
+        with contextlib.closing(
+            PerfBuffer(self._datapath.signals.events, RING_PAGES, lambda _: None)
+        ) as ring:
             suppressed = self.turn("ours", peers=[POD_B1])["ours"]
             ring.consume()
             config.write(DatapathConfig(rearm_s=0, interface_rate=0, global_rate=0))

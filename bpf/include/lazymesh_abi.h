@@ -95,6 +95,13 @@ struct lm_counters {
 	__u64 windows_opened; /* not packets: elements added to lm_windows */
 };
 
+/* Between the programs and the reader of the signals, which maps it into its memory. */
+struct lm_reader {
+	__u64 barrier; /* added to by the programs, for the order of their reads and writes; the sum says nothing */
+	__u32 wake;    /* set by the reader: the next signal must wake it; cleared by whoever does that */
+	__u32 pad;
+};
+
 /* Value of lm_mesh_cidrs, whose key is an ipcache_key: the pod CIDRs of the mesh. */
 struct lm_mesh_cidr {
 	__u16 cluster_id;
@@ -264,6 +271,7 @@ struct lm_holder_stats {
 _Static_assert(sizeof(struct ipcache_miss) == 40, "ipcache_miss has a hole");
 _Static_assert(sizeof(struct lm_config) == 104, "lm_config has a hole");
 _Static_assert(sizeof(struct lm_counters) == 128, "lm_counters has a hole");
+_Static_assert(sizeof(struct lm_reader) == 16, "lm_reader has a hole");
 _Static_assert(sizeof(struct lm_mesh_cidr) == 4, "lm_mesh_cidr has a hole");
 _Static_assert(sizeof(struct lm_dedup_key) == 20, "lm_dedup_key has a hole");
 _Static_assert(sizeof(struct lm_window) == 40, "lm_window has a hole");

@@ -12,6 +12,7 @@ import pytest
 
 from lazymesh.datapath import loader
 from lazymesh.datapath.pins import (
+    DOORBELL,
     HOLD_FILTER,
     HOLD_PROGRAMS,
     INSTALL,
@@ -95,7 +96,7 @@ def test_load_says_ok_and_pins_everything(place: Pins) -> None:
     assert answer(place) == {"ok": True}
     pinned = {path.name for path in place.directory.iterdir()}
     maps = expected_layouts(100).keys() - {IPCACHE}  # which the agent makes, if anybody
-    assert pinned == {*maps, *VIEWS, *PROGRAMS, *HOLD_PROGRAMS, HOLD_FILTER, INSTALL, SIGNALS}
+    assert pinned == {*maps, *VIEWS, *PROGRAMS, *HOLD_PROGRAMS, HOLD_FILTER, INSTALL, SIGNALS, DOORBELL}
     place.remove()
     place.prepare(100)
 

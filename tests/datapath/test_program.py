@@ -17,6 +17,7 @@ from lazymesh.core.model import Direction, Entry
 from lazymesh.datapath import abi, libbpf, program
 from lazymesh.datapath.libbpf import Map
 from lazymesh.datapath.pins import (
+    DOORBELL,
     HOLD_FILTER,
     HOLD_PROGRAMS,
     INSTALL,
@@ -73,7 +74,7 @@ def test_second_load_uses_what_is_pinned(own_bpffs: Path) -> None:
     first.policy.apply([(Direction.EGRESS, 131_073)], [])
     first.config.write(DatapathConfig(rearm_s=3))
     assert run_packet(first.program(Direction.EGRESS)[1], Flow().udp(), repeat=5).verdict == TC_ACT_UNSPEC
-    before = prog_ids(first), ipcache.map_id, first.signals.map_id
+    before = prog_ids(first), ipcache.map_id, first.signals.events.map_id
     ipcache.close()
     first.close()
 
@@ -86,7 +87,7 @@ def test_second_load_uses_what_is_pinned(own_bpffs: Path) -> None:
     assert second.policy.items() == {(Direction.EGRESS, 131_073)}
     assert second.config.read().rearm_ns == 3_000_000_000
     assert second.counters.read(Direction.EGRESS).hit == 5
-    ids, ipcache_id, signals_id = prog_ids(second), again.map_id, second.signals.map_id
+    ids, ipcache_id, signals_id = prog_ids(second), again.map_id, second.signals.events.map_id
     assert ipcache_id == before[1]
     assert signals_id != before[2]
     assert not set(ids) & set(before[0])
@@ -233,7 +234,10 @@ def test_missing_pin_is_an_error_that_keeps_no_descriptor(prepared: Pins, missin
     """A pin may be removed at any moment: it is named in one line, and nothing stays open."""
     prepared.prepare(SIZE)
     some = expected_layouts(SIZE)["lm_config"]
-    for name, layout in {**expected_layouts(SIZE), **dict.fromkeys((SIGNALS, *VIEWS), some)}.items():
+    for name, layout in {
+        **expected_layouts(SIZE),
+        **dict.fromkeys((SIGNALS, DOORBELL, *VIEWS), some),
+    }.items():
         made = Map.create("lm_test", layout)
         libbpf.pin(made.fd, prepared.path(name))
         made.close()
@@ -253,7 +257,7 @@ def test_missing_pin_is_an_error_that_keeps_no_descriptor(prepared: Pins, missin
 
 def test_map_type_of_signals_is_a_perf_event_array(bench: Bench) -> None:
     """Of our own: a second reader of Cilium's would steal its events."""
-    signals = bench.datapath.signals
+    signals = bench.datapath.signals.events
     assert signals.layout.kind == 4
     opened = Map.pinned(bench.datapath.pins.path("lm_signals"))
     assert opened.map_id == signals.map_id

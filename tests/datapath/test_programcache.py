@@ -16,6 +16,7 @@ from lazymesh.core.model import Direction, Entry
 from lazymesh.datapath import abi, libbpf, programcache, programs, source
 from lazymesh.datapath.libbpf import BPF_F_NO_PREALLOC, MAP_TYPE_HASH, Map, MapLayout
 from lazymesh.datapath.pins import (
+    DOORBELL,
     HOLD_FILTER,
     HOLD_PROGRAMS,
     INSTALL,
@@ -105,7 +106,7 @@ def test_second_start_loads_the_same_programs_without_a_compiler(
     file, before = first
     datapath = load(pins, SIZE, file)
     maps = expected_layouts(SIZE).keys() - {"lm_ipcache"}
-    assert {path.name for path in pins.directory.iterdir()} == {*maps, *VIEWS, *ALL, SIGNALS}
+    assert {path.name for path in pins.directory.iterdir()} == {*maps, *VIEWS, *ALL, SIGNALS, DOORBELL}
     assert described(pins) == before
     ipcache = open_own_ipcache(pins, SIZE)
     datapath.visible.show([ipcache])
@@ -123,11 +124,11 @@ def test_pinned_maps_are_used_again(
     file, _ = first
     one = load(pins, SIZE, file)
     one.config.write(DatapathConfig(rearm_s=7))
-    signals = one.signals.map_id
+    signals = one.signals.events.map_id
     one.close()
     two = load(pins, SIZE, file)
     assert two.config.read().rearm_ns == 7_000_000_000
-    assert two.signals.map_id != signals
+    assert two.signals.events.map_id != signals
     two.close()
 
 

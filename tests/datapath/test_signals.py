@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import select
 import struct
 import threading
 import time
@@ -50,7 +51,7 @@ def mesh(bench: Bench) -> Bench:
 def reading(bench: Bench, pages: int = 16) -> Iterator[list[bytes]]:
     """Read raw records; they are in the list when the block ends."""
     records: list[bytes] = []
-    ring = PerfBuffer(bench.datapath.signals, pages, records.extend)
+    ring = PerfBuffer(bench.datapath.signals.events, pages, records.extend)
     try:
         yield records
         ring.consume()
@@ -357,6 +358,89 @@ async def test_reader_receives_exactly_what_was_signalled(mesh: Bench) -> None:
     assert all(batches)
 
 
+def is_readable(ring: PerfBuffer) -> bool:
+    """Return whether an event loop would look at it now."""
+    return bool(select.select([ring.fd], [], [], 0)[0])
+
+
+@pytest.mark.parametrize("wakes", [True, False])
+def test_ring_wakes_its_reader_at_each_record_or_when_half_full(mesh: Bench, wakes: bool) -> None:
+    """A page holds 73 signals."""
+    mesh.configure(**UNLIMITED)
+    ring = PerfBuffer(mesh.datapath.signals.events, 1, lambda _: None, wakes=wakes)
+    try:
+        mesh.send(EGRESS, Flow(pod_of_b(0)).udp())
+        assert is_readable(ring) == wakes
+        for number in range(1, 60):
+            mesh.send(EGRESS, Flow(pod_of_b(number)).udp())
+        assert is_readable(ring)
+    finally:
+        ring.close()
+
+
+def test_doorbell_rings_once_for_a_reader_that_wants_to_be_woken(mesh: Bench) -> None:
+    """It does not ring for one that is at work, nor for a packet that is not signalled."""
+    mesh.configure(**UNLIMITED)
+    reader, rung = mesh.datapath.signals.reader, list[bytes]()
+    ring = PerfBuffer(mesh.datapath.signals.doorbell, 1, rung.extend, wakes=True)
+
+    def rings(numbers: range) -> int:
+        before = len(rung)
+        for number in numbers:
+            mesh.send(EGRESS, Flow(pod_of_b(number)).udp())
+        readable = is_readable(ring)
+        ring.consume()
+        assert readable == (len(rung) > before)
+        return len(rung) - before
+
+    try:
+        with reading(mesh) as signals:
+            reader.update(bytes(4), bytes(abi.Reader(wake=0)))
+            assert rings(range(3)) == 0
+            reader.update(bytes(4), bytes(abi.Reader(wake=1)))
+            assert rings(range(3)) == 0  # none is signalled: all three were a moment ago
+            assert rings(range(3, 6)) == 1
+            assert rings(range(6, 9)) == 0
+        assert len(signals) == 9
+    finally:
+        ring.close()
+
+
+def test_doorbell_that_nobody_hears_rings_for_the_next_reader(mesh: Bench) -> None:
+    """The wish to be woken is not used up by a signal that could not wake anybody."""
+    mesh.configure(**UNLIMITED)
+    reader, rung = mesh.datapath.signals.reader, list[bytes]()
+    reader.update(bytes(4), bytes(abi.Reader(wake=1)))
+    with reading(mesh):
+        mesh.send(EGRESS, Flow(pod_of_b(0)).udp())
+        ring = PerfBuffer(mesh.datapath.signals.doorbell, 1, rung.extend, wakes=True)
+        mesh.send(EGRESS, Flow(pod_of_b(1)).udp())
+        ring.consume()
+        ring.close()
+    assert len(rung) == 1
+
+
+async def test_signal_sent_after_the_reader_has_looked_wakes_it(mesh: Bench) -> None:
+    """No other is needed for that, however often it happens: the doorbell's own rings, a page each, never fill up."""
+    mesh.configure(**UNLIMITED)
+    received: list[Address] = []
+    many = 700
+
+    def receive(signals: abi.Signals) -> None:
+        received.extend(signals.addresses)
+        if len(received) < many:
+            mesh.send(EGRESS, Flow(pod_of_b(len(received))).udp())
+
+    reader = SignalReader(mesh.datapath.signals, receive)
+    reader.start()
+    mesh.send(EGRESS, Flow(pod_of_b(0)).udp())
+    try:
+        await eventually(lambda: len(received) == many)
+    finally:
+        reader.close()
+    assert len(set(received)) == mesh.counts(EGRESS)["signalled"] == many
+
+
 async def test_signals_that_follow_several_wait_a_moment_and_come_together(
     mesh: Bench, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -521,7 +605,7 @@ def test_every_miss_is_counted_by_exactly_one_cause(shared_bench: Bench, steps: 
                 if ring:
                     ring.consume()
                     ring.close()
-                ring = PerfBuffer(bench.datapath.signals, 1, records.extend) if here else None
+                ring = PerfBuffer(bench.datapath.signals.events, 1, records.extend) if here else None
     if ring:
         ring.consume()
         ring.close()
@@ -593,7 +677,7 @@ def test_ring_is_read_across_its_end_again_and_again(mesh: Bench) -> None:
     """A page holds 73 signals: every record is whole, also those that end at the ring's beginning."""
     mesh.configure(**UNLIMITED)
     records: list[bytes] = []
-    ring = PerfBuffer(mesh.datapath.signals, 1, records.extend)
+    ring = PerfBuffer(mesh.datapath.signals.events, 1, records.extend)
     sent = 0
     for count in (50, 40, 1, 60, 33, 70, 7):
         for _ in range(count):

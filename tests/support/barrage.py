@@ -117,7 +117,7 @@ class Barrage:
     @contextlib.contextmanager
     def _reading(self) -> Iterator[None]:
         take = lambda records: self._signals.extend(map(signal_of, records))  # noqa: E731
-        self._ring = PerfBuffer(self._bench.datapath.signals, _PAGES, take)
+        self._ring = PerfBuffer(self._bench.datapath.signals.events, _PAGES, take)
         try:
             self._seen = self._counts()
             yield

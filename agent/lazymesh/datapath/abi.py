@@ -277,6 +277,12 @@ class HoldCounters(ctypes.Structure):
     )
 
 
+class Reader(ctypes.Structure):
+    """struct lm_reader."""
+
+    _fields_ = (("barrier", c_uint64), ("wake", c_uint32), ("pad", c_uint32))
+
+
 class HolderStats(ctypes.Structure):
     """struct lm_holder_stats."""
 
@@ -304,6 +310,7 @@ STRUCTS: Mapping[str, type[ctypes.Structure]] = {
     "ipcache_miss": IpcacheMiss,
     "lm_config": Config,
     "lm_counters": Counters,
+    "lm_reader": Reader,
     "lm_mesh_cidr": MeshCidr,
     "lm_dedup_key": DedupKey,
     "lm_window": Window,

@@ -73,10 +73,6 @@ class _MapCreateOpts(ctypes.Structure):
     )
 
 
-SAMPLE_FN = ctypes.CFUNCTYPE(None, ctypes.c_void_p, ctypes.c_int, ctypes.c_void_p, ctypes.c_uint32)
-LOST_FN = ctypes.CFUNCTYPE(None, ctypes.c_void_p, ctypes.c_int, ctypes.c_uint64)
-
-
 @functools.cache
 def library() -> ctypes.CDLL:
     """Return libbpf with the prototypes it needs; DatapathError when it is not installed."""
@@ -98,8 +94,8 @@ def library() -> ctypes.CDLL:
     lib.bpf_obj_get.argtypes = (ctypes.c_char_p,)
     lib.bpf_obj_pin.argtypes = (number, ctypes.c_char_p)
     lib.bpf_obj_get_info_by_fd.argtypes = (number, pointer, pointer)
-    lib.perf_buffer__new.argtypes = (number, ctypes.c_size_t, SAMPLE_FN, LOST_FN, pointer, pointer)
-    lib.perf_buffer__new.restype = pointer
+    lib.perf_buffer__new_raw.argtypes = (number, ctypes.c_size_t, *(pointer,) * 4)
+    lib.perf_buffer__new_raw.restype = pointer
     for name in ("perf_buffer__epoll_fd", "perf_buffer__buffer_cnt", "perf_buffer__free"):
         getattr(lib, name).argtypes = (pointer,)
     lib.perf_buffer__buffer.argtypes = (pointer, number, pointer, pointer)

@@ -29,6 +29,7 @@ from lazymesh.datapath.ipcachemaps import IpcacheLayout, make_outer_map
 from lazymesh.datapath.libbpf import Map
 from lazymesh.datapath.maps import pin_map
 from lazymesh.datapath.pins import (
+    DOORBELL,
     HOLD_FILTER,
     HOLD_PROGRAMS,
     INSTALL,
@@ -91,7 +92,8 @@ def load(pins: Path, ipcache_size: int) -> tuple[Any, dict[str, Any]]:
         _check_sizes(bpf, ipcache_size)
         for name in VIEWS:
             _new(pins, name).rename(pins / name)
-    libbpf.pin(bpf[SIGNALS.encode()].map_fd, pins / SIGNALS)
+    for name in (SIGNALS, DOORBELL):
+        libbpf.pin(bpf[name.encode()].map_fd, pins / name)
     for name, function in programs.items():
         libbpf.pin(function.fd, pins / name)
     return bpf, programs

@@ -15,7 +15,7 @@ import sys
 from functools import lru_cache
 from typing import TYPE_CHECKING
 
-from lazymesh.datapath.libbpf import LOST_FN, SAMPLE_FN, checked, library
+from lazymesh.datapath.libbpf import checked, library
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -23,17 +23,47 @@ if TYPE_CHECKING:
     from lazymesh.datapath.libbpf import Map
 
 
-class PerfBuffer:
-    """A reader of a perf event array: one ring per CPU behind one pollable file descriptor."""
+class _PerfEventAttr(ctypes.Structure):
+    """The head of ``struct perf_event_attr``, in its first version (PERF_ATTR_SIZE_VER0)."""
 
-    def __init__(self, events: Map, pages: int, on_samples: Callable[[list[bytes]], None]) -> None:
+    _fields_ = (
+        ("type", ctypes.c_uint32),
+        ("size", ctypes.c_uint32),
+        ("config", ctypes.c_uint64),
+        ("sample_period", ctypes.c_uint64),
+        ("sample_type", ctypes.c_uint64),
+        ("read_format", ctypes.c_uint64),
+        ("bits", ctypes.c_uint64),
+        ("wakeup_events", ctypes.c_uint32),
+        ("bp_type", ctypes.c_uint32),
+        ("config1", ctypes.c_uint64),
+    )
+
+
+class PerfBuffer:
+    """A reader of a perf event array: one ring per CPU behind one pollable file descriptor.
+
+    wakes: each record makes the file descriptor readable. Otherwise a ring does so once it is half full, and writing a
+    record costs a third.
+    """
+
+    def __init__(
+        self, events: Map, pages: int, on_samples: Callable[[list[bytes]], None], *, wakes: bool = False
+    ) -> None:
         self._lib = library()
         self._on_samples = on_samples
         self.lost = 0
         """Records that the kernel could not put into a ring, by its count."""
-        # libbpf requires these; they are never called.
-        self._unused = SAMPLE_FN(lambda *_: None), LOST_FN(lambda *_: None)
-        self._buffer = self._lib.perf_buffer__new(events.fd, pages, *self._unused, None, None)
+        attr = _PerfEventAttr(
+            type=_SOFTWARE,
+            size=ctypes.sizeof(_PerfEventAttr),
+            config=_BPF_OUTPUT,
+            sample_period=1,
+            sample_type=_RAW,
+            wakeup_events=int(wakes),
+        )
+        # libbpf would call back only when it is asked to read.
+        self._buffer = self._lib.perf_buffer__new_raw(events.fd, pages, ctypes.byref(attr), None, None, None)
         if not self._buffer:
             number = ctypes.get_errno()
             raise OSError(number, os.strerror(number))
@@ -142,6 +172,8 @@ class _Ring:
         return piece if len(piece) == length else piece + bytes(self.data[: length - len(piece)])
 
 
+_SOFTWARE, _BPF_OUTPUT, _RAW = 1, 10, 1 << 10
+"""PERF_TYPE_SOFTWARE, PERF_COUNT_SW_BPF_OUTPUT, PERF_SAMPLE_RAW."""
 LOOK = 1 << 16
 """Bytes of a ring read at once: any record fits, as its length has 16 bits."""
 _RECORD = struct.Struct("=IHHI")

@@ -29,6 +29,8 @@ HOLD_PROGRAMS = ("lm_hold_out", "lm_hold_back")
 HOLD_FILTER = "lm_hold_whole"
 INSTALL = "lm_install"
 SIGNALS = "lm_signals"
+DOORBELL = "lm_doorbell"
+READER = "lm_reader"
 IPCACHE = "lm_ipcache"
 JOURNAL = "lm_owned"
 LINKS = "links"
@@ -86,6 +88,7 @@ def pinned_maps(ipcache_size: int) -> dict[str, PinnedMap]:
         JOURNAL: PinnedMap(libbpf.MAP_TYPE_HASH, abi.IpcacheKey, abi.Owned, journal_size(ipcache_size)),
         "lm_config": PinnedMap(libbpf.MAP_TYPE_ARRAY, u32, abi.Config, 1),
         "lm_counters": PinnedMap(libbpf.MAP_TYPE_PERCPU_ARRAY, u32, abi.Counters, 2),
+        READER: PinnedMap(libbpf.MAP_TYPE_ARRAY, u32, abi.Reader, 1, mapped),
         "lm_dedup": PinnedMap(libbpf.MAP_TYPE_LRU_HASH, abi.DedupKey, u64, 65_536),
         "lm_recent": PinnedMap(libbpf.MAP_TYPE_LRU_HASH, abi.DedupKey, u64, 16_384),
         "lm_recent_tags": PinnedMap(libbpf.MAP_TYPE_ARRAY, u32, u64, 8_192),
@@ -174,7 +177,16 @@ class Pins:
 
     def missing(self, *, own_ipcache: bool) -> list[str]:
         """Return the names of pinned maps and programs that were removed; own_ipcache: ours should be pinned, too."""
-        names = (*PROGRAMS, *HOLD_PROGRAMS, HOLD_FILTER, INSTALL, SIGNALS, *VIEWS, *expected_layouts(0))
+        names = (
+            *PROGRAMS,
+            *HOLD_PROGRAMS,
+            HOLD_FILTER,
+            INSTALL,
+            SIGNALS,
+            DOORBELL,
+            *VIEWS,
+            *expected_layouts(0),
+        )
         return [name for name in names if not self.path(name).exists() and (own_ipcache or name != IPCACHE)]
 
     def remove(self) -> None:

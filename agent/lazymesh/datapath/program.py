@@ -26,17 +26,20 @@ from lazymesh.datapath.maps import (
     open_or_make_map,
 )
 from lazymesh.datapath.pins import (
+    DOORBELL,
     HOLD_PROGRAMS,
     INSTALL,
     IPCACHE,
     JOURNAL,
     PROGRAMS,
+    READER,
     SIGNALS,
     VIEWS,
     expected_layouts,
     own_ipcache,
 )
 from lazymesh.datapath.settingsmap import SettingsMap
+from lazymesh.datapath.signals import SignalMaps
 from lazymesh.datapath.source import origin
 from lazymesh.errors import DatapathError
 
@@ -161,7 +164,7 @@ class Datapath:
         self.recent = RecentMap(self._open("lm_recent"))
         outer = {view: self._open(name) for view, name in zip(IpcacheLayout, VIEWS, strict=True)}
         self.visible = VisibleIpcaches(outer, self.config)
-        self.signals = self._open(SIGNALS)
+        self.signals = SignalMaps(self._open(SIGNALS), self._open(DOORBELL), self._open(READER))
         for name in (*PROGRAMS, *HOLD_PROGRAMS, INSTALL):
             try:
                 self._programs[name] = libbpf.open_pin(self.pins.path(name))
