@@ -179,6 +179,8 @@ def test_verifier_has_an_easy_life(bench: Bench, direction: Direction) -> None:
         "bpf_user_rnd_u32",
     }
     called = set(re.findall(r"call (\w+)#", listing))
+    assert "trie_lookup_elem" in called
+    assert "bpf_map_lookup_elem" not in called, "lookups in two kinds of map were compiled into one"
     assert {helper for helper in called if "map_" not in helper and "trie_" not in helper} <= helpers
 
 
