@@ -9,7 +9,6 @@ its cluster is left to identities.py, which cluster owns an address to clusters.
 
 from __future__ import annotations
 
-from contextlib import suppress
 from dataclasses import dataclass
 from functools import lru_cache
 from ipaddress import IPv4Network, IPv6Address, IPv6Network, ip_address
@@ -180,6 +179,8 @@ def decode_pairs(values: Sequence[bytes | None], addresses: Sequence[Address]) -
     Faster if all are good, as they mostly are.
     """
     there = [value for value in values if value is not None]
+    if not there:  # in one of its two spaces an address has no record
+        return [None] * len(values)
     if len(there) == len(values):
         return [*_decode_all(there, addresses)]
     records: list[Record | None] = [None] * len(values)
@@ -190,12 +191,14 @@ def decode_pairs(values: Sequence[bytes | None], addresses: Sequence[Address]) -
 
 
 def _decode_all(values: Sequence[bytes], addresses: Sequence[Address]) -> list[Record]:
-    if max(map(len, values), default=0) <= MAX_VALUE:
-        with suppress(RecordError, ValueError, RecursionError):
+    if max(map(len, values)) <= MAX_VALUE:
+        try:
             pairs = list(map(_PAIR.decode, values))
             unmasked = all([pair.Mask is None for pair in pairs])  # noqa: C419 - a generator takes three times as long
             if unmasked and [pair.IP for pair in pairs] == address_texts(addresses):
                 return list(map(_record_of, pairs))
+        except (RecordError, ValueError, RecursionError):
+            pass  # one of them is bad
     return list(map(_good_or_bad, values, addresses))
 
 

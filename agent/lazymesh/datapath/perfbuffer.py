@@ -77,13 +77,15 @@ class PerfBuffer:
         behind.
         """
         heads = [ring.head.value for ring in self._rings]
-        self._fence()
+        if not _ORDERED:
+            self._fence()
         more = False
         for ring, head in zip(self._rings, heads, strict=True):
             if ring.position != head:
                 limit -= self._read(ring, head, limit)
                 more |= ring.position != head
-        self._fence()
+        if not _ORDERED:
+            self._fence()
         for ring in self._rings:
             ring.tail.value = ring.position
         return more
@@ -101,8 +103,6 @@ class PerfBuffer:
         return _Ring(base.value or 0, size.value)
 
     def _fence(self) -> None:
-        if _ORDERED:
-            return
         # The call releases the interpreter and takes it again: those are locks, and so barriers between the reads
         # before and after it, as the rings' protocol demands (perf_event_open(2)).
         self._lib.perf_buffer__buffer_cnt(self._buffer)
@@ -117,12 +117,14 @@ class PerfBuffer:
                 kind, _, length, raw_length = _RECORD.unpack_from(data, at)
                 if at + length > len(data):
                     break  # the next read begins with it
-                if kind == _RECORD_SAMPLE:
+                if kind == _RECORD_SAMPLE and at + length == len(data):  # a lone one, mostly
+                    samples.append(data[at + 12 : at + 12 + raw_length])
+                elif kind == _RECORD_SAMPLE:
                     alike = _alike(data, at, length, limit - read - len(samples))
                     samples += [data[start + 12 : start + 12 + raw_length] for start in alike]
                     at = alike.stop
                     continue
-                if kind == _RECORD_LOST:
+                elif kind == _RECORD_LOST:
                     self.lost += int.from_bytes(data[at + 16 : at + 24], sys.byteorder)
                 at += length
             ring.position += at

@@ -103,7 +103,8 @@ class SignalReader:
         loop = self._loop
         if loop is None:
             return
-        self._end_rest()
+        if self._resting is not None:
+            self._end_rest()
         self._want_wake()
         # What finds no room here stays in the rings; what finds none there is lost, and counted by the kernel.
         room = ROOM - len(self._waiting)

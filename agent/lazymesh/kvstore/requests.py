@@ -129,7 +129,7 @@ def values_of(response: pb.RangeResponse | pb.TxnResponse, reads: Reads) -> Valu
     if isinstance(response, pb.RangeResponse):
         return Values(response.header.revision, (response.kvs[0].value if response.kvs else None,))
     answers: Sequence[pb.ResponseOp] = response.responses
-    asked = len(reads.prefixes) + len(reads.keys)
+    asked = (len(reads.prefixes) if reads.whole else 0) + len(reads.keys)
     if len(answers) != asked:
         raise _odd(f"{len(answers)} answers to {asked} reads")
     values: list[bytes | None] = []
