@@ -109,7 +109,8 @@ class SignalReader:
         # What finds no room here stays in the rings; what finds none there is lost, and counted by the kernel.
         room = ROOM - len(self._waiting)
         more = room > 0 and self._buffer.consume(room)
-        self._update_crowded()
+        if self.crowded or len(self._waiting) >= CROWDED:
+            self._update_crowded()
         began, handed = loop.time(), 0
         if not self._paused and self._waiting:
             handed = self._hand_over()
@@ -138,7 +139,10 @@ class SignalReader:
 
     def _hand_over(self) -> int:
         waiting = self._waiting
-        records = [waiting.popleft() for _ in range(min(AT_ONCE, len(waiting)))]
+        if len(waiting) == 1:
+            records = [waiting.popleft()]
+        else:
+            records = [waiting.popleft() for _ in range(min(AT_ONCE, len(waiting)))]
         signals = abi.unpack_signals(records)
         self.invalid += len(records) - len(signals.addresses)
         if signals.addresses:

@@ -8,7 +8,9 @@ connection.py knows. The user chooses by ``--etcd-transport``.
 from __future__ import annotations
 
 import enum
-from typing import TYPE_CHECKING, NamedTuple, Protocol
+from typing import TYPE_CHECKING, Protocol
+
+from msgspec import Struct
 
 if TYPE_CHECKING:
     from collections.abc import AsyncGenerator, AsyncIterator, Callable
@@ -48,7 +50,7 @@ class RpcError(Exception):
         self.details = details
 
 
-class UnaryCall(NamedTuple):
+class UnaryCall(Struct, frozen=True):
     """One unary call."""
 
     path: str

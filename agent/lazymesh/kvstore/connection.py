@@ -14,6 +14,7 @@ from contextlib import aclosing
 from typing import TYPE_CHECKING, Any, Generic, TypeVar
 
 from google.protobuf.message import DecodeError
+from msgspec import structs
 
 from lazymesh.errors import KvstoreError
 from lazymesh.kvstore import etcd_pb2 as pb
@@ -243,7 +244,7 @@ class Connection:
         except KvstoreError as exc:
             return exc
         pending = _Pending[bytes | RpcError]()
-        left = call._replace(timeout_s=max(0.001, deadline - time.monotonic()))
+        left = structs.replace(call, timeout_s=max(0.001, deadline - time.monotonic()))
         raw = await pending.wait(self._send(left, self.login, pending.settle))
         return self._outcome(call, raw, floor)
 

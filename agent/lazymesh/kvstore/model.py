@@ -9,6 +9,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, NamedTuple, Protocol
 
+from msgspec import Struct
+
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
@@ -41,7 +43,7 @@ class ReadResult:
     values: list[KeyValue | None]
 
 
-class Values(NamedTuple):
+class Values(Struct, frozen=True):
     """The same for the miss path: only the value of each key, None for one that does not exist."""
 
     revision: int

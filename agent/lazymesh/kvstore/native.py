@@ -12,7 +12,9 @@ import os
 import ssl
 import time
 from collections import deque
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING
+
+from msgspec import Struct
 
 from lazymesh.kvstore.certificate import client_context
 from lazymesh.kvstore.channel import Code, RpcError
@@ -31,7 +33,7 @@ SWEEP_S = 0.05
 answer to a ping waits at most this long for other data to travel with."""
 
 
-class _InFlight(NamedTuple):
+class _InFlight(Struct, frozen=True):
     """One unary call that the server has not ended."""
 
     deadline: float

@@ -5,6 +5,8 @@ from __future__ import annotations
 from itertools import chain
 from typing import TYPE_CHECKING, NamedTuple
 
+from msgspec import Struct
+
 from lazymesh.errors import KvstoreError
 from lazymesh.kvstore import etcd_pb2 as pb
 from lazymesh.kvstore.model import KeyValue, ReadResult, Values
@@ -48,7 +50,7 @@ class Whole(NamedTuple):
     """Of those, the keys with these names after the prefix are wanted."""
 
 
-class Reads(NamedTuple):
+class Reads(Struct, frozen=True):
     """What one transaction reads."""
 
     keys: Sequence[bytes]

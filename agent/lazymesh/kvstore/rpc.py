@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import asyncio
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Generic, NamedTuple, Protocol, Self, TypeVar
+from typing import TYPE_CHECKING, Generic, Protocol, Self, TypeVar
+
+from msgspec import Struct
 
 from lazymesh.kvstore import etcd_pb2 as pb
 from lazymesh.kvstore import requests
@@ -33,7 +35,7 @@ class Method(Generic[Request_contra, Response]):
     decode: Callable[[bytes], Response]
 
 
-class Call(NamedTuple, Generic[Request_contra, Response]):
+class Call(Struct, Generic[Request_contra, Response], frozen=True):
     """One call of a method with one request and one response."""
 
     method: Method[Request_contra, Response]

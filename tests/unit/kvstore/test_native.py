@@ -12,6 +12,7 @@ from contextlib import asynccontextmanager
 from typing import TYPE_CHECKING
 
 import pytest
+from msgspec import structs
 
 from lazymesh.kvstore import wire
 from lazymesh.kvstore.channel import Code, RpcError, UnaryCall
@@ -147,7 +148,7 @@ async def test_the_response_is_the_outcome_and_its_trailers_are_waited_for_by_no
 async def test_trailers_that_never_come_are_given_up_at_the_deadline() -> None:
     """The server may have only so many calls at a time, and this is still one; nobody is told of it."""
     async with met() as (channel, server):
-        call = ask(channel, CALL._replace(timeout_s=0.2))
+        call = ask(channel, structs.replace(CALL, timeout_s=0.2))
         assert await server.call() == 1
         before, body, _ = answer(1, b"here").partition(message(b"here"))
         server.say(before + body)
@@ -168,7 +169,7 @@ async def test_calls_overtake_each_other() -> None:
 async def test_a_call_without_answer_ends_at_its_deadline_and_is_reset() -> None:
     """The server is told of both; the connection goes on."""
     async with met() as (channel, server):
-        late = ask(channel, CALL._replace(timeout_s=0.05))
+        late = ask(channel, structs.replace(CALL, timeout_s=0.05))
         stream = await server.call()
         outcome = await late
         assert isinstance(outcome, RpcError)
@@ -183,7 +184,7 @@ async def test_a_call_without_answer_ends_at_its_deadline_and_is_reset() -> None
 async def test_more_calls_than_the_server_takes_wait() -> None:
     """And go on as room is made, or fail at their own deadline."""
     async with met(frame(wire.SETTINGS, 0, 0, struct.pack(">HI", 3, 1))) as (channel, server):
-        first, second, third = ask(channel), ask(channel, CALL._replace(timeout_s=0.05)), ask(channel)
+        first, second, third = ask(channel), ask(channel, structs.replace(CALL, timeout_s=0.05)), ask(channel)
         stream = await server.call()
         outcome = await second
         assert isinstance(outcome, RpcError)

@@ -160,8 +160,7 @@ class Tracked(Struct, eq=False, gc=False):
         self.again = self.withdrawn = False
 
 
-@dataclass(slots=True, eq=False)
-class Sent:
+class Sent(Struct, eq=False):
     """A read in flight, and whom it was sent for."""
 
     link: Link
