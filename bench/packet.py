@@ -41,7 +41,7 @@ if TYPE_CHECKING:
 SIZES = {"1k": 1_000, "100k": 100_000, "512k": 511_000}
 ADDED_NS, ABOVE_LOOKUP_NS = 50, 15
 """Budgets: what a hit may cost above nothing, with a thousand entries, and above the lookup alone, with any."""
-ROUNDS, ADDRESSES, REPEAT, RING_HOLDS = 15, 8, 20_000, 1_000
+ROUNDS, ADDRESSES, REPEAT, RING_HOLDS, WAKES = 15, 8, 20_000, 1_000, 200
 _ENTRY = abi.pack_entry(Entry(131_073, ipaddress.ip_address("172.18.0.2").packed, 0, 2))
 
 
@@ -102,27 +102,46 @@ class Stage:
 
     def suppressed(self) -> list[float]:
         """Have packets of a peer miss whose miss is signalled already; return nanoseconds of each turn."""
-        with self._reading(wakes=False):
+        with self._reading():
             return self.turn("ours", peers=[POD_B1])["ours"]
 
-    def signalled(self, *, wakes: bool) -> list[float]:
-        """Have every packet's miss signalled, to a reader with room for it; return nanoseconds of each turn.
-
-        wakes: each wakes the reader, as a lone miss does; otherwise it is at work, as in a storm.
-        """
-        took, frame, config = [], Flow(POD_B1).tcp(), self._datapath.config
-        config.write(DatapathConfig(rearm_s=0, interface_rate=0, global_rate=0))
-        time.sleep(2)  # until the address may be signalled again
-        with self._reading(wakes=wakes) as ring:
-            for _ in range(5 * ROUNDS):
+    def signalled(self) -> list[float]:
+        """Have every packet's miss signalled to a reader at work, with room for it; return nanoseconds of each turn."""
+        took, frame = [], Flow(POD_B1).tcp()
+        with self._signalling(), self._reading() as ring:
+            for _ in range(10 * ROUNDS):
                 took.append(float(run_packet(self._programs["ours"], frame, repeat=RING_HOLDS).ns))
                 ring.consume()
-        config.write(DatapathConfig())
         return took
 
-    def _reading(self, *, wakes: bool) -> contextlib.closing[PerfBuffer]:
-        events = self._datapath.signals.events
-        return contextlib.closing(PerfBuffer(events, RING_PAGES, lambda _: None, wakes=wakes))
+    def waking(self) -> list[float]:
+        """Have every packet's signal wake a reader that sleeps, as a lone one does; return nanoseconds of each turn."""
+        took, frame, (_, bell, reader) = [], Flow(POD_B1).tcp(), self._datapath.signals
+        with (
+            self._signalling(),
+            self._reading() as ring,
+            contextlib.closing(PerfBuffer(bell, 1, lambda _: None, wakes=True)) as doorbell,
+        ):
+            for _ in range(ROUNDS):
+                runs = []
+                for _ in range(WAKES):
+                    reader.update(bytes(4), bytes(abi.Reader(wake=1)))
+                    runs.append(run_packet(self._programs["ours"], frame, repeat=1).ns)
+                took.append(statistics.median(runs))
+                ring.consume()
+                doorbell.consume()
+        return took
+
+    @contextlib.contextmanager
+    def _signalling(self) -> Iterator[None]:
+        """Have every miss signalled."""
+        self._datapath.config.write(DatapathConfig(rearm_s=0, interface_rate=0, global_rate=0))
+        time.sleep(2)  # until the address may be signalled again
+        yield
+        self._datapath.config.write(DatapathConfig())
+
+    def _reading(self) -> contextlib.closing[PerfBuffer]:
+        return contextlib.closing(PerfBuffer(self._datapath.signals.events, RING_PAGES, lambda _: None))
 
     def insist(self) -> None:
         """Raise RuntimeError unless every packet was what it was sent as."""
@@ -130,9 +149,9 @@ class Stage:
         turn = ROUNDS * REPEAT
         expected = {
             "hit": turn * ADDRESSES * (3 * len(SIZES) + 1),
-            "missed": turn + 10 * ROUNDS * RING_HOLDS,
+            "missed": turn + ROUNDS * (10 * RING_HOLDS + WAKES),
             "suppressed_dedup": turn - 1,
-            "signalled": 1 + 10 * ROUNDS * RING_HOLDS,
+            "signalled": 1 + ROUNDS * (10 * RING_HOLDS + WAKES),
             "not_mesh": turn,
         }
         if {name: counts[name] for name in expected} != expected:
@@ -177,8 +196,8 @@ def run(say: Callable[[str], None]) -> Part:
         took["hit_holding_ns"] = bench.hold(peers)
         say("misses")
         took["suppressed_ns"] = bench.suppressed()
-        took["signalled_ns"] = bench.signalled(wakes=False)
-        took["signalled_waking_ns"] = bench.signalled(wakes=True)
+        took["signalled_ns"] = bench.signalled()
+        took["signalled_waking_ns"] = bench.waking()
         took["not_mesh_ns"] = bench.turn("ours", peers=[INTERNET])["ours"]
         bench.insist()
     figures = {name: _best(turns) for name, turns in took.items()}

@@ -140,8 +140,9 @@ static __always_inline int take_token(u32 bucket, u64 interval_ns, u64 burst_ns,
 
 /*
  * Wake the reader of the signals if it wants that. To wake it costs this CPU an interrupt, in a virtual machine twice as
- * much as everything else that is done for a packet; so a reader that will look at the rings anyway is not woken. It
- * says what it wants before it looks, and we look after we have signalled; the addition is the barrier in between.
+ * much as the packet's whole way from the pod to here; so a reader that will look into the rings anyway is not woken. It
+ * says what it wants before it looks, and we look at that after we have signalled: the addition keeps the order on x86.
+ * Where it does not, the reader looks now and then unasked.
  */
 static __always_inline void ring(struct __sk_buff *skb)
 {

@@ -98,7 +98,7 @@ struct lm_counters {
 /* Between the programs and the reader of the signals, which maps it into its memory. */
 struct lm_reader {
 	__u64 barrier; /* added to by the programs, for the order of their reads and writes; the sum says nothing */
-	__u32 wake;    /* set by the reader: the next signal must wake it; cleared by whoever does that */
+	__u32 wake;    /* set by the reader: the next signal must wake it; cleared by whoever does that, and by the reader */
 	__u32 pad;
 };
 

@@ -70,11 +70,13 @@ BPF_QUEUESTACK("queue:" LM_PIN_DIR "/lm_hold_free", lm_hold_free, u32, LM_HOLD_S
 LM_PINNED("array", u32, struct lm_holder_stats, lm_holder_stats, 1, BPF_F_MMAPABLE);
 
 /*
- * The signals, and the event that wakes their reader if it wants that (ring). Rings belong to one agent, so the
- * loader pins new maps each time.
+ * The signals, and the event that wakes their reader (ring). Their rings belong to one agent, so the loader pins new
+ * maps each time.
  */
 BPF_PERF_OUTPUT(lm_signals);
 BPF_PERF_OUTPUT(lm_doorbell);
+
+/* Whether the reader wants to be woken. What an earlier one wanted does no harm. */
 LM_PINNED("array", u32, struct lm_reader, lm_reader, 1, BPF_F_MMAPABLE);
 
 #endif

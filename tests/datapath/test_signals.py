@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import asyncio
+import errno
 import select
 import struct
 import threading
 import time
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import pytest
 from hypothesis import HealthCheck, given, settings
@@ -30,6 +31,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
 
     from lazymesh.core.model import Address
+    from lazymesh.datapath.libbpf import Map
     from tests.datapath.conftest import Bench
     from tests.support.namespaces import Namespace
 
@@ -471,6 +473,78 @@ async def test_signals_that_follow_several_wait_a_moment_and_come_together(
     assert max(at_once) < 0.9 < late
 
 
+async def test_signal_that_rings_while_several_are_handed_over_waits_for_others(
+    mesh: Bench, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The doorbell does not end the wait that several are followed by: in a flood it would ring in each of them."""
+    monkeypatch.setattr(signals_module, "EACH_S", 1.0)
+    monkeypatch.setattr(signals_module, "REST_S", 1.0)
+    mesh.configure(**UNLIMITED)
+    batches: list[int] = []
+
+    def receive(signals: abi.Signals) -> None:
+        batches.append(len(signals.addresses))
+        if len(batches) == 1:
+            send_to_many(mesh, 0, range(5, 8))
+
+    send_to_many(mesh, 0, range(5))
+    reader = SignalReader(mesh.datapath.signals, receive)
+    send_to_many(mesh, 0, range(10, 15))
+    began = time.monotonic()
+    reader.start()
+    try:
+        await eventually(lambda: len(batches) == 2)
+    finally:
+        reader.close()
+    assert batches == [5, 3]
+    assert time.monotonic() - began > 0.9
+
+
+async def test_signal_that_wakes_nobody_is_found_by_a_look(mesh: Bench) -> None:
+    """Processors whose memory is less orderly than x86 may lose a wish to be woken."""
+    mesh.configure(**UNLIMITED)
+    received: list[Address] = []
+    reader = SignalReader(mesh.datapath.signals, lambda signals: received.extend(signals.addresses))
+    reader.start()
+    try:
+        mesh.datapath.signals.reader.update(bytes(4), bytes(abi.Reader(wake=0)))
+        mesh.send(EGRESS, Flow().udp())
+        await asyncio.sleep(0.05)
+        assert received == []
+        reader.look()
+        assert received == [POD_B1.address(4)]
+        mesh.send(EGRESS, Flow(POD_B2).udp())
+        await eventually(lambda: len(received) == 2)
+    finally:
+        reader.close()
+
+
+async def test_reader_makes_do_with_the_memory_that_it_may_lock(
+    mesh: Bench, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Where the kernel does not allow the large rings, smaller ones do; closing twice does no harm."""
+    asked: list[int] = []
+
+    class Limited(PerfBuffer):
+        def __init__(self, events: Map, pages: int, *rest: Any, **more: Any) -> None:
+            asked.append(pages)
+            if pages == signals_module.RING_PAGES:
+                raise PermissionError(errno.EPERM, "Operation not permitted")
+            super().__init__(events, pages, *rest, **more)
+
+    monkeypatch.setattr(signals_module, "PerfBuffer", Limited)
+    mesh.configure(**UNLIMITED)
+    received: list[Address] = []
+    reader = SignalReader(mesh.datapath.signals, lambda signals: received.extend(signals.addresses))
+    reader.start()
+    send_to_many(mesh, 0, range(100))
+    await eventually(lambda: len(received) == 100)
+    reader.close()
+    reader.close()
+    assert asked == [1, signals_module.RING_PAGES, signals_module.FEW_PAGES]
+    assert mesh.counts(EGRESS)["signalled"] == 100
+
+
 async def test_closed_reader_leaves_the_kernel_without_one(mesh: Bench) -> None:
     """Signals after it count as lost, and a second reader takes over where it stopped."""
     received: list[Address] = []
@@ -502,6 +576,23 @@ def test_record_that_is_no_signal_is_told_apart() -> None:
     ):
         read = abi.unpack_signals([good, bad, good + bytes(4)])
         assert read == abi.Signals([address] * 2, [5, 5], 0)
+
+
+@pytest.mark.parametrize("count", [1, 20])
+def test_many_signals_are_read_as_each_is(count: int) -> None:
+    """Whether they are all alike or not: in number, family, direction and length."""
+    v4, v6 = POD_B1.address(4), POD_B1.address(6)
+
+    def record(number: int, family: int, direction: int, address: Address, at: int) -> bytes:
+        return struct.pack("=IBBHI16sIQ", number, family, direction, 2, 7, address, 0, at) + bytes(4)
+
+    alike = [record(3, 1, at % 2, v4, at) for at in range(count)]
+    times, inward = list(range(count)), count // 2
+    assert abi.unpack_signals(alike) == abi.Signals([v4] * count, times, inward)
+    another = abi.unpack_signals([*alike, record(3, 2, 1, v6, 99)])
+    assert another == abi.Signals([v4] * count + [v6], [*times, 99], inward + 1)
+    for bad in (record(2, 1, 0, v4, 99), record(3, 3, 0, v4, 99), record(3, 1, 2, v4, 99), alike[0][:-8]):
+        assert abi.unpack_signals([*alike, bad]) == abi.Signals([v4] * count, times, inward)
 
 
 def test_two_processors_count_every_miss(mesh: Bench) -> None:

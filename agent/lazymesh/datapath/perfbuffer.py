@@ -43,8 +43,8 @@ class _PerfEventAttr(ctypes.Structure):
 class PerfBuffer:
     """A reader of a perf event array: one ring per CPU behind one pollable file descriptor.
 
-    wakes: each record makes the file descriptor readable. Otherwise a ring does so once it is half full, and writing a
-    record costs a third.
+    wakes: each record makes the file descriptor readable. Otherwise a ring does so once it is half full, and a record
+    costs the packet that it is about a tenth.
     """
 
     def __init__(

@@ -1,8 +1,8 @@
 """The miss signals: the kernel's perf rings, driven by the event loop.
 
-A signal alone does not wake the agent. Before it looks at the rings for the last time it says that it wants to be woken
-(struct lm_reader), and the program that sends the next signal rings the doorbell, another perf event. While the agent
-will look at the rings anyway, no packet has to pay for waking it, which is two thirds of what a signal costs.
+A signal alone does not wake the agent. Before it looks into the rings it says that it wants to be woken (struct
+lm_reader), and the program that sends the next signal rings the doorbell, another perf event. While the agent will look
+into them anyway, no packet has to pay for waking it, which is nine tenths of what a signal costs.
 """
 
 from __future__ import annotations
@@ -31,7 +31,10 @@ class SignalMaps(NamedTuple):
 
 
 RING_PAGES = 128
-"""Pages per CPU: 512 KiB hold about 9,000 signals, and are what perf_event_mlock_kb allows everyone."""
+"""Pages per CPU: 512 KiB hold about 9,000 signals."""
+FEW_PAGES = 32
+"""Where the kernel allows no more: all rings together may lock 516 KiB per CPU (perf_event_mlock_kb), others' included.
+The rest is up to RLIMIT_MEMLOCK, unless the agent has CAP_IPC_LOCK."""
 
 AT_ONCE = 512
 """Signals handed over before the event loop gets its turn: one or two milliseconds of it."""
@@ -44,7 +47,7 @@ miss never waits, and in a flood few wake-ups handle many signals: each of 250 c
 The event loop's timers round up to whole milliseconds, so such a wait takes one to three of them."""
 REST_S = 0.002
 _TURNS = 100
-"""How often the doorbell may ring before its own rings, which hold 256 events each, are emptied."""
+"""How often we may ask for the doorbell before its own rings, which hold 255 events each, are emptied."""
 
 
 class SignalReader:
@@ -66,45 +69,64 @@ class SignalReader:
         self._on_signals = on_signals
         self._on_crowded = on_crowded
         self._waiting: deque[bytes] = deque()
-        self._buffer = PerfBuffer(maps.events, RING_PAGES, self._waiting.extend)
         self._doorbell = PerfBuffer(maps.doorbell, 1, lambda _: None, wakes=True)
+        self._buffer = self._open(maps.events)
         self._page = mmap.mmap(maps.reader.fd, mmap.PAGESIZE)
         self._wanted = abi.Reader.from_buffer(self._page)
         self._order = threading.Lock()
         self._turns = 0
         self._loop: asyncio.AbstractEventLoop | None = None
-        self._resting: asyncio.TimerHandle | None = None
+        self._next: asyncio.Handle | None = None
+        """When we will look into the rings again, whether woken or not."""
         self._paused = False
 
     def start(self) -> None:
         """Start reading; must be called in the event loop."""
         self._loop = asyncio.get_running_loop()
-        self._loop.add_reader(self._doorbell.fd, self._drain)
+        self._loop.add_reader(self._doorbell.fd, self.look)
         self._drain()  # what came before
+
+    def look(self) -> None:
+        """Look into the rings unless that is planned: what comes before then is to wait, and come together.
+
+        Called when the doorbell rings, which it may still do after we have looked. Call it now and then, too: see
+        ``_want_wake``.
+        """
+        if self._loop is not None and self._next is None:
+            self._drain()
 
     def pause(self, on: bool) -> None:
         """Stop handing signals over, or resume."""
         self._paused = on
         if not on and self._loop is not None:
-            self._loop.call_soon(self._drain)
+            self._plan(self._loop.call_soon(self._drain))
 
     def close(self) -> None:
         """Stop reading; signals from now on count as lost in the kernel."""
         if self._loop is not None:
-            self._end_rest()
+            self._plan(None)
             self._loop.remove_reader(self._doorbell.fd)
             self._loop = None
         self._doorbell.close()
         self._buffer.close()
-        del self._wanted
-        self._page.close()
+
+    def _open(self, events: Map) -> PerfBuffer:
+        try:
+            return PerfBuffer(events, RING_PAGES, self._waiting.extend)
+        except PermissionError:
+            return PerfBuffer(events, FEW_PAGES, self._waiting.extend)
+
+    def _plan(self, following: asyncio.Handle | None) -> None:
+        if self._next is not None:
+            self._next.cancel()
+        self._next = following
 
     def _drain(self) -> None:
         loop = self._loop
         if loop is None:
             return
-        if self._resting is not None:
-            self._end_rest()
+        if self._next is not None:
+            self._plan(None)
         self._want_wake()
         # What finds no room here stays in the rings; what finds none there is lost, and counted by the kernel.
         room = ROOM - len(self._waiting)
@@ -118,24 +140,21 @@ class SignalReader:
         rest = min(began + handed * EACH_S - loop.time(), REST_S) if handed > 1 else 0.0
         if more or rest > 0:
             self._wanted.wake = 0
-        if more:
-            loop.call_soon(self._drain)
-        elif rest > 0:
-            self._resting = loop.call_later(rest, self._drain)
+            self._plan(loop.call_soon(self._drain) if more else loop.call_later(rest, self._drain))
 
     def _want_wake(self) -> None:
-        """Have the next signal wake us; those before it are in the rings when this returns."""
+        """Have the next signal wake us; those before it are in the rings when this returns.
+
+        That needs our write to be done before we read the rings, and the program's signal to be there before it reads
+        what we want. On x86 a lock here, and an atomic addition there, see to that. Other processors promise less, so
+        there, once in a long while, a signal may wake nobody: it is found by ``look``.
+        """
         self._wanted.wake = 1
         with self._order:
-            pass  # a lock is a barrier: what we read next is read after this was written
+            pass
         self._turns += 1
         if self._turns % _TURNS == 0:
             self._doorbell.consume()
-
-    def _end_rest(self) -> None:
-        if self._resting is not None:
-            self._resting.cancel()
-            self._resting = None
 
     def _hand_over(self) -> int:
         waiting = self._waiting

@@ -189,7 +189,7 @@ class Agent:
                 asyncio.wait_for(following, None),
                 ipcaches.run(),
                 self._netlink.run(parts.follower.run(cleanup.attached.set)),
-                self._tick(parts.driver, status),
+                self._tick(parts, status),
                 self._note_use(datapath, parts.driver),
                 parts.holding.run(),
                 auditor.run(),
@@ -303,11 +303,12 @@ class Agent:
     def _count_unexpected(self) -> list[Sample]:
         return [((), self._unexpected)]
 
-    async def _tick(self, driver: Driver, status: Status) -> None:
+    async def _tick(self, parts: Parts, status: Status) -> None:
         logged = False
         while True:
             await asyncio.sleep(TICK_S)
-            driver.feed(events.Tick())
+            parts.driver.feed(events.Tick())
+            parts.reader.look()
             if not logged and status.not_ready() is None:
                 logged = True
                 log.info("ready", after_s=round(time.monotonic() - self._started, 3))
