@@ -487,7 +487,6 @@ async def test_signal_that_rings_while_several_are_handed_over_waits_for_others(
         if len(batches) == 1:
             send_to_many(mesh, 0, range(5, 8))
 
-    send_to_many(mesh, 0, range(5))
     reader = SignalReader(mesh.datapath.signals, receive)
     send_to_many(mesh, 0, range(10, 15))
     began = time.monotonic()

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 from typing import TYPE_CHECKING
 
 import pytest
 
+from lazymesh.datapath import abi
+from lazymesh.datapath.libbpf import Map
+from lazymesh.datapath.pins import READER, Pins
 from tests.support.etcd import wait_until
 from tests.support.lab import OTHER_IDENTITY, SERVER_IDENTITY, Lab, remote_address
 from tests.support.node import (
@@ -127,6 +131,16 @@ def test_internet_and_known_peers_cost_no_signal(lab: Lab, agent: AgentProcess) 
     assert {name: packets(agent, name) for name in names} == before
     assert metric(agent, "cilium_ipcache_miss_signal_total") == signals
     assert reads(lab) == read
+
+
+def test_miss_that_wakes_nobody_is_resolved_all_the_same(lab: Lab, agent: AgentProcess) -> None:
+    """Where memory is less orderly than on x86, a signal may not see that the agent wants to be woken."""
+    ip = remote_address(41)
+    lab.publish(ip)
+    with contextlib.closing(Map.pinned(Pins.under(lab.bpffs).path(READER))) as reader:
+        reader.update(bytes(4), bytes(abi.Reader(wake=0)))
+        send_udp(lab.pods[0].namespace, ip, 1)
+    wait_identity(lab, ip, SERVER_IDENTITY)
 
 
 def test_every_missed_packet_is_accounted_for(lab: Lab, agent: AgentProcess) -> None:
