@@ -360,6 +360,18 @@ async def test_reader_receives_exactly_what_was_signalled(mesh: Bench) -> None:
     assert all(batches)
 
 
+@pytest.fixture
+def rest_of_a_second(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Have a reader wait this long after several signals."""
+    monkeypatch.setattr(signals_module, "EACH_S", 1.0)
+    monkeypatch.setattr(signals_module, "REST_S", 1.0)
+
+
+def want_wake(bench: Bench, wake: int) -> None:
+    """Say, in a reader's place, whether the next signal is to wake it."""
+    bench.datapath.signals.reader.update(bytes(4), bytes(abi.Reader(wake=wake)))
+
+
 def is_readable(ring: PerfBuffer) -> bool:
     """Return whether an event loop would look at it now."""
     return bool(select.select([ring.fd], [], [], 0)[0])
@@ -383,7 +395,7 @@ def test_ring_wakes_its_reader_at_each_record_or_when_half_full(mesh: Bench, wak
 def test_doorbell_rings_once_for_a_reader_that_wants_to_be_woken(mesh: Bench) -> None:
     """It does not ring for one that is at work, nor for a packet that is not signalled."""
     mesh.configure(**UNLIMITED)
-    reader, rung = mesh.datapath.signals.reader, list[bytes]()
+    rung: list[bytes] = []
     ring = PerfBuffer(mesh.datapath.signals.doorbell, 1, rung.extend, wakes=True)
 
     def rings(numbers: range) -> int:
@@ -397,9 +409,9 @@ def test_doorbell_rings_once_for_a_reader_that_wants_to_be_woken(mesh: Bench) ->
 
     try:
         with reading(mesh) as signals:
-            reader.update(bytes(4), bytes(abi.Reader(wake=0)))
+            want_wake(mesh, 0)
             assert rings(range(3)) == 0
-            reader.update(bytes(4), bytes(abi.Reader(wake=1)))
+            want_wake(mesh, 1)
             assert rings(range(3)) == 0  # none is signalled: all three were a moment ago
             assert rings(range(3, 6)) == 1
             assert rings(range(6, 9)) == 0
@@ -411,8 +423,8 @@ def test_doorbell_rings_once_for_a_reader_that_wants_to_be_woken(mesh: Bench) ->
 def test_doorbell_that_nobody_hears_rings_for_the_next_reader(mesh: Bench) -> None:
     """The wish to be woken is not used up by a signal that could not wake anybody."""
     mesh.configure(**UNLIMITED)
-    reader, rung = mesh.datapath.signals.reader, list[bytes]()
-    reader.update(bytes(4), bytes(abi.Reader(wake=1)))
+    rung: list[bytes] = []
+    want_wake(mesh, 1)
     with reading(mesh):
         mesh.send(EGRESS, Flow(pod_of_b(0)).udp())
         ring = PerfBuffer(mesh.datapath.signals.doorbell, 1, rung.extend, wakes=True)
@@ -443,12 +455,11 @@ async def test_signal_sent_after_the_reader_has_looked_wakes_it(mesh: Bench) -> 
     assert len(set(received)) == mesh.counts(EGRESS)["signalled"] == many
 
 
+@pytest.mark.usefixtures("rest_of_a_second")
 async def test_signals_that_follow_several_wait_a_moment_and_come_together(
-    mesh: Bench, monkeypatch: pytest.MonkeyPatch
+    mesh: Bench,
 ) -> None:
     """What follows a lone one does not wait; in a flood many share a wake-up, and nothing else waits for them."""
-    monkeypatch.setattr(signals_module, "EACH_S", 1.0)
-    monkeypatch.setattr(signals_module, "REST_S", 1.0)
     mesh.configure(**UNLIMITED)
     batches: list[int] = []
     reader = SignalReader(mesh.datapath.signals, lambda signals: batches.append(len(signals.addresses)))
@@ -473,12 +484,11 @@ async def test_signals_that_follow_several_wait_a_moment_and_come_together(
     assert max(at_once) < 0.9 < late
 
 
+@pytest.mark.usefixtures("rest_of_a_second")
 async def test_signal_that_rings_while_several_are_handed_over_waits_for_others(
-    mesh: Bench, monkeypatch: pytest.MonkeyPatch
+    mesh: Bench,
 ) -> None:
     """The doorbell does not end the wait that several are followed by: in a flood it would ring in each of them."""
-    monkeypatch.setattr(signals_module, "EACH_S", 1.0)
-    monkeypatch.setattr(signals_module, "REST_S", 1.0)
     mesh.configure(**UNLIMITED)
     batches: list[int] = []
 
@@ -506,7 +516,7 @@ async def test_signal_that_wakes_nobody_is_found_by_a_look(mesh: Bench) -> None:
     reader = SignalReader(mesh.datapath.signals, lambda signals: received.extend(signals.addresses))
     reader.start()
     try:
-        mesh.datapath.signals.reader.update(bytes(4), bytes(abi.Reader(wake=0)))
+        want_wake(mesh, 0)
         mesh.send(EGRESS, Flow().udp())
         await asyncio.sleep(0.05)
         assert received == []

@@ -198,7 +198,7 @@ def _decode_all(values: Sequence[bytes], addresses: Sequence[Address]) -> list[R
             if unmasked and [pair.IP for pair in pairs] == address_texts(addresses):
                 return list(map(_record_of, pairs))
         except (RecordError, ValueError, RecursionError):
-            pass  # one of them is bad
+            pass  # one of them is bad (contextlib.suppress would be three calls more, on the miss path)
     return list(map(_good_or_bad, values, addresses))
 
 

@@ -29,12 +29,11 @@ from lazymesh.datapath.ipcachemaps import IpcacheLayout, make_outer_map
 from lazymesh.datapath.libbpf import Map
 from lazymesh.datapath.maps import pin_map
 from lazymesh.datapath.pins import (
-    DOORBELL,
     HOLD_FILTER,
     HOLD_PROGRAMS,
     INSTALL,
     PROGRAMS,
-    SIGNALS,
+    RINGS,
     VIEWS,
     expected_layouts,
     journal_size,
@@ -92,7 +91,7 @@ def load(pins: Path, ipcache_size: int) -> tuple[Any, dict[str, Any]]:
         _check_sizes(bpf, ipcache_size)
         for name in VIEWS:
             _new(pins, name).rename(pins / name)
-    for name in (SIGNALS, DOORBELL):
+    for name in RINGS:
         libbpf.pin(bpf[name.encode()].map_fd, pins / name)
     for name, function in programs.items():
         libbpf.pin(function.fd, pins / name)

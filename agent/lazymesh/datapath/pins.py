@@ -30,6 +30,7 @@ HOLD_FILTER = "lm_hold_whole"
 INSTALL = "lm_install"
 SIGNALS = "lm_signals"
 DOORBELL = "lm_doorbell"
+RINGS = (SIGNALS, DOORBELL)
 READER = "lm_reader"
 IPCACHE = "lm_ipcache"
 JOURNAL = "lm_owned"
@@ -38,7 +39,7 @@ LASTING = (IPCACHE, JOURNAL)
 """Entries and their journal outlive versions, so a changed layout must still be readable; all else is relearned."""
 _NAMESPACE = Path("/proc/thread-self/ns/net")
 VIEWS = ("lm_view_v1", "lm_view_v2", "lm_view_v2ro")
-"""By enum lm_view, from 1 on. Like the signals, they belong to one load of the programs."""
+"""By enum lm_view, from 1 on. Like the rings, they belong to one load of the programs."""
 
 SHARE_OF_MAP = 20
 """Our budget is one in this many of the map's entries."""
@@ -177,16 +178,7 @@ class Pins:
 
     def missing(self, *, own_ipcache: bool) -> list[str]:
         """Return the names of pinned maps and programs that were removed; own_ipcache: ours should be pinned, too."""
-        names = (
-            *PROGRAMS,
-            *HOLD_PROGRAMS,
-            HOLD_FILTER,
-            INSTALL,
-            SIGNALS,
-            DOORBELL,
-            *VIEWS,
-            *expected_layouts(0),
-        )
+        names = (*PROGRAMS, *HOLD_PROGRAMS, HOLD_FILTER, INSTALL, *RINGS, *VIEWS, *expected_layouts(0))
         return [name for name in names if not self.path(name).exists() and (own_ipcache or name != IPCACHE)]
 
     def remove(self) -> None:

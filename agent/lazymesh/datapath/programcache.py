@@ -24,7 +24,7 @@ from lazymesh.datapath import libbpf
 from lazymesh.datapath.ipcachemaps import IpcacheLayout, make_outer_map
 from lazymesh.datapath.libbpf import MapLayout  # noqa: TC001 (msgspec reads it)
 from lazymesh.datapath.maps import make_map, open_or_make_map
-from lazymesh.datapath.pins import DOORBELL, IPCACHE, SIGNALS, VIEWS, expected_layouts
+from lazymesh.datapath.pins import IPCACHE, RINGS, VIEWS, expected_layouts
 from lazymesh.datapath.programs import load_program
 from lazymesh.errors import DatapathError
 
@@ -154,7 +154,7 @@ def load(kept: Kept, pins: Pins, ipcache_size: int) -> None:
             programs[name] = _load(name, program, maps)
             stack.callback(os.close, programs[name])
         try:
-            for name in (*VIEWS, SIGNALS, DOORBELL):
+            for name in (*VIEWS, *RINGS):
                 libbpf.pin(maps[name].fd, pins.path(name))
             for name, fd in programs.items():
                 libbpf.pin(fd, pins.path(name))

@@ -71,8 +71,7 @@ class SignalReader:
         self._waiting: deque[bytes] = deque()
         self._doorbell = PerfBuffer(maps.doorbell, 1, lambda _: None, wakes=True)
         self._buffer = self._open(maps.events)
-        self._page = mmap.mmap(maps.reader.fd, mmap.PAGESIZE)
-        self._wanted = abi.Reader.from_buffer(self._page)
+        self._wanted = abi.Reader.from_buffer(mmap.mmap(maps.reader.fd, mmap.PAGESIZE))
         self._order = threading.Lock()
         self._turns = 0
         self._loop: asyncio.AbstractEventLoop | None = None
