@@ -21,6 +21,7 @@ import pytest
 
 from lazymesh.datapath import kernelfeatures
 from lazymesh.datapath.kernelfeatures import kernel_honours_noexist
+from tests.support.rtnl import has_userfaultfd
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -109,6 +110,7 @@ NEEDS: dict[str, tuple[str, Callable[[], bool]]] = {
     "buildah": ("install buildah and mmdebstrap", _can_build_images),
     "crun": ("install crun and libcap2-bin", _has_crun),
     "tcx": ("run on kernel 6.6 or later", _has_tcx),
+    "userfaultfd": ("allow this container to call userfaultfd", has_userfaultfd),
     "BPF_NOEXIST": (
         "run on a kernel that honours it on LPM tries: 6.13, or a later stable one",
         _honours_noexist,
