@@ -81,6 +81,7 @@ class HoldBench:
         self.mapped = Mapped(self.pins)
         self.control = HoldControl(self.pins)
         self._counters = HoldCounterMap(self.pins)
+        stack.callback(self._counters.close)
         self._signals = PerfBuffer(self.datapath.signals.events, 8, lambda _raw: None)
         stack.callback(self._signals.close)
         self.socket = self._pod_socket(vnet=False)

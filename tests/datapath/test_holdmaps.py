@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import subprocess
 from typing import TYPE_CHECKING
@@ -73,8 +74,8 @@ def test_counters_are_summed_over_cpus(pins: Path) -> None:
     total = Map.pinned(pins / "lm_hold_total")
     total.update(bytes(4), bytes(abi.Outstanding(packets=2, bytes=3_000)))
     total.close()
-    read = HoldCounterMap(pins)
-    assert read.outstanding() == (2, 3_000)
     n = libbpf.possible_cpus()
-    assert (read.kernel()["held"], read.kernel()["stray"]) == (n * (n + 1) // 2, n)
-    assert read.holder()["lost"] == 3
+    with contextlib.closing(HoldCounterMap(pins)) as read:
+        assert read.outstanding() == (2, 3_000)
+        assert (read.kernel()["held"], read.kernel()["stray"]) == (n * (n + 1) // 2, n)
+        assert read.holder()["lost"] == 3

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import threading
 import time
 from typing import TYPE_CHECKING
@@ -88,7 +89,7 @@ def test_misses_are_answered_while_the_kernel_keeps_its_lock_over_interfaces(lab
         ticker.stop()
         sink.wait(len(ticker.sent))
         assert len(sink.arrived) == len(ticker.sent)
-    maps = HoldCounterMap(lab.bpffs / "lazymesh")
-    assert maps.holder()["timeout"] == 0
-    held = maps.kernel()
+    with contextlib.closing(HoldCounterMap(lab.bpffs / "lazymesh")) as maps:
+        assert maps.holder()["timeout"] == 0
+        held = maps.kernel()
     assert (held["refused_stale"], held["held"] > 200) == (0, True)

@@ -83,8 +83,8 @@ def holder_of(agent: AgentProcess) -> int:
 
 def counts(lab: Lab) -> dict[str, int]:
     """Return the kernel's counters of holding and the holders' own, read from the pins."""
-    maps = HoldCounterMap(lab.bpffs / "lazymesh")
-    return maps.kernel() | {f"holder {name}": number for name, number in maps.holder().items()}
+    with contextlib.closing(HoldCounterMap(lab.bpffs / "lazymesh")) as maps:
+        return maps.kernel() | {f"holder {name}": number for name, number in maps.holder().items()}
 
 
 def out(lab: Lab) -> int:

@@ -28,6 +28,9 @@ if TYPE_CHECKING:
 
 ETCD = shutil.which("etcd") or "/usr/bin/etcd"
 START_TIMEOUT_S = 20.0
+_dice = random.SystemRandom()
+"""Not the module's own: pytest-randomly seeds that one alike in all processes, before each test, and so servers that
+start at the same moment in two of them would be given the same port."""
 
 
 def free_port() -> int:
@@ -36,7 +39,7 @@ def free_port() -> int:
     None that the kernel gives to clients: it would be taken by one of those while its server is stopped.
     """
     while True:
-        port = random.randrange(20_000, 32_768)
+        port = _dice.randrange(20_000, 32_768)
         with socket.socket(socket.AF_INET6) as probe, contextlib.suppress(OSError):
             probe.bind(("::", port))
             return port

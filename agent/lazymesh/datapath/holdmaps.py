@@ -87,3 +87,8 @@ class HoldCounterMap:
         """Return struct lm_holder_stats."""
         stats = abi.HolderStats.from_buffer_copy(self._holder.lookup(bytes(4)) or b"")
         return {name: getattr(stats, name) for name, *_ in abi.HolderStats._fields_}
+
+    def close(self) -> None:
+        """Give the maps back."""
+        for opened in (self._kernel, self._holder, self._total):
+            opened.close()
