@@ -15,7 +15,9 @@ Item = TypeVar("Item")
 Result = TypeVar("Result")
 
 PIECE = 32
+"""Most items that are worked on at once."""
 SPELL_S = 0.002
+"""Others wait for this long, unless a single item takes longer."""
 
 
 async def together(*parts: Coroutine[Any, Any, Any]) -> None:
@@ -81,18 +83,25 @@ async def take_turns(steps: Iterator[None], seconds: float = math.inf) -> None:
 class FairShare:
     """Keeps long work from taking all of the event loop's time, for which packets of other clusters wait, too.
 
-    The work is done in pieces, and each spell of it is followed by a pause as long as the spell.
+    The work is done in pieces, and each spell of it is followed by a pause as long as the spell. A piece is as large as
+    the last one's time allows: one node's record may take a hundred times as long as another's.
     """
 
     def __init__(self) -> None:
         self._worked = 0.0
+        self._size = 1
 
     async def work(self, items: Sequence[Item], take: Callable[[Sequence[Item]], object]) -> None:
         """Pass the items on, piece by piece; work shorter than a spell counts towards the next one."""
-        for at in range(0, len(items), PIECE):
+        at = 0
+        while at < len(items):
+            piece = items[at : at + self._size]
+            at += len(piece)
             began = time.monotonic()
-            take(items[at : at + PIECE])
-            self._worked += time.monotonic() - began
+            take(piece)
+            took = time.monotonic() - began
+            self._size = max(1, min(PIECE, int(len(piece) * SPELL_S / took))) if took else PIECE
+            self._worked += took
             if self._worked >= SPELL_S:
                 pause, self._worked = self._worked, 0.0
                 await asyncio.sleep(pause)

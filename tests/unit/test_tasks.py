@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 import pytest
 
-from lazymesh.tasks import PIECE, FairShare, in_thread, take_turns, together, wait
+from lazymesh.tasks import PIECE, SPELL_S, FairShare, in_thread, take_turns, together, wait
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -114,6 +114,20 @@ async def test_long_work_leaves_others_half_of_the_time() -> None:
     assert taken == list(range(10 * PIECE))
     assert time.monotonic() - began >= 2 * 0.03
     assert turns >= 10
+
+
+async def test_piece_is_as_large_as_its_time_allows() -> None:
+    """One item to begin with; many of those that take no time, one at a time of those that take long."""
+    lengths: list[int] = []
+
+    def take(piece: Sequence[float]) -> None:
+        lengths.append(len(piece))
+        time.sleep(sum(piece))
+
+    await FairShare().work([*[0.0] * 4 * PIECE, *[SPELL_S] * (PIECE + 4)], take)
+    assert lengths[0] == 1
+    assert max(lengths) == PIECE
+    assert lengths[-4:] == [1] * 4
 
 
 async def test_short_work_is_done_at_once() -> None:

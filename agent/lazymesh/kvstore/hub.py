@@ -153,7 +153,10 @@ class WatchHub:
 
 
 def _in_pieces(changes: list[Change]) -> list[Change]:
-    """Return what can be delivered in pieces: each key's last change, lest a replaced key seem deleted meanwhile."""
+    """Return what can be delivered in pieces: each key's last change, lest a replaced key seem deleted meanwhile.
+
+    Of a few all are told: they go together, unless they take long.
+    """
     return changes if len(changes) <= PIECE else list({change.key: change for change in changes}.values())
 
 

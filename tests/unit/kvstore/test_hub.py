@@ -232,7 +232,7 @@ async def test_watch_that_is_removed_while_its_changes_are_told_hears_no_more_of
         await connection.told(created(1))
         await connection.told(created(number))
         await connection.told(events(number, 3 * PIECE))
-        assert told.changes == [b"%03d" % number for number in range(PIECE)]
+        assert told.changes == [b"000"]
 
 
 async def test_key_that_goes_and_comes_among_many_is_told_as_it_is_in_the_end() -> None:
