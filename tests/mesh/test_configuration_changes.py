@@ -22,6 +22,7 @@ from tests.support.node import (
     send_udp,
     status,
     wait_identity,
+    wait_well,
 )
 
 if TYPE_CHECKING:
@@ -75,13 +76,15 @@ def test_file_that_cannot_be_read_keeps_the_cluster_that_runs(lab: Lab, agent: A
     ip = remote_address(3)
     lab.publish(ip)
     missed_until(lab, ip, SERVER_IDENTITY)
+    configured = agent.log.count("cluster configured")
     (lab.config / "b").write_text("endpoints: [")
     wait_until(lambda: "not YAML" in " ".join(status(lab)["wrong"]), 5, "the complaint")
     assert identity_of(lab, ip) == SERVER_IDENTITY
     lab.publish(ip, OTHER_IDENTITY)
     assert wait_identity(lab, ip, OTHER_IDENTITY) < 1
     lab.join_mesh()
-    wait_until(lambda: status(lab)["wrong"] == [], 5, "nothing wrong any more")
+    wait_well(lab, 5)
+    assert agent.log.count("cluster configured") == configured, "not worth a reconnect"
 
 
 def test_cluster_whose_file_was_never_good_is_counted_as_not_ready(lab: Lab, agent: AgentProcess) -> None:

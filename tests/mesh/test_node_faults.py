@@ -33,6 +33,7 @@ from tests.support.node import (
     raw_entries,
     status,
     wait_identity,
+    wait_well,
 )
 from tests.support.pulse import Pulse, Sender
 from tests.support.soak import fill, wait_for
@@ -254,7 +255,7 @@ def test_full_map_refuses_new_entries_with_an_alarm(lab: Lab) -> None:
             missed_until(lab, fresh, SERVER_IDENTITY, 15)
             fates = sender.stop()
         assert set(fates.losses()) <= {KNOWN[3]}, "the policy denies that one by now"
-        wait_until(lambda: status(lab)["wrong"] == [], 10, "the alarm to end")
+        wait_well(lab, 10)
         assert metric(agent, "lazymesh_unexpected_errors_total") == 0
 
 

@@ -12,7 +12,7 @@ import pytest
 
 from tests.support.etcd import wait_until
 from tests.support.lab import Lab
-from tests.support.node import filters, memory_mib, metric, programs, status
+from tests.support.node import filters, memory_mib, metric, programs, status, wait_well
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -128,4 +128,4 @@ def test_node_whose_pods_are_seen_by_no_program_is_told(lab: Lab, agent: AgentPr
     (line,) = status(lab)["wrong"]
     assert line.startswith("not attached to any pod interface")
     lab.plug(pod)
-    wait_until(lambda: status(lab)["wrong"] == [], 5, "a pod again")
+    wait_well(lab, 5)

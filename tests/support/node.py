@@ -365,6 +365,15 @@ def status(lab: Lab) -> dict[str, Any]:
             return answer
 
 
+def wait_well(lab: Lab, timeout_s: float) -> None:
+    """Wait until nothing is wrong; TimeoutError names what still is."""
+    deadline = time.monotonic() + timeout_s
+    while wrong := status(lab)["wrong"]:
+        if time.monotonic() > deadline:
+            raise TimeoutError(f"after {timeout_s:g} s still wrong: {'; '.join(wrong)}")
+        time.sleep(0.02)
+
+
 def cluster(lab: Lab, name: str) -> dict[str, Any]:
     """Return what the agent says of one cluster; empty if it does not know it."""
     return next((one for one in status(lab)["clusters"] if one["name"] == name), {})

@@ -283,6 +283,7 @@ async def test_file_that_cannot_be_used_keeps_the_link(stage: Stage) -> None:
     (stage.directory / "b").write_text(FILE)
     stage.look()
     assert stage.mesh.file_errors == {}
+    assert stage.link is link, "nothing has changed"
 
 
 async def test_owners_file_that_cannot_be_used_costs_the_cache_nothing(stage: Stage) -> None:
