@@ -214,6 +214,13 @@ def one_by_one(commands: Iterable[Command]) -> list[Command]:
     return single
 
 
+def said_to(resolver: Resolver, event: Event, now: float) -> list[Command]:
+    """Return what a resolver says to an event."""
+    said: list[Command] = []
+    resolver.step(event, now, said.append)
+    return said
+
+
 class Play:
     """One resolver on stage; ``now`` moves only when the script says so."""
 
@@ -235,7 +242,7 @@ class Play:
     def __rshift__(self, event: Event) -> Play:
         """Tell the resolver an event, once every command so far was expected."""
         assert self._said == [], "commands that the script does not know"
-        self._said = one_by_one(self.resolver.step(event, self.now))
+        self._said = self.tell(event)
         return self
 
     def __lshift__(self, expected: Command | list[Command]) -> Play:
@@ -247,7 +254,7 @@ class Play:
 
     def tell(self, event: Event) -> list[Command]:
         """Tell an event off the script and return what the resolver says to it."""
-        return one_by_one(self.resolver.step(event, self.now))
+        return one_by_one(said_to(self.resolver, event, self.now))
 
     def later(self, seconds: float) -> Play:
         """Let time pass, and let the resolver know."""

@@ -117,6 +117,12 @@ class Driver:
         self._busy = False
         self._reports: list[tuple[events.Report, float]] = []
         """Each with its time; for entries, when they were in the map."""
+        self._now = 0.0
+        """The time of the present step; of the outcome of installs, when they were done."""
+        self._installs: list[events.Install] = []
+        """Decided in the present step."""
+        self._lone = False
+        """The present step is about one address: nothing else can be installed together with it."""
         self._installed_at = 0.0
         """When the last installs were done."""
         self._later: deque[events.Watch | events.Unwatch] = deque()
@@ -163,10 +169,10 @@ class Driver:
                         # Resolver and link both forget their watches, so these would belong to nothing.
                         self._later = deque(each for each in self._later if each.cluster != event.cluster)
                     now = time.monotonic()
-                    commands = self._resolver.step(event, now)
-                    self._carry_out(
-                        commands, self._installed_at if isinstance(event, events.InstallsEnded) else now
-                    )
+                    self._now = self._installed_at if isinstance(event, events.InstallsEnded) else now
+                    self._lone = isinstance(event, events.Answered) and len(event.addresses) == 1
+                    self._resolver.step(event, now, self._carry_out)
+                    self._install()
                 self._finish()
         except Exception as exc:
             # The resolver may be between two states, so it decides nothing more.
@@ -208,30 +214,30 @@ class Driver:
         else:
             link.unwatch(command.address)
 
-    def _carry_out(self, commands: list[events.Command], now: float) -> None:
-        """Carry out the commands of one step in order; consecutive installs go together."""
-        installs: list[events.Install] = []
-        for command in commands:
-            if isinstance(command, events.Install):
-                installs.append(command)
-            elif isinstance(command, events.Report):
-                self._reports.append((command, now))
-            elif isinstance(command, events.Read):
-                self._read(command)
-            elif isinstance(command, (events.Watch, events.Unwatch)):
-                self._later.append(command)
-            elif isinstance(command, events.Evict):
-                self._install(installs)
-                self._installer.evict(command.address)
-                self._metrics.evictions.labels(command.why).inc()
-            elif isinstance(command, events.Admit):
-                self._admit(command.share)
-            else:
-                self._throttle.pause(command.on)
-        self._install(installs)
+    def _carry_out(self, command: events.Command) -> None:
+        """Carry out a command of the present step; its installs go together, unless something is evicted in between."""
+        if isinstance(command, events.Install):
+            self._installs.append(command)
+            if self._lone:
+                self._install()
+        elif isinstance(command, events.Read):
+            self._read(command)
+        elif isinstance(command, events.Report):
+            self._reports.append((command, self._now))
+        elif isinstance(command, (events.Watch, events.Unwatch)):
+            self._later.append(command)
+        elif isinstance(command, events.Evict):
+            self._install()
+            self._installer.evict(command.address)
+            self._metrics.evictions.labels(command.why).inc()
+        elif isinstance(command, events.Admit):
+            self._admit(command.share)
+        else:
+            self._throttle.pause(command.on)
 
-    def _install(self, installs: list[events.Install]) -> None:
+    def _install(self) -> None:
         """Install entries; how it went is the resolver's next event."""
+        installs = self._installs
         if not installs:
             return
         errors = self._installer.install_many(installs)

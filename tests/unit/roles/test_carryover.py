@@ -11,7 +11,7 @@ from lazymesh.core.events import Adopted, Lost, Used
 from lazymesh.core.model import Entry, Reason
 from lazymesh.core.resolver import Judge, Limits, Resolver
 from lazymesh.roles.carryover import SLICE, CarryOver
-from tests.support.playbook import B1, B2, B3, CLAIMED_TWICE, STRANGER, WEB, WEB_OF_C, entry, mesh
+from tests.support.playbook import B1, B2, B3, CLAIMED_TWICE, STRANGER, WEB, WEB_OF_C, entry, mesh, said_to
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -103,7 +103,7 @@ def test_no_more_peers_are_carried_over_than_the_budget_has_room_for() -> None:
     node = Node()
     resolver = Resolver(Limits(owned=2), Judge(mesh(), {WEB}))
     node.carry_over.resolver = resolver
-    node.carry_over.driver = cast("Any", SimpleNamespace(feed=lambda event: resolver.step(event, 0.0)))
+    node.carry_over.driver = cast("Any", SimpleNamespace(feed=lambda event: said_to(resolver, event, 0.0)))
     node.fill([B1, B2, B3], dict.fromkeys([B1, B2, B3], entry()))
     assert node.installs.put.keys() == {B1, B2}
     assert resolver.owned == 2

@@ -17,6 +17,8 @@ from lazymesh.metrics import Metrics
 from lazymesh.roles.driver import Driver, Shadow
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     from lazymesh.core.resolver import Resolver
     from lazymesh.roles.driver import HasMaps
 
@@ -33,10 +35,11 @@ class Scripted:
         self.answers = answers
         self.told: list[events.Event] = []
 
-    def step(self, event: events.Event, _now: float) -> list[events.Command]:
+    def step(self, event: events.Event, _now: float, carry_out: Callable[[events.Command], None]) -> None:
         """Look the event up."""
         self.told.append(event)
-        return self.answers.get(type(event), [])
+        for command in self.answers.get(type(event), []):
+            carry_out(command)
 
     def describe(self, _address: bytes) -> Any:
         """Know one entry."""

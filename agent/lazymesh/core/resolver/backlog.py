@@ -16,7 +16,7 @@ from lazymesh.core.resolver.waiting import Lane
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-    from lazymesh.core.model import Space
+    from lazymesh.core.model import Address, Space
     from lazymesh.core.resolver.limits import Limits
     from lazymesh.core.resolver.tracked import Tracked
 
@@ -70,24 +70,31 @@ class Backlog:
         link.missed += lane.misses.count - before
         self.missed += lane.misses.count - before
 
-    def at_once(self, some: list[Tracked], link: Link, spaces: tuple[Space, ...], now: float) -> Read | None:
-        """Return a read of a few addresses without queueing them; None if they have to be queued.
+    def may_send(self, some: Sequence[Address], link: Link, spaces: tuple[Space, ...], now: float) -> bool:
+        """Return whether a few addresses may be read at once, without queueing them.
 
         A lone miss mostly goes this way: nothing else waits for its cluster, and fewer reads are under way than may be.
         """
-        if (
+        return not (
             link.name in self.busy
             or link.state is not LinkState.READY
             or len(link.sent) >= self._limits.transactions_in_flight
             or len(some) >= self._limits.whole_at
             or len(some) * len(spaces) > self._limits.keys_per_transaction
             or self._only_adopted(link, now)
-            or not link.orphans.isdisjoint([tracked.address for tracked in some])
-        ):
-            return None
+            or not link.orphans.isdisjoint(some)
+        )
+
+    @staticmethod
+    def sent(some: list[Tracked], link: Link, spaces: tuple[Space, ...]) -> tuple[Address, ...]:
+        """Note that a read of addresses is under way; return them."""
         for tracked in some:
             tracked.wants = spaces
-        return self._send(some, link, spaces)
+            tracked.fetch = READING
+        addresses = tuple([tracked.address for tracked in some])
+        link.sent[addresses] = Sent(link, some)
+        link.breaker.sent()
+        return addresses
 
     def remove(self, tracked: Tracked, link: Link) -> None:
         """Take a queued address out."""
@@ -154,19 +161,8 @@ class Backlog:
         misses = before - lane.misses.count
         self.missed -= misses
         link.missed -= misses
-        reads.append(self._send(taken, link, spaces, tuple(map(len, batch.whole))))
+        reads.append(Read(link.name, spaces, self.sent(taken, link, spaces), tuple(map(len, batch.whole))))
         return self._stays_busy(link)
-
-    @staticmethod
-    def _send(
-        some: list[Tracked], link: Link, spaces: tuple[Space, ...], whole: tuple[int, ...] = ()
-    ) -> Read:
-        for tracked in some:
-            tracked.fetch = READING
-        addresses = tuple([tracked.address for tracked in some])
-        link.sent[addresses] = Sent(link, some)
-        link.breaker.sent()
-        return Read(link.name, spaces, addresses, whole)
 
     def _stays_busy(self, link: Link) -> bool:
         """Return whether something still waits for the cluster; if not, it is no longer busy."""

@@ -103,7 +103,7 @@ class Lifecycle:
             if tracked.link is not link:
                 continue  # there was no room to remember it: it is forgotten, and unwatched
             if tracked.watched:
-                self._moves.out.append(Unwatch(link.name, tracked.address))
+                self._moves.carry_out(Unwatch(link.name, tracked.address))
             tracked.forget_states()
         self._doubt_all(link, now)
         if link.state is LinkState.READY:

@@ -6,7 +6,7 @@ steps goes wrong, comes late or comes twice. One rule decides in doubt: a wrong 
 a lost known peer is an outage, a slow unknown peer is neither.
 
 Left to others: I/O, clock and randomness to the shell (roles), which calls :meth:`Resolver.step` and carries out
-what comes back, in order; how one address moves to ``moves``; whether a record is believed to ``judge``;
+each command as it comes; how one address moves to ``moves``; whether a record is believed to ``judge``;
 what is sent when to ``backlog``; what happens to whole clusters to ``lifecycle``; which cluster owns an address to
 ``clusters``. The shell answers every Read by one Answered or ReadFailed, and every Install by an InstallsEnded,
 which may answer several.
@@ -105,18 +105,21 @@ class Resolver:
             ev.Tick: self._tick,
         }
 
-    def step(self, event: ev.Event, now: float) -> list[ev.Command]:
-        """Take one event; return the commands to carry out, in this order."""
-        out: list[ev.Command] = []
-        self._moves.out, self._moves.now = out, now
+    def step(self, event: ev.Event, now: float, carry_out: Callable[[ev.Command], None]) -> None:
+        """Take one event; ``carry_out`` is called with each command as soon as it is decided.
+
+        It must not call back: what comes of a command is another event, after this one. A packet waits for the
+        command, but not for the books that are kept after it.
+        """
+        self._moves.carry_out, self._moves.now = carry_out, now
         self._handlers[type(event)](event, now)
         if self._backlog.busy:
-            out += self._backlog.reads(now)
+            for read in self._backlog.reads(now):
+                carry_out(read)
         # What still waits now has to fit. Mostly nothing waits, and this runs at every event.
         if self._muted or self._backlog.missed:
             self._shed(now)
             self._mute()
-        return out
 
     # --- misses ---------------------------------------------------------------------------------------------
 
@@ -168,19 +171,19 @@ class Resolver:
     ) -> None:
         cluster = self._asked(owners)
         link = self._lifecycle.link(cluster.name) if cluster is not None else None
-        begun = self._moves.begin(addresses, missed_at, owners, link)
         if cluster is None or link is None:
             refusal = _unowned(owners)
         elif link.state is LinkState.SILENT or not link.breaker.admits(now):
             refusal = Reason.CLUSTER_DOWN
-        else:
-            read = self._backlog.at_once(begun, link, cluster.spaces[0], now)
-            if read is None:
-                self._backlog.put(begun, link, cluster.spaces[0], urgent=True)
-            else:
-                self._moves.out.append(read)
+        elif self._backlog.may_send(addresses, link, spaces := cluster.spaces[0], now):
+            self._moves.carry_out(ev.Read(link.name, spaces, tuple(addresses)))
+            self._backlog.sent(self._moves.begin(addresses, missed_at, owners, link), link, spaces)
             return
-        for tracked in begun:
+        else:
+            begun = self._moves.begin(addresses, missed_at, owners, link)
+            self._backlog.put(begun, link, spaces, urgent=True)
+            return
+        for tracked in self._moves.begin(addresses, missed_at, owners, link):
             self._moves.refuse(tracked, refusal, "", now)
 
     def _asked(self, owners: tuple[str, ...]) -> ClusterInfo | None:
@@ -288,7 +291,7 @@ class Resolver:
                 tracked.watched = tracked.watched + spaces if tracked.watched else spaces
                 addresses.append(tracked.address)
         if addresses:
-            self._moves.out.append(ev.Watch(link.name, spaces, tuple(addresses), as_of))
+            self._moves.carry_out(ev.Watch(link.name, spaces, tuple(addresses), as_of))
 
     def _installs_ended(self, event: ev.InstallsEnded, now: float) -> None:
         self._moves.installs_ended(event.addresses, event.errors, now)
@@ -413,8 +416,8 @@ class Resolver:
             self._moves.read(tracked, cluster.spaces[0])
 
     def _disclaim(self, event: ev.Adopted, link: Link, why: str) -> None:
-        self._moves.out.append(ev.Evict(event.address, why))
-        self._moves.out.append(ev.Report([event.address], link.name, "evicted", None, why, [None]))
+        self._moves.carry_out(ev.Evict(event.address, why))
+        self._moves.carry_out(ev.Report([event.address], link.name, "evicted", None, why, [None]))
 
     def _lost(self, event: ev.Lost, _now: float) -> None:
         for address in event.addresses:
@@ -443,7 +446,7 @@ class Resolver:
         for tracked in self._ledger.stale(now):
             self._moves.drop(tracked, "expired", None)
         if self.admission.look(now):
-            self._moves.out.append(ev.Admit(self.admission.share))
+            self._moves.carry_out(ev.Admit(self.admission.share))
 
     # --- odds and ends --------------------------------------------------------------------------------------
 
@@ -456,9 +459,9 @@ class Resolver:
         level = self._backlog.level(others=others) / self._limits.queue
         if level <= self._limits.mute_low if self._muted else level >= self._limits.mute_high:
             self._muted = not self._muted
-            self._moves.out.append(ev.Mute(self._muted))
+            self._moves.carry_out(ev.Mute(self._muted))
             if self._muted and self.admission.overrun():
-                self._moves.out.append(ev.Admit(self.admission.share))
+                self._moves.carry_out(ev.Admit(self.admission.share))
 
     # --- for status and metrics: read only ------------------------------------------------------------------
 

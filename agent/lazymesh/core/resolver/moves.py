@@ -27,7 +27,7 @@ from lazymesh.core.resolver.tracked import (
 )
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Callable, Sequence
 
     from lazymesh.core.clusters import ClusterInfo
     from lazymesh.core.model import Address, Entry, Space
@@ -56,8 +56,8 @@ class Moves:
         self, judge: Judge, backlog: Backlog, ledger: Ledger, negatives: Negatives, admission: Admission
     ) -> None:
         self.tracked: dict[Address, Tracked] = {}
-        self.out: list[Command] = []
-        """The commands of the current step; the resolver replaces the list at each step."""
+        self.carry_out: Callable[[Command], None] = _nobody
+        """Carries out a command of the current step; the resolver replaces it at each step."""
         self.now = 0.0
         """The time of the current step."""
         self.admission = admission
@@ -90,7 +90,7 @@ class Moves:
                 # A new miss of the address must not be answered by what is older than what we forget here.
                 link.orphans.add(tracked.address)
             if tracked.watched:
-                self.out.append(Unwatch(link.name, tracked.address))
+                self.carry_out(Unwatch(link.name, tracked.address))
             del link.members[tracked.address]
             link.adopted.discard(tracked.address)
             # Callers further up the stack that still hold the object must find nothing to act upon.
@@ -209,11 +209,12 @@ class Moves:
         for tracked in some:
             tracked.installed_at = now
         addresses = [tracked.address for tracked in some]
+        self.carry_out(Install(addresses, entry, cluster_id))
+        # Books come after what packets wait for.
         ledger.own(some, entry)
         if some[0].link is not None and some[0].link.state is not LinkState.READY:
             ledger.doubt(some, now)
         ledger.unanswered.update(zip(addresses, some, strict=True))
-        self.out.append(Install(addresses, entry, cluster_id))
 
     def make_room(self) -> None:
         """Evict what must go before one more entry may be installed."""
@@ -311,7 +312,7 @@ class Moves:
             now, ready_at = self.now, link.ready_at
             self.admission.took(link.name, [now - max(at, ready_at) for at in missed_at if at is not None])
         cluster = link.name if link is not None else None
-        self.out.append(
+        self.carry_out(
             Report([each.address for each in some], cluster, outcome, reason, detail, missed_at, cached)
         )
         for tracked in some:
@@ -320,11 +321,15 @@ class Moves:
     def _evict(self, tracked: Tracked, why: str) -> None:
         # A first Install that ended in an error left no entry in the map.
         if tracked.phase is INSTALLED or tracked.address in self._ledger.unanswered:
-            self.out.append(Evict(tracked.address, why))
+            self.carry_out(Evict(tracked.address, why))
         self._ledger.disown(tracked)
 
     def _cluster(self, tracked: Tracked) -> ClusterInfo | None:
         return None if tracked.link is None else self._judge.table.cluster(tracked.link.name)
+
+
+def _nobody(command: Command) -> None:
+    raise RuntimeError(f"{command} outside a step")
 
 
 def _group_after(groups: tuple[tuple[Space, ...], ...], group: tuple[Space, ...]) -> tuple[Space, ...] | None:

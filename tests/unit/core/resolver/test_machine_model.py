@@ -142,9 +142,13 @@ class World(RuleBasedStateMachine):
     # --- the shell ------------------------------------------------------------------------------------------------
 
     def feed(self, event: Event) -> None:
-        """Tell the resolver and carry out what it says."""
-        for command in one_by_one(self.resolver.step(event, self.now)):
-            self.carry_out(command)
+        """Tell the resolver and carry out what it says, as soon as it says it."""
+        self.resolver.step(event, self.now, self.carry_out_apart)
+
+    def carry_out_apart(self, command: Command) -> None:
+        """Do it for each address by itself."""
+        for single in one_by_one([command]):
+            self.carry_out(single)
 
     def carry_out(self, command: Command) -> None:
         """Do what the shell would do, and insist on the rules of the contract."""

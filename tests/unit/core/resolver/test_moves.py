@@ -38,6 +38,7 @@ from tests.support.playbook import (
     record,
     refused,
     report,
+    said_to,
     stands,
     unwatch,
     watch,
@@ -338,11 +339,11 @@ def test_what_ends_alike_is_said_at_once() -> None:
     """One command for all entries of an answer, and one for all their ends: a storm is made of these."""
     some = (B1, B2, B3)
     resolver = Play().resolver
-    resolver.step(ClusterReady("b"), 0.0)
-    resolver.step(Misses(some, (0.0, 1.0, 2.0)), 3.0)
-    installs, _ = resolver.step(answered(10, {each: record(each) for each in some}), 4.0)
+    said_to(resolver, ClusterReady("b"), 0.0)
+    said_to(resolver, Misses(some, (0.0, 1.0, 2.0)), 3.0)
+    installs, _ = said_to(resolver, answered(10, {each: record(each) for each in some}), 4.0)
     assert installs == Install(list(some), entry(), 2)
-    (ended,) = resolver.step(stands(*some), 5.0)
+    (ended,) = said_to(resolver, stands(*some), 5.0)
     assert ended == Report(list(some), "b", "installed", None, "", [0.0, 1.0, 2.0])
 
 
