@@ -29,8 +29,10 @@ if TYPE_CHECKING:
 
 BUFFER = 64 << 10
 SWEEP_S = 0.05
-"""Interval of the check for timeouts while calls are in flight: a timer per call would be a tenth of a call's work. The
-answer to a ping waits at most this long for other data to travel with."""
+"""Interval of the check for timeouts while calls are in flight: a timer per call would be a tenth of a call's work."""
+PONG_S = 0.25
+"""The answer to a ping waits this long. Go's server measures its bandwidth by a ping at every response that comes while
+none is unanswered, so a prompt answer makes of each call two, for both sides; keepalive waits for seconds."""
 
 
 class _InFlight(Struct, frozen=True):
@@ -65,7 +67,9 @@ class NativeChannel(asyncio.BufferedProtocol):
         self._made = 0
         """Number of calls so far: the next call's key."""
         self._sweeper: asyncio.TimerHandle | None = None
-        """Set while there are calls, or unanswered pings."""
+        """Set while there are calls."""
+        self._pong: asyncio.TimerHandle | None = None
+        """Set while there are unanswered pings."""
         host = f"[{endpoint.host}]" if ":" in endpoint.host else endpoint.host
         self._authority = f"{host}:{endpoint.port}"
 
@@ -215,8 +219,8 @@ class NativeChannel(asyncio.BufferedProtocol):
             self._admit()
         if self._wire.out:
             self._flush()
-        elif self._wire.pongs and self._sweeper is None:
-            self._sweeper = self._loop.call_later(SWEEP_S, self._sweep)
+        if self._wire.pongs and self._pong is None:
+            self._pong = self._loop.call_later(PONG_S, self._answer_pings)
         if self._wire.closing and not self._calls:
             self._end(self._wire.closing)
 
@@ -281,11 +285,16 @@ class NativeChannel(asyncio.BufferedProtocol):
         self._admit()
 
     def _sweep(self) -> None:
-        """Expire calls, and answer pings for which no other data was sent."""
+        """Expire calls."""
         self._sweeper = self._loop.call_later(SWEEP_S, self._sweep) if self._calls else None
         now = time.monotonic()
         for late in [call for call in self._calls.values() if call.deadline <= now]:
             late.expire()
+
+    def _answer_pings(self) -> None:
+        self._pong = None
+        self._wire.out += self._wire.pongs
+        self._wire.pongs.clear()
         self._flush()
 
     def _flush_soon(self) -> None:
@@ -296,9 +305,6 @@ class NativeChannel(asyncio.BufferedProtocol):
     def _flush(self) -> None:
         self._flush_due = False
         wire = self._wire
-        if wire.pongs:
-            wire.out += wire.pongs
-            wire.pongs.clear()
         if not wire.out or self._transport is None:
             return
         tls = self._tls
@@ -318,9 +324,10 @@ class NativeChannel(asyncio.BufferedProtocol):
             self._settled.set_exception(cause or RpcError(Code.UNAVAILABLE, reason))
             self._settled.exception()  # mark as retrieved: there may be no waiter any more
         self._admit()
-        if self._sweeper is not None:
-            self._sweeper.cancel()
-            self._sweeper = None
+        for timer in (self._sweeper, self._pong):
+            if timer is not None:
+                timer.cancel()
+        self._sweeper = self._pong = None
         transport, self._transport = self._transport, None
         if transport is not None:
             with contextlib.suppress(RuntimeError):

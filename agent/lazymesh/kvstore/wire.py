@@ -114,7 +114,7 @@ class Wire:
             _frame(WINDOW_UPDATE, 0, 0, _U32.pack(_MOST - _DEFAULT_WINDOW)),
         ]
         self.pongs: list[bytes] = []
-        """Answers to pings, sent with the next data or soon after: Go's server pings at every response."""
+        """Answers to pings, for ``out`` when the owner thinks it is time."""
         self.exchanges: dict[int, Exchange] = {}
         self.closing: str | None = None
         """Why the server accepts no new calls; those in flight may still succeed."""

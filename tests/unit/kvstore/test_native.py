@@ -309,11 +309,20 @@ async def test_a_stream_that_is_left_is_reset() -> None:
         assert (await server.until(wire.RST_STREAM))[2] == stream
 
 
-async def test_pings_are_answered_soon_even_if_nothing_is_sent() -> None:
-    """A server that waits for an answer would hang up."""
-    async with met() as (_, server):
-        server.say(frame(wire.PING, 0, 0, b"12345678"))
+async def test_pings_are_answered_after_the_calls_of_a_while() -> None:
+    """A server that waits for an answer would hang up; one that pings at each response is not to do so all the time."""
+    async with met() as (channel, server):
+        server.say(frame(wire.PING, 0, 0, b"12345678") + frame(wire.PING, wire.ACK, 0, bytes(8)))
+        await asyncio.sleep(0.01)
+        calls = [ask(channel) for _ in range(2)]
+        kinds: list[int] = []
+        while kinds.count(wire.DATA) < len(calls):
+            kinds.append((await server.frame())[0])
+        assert wire.PING not in kinds
         assert await server.until(wire.PING) == (wire.PING, wire.ACK, 0, b"12345678")
+        server.say(frame(wire.PING, 0, 0, b"87654321"))
+        assert (await server.until(wire.PING))[3] == b"87654321"
+        assert not any(call.done() for call in calls)
 
 
 async def refused(server_side: ssl.SSLContext | None) -> str:

@@ -319,7 +319,7 @@ def test_goodbye_fails_what_the_server_has_not_taken_and_lets_the_rest_end_well(
     assert taken.ends == [(Code.OK, "")]
 
 
-def test_pings_are_answered_with_the_next_that_is_sent() -> None:
+def test_answers_to_pings_wait_for_the_owner() -> None:
     """And their answers to us, which we never ask for, are passed over."""
     connection = connected()
     feed(connection, frame(wire.PING, 0, 0, b"12345678") + frame(wire.PING, wire.ACK, 0, bytes(8)))
