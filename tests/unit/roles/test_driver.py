@@ -17,7 +17,7 @@ from lazymesh.metrics import Metrics
 from lazymesh.roles.driver import Driver, Shadow
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Sequence
 
     from lazymesh.core.resolver import Resolver
     from lazymesh.roles.driver import HasMaps
@@ -92,6 +92,26 @@ def test_result_of_an_install_comes_before_everything_else() -> None:
     fixture.driver.feed(events.ClusterReady("b"))
     kinds = [type(event) for event in fixture.resolver.told]
     assert kinds == [events.Tick, events.InstallsEnded, events.ClusterReady]
+
+
+@pytest.mark.parametrize("lone", [True, False])
+def test_lone_entry_is_written_at_once_and_several_together(
+    lone: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """While the resolver still steps, if nothing can join it; else when the step is over."""
+    addresses = (IP,) if lone else (IP, parse_address("10.2.0.6"))
+    installs: list[events.Command] = [events.Install([each], ENTRY, 2) for each in addresses]
+    fixture = Fixture({events.Answered: [*installs, WATCH]})
+    driver, written = fixture.driver, list[tuple[int, bool]]()
+
+    def install_many(some: Sequence[events.Install]) -> list[Reason | None]:
+        written.append((len(some), bool(driver._later)))
+        return [None] * len(some)
+
+    monkeypatch.setattr(driver._installer, "install_many", install_many)
+    values = (b"",) * len(addresses)
+    driver.feed(events.Answered("b", (Space.PUSHED,), addresses, values, 1))
+    assert written == [(len(addresses), not lone)]
 
 
 def test_packets_are_let_go_before_anything_that_they_do_not_wait_for() -> None:

@@ -14,6 +14,7 @@ which may answer several.
 
 from __future__ import annotations
 
+from functools import partial
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from lazymesh.core import events as ev
@@ -171,20 +172,20 @@ class Resolver:
     ) -> None:
         cluster = self._asked(owners)
         link = self._lifecycle.link(cluster.name) if cluster is not None else None
+        begin = partial(self._moves.begin, addresses, missed_at, owners, link)
         if cluster is None or link is None:
-            refusal = _unowned(owners)
+            self._refuse_all(begin(), _unowned(owners), now)
         elif link.state is LinkState.SILENT or not link.breaker.admits(now):
-            refusal = Reason.CLUSTER_DOWN
-        elif self._backlog.may_send(addresses, link, spaces := cluster.spaces[0], now):
-            self._moves.carry_out(ev.Read(link.name, spaces, tuple(addresses)))
-            self._backlog.sent(self._moves.begin(addresses, missed_at, owners, link), link, spaces)
-            return
+            self._refuse_all(begin(), Reason.CLUSTER_DOWN, now)
+        elif self._backlog.may_send(addresses, link, cluster.spaces[0], now):
+            self._moves.carry_out(ev.Read(link.name, cluster.spaces[0], tuple(addresses)))
+            self._backlog.sent(begin(), link, cluster.spaces[0])
         else:
-            begun = self._moves.begin(addresses, missed_at, owners, link)
-            self._backlog.put(begun, link, spaces, urgent=True)
-            return
-        for tracked in self._moves.begin(addresses, missed_at, owners, link):
-            self._moves.refuse(tracked, refusal, "", now)
+            self._backlog.put(begin(), link, cluster.spaces[0], urgent=True)
+
+    def _refuse_all(self, begun: list[Tracked], reason: Reason, now: float) -> None:
+        for tracked in begun:
+            self._moves.refuse(tracked, reason, "", now)
 
     def _asked(self, owners: tuple[str, ...]) -> ClusterInfo | None:
         """Return the one cluster that can be asked for an address with these owners."""

@@ -6,10 +6,12 @@ from lazymesh.core.events import (
     ClusterGone,
     ClusterReady,
     ClusterSilent,
+    Command,
     IdentityGone,
     Install,
     Lost,
     Misses,
+    Read,
     Report,
     Shrink,
     StoreReset,
@@ -18,6 +20,7 @@ from lazymesh.core.events import (
 )
 from lazymesh.core.model import Reason
 from lazymesh.core.resolver.limits import Limits
+from lazymesh.core.resolver.machine import Known
 from tests.support.playbook import (
     B1,
     B2,
@@ -345,6 +348,23 @@ def test_what_ends_alike_is_said_at_once() -> None:
     assert installs == Install(list(some), entry(), 2)
     (ended,) = said_to(resolver, stands(*some), 5.0)
     assert ended == Report(list(some), "b", "installed", None, "", [0.0, 1.0, 2.0])
+
+
+def test_what_a_packet_waits_for_is_said_before_it_is_noted() -> None:
+    """A read goes out while nothing is known of the address, an entry in while none is owned."""
+    resolver = Play().resolver
+    said_to(resolver, ClusterReady("b"), 0.0)
+    at_the_time: list[tuple[type, object]] = []
+
+    def carry_out(command: Command) -> None:
+        at_the_time.append((type(command), resolver.describe(B1)))
+
+    resolver.step(Misses((B1,), (0.0,)), 1.0, carry_out)
+    resolver.step(answered(10, {B1: record(B1)}), 2.0, carry_out)
+    (read, unknown), (install, known), *_ = at_the_time
+    assert (read, unknown) == (Read, None)
+    assert (install, known) == (Install, Known("b", None))
+    assert resolver.describe(B1) == Known("b", entry())
 
 
 def test_the_first_of_two_misses_of_one_moment_counts() -> None:
