@@ -237,7 +237,7 @@ def arrivals(follower: Follower, count: int) -> Seen:
         seen = follower.seen()
         return seen if seen.with_entry + seen.without_entry == count else None
 
-    found: Seen = wait_until(look, 2, f"{count} packets behind us, not {follower.seen()}")
+    found: Seen = wait_until(look, 2, lambda: f"{count} packets behind us, not {follower.seen()}")
     return found
 
 

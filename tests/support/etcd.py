@@ -45,12 +45,14 @@ def free_port() -> int:
             return port
 
 
-def wait_until(check: Callable[[], Any], timeout_s: float = START_TIMEOUT_S, what: str = "condition") -> Any:
-    """Poll until ``check`` returns something true, and return that."""
+def wait_until(
+    check: Callable[[], Any], timeout_s: float = START_TIMEOUT_S, what: str | Callable[[], str] = "condition"
+) -> Any:
+    """Poll until ``check`` returns something true, and return that; what: for the error, perhaps found only then."""
     deadline = time.monotonic() + timeout_s
     while not (result := check()):
         if time.monotonic() > deadline:
-            raise TimeoutError(f"{what}: not within {timeout_s:g} s")
+            raise TimeoutError(f"{what() if callable(what) else what}: not within {timeout_s:g} s")
         time.sleep(0.02)
     return result
 

@@ -367,11 +367,11 @@ def status(lab: Lab) -> dict[str, Any]:
 
 def wait_well(lab: Lab, timeout_s: float) -> None:
     """Wait until nothing is wrong; TimeoutError names what still is."""
-    deadline = time.monotonic() + timeout_s
-    while wrong := status(lab)["wrong"]:
-        if time.monotonic() > deadline:
-            raise TimeoutError(f"after {timeout_s:g} s still wrong: {'; '.join(wrong)}")
-        time.sleep(0.02)
+    wait_until(
+        lambda: status(lab)["wrong"] == [],
+        timeout_s,
+        lambda: f"the end of: {'; '.join(status(lab)['wrong'])}",
+    )
 
 
 def cluster(lab: Lab, name: str) -> dict[str, Any]:

@@ -3,8 +3,8 @@
 They are msgspec Structs, because several are made for every miss and a frozen dataclass takes five times as long. Those
 with ``gc=False`` refer to nothing that could refer back to them, so the collector need not track them.
 
-The shell turns the outside world into events, calls ``Resolver.step`` and carries out each command as it
-comes. Times are seconds of the shell's monotonic clock.
+The shell turns the outside world into events, calls ``Resolver.step`` and carries out each command as it comes. Times
+are seconds of the shell's monotonic clock.
 """
 
 from __future__ import annotations

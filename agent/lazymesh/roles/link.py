@@ -77,6 +77,7 @@ class LinkConfig:
     remote: direct access to the cluster's store, if configured separately.
     remote_error: why that configuration cannot be used; then remote is None.
     transport: carries the calls, native or grpcio.
+    digests: of the files that all this is from; while they are equal, no reconnect is needed.
     """
 
     name: str
@@ -84,6 +85,7 @@ class LinkConfig:
     remote: EtcdConfig | None = None
     remote_error: str | None = None
     transport: str = "native"
+    digests: tuple[bytes, ...] = ()
 
     @property
     def stores(self) -> tuple[EtcdConfig, ...]:

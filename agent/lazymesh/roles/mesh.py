@@ -73,8 +73,6 @@ class Mesh:
         self._leftovers: set[Network] = set()
         """CIDRs that an earlier agent left in the kernel, and no cluster has claimed so far."""
         self._files: dict[str, tuple[ClusterFile, ClusterFile | None]] = {}
-        self._in_force: dict[str, tuple[ClusterFile, ClusterFile | None]] = {}
-        """What the running links were started with: ``_files``, without those that were refused."""
         self._direct: dict[str, ClusterFile] = {}
         """Contents of the directory for direct access at the last look."""
         self._missing: set[str] = set()
@@ -189,13 +187,15 @@ class Mesh:
             log.error("cluster configuration refused", cluster=name, error=error, kept=name in self.links)
             return
         self.file_errors.pop(name, None)
-        if running is not None and self._in_force.get(name) == pair:
+        digests = tuple([each.digest for each in pair if each is not None])
+        transport = self._settings.etcd_transport
+        config = LinkConfig(name, file.config, owner, owner_error, transport, digests)
+        if running is not None and running.config == config:
             log.info("cluster configuration is as before again", cluster=name)
             return
-        self._in_force[name] = pair
         if owner_error:
             log.error("not watching the cluster's own etcd", cluster=name, problem=owner_error)
-        self._start(LinkConfig(name, file.config, owner, owner_error, self._settings.etcd_transport))
+        self._start(config)
         log.info("cluster configured", cluster=name)
 
     def _start(self, config: LinkConfig) -> None:
@@ -237,7 +237,6 @@ class Mesh:
     def _remove(self, name: str) -> None:
         self._stop(name)
         self.file_errors.pop(name, None)
-        self._in_force.pop(name, None)
         self._unconfirmed.pop(name, None)
         self._refusals.pop(name, None)
         info = self.table.cluster(name)

@@ -85,16 +85,11 @@ class Backlog:
             or not link.orphans.isdisjoint(some)
         )
 
-    @staticmethod
-    def sent(some: list[Tracked], link: Link, spaces: tuple[Space, ...]) -> tuple[Address, ...]:
-        """Note that a read of addresses is under way; return them."""
+    def sent_at_once(self, read: Read, some: list[Tracked], link: Link) -> None:
+        """Note that a read of addresses that were not queued is under way."""
         for tracked in some:
-            tracked.wants = spaces
-            tracked.fetch = READING
-        addresses = tuple([tracked.address for tracked in some])
-        link.sent[addresses] = Sent(link, some)
-        link.breaker.sent()
-        return addresses
+            tracked.wants = read.spaces
+        self._sent(read, some, link)
 
     def remove(self, tracked: Tracked, link: Link) -> None:
         """Take a queued address out."""
@@ -161,8 +156,18 @@ class Backlog:
         misses = before - lane.misses.count
         self.missed -= misses
         link.missed -= misses
-        reads.append(Read(link.name, spaces, self.sent(taken, link, spaces), tuple(map(len, batch.whole))))
+        addresses = tuple([tracked.address for tracked in taken])
+        read = Read(link.name, spaces, addresses, tuple(map(len, batch.whole)))
+        self._sent(read, taken, link)
+        reads.append(read)
         return self._stays_busy(link)
+
+    @staticmethod
+    def _sent(read: Read, some: list[Tracked], link: Link) -> None:
+        for tracked in some:
+            tracked.fetch = READING
+        link.sent[read.addresses] = Sent(link, some)
+        link.breaker.sent()
 
     def _stays_busy(self, link: Link) -> bool:
         """Return whether something still waits for the cluster; if not, it is no longer busy."""

@@ -178,8 +178,9 @@ class Resolver:
         elif link.state is LinkState.SILENT or not link.breaker.admits(now):
             self._refuse_all(begin(), Reason.CLUSTER_DOWN, now)
         elif self._backlog.may_send(addresses, link, cluster.spaces[0], now):
-            self._moves.carry_out(ev.Read(link.name, cluster.spaces[0], tuple(addresses)))
-            self._backlog.sent(begin(), link, cluster.spaces[0])
+            read = ev.Read(link.name, cluster.spaces[0], tuple(addresses))
+            self._moves.carry_out(read)
+            self._backlog.sent_at_once(read, begin(), link)
         else:
             self._backlog.put(begin(), link, cluster.spaces[0], urgent=True)
 
