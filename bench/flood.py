@@ -11,9 +11,9 @@ from typing import TYPE_CHECKING
 
 from bench.report import Part, Row, milliseconds, percentiles, repeated
 from bench.stage import fresh, running
+from lazymesh.datapath.programs import load_idle
 from tests.support.lab import SERVER_IDENTITY, Lab
 from tests.support.node import SIGNAL_OUTCOMES, packets, send_udp, wait_identity
-from tests.support.prog_run import load_empty_program
 from tests.support.pulse import Pulse, Sender
 from tests.support.storm import Storm
 from tests.support.tcx import TcxLink
@@ -59,7 +59,7 @@ def run(say: Callable[[str], None]) -> Part:
 
 @contextlib.contextmanager
 def _empty_programs(lab: Lab) -> Iterator[None]:
-    program = load_empty_program()
+    program = load_idle()
     links = [lab.node_a.call(TcxLink.attach, program, pod.interface) for pod in lab.pods]
     try:
         yield

@@ -44,16 +44,16 @@ GROUPS = {
     "maps": ("test_maps", "test_ipcachemaps", "test_settingsmap"),
     "batches": ("test_libbpf", "test_programs", "test_kernelfeatures"),
     "rings": ("test_perfbuffer",),
-    "writer": ("test_writer",),
-    "installer": ("test_installer", "test_journal"),
+    "writer": ("test_writer", "test_journal"),
+    "installer": ("test_installer",),
     "cilium": ("test_installer_guest", "test_cilium"),
     "interfaces": ("test_interfaces",),
     "pins": ("test_pins",),
     "taps": ("test_tap", "test_frames"),
 }
 """The modules of the datapath tier for each group of results."""
-AT_ONCE = ("hold", "installer", "cilium")
-"""Groups that start before the programs are loaded, as one of these loads its own; they take as long as all others."""
+AT_ONCE = ("hold", "installer", "cilium", "batches", "rings")
+"""Groups started before the programs are loaded: they load their own, or need none. They take as long as the rest."""
 LEFT_OUT_MODULES = {
     "test_abi_layout": "compares structs, without the kernel",
     "test_fuzzed_frames": "many frames of the kinds that the others try one by one",
@@ -69,7 +69,7 @@ LEFT_OUT = (
     # Large numbers of cases that do not depend on the kernel.
     "random_bytes", "cut_anywhere", "what_cannot_be_read", "every_shape", "every_miss_is_counted", "full_ring",
     "any_interleaving", "hundred_pods", "reader_receives", "ten_thousand", "every_prefix", "any_history",
-    "whatever_lies_between",
+    "whatever_lies_between", "TestLives", "more_addresses_than", "storm_is_taken", "asked_at_the_same_time",
 )  # fmt: skip
 """Emulated processors are some twenty times slower than real ones. So of tests that differ only in family and
 direction, half are run: each direction and each family once."""
@@ -119,7 +119,8 @@ async def findings() -> list[dict[str, str]]:
 
 def start_tests(report: Path, groups: list[str], **environment: str) -> subprocess.Popen[bytes]:
     """Start one pytest for some groups; it writes a report."""
-    words = ["-p", "no:cacheprovider", "--color=no", "-v", "--tb=short", "-n", "0", f"--junitxml={report}"]
+    words = ["-p", "no:cacheprovider", "--color=no", "-v", "--tb=short", "--durations=20", "-n", "0"]
+    words += [f"--junitxml={report}"]
     chosen = " and ".join(f"not {each}" for each in LEFT_OUT)
     files = [str(TESTS / f"{module}.py") for name in groups for module in GROUPS[name]]
     command = [sys.executable, "-m", "pytest", *words, "-k", chosen, *files]

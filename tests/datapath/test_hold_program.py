@@ -37,10 +37,11 @@ from lazymesh.datapath.pins import HOLD_FILTER, Pins
 from lazymesh.datapath.program import open_own_ipcache
 from lazymesh.datapath.settingsmap import DatapathConfig, OnMiss
 from lazymesh.datapath.tap import VNET_HEADER, open_tap
-from lazymesh.roles.holder import ANSWER, Holder, Mapped, frame_of, reset
+from lazymesh.roles.holder import ANSWER, Holder, Mapped, forget, frame_of, reset
 from tests.support import packets
 from tests.support.etcd import wait_until
 from tests.support.follower import Follower, Seen
+from tests.support.freeslots import FreeSlots
 from tests.support.loaded import load
 from tests.support.namespaces import NamespaceSet
 from tests.support.packets import POD_B1, POD_B2, Flow, pod_of_b
@@ -79,6 +80,8 @@ class HoldBench:
         self.tap.set_filter(libbpf.open_pin(self.pins / HOLD_FILTER))
         self.node.call(lambda: asyncio.run(prepare_tap(self.datapath, self.tap.ifindex, self.tap.name)))
         self.mapped = Mapped(self.pins)
+        self.free = FreeSlots(self.pins)
+        stack.callback(self.free.close)
         self.control = HoldControl(self.pins)
         self._counters = HoldCounterMap(self.pins)
         stack.callback(self._counters.close)
@@ -104,7 +107,9 @@ class HoldBench:
 
     def clear(self) -> None:
         """Start over: nothing parked, nothing known, every counter zero, no stale heartbeat."""
-        reset(self.pins, self.mapped)
+        forget(self.pins, self.mapped)
+        self.free.drain()
+        self.free.fill()
         self._signals.consume()
         for name in ("lm_ipcache", "lm_dedup", "lm_windows", "lm_rate"):
             opened = libbpf.Map.pinned(self.pins / name)
@@ -328,11 +333,9 @@ def test_a_packet_that_comes_back_past_us_means_nothing_to_others(
     bench: HoldBench, follower: Follower, number: int
 ) -> None:
     """Our program is removed just then: Cilium and kube-proxy see none of their bits in the mark."""
-    free = libbpf.Map.pinned(bench.pins / "lm_hold_free")
-    free.drain()
+    bench.free.drain()
     for _ in range(2):
-        free.push(number.to_bytes(4, sys.byteorder))
-    free.close()
+        bench.free.queue.push(number.to_bytes(4, sys.byteorder))
     for peer, back in ((POD_B1, False), (POD_B2, True)):
         bench.send(Flow(peer=peer).udp())
         frame = bench.read()
@@ -528,14 +531,12 @@ def test_more_interfaces_than_there_are_accounts_pass(bench: HoldBench, follower
 
 def test_slots_are_the_last_bound(bench: HoldBench, follower: Follower) -> None:
     """None is free: the packet passes, and no account has moved."""
-    free = libbpf.Map.pinned(bench.pins / "lm_hold_free")
-    assert free.drain() == len(bench.mapped.slots)
+    assert bench.free.drain() == len(bench.mapped.slots)
     bench.send(Flow().udp())
     arrivals(follower, 1)
     assert bench.counts() == {"refused_slots": 1}
     assert bench.out() == 0
-    free.push(bytes(4))
-    free.close()
+    bench.free.queue.push(bytes(4))
     bench.send(Flow(peer=POD_B2).udp())
     bench.read()
     assert bench.counts() == {"refused_slots": 1, "held": 1}
@@ -661,10 +662,9 @@ def test_a_tap_that_is_down_costs_nothing(bench: HoldBench, follower: Follower) 
 
 def all_free(bench: HoldBench) -> bool:
     """Tell whether no slot is in use, neither by its word nor by the queue of free ones; empties that."""
-    free = libbpf.Map.pinned(bench.pins / "lm_hold_free")
-    count = free.drain()
-    free.close()
-    return count == len(bench.mapped.slots) and {slot.state for slot in bench.mapped.slots} == {abi.SLOT_FREE}
+    return bench.free.drain() == len(bench.mapped.slots) and {slot.state for slot in bench.mapped.slots} == {
+        abi.SLOT_FREE
+    }
 
 
 def test_a_token_counts_at_the_tap_only(bench: HoldBench, follower: Follower) -> None:
@@ -915,6 +915,7 @@ def test_a_holder_does_as_it_is_told(bench: HoldBench, follower: Follower) -> No
         holder._obey(b"g")
         assert (words.tap_ifindex, words.udp_gso) == (bench.tap.ifindex, bench.tap.udp_gso)
         assert began <= words.holder_beat_ns
+        words.holder_beat_ns += 10**12  # however long the sending takes here
         peers, before = [pod_of_b(number) for number in range(3)], (stats.installed, stats.negative)
         for version in (4, 6):
             for peer in peers:

@@ -68,6 +68,17 @@ def test_batch_borders_lose_nothing(opened: Map, count: int) -> None:
     assert opened.is_empty()
 
 
+@pytest.mark.parametrize("opened", [ARRAY], indirect=True, ids=["array"])
+def test_array_is_zeroed_whole(opened: Map) -> None:
+    """Its first element, its last and what lies between."""
+    last = opened.layout.max_entries - 1
+    for index in (0, 1, last):
+        opened.update(index.to_bytes(4, "little"), b"\xff" * opened.layout.value_size)
+    opened.zero()
+    values = [value for _, value in opened.items()]
+    assert values == [bytes(opened.layout.value_size)] * (last + 1)
+
+
 @pytest.mark.parametrize("opened", [HASH, TRIE], indirect=True, ids=["hash", "trie"])
 def test_kernel_without_batches_is_read_one_by_one(opened: Map, monkeypatch: pytest.MonkeyPatch) -> None:
     """LPM tries have had batches since 5.13; older kernels say EINVAL or ENOTSUPP."""

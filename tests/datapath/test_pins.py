@@ -15,10 +15,10 @@ from lazymesh.datapath import abi, libbpf, pins
 from lazymesh.datapath.libbpf import Map, MapLayout
 from lazymesh.datapath.pins import Pins, alone, check_bpffs, expected_layouts
 from lazymesh.datapath.program import open_own_ipcache
+from lazymesh.datapath.programs import load_idle
 from lazymesh.errors import DatapathError
 from tests.datapath.conftest import open_descriptors
 from tests.support.namespaces import NamespaceSet
-from tests.support.prog_run import load_empty_program
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -178,7 +178,7 @@ def test_program_in_place_of_a_map_is_refused(bpffs: Path) -> None:
     """Whatever is there, one line names it."""
     place = Pins.under(bpffs)
     place.prepare(SIZE)
-    program = load_empty_program()
+    program = load_idle()
     libbpf.pin(program, place.path("lm_owned"))
     os.close(program)
     with pytest.raises(DatapathError, match=r"lm_owned is not a BPF map"):
@@ -280,7 +280,7 @@ def test_remove_leaves_nothing_of_ours(bpffs: Path) -> None:
     pin_map(place.path(pins.SIGNALS), expected_layouts(SIZE)["lm_config"])
     pin_map(place.path("lm_of_another"), expected_layouts(SIZE)["lm_config"])
     for name in pins.PROGRAMS:
-        program = load_empty_program()
+        program = load_idle()
         libbpf.pin(program, place.path(name))
         os.close(program)
     for _ in range(2):

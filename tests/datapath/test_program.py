@@ -28,13 +28,14 @@ from lazymesh.datapath.pins import (
     expected_layouts,
 )
 from lazymesh.datapath.program import Datapath, MeshMaps, open_own_ipcache
+from lazymesh.datapath.programs import load_idle
 from lazymesh.datapath.settingsmap import DatapathConfig
 from lazymesh.errors import DatapathError
 from tests.datapath.conftest import IPCACHE_SIZE, mounted_bpffs, open_descriptors
 from tests.datapath.test_abi_layout import tool
 from tests.support.loaded import LoadedDatapath, load, open_loaded
 from tests.support.packets import POD_B1, Flow
-from tests.support.prog_run import TC_ACT_UNSPEC, load_empty_program, run_packet
+from tests.support.prog_run import TC_ACT_UNSPEC, run_packet
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -244,7 +245,7 @@ def test_missing_pin_is_an_error_that_keeps_no_descriptor(prepared: Pins, missin
         libbpf.pin(made.fd, prepared.path(name))
         made.close()
     for name in (*PROGRAMS, *HOLD_PROGRAMS, HOLD_FILTER, INSTALL):
-        empty = load_empty_program()
+        empty = load_idle()
         libbpf.pin(empty, prepared.path(name))
         os.close(empty)
     maps = MeshMaps(prepared, SIZE)

@@ -1,7 +1,6 @@
 """Another TC program behind ours: writes down what it sees, and whether the address it was told has its entry by then.
 
-Assembled by hand, so that it needs neither clang nor BCC. Attached like any neighbour's: at the tail of the tcx chain,
-or as a clsact filter of a later priority.
+Attached like any neighbour's: at the tail of the tcx chain, or as a clsact filter of a later priority.
 """
 
 from __future__ import annotations
@@ -11,9 +10,10 @@ import struct
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Self
 
-from lazymesh.datapath import libbpf, programs
+from lazymesh.datapath import libbpf
 from lazymesh.datapath.libbpf import Map, MapLayout
-from lazymesh.datapath.programs import load_program
+from tests.support.assembly import count, leave, load, lookup, op
+from tests.support.prog_run import TC_ACT_UNSPEC
 from tests.support.tcx import TcxLink
 
 if TYPE_CHECKING:
@@ -59,7 +59,7 @@ class Follower:
         self._key, self._only = key, only
 
     def __enter__(self) -> Self:
-        program = _load(_code(self._notes.fd, self._ipcache.fd, self._key, only=self._only))
+        program = load(_code(self._notes.fd, self._ipcache.fd, self._key, only=self._only))
         if self._style == "tcx":
             self._link = self._namespace.call(TcxLink.attach, program, self._interface)
             os.close(program)
@@ -91,11 +91,11 @@ class Follower:
 
 
 def _code(notes: int, ipcache: int, key: bytes, *, only: bool) -> bytes:
-    code = _op(0x62, 10, offset=-4)  # the notes' index on the stack
-    code += _lookup(notes, -4) + _op(0x15, 0, offset=_count(_rest(ipcache, key))) + _rest(ipcache, key)
+    code = op(0x62, 10, offset=-4)  # the notes' index on the stack
+    code += lookup(notes, -4) + op(0x15, 0, offset=count(_rest(ipcache, key))) + _rest(ipcache, key)
     if only:
-        code = _unless_to(key, _count(code)) + code
-    return _op(0xBF, 6, 1) + code + _op(0xB7, 0, immediate=-1) + _op(0x95)  # r6 = skb
+        code = _unless_to(key, count(code)) + code
+    return op(0xBF, 6, 1) + code + leave(TC_ACT_UNSPEC)  # r6 = skb
 
 
 def _unless_to(key: bytes, skip: int) -> bytes:
@@ -103,46 +103,26 @@ def _unless_to(key: bytes, skip: int) -> bytes:
     ipv4 = key[7] == 1
     (word,) = struct.unpack_from("=i", key, 8 if ipv4 else 20)  # of IPv6 the last of four will do
     code = (
-        _op(0xBF, 1, 6)
-        + _op(0xB7, 2, immediate=30 if ipv4 else 50)
-        + _op(0xBF, 3, 10)
-        + _op(0x07, 3, immediate=-4)
+        op(0xBF, 1, 6)
+        + op(0xB7, 2, immediate=30 if ipv4 else 50)
+        + op(0xBF, 3, 10)
+        + op(0x07, 3, immediate=-4)
     )
-    code += _op(0xB7, 4, immediate=4) + _op(0x85, immediate=26)  # bpf_skb_load_bytes
+    code += op(0xB7, 4, immediate=4) + op(0x85, immediate=26)  # bpf_skb_load_bytes
     return (
-        code
-        + _op(0x55, 0, offset=skip + 2)
-        + _op(0x61, 1, 10, -4)
-        + _op(0x56, 1, offset=skip, immediate=word)
+        code + op(0x55, 0, offset=skip + 2) + op(0x61, 1, 10, -4) + op(0x56, 1, offset=skip, immediate=word)
     )
 
 
 def _rest(ipcache: int, key: bytes) -> bytes:
-    code = _op(0xBF, 7, 0)
+    code = op(0xBF, 7, 0)
     for source, target in ((_MARK, 0), (_HASH, 4), (0, 8)):
-        code += _op(0x61, 1, 6, source) + _op(0x63, 7, 1, target)
-    code += _op(0xBF, 1, 6) + _op(0xB7, 2, immediate=6) + _op(0xBF, 3, 7) + _op(0x07, 3, immediate=16)
-    code += _op(0xB7, 4, immediate=6) + _op(0x85, immediate=26)  # bpf_skb_load_bytes: the source MAC
+        code += op(0x61, 1, 6, source) + op(0x63, 7, 1, target)
+    code += op(0xBF, 1, 6) + op(0xB7, 2, immediate=6) + op(0xBF, 3, 7) + op(0x07, 3, immediate=16)
+    code += op(0xB7, 4, immediate=6) + op(0x85, immediate=26)  # bpf_skb_load_bytes: the source MAC
     for at in range(0, len(key), 4):
         (word,) = struct.unpack_from("=i", key, at)
-        code += _op(0x62, 10, offset=at - 8 - len(key), immediate=word)
-    code += _lookup(ipcache, -8 - len(key))
-    code += _op(0x15, 0, offset=1) + _op(0x07, 7, immediate=8)  # found: the second counter
-    return code + _op(0x79, 1, 7, 24) + _op(0x07, 1, immediate=1) + _op(0x7B, 7, 1, 24)
-
-
-def _lookup(descriptor: int, stack: int) -> bytes:
-    code = _op(0xBF, 2, 10) + _op(0x07, 2, immediate=stack)
-    return code + _op(0x18, 1, 1, immediate=descriptor) + _op(0) + _op(0x85, immediate=1)
-
-
-def _count(code: bytes) -> int:
-    return len(code) // 8
-
-
-def _op(code: int, target: int = 0, source: int = 0, offset: int = 0, *, immediate: int = 0) -> bytes:
-    return struct.pack("=BBhi", code, source << 4 | target, offset, immediate)
-
-
-def _load(code: bytes) -> int:
-    return load_program("follower", programs.PROG_TYPE_SCHED_CLS, "GPL", code)
+        code += op(0x62, 10, offset=at - 8 - len(key), immediate=word)
+    code += lookup(ipcache, -8 - len(key))
+    code += op(0x15, 0, offset=1) + op(0x07, 7, immediate=8)  # found: the second counter
+    return code + op(0x79, 1, 7, 24) + op(0x07, 1, immediate=1) + op(0x7B, 7, 1, 24)

@@ -1,4 +1,4 @@
-"""One packet through a loaded program, and the small programs that a measurement compares with.
+"""One packet through a loaded program.
 
 By BPF_PROG_TEST_RUN: the kernel wraps the frame in an skb (its protocol comes from the Ethernet header, its device is
 ``ifindex`` in the caller's network namespace, the loopback device by default), runs the program and frees the skb
@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Self
 
 from lazymesh.datapath.libbpf import checked, library
-from lazymesh.datapath.programs import PROG_TYPE_SCHED_CLS, TestRunOpts, load_program
+from lazymesh.datapath.programs import TestRunOpts
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -158,15 +158,3 @@ def _open_tap() -> int:
     flags = _IFF_TAP | _IFF_NO_PI | _IFF_VNET_HDR
     fcntl.ioctl(descriptor, _TUNSETIFF, struct.pack("16sH22x", b"tap0", flags))
     return descriptor
-
-
-def load_empty_program() -> int:
-    """Return the cheapest TC program there is, ``return TC_ACT_UNSPEC``: the zero of every measurement."""
-    code = _instruction(0xB7, immediate=TC_ACT_UNSPEC) + _instruction(0x95)
-    return load_program("lm_test", PROG_TYPE_SCHED_CLS, "GPL", code)
-
-
-def _instruction(
-    code: int, *, target: int = 0, source: int = 0, offset: int = 0, immediate: int = 0
-) -> bytes:
-    return struct.pack("=BBhi", code, source << 4 | target, offset, immediate)

@@ -14,6 +14,7 @@ import functools
 import os
 import resource
 import sys
+from array import array
 from dataclasses import dataclass
 from itertools import accumulate
 from pathlib import Path
@@ -283,6 +284,12 @@ class Map:
                     self.update(key, value)
             else:
                 checked(result)
+
+    def zero(self) -> None:
+        """Set every element of an array to zero, in one system call."""
+        size, count = self.layout.max_entries, ctypes.c_uint32(self.layout.max_entries)
+        keys, values = array("I", range(size)).tobytes(), bytes(size * self.layout.value_size)
+        checked(self._lib.bpf_map_update_batch(self.fd, keys, values, ctypes.byref(count), None))
 
     def delete_many(self, keys: list[bytes]) -> None:
         """Remove many elements; some may be gone already."""

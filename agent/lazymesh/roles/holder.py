@@ -64,23 +64,30 @@ def _pages(size: int) -> int:
 
 def reset(pins: Path, mapped: Mapped) -> None:
     """Reset the maps as if nothing had ever been parked; count packets still out as lost."""
+    forget(pins, mapped)
+    free = Map.pinned(pins / "lm_hold_free")
+    free.drain()
+    for slot in range(len(mapped.slots)):
+        free.push(slot.to_bytes(4, sys.byteorder))
+    free.close()
+
+
+def forget(pins: Path, mapped: Mapped) -> None:
+    """Reset all but the queue of free slots."""
     mapped.control.tap_ifindex = 0
     time.sleep(DRAIN_S)  # a program that read the old value may still be parking
     # Counted in a copy: what arrives meanwhile must not be counted twice.
     found = type(mapped.slots).from_buffer_copy(mapped.slots)
     ctypes.memset(mapped.slots, 0, ctypes.sizeof(mapped.slots))
-    mapped.stats.lost += sum(slot.state != abi.SLOT_FREE for slot in found)
+    words = ctypes.sizeof(abi.Slot) // 4
+    states = memoryview(found).cast("B").cast("I")[abi.Slot.state.offset // 4 :: words]
+    mapped.stats.lost += len(states) - states.tolist().count(abi.SLOT_FREE)
     bucket, total = Map.pinned(pins / "lm_hold_bucket"), Map.pinned(pins / "lm_hold_total")
-    nothing = bytes(ctypes.sizeof(abi.Outstanding))
-    bucket.update_many([(i.to_bytes(4, sys.byteorder), nothing) for i in range(bucket.layout.max_entries)])
-    total.update(bytes(4), nothing)
+    bucket.zero()
+    total.zero()
     interfaces = Map.pinned(pins / "lm_hold_if")
     interfaces.delete_many([key for key, _ in interfaces.items()])
-    free = Map.pinned(pins / "lm_hold_free")
-    free.drain()
-    for slot in range(len(mapped.slots)):
-        free.push(slot.to_bytes(4, sys.byteorder))
-    for each in (bucket, total, interfaces, free):
+    for each in (bucket, total, interfaces):
         each.close()
 
 
