@@ -216,17 +216,29 @@ class _Heard:
     error: str | None
 
 
+class _Heeding(Exchange):
+    """A call that writes down what comes of it."""
+
+    def __init__(
+        self, number: int, messages: list[tuple[int, bytes]], ends: list[tuple[int, Code, str]]
+    ) -> None:
+        super().__init__()
+        self._number, self._messages, self._ends = number, messages, ends
+
+    def on_message(self, message: bytes) -> None:
+        self._messages.append((self._number, message))
+
+    def on_end(self, code: Code, details: str) -> None:
+        self._ends.append((self._number, code, details))
+
+
 def _hear(pieces: Iterable[bytes]) -> _Heard:
     """Feed a connection with two calls under way, as native.py does: what was not taken comes again, with more."""
     messages: list[tuple[int, bytes]] = []
     ends: list[tuple[int, Code, str]] = []
     connection = Wire(_MOST)
     for number in range(3):
-        exchange = Exchange(
-            lambda message, number=number: messages.append((number, message)),
-            lambda code, words, number=number: ends.append((number, code, words)),
-        )
-        connection.begin(exchange, _HEAD, b"question" if number < 2 else None)
+        connection.begin(_Heeding(number, messages, ends), _HEAD, b"question" if number < 2 else None)
     connection.out.clear()
     error, rest = None, b""
     try:

@@ -100,26 +100,21 @@ class Connection:
 
     def start(
         self, call: rpc.Call[Request, Response], on_done: Callable[[Response | KvstoreError], None]
-    ) -> Callable[[], None]:
+    ) -> Callable[[], object]:
         """Start a unary call; return a function that abandons it. on_done gets the outcome: once, later, if at all."""
         login, floor = self.login, self._answered
-        under_way: list[Callable[[], object]] = []
+        again: asyncio.Task[Response | KvstoreError] | None = None
 
         def done(outcome: bytes | RpcError) -> None:
+            nonlocal again
             if isinstance(outcome, RpcError) and is_stale_auth(outcome):
-                task = asyncio.create_task(self._again(call, login, floor))
-                task.add_done_callback(lambda ended: None if ended.cancelled() else on_done(ended.result()))
-                under_way[:] = [task.cancel]
+                again = asyncio.create_task(self._again(call, login, floor))
+                again.add_done_callback(lambda ended: None if ended.cancelled() else on_done(ended.result()))
             else:
-                under_way.clear()  # breaks a reference cycle that would keep the answer until a collection
                 on_done(self._outcome(call, outcome, floor))
 
-        def give_up() -> None:
-            if under_way:
-                under_way[0]()
-
-        under_way.append(self._send(call, self.login, done))
-        return give_up
+        give_up = self._send(call, login, done)
+        return lambda: again.cancel() if again else give_up()
 
     async def call(self, call: rpc.Call[Request, Response]) -> Response:
         """Make one unary call and return its response; KvstoreError if it fails."""

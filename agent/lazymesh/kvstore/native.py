@@ -14,8 +14,6 @@ import time
 from collections import deque
 from typing import TYPE_CHECKING
 
-from msgspec import Struct
-
 from lazymesh.kvstore.certificate import client_context
 from lazymesh.kvstore.channel import Code, RpcError
 from lazymesh.kvstore.tls import TlsStream
@@ -35,11 +33,62 @@ PONG_S = 0.25
 none is unanswered, so a prompt answer makes of each call two, for both sides; keepalive waits for seconds."""
 
 
-class _InFlight(Struct, frozen=True):
-    """One unary call that the server has not ended."""
+class _Unary(Exchange):
+    """A call with one request and one response, which is its outcome."""
 
-    deadline: float
-    expire: Callable[[], None]
+    __slots__ = ("_answered", "_calls", "_on_done", "_timeout_s", "deadline")
+
+    def __init__(
+        self, calls: set[_Unary], timeout_s: float, on_done: Callable[[bytes | RpcError], None]
+    ) -> None:
+        """calls: those that the server has not ended."""
+        super().__init__()
+        self.deadline = 0.0
+        self._answered = False
+        self._calls = calls
+        self._timeout_s = timeout_s
+        self._on_done = on_done
+
+    def on_message(self, message: bytes) -> None:
+        """Take the response."""
+        self._settle(message)
+
+    def on_end(self, code: Code, details: str) -> None:
+        """Take the status, which is the outcome if there was no response."""
+        self._calls.discard(self)
+        if code is Code.OK:
+            code, details = Code.INTERNAL, "no response to a request"
+        self._settle(RpcError(code, details))
+
+    def expire(self) -> None:
+        """Take note that there is no response in time."""
+        self._settle(RpcError(Code.DEADLINE_EXCEEDED, f"no answer within {self._timeout_s:g} s"))
+
+    def _settle(self, outcome: bytes | RpcError) -> None:
+        if not self._answered:
+            self._answered = True
+            self._on_done(outcome)
+
+
+class _Streamed(Exchange):
+    """A call with many requests and responses, which wait here."""
+
+    __slots__ = ("_wire", "items")
+
+    def __init__(self, wire: Wire) -> None:
+        super().__init__()
+        self._wire = wire
+        self.items: asyncio.Queue[bytes | RpcError] = asyncio.Queue()
+        """The responses, then how the call ended."""
+
+    def on_message(self, message: bytes) -> None:
+        """Queue a response; the server gets no credit for it yet."""
+        self._wire.withhold(self, len(message))
+        self.items.put_nowait(message)
+
+    def on_end(self, code: Code, details: str) -> None:
+        """Queue the end."""
+        self.items.put_nowait(RpcError(code, details))
 
 
 class NativeChannel(asyncio.BufferedProtocol):
@@ -62,10 +111,8 @@ class NativeChannel(asyncio.BufferedProtocol):
         self._waiting: deque[tuple[Exchange, bytes, bytes | None]] = deque()
         """Calls beyond the server's limit of concurrent streams."""
         self._flush_due = False
-        self._calls: dict[int, _InFlight] = {}
-        """Unary calls: after the server's GOAWAY they may still succeed."""
-        self._made = 0
-        """Number of calls so far: the next call's key."""
+        self._calls: set[_Unary] = set()
+        """Unary calls that the server has not ended: after its GOAWAY they may still succeed."""
         self._sweeper: asyncio.TimerHandle | None = None
         """Set while there are calls."""
         self._pong: asyncio.TimerHandle | None = None
@@ -103,53 +150,26 @@ class NativeChannel(asyncio.BufferedProtocol):
         The response is the outcome: a server that fails sends none. Over TLS a third of etcd's trailers, which confirm
         success, arrive about 100 us later; the call stays open for them, but its outcome does not wait.
         """
-        answered = False
-
-        def outcome(of: bytes | RpcError) -> None:
-            nonlocal answered
-            if not answered:
-                answered = True
-                on_done(of)
-
-        def end(code: Code, details: str) -> None:
-            del self._calls[number]
-            if code is Code.OK:
-                code, details = Code.INTERNAL, "no response to a request"
-            outcome(RpcError(code, details))
-
-        def give_up() -> None:
-            if self._calls.pop(number, None) is not None:
-                self._leave(exchange)
-
-        def expire() -> None:
-            give_up()
-            outcome(RpcError(Code.DEADLINE_EXCEEDED, f"no answer within {request.timeout_s:g} s"))
-
-        self._made = number = self._made + 1
-        exchange = Exchange(outcome, end)
-        self._calls[number] = _InFlight(time.monotonic() + request.timeout_s, expire)
+        call = _Unary(self._calls, request.timeout_s, on_done)
+        head = self._head(request.path, request.metadata, int(request.timeout_s * 1000))
+        self._begin(call, head, request.message)
+        # After it is sent: a packet waits for that, but not for these.
+        self._calls.add(call)
+        call.deadline = time.monotonic() + request.timeout_s
         if self._sweeper is None:
             self._sweeper = self._loop.call_later(SWEEP_S, self._sweep)
-        head = self._head(request.path, request.metadata, int(request.timeout_s * 1000))
-        self._begin(exchange, head, request.message)
-        return give_up
+        return lambda: self._give_up(call)
 
     async def stream(
         self, path: str, requests: AsyncIterator[bytes], metadata: Metadata
     ) -> AsyncGenerator[bytes, None]:
         """Start a call with many requests and responses."""
-        queue: asyncio.Queue[bytes | RpcError] = asyncio.Queue()
-
-        def on_message(message: bytes) -> None:
-            self._wire.withhold(exchange, len(message))
-            queue.put_nowait(message)
-
-        exchange = Exchange(on_message, lambda code, details: queue.put_nowait(RpcError(code, details)))
+        exchange = _Streamed(self._wire)
         self._begin(exchange, self._head(path, metadata), None)
         sending = asyncio.create_task(self._send(exchange, requests), name=f"requests of {path}")
         try:
             while True:
-                item = await queue.get()
+                item = await exchange.items.get()
                 if isinstance(item, RpcError):
                     if item.code is Code.OK:
                         return
@@ -277,6 +297,11 @@ class NativeChannel(asyncio.BufferedProtocol):
             self._wire.finish(exchange)
             self._flush()
 
+    def _give_up(self, call: _Unary) -> None:
+        if call in self._calls:
+            self._calls.discard(call)
+            self._leave(call)
+
     def _leave(self, exchange: Exchange) -> None:
         if exchange.stream:
             self._wire.cancel(exchange)
@@ -288,7 +313,8 @@ class NativeChannel(asyncio.BufferedProtocol):
         """Expire calls."""
         self._sweeper = self._loop.call_later(SWEEP_S, self._sweep) if self._calls else None
         now = time.monotonic()
-        for late in [call for call in self._calls.values() if call.deadline <= now]:
+        for late in [call for call in self._calls if call.deadline <= now]:
+            self._give_up(late)
             late.expire()
 
     def _answer_pings(self) -> None:

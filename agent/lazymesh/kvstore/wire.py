@@ -72,19 +72,13 @@ class ProtocolError(Exception):
 
 
 class Exchange:
-    """One call on its own stream.
-
-    on_message: receives each complete message. on_end: receives the outcome, once, after the last message.
-    """
+    """One call on its own stream."""
 
     __slots__ = (
-        "body", "ended", "head", "more", "on_end", "on_message", "outgoing", "sent_all", "stream", "uncredited",
-        "unsent_end", "window", "withheld",
+        "body", "ended", "head", "outgoing", "sent_all", "stream", "uncredited", "unsent_end", "window", "withheld",
     )  # fmt: skip
 
-    def __init__(self, on_message: Callable[[bytes], None], on_end: Callable[[Code, str], None]) -> None:
-        self.on_message = on_message
-        self.on_end = on_end
+    def __init__(self) -> None:
         self.stream = 0
         self.window = 0
         """How many bytes the server accepts on this stream."""
@@ -101,6 +95,14 @@ class Exchange:
         self.withheld = 0
         """Bytes of messages waiting to be consumed."""
         self.ended = False
+
+    def on_message(self, message: bytes) -> None:
+        """Take one complete message."""
+        raise NotImplementedError
+
+    def on_end(self, code: Code, details: str) -> None:
+        """Take the outcome: once, after the last message."""
+        raise NotImplementedError
 
 
 class Wire:

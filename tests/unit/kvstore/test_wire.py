@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import struct
-from dataclasses import dataclass, field
 
 import pytest
 from hpack import Encoder, NeverIndexedHeaderTuple
@@ -48,18 +47,21 @@ def answer(stream: int, payload: bytes) -> bytes:
     )
 
 
-@dataclass
-class Caller:
+class Caller(Exchange):
     """One call and what came of it."""
 
-    messages: list[bytes] = field(default_factory=list)
-    ends: list[tuple[Code, str]] = field(default_factory=list)
-    exchange: Exchange = field(init=False)
+    def __init__(self) -> None:
+        super().__init__()
+        self.messages: list[bytes] = []
+        self.ends: list[tuple[Code, str]] = []
 
-    def __post_init__(self) -> None:
-        self.exchange = Exchange(
-            self.messages.append, lambda code, details: self.ends.append((code, details))
-        )
+    def on_message(self, message: bytes) -> None:
+        """Take a response."""
+        self.messages.append(message)
+
+    def on_end(self, code: Code, details: str) -> None:
+        """Take the outcome."""
+        self.ends.append((code, details))
 
 
 def sent(connection: Wire) -> list[tuple[int, int, int, bytes]]:
@@ -85,7 +87,7 @@ def connected(hello: bytes = HELLO, most: int = 1 << 20) -> Wire:
 def called(connection: Wire, payload: bytes | None = b"request") -> Caller:
     """Begin a call."""
     caller = Caller()
-    connection.begin(caller.exchange, HEAD, payload)
+    connection.begin(caller, HEAD, payload)
     return caller
 
 
@@ -172,7 +174,7 @@ def test_frames_in_any_order_are_an_error_of_the_protocol_or_an_outcome(order: l
         connection.fail(Code.UNAVAILABLE, "gone")
     for caller in callers:
         assert len(caller.ends) <= 1
-        assert (caller.exchange.stream in connection.exchanges) != caller.exchange.ended
+        assert (caller.stream in connection.exchanges) != caller.ended
 
 
 def feed_all(connection: Wire, order: list[bytes]) -> None:
@@ -267,7 +269,7 @@ def test_long_header_blocks_are_not_remembered_and_their_words_are_cut() -> None
         caller = called(connection)
         pairs = (("grpc-status", "7"), ("grpc-message", words))
         block = bytes(Encoder().encode([NeverIndexedHeaderTuple(*pair) for pair in pairs]))
-        feed(connection, frame(wire.HEADERS, 5, caller.exchange.stream, block))
+        feed(connection, frame(wire.HEADERS, 5, caller.stream, block))
         ((code, said),) = caller.ends
         assert code is Code.PERMISSION_DENIED
         return block, said
@@ -356,8 +358,14 @@ def test_the_connections_window_is_shared() -> None:
 
 def test_credit_is_given_as_data_comes_but_not_for_what_nobody_has_taken() -> None:
     """A slow reader of a stream slows the server down."""
-    connection = connected(most=64 << 20)
-    caller = called(connection, None)
+
+    class Slow(Caller):
+        def on_message(self, message: bytes) -> None:
+            super().on_message(message)
+            connection.withhold(self, len(message))
+
+    connection, caller = connected(most=64 << 20), Slow()
+    connection.begin(caller, HEAD, None)
     whole = 3 * message(b"m" * (wire.STREAM_WINDOW // 4))
 
     def deliver() -> None:
@@ -365,16 +373,11 @@ def test_credit_is_given_as_data_comes_but_not_for_what_nobody_has_taken() -> No
         for at in range(0, len(whole), 16_384):
             feed(connection, frame(wire.DATA, 0, 1, whole[at : at + 16_384]))
 
-    def taken(received: bytes) -> None:
-        caller.messages.append(received)
-        connection.withhold(caller.exchange, len(received))
-
     sent(connection)
-    caller.exchange.on_message = taken
     deliver()
     assert [stream for kind, _, stream, _ in sent(connection) if kind == wire.WINDOW_UPDATE] == [0]
     for one in caller.messages:
-        connection.consumed(caller.exchange, len(one))
+        connection.consumed(caller, len(one))
     assert [stream for kind, _, stream, _ in sent(connection) if kind == wire.WINDOW_UPDATE] == [1]
 
 
@@ -396,8 +399,8 @@ def test_a_left_call_is_reset_and_told_nothing_more() -> None:
     connection = connected()
     caller = called(connection)
     sent(connection)
-    connection.cancel(caller.exchange)
-    connection.cancel(caller.exchange)
+    connection.cancel(caller)
+    connection.cancel(caller)
     assert sent(connection) == [(wire.RST_STREAM, 0, 1, struct.pack(">I", 8))]
     feed(connection, answer(1, b"late"))
     assert (caller.messages, caller.ends) == ([], [])
