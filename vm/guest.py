@@ -31,6 +31,8 @@ from lazymesh.errors import DatapathError
 from lazymesh.roles.check import check_node
 
 BPFFS = Path("/sys/fs/bpf")
+COMPILED = Path("/tmp/programs.json")
+"""What the first load has compiled; the tests load that."""
 IPCACHE_SIZE = 20_000
 """As the tests expect it."""
 TESTS = Path("tests/datapath")
@@ -52,8 +54,8 @@ GROUPS = {
     "taps": ("test_tap", "test_frames"),
 }
 """The modules of the datapath tier for each group of results."""
-AT_ONCE = ("hold", "installer", "cilium", "batches", "rings")
-"""Groups started before the programs are loaded: they load their own, or need none. They take as long as the rest."""
+AT_ONCE = ("installer", "cilium", "batches", "rings", "hold", "hooks", "interfaces", "pins", "taps")
+"""Groups started while the programs are compiled, as the first of them need none. They take as long as the rest."""
 LEFT_OUT_MODULES = {
     "test_abi_layout": "compares structs, without the kernel",
     "test_fuzzed_frames": "many frames of the kinds that the others try one by one",
@@ -70,6 +72,8 @@ LEFT_OUT = (
     "random_bytes", "cut_anywhere", "what_cannot_be_read", "every_shape", "every_miss_is_counted", "full_ring",
     "any_interleaving", "hundred_pods", "reader_receives", "ten_thousand", "every_prefix", "any_history",
     "whatever_lies_between", "TestLives", "more_addresses_than", "storm_is_taken", "asked_at_the_same_time",
+    # A race in which emulated processors do not take part as real ones do.
+    "has_looked_wakes",
 )  # fmt: skip
 """Emulated processors are some twenty times slower than real ones. So of tests that differ only in family and
 direction, half are run: each direction and each family once."""
@@ -79,15 +83,15 @@ def features() -> dict[str, object]:
     """Try each feature that kernels differ in."""
     began = time.monotonic()
     found: dict[str, object] = {"loads": True, "programs": [*PROGRAMS, *HOLD_PROGRAMS, HOLD_FILTER, INSTALL]}
-    pins, file = Pins.under(BPFFS), Path("/tmp/programs.json")
+    pins = Pins.under(BPFFS)
     try:
         with contextlib.closing(MeshMaps(pins, IPCACHE_SIZE)) as maps:
-            load(maps, file).close()
+            load(maps, COMPILED).close()
         found["load_s"] = round(time.monotonic() - began, 1)
     except DatapathError as exc:
         found |= {"loads": False, "complaint": str(exc)}
     try:
-        found["keeps"] = _load_kept(pins, file)
+        found["keeps"] = _load_kept(pins)
     except DatapathError as exc:
         found["kept_complaint"] = str(exc)
     found["needs"] = missing(frozenset(), replace(Circumstances.here(), locked_unlimited=False))
@@ -101,9 +105,9 @@ def features() -> dict[str, object]:
     return found
 
 
-def _load_kept(pins: Pins, file: Path) -> bool:
-    """Load what the first start has cached, for the tests to use; return whether there was anything."""
-    found = programcache.read(file, origin())
+def _load_kept(pins: Pins) -> bool:
+    """Load what the first start has cached; return whether there was anything."""
+    found = programcache.read(COMPILED, origin())
     if found is not None:
         pins.remove()
         pins.prepare(IPCACHE_SIZE)
@@ -117,14 +121,14 @@ async def findings() -> list[dict[str, str]]:
         return [asdict(finding) async for finding in check_node(BPFFS, {"--clustermesh-config": Path(empty)})]
 
 
-def start_tests(report: Path, groups: list[str], **environment: str) -> subprocess.Popen[bytes]:
+def start_tests(report: Path, groups: list[str]) -> subprocess.Popen[bytes]:
     """Start one pytest for some groups; it writes a report."""
-    words = ["-p", "no:cacheprovider", "--color=no", "-v", "--tb=short", "--durations=20", "-n", "0"]
-    words += [f"--junitxml={report}"]
+    words = ["-p", "no:cacheprovider", "-p", "no:randomly", "-n", "0", "--color=no", "-v", "--tb=short"]
+    words += ["--durations=20", f"--junitxml={report}"]
     chosen = " and ".join(f"not {each}" for each in LEFT_OUT)
     files = [str(TESTS / f"{module}.py") for name in groups for module in GROUPS[name]]
     command = [sys.executable, "-m", "pytest", *words, "-k", chosen, *files]
-    return subprocess.Popen(command, env=os.environ | environment)
+    return subprocess.Popen(command, env=os.environ | {"LAZYMESH_TEST_PROGRAMS": str(COMPILED)})
 
 
 def read_reports(*reports: Path) -> dict[str, dict[str, Any]]:
@@ -160,7 +164,7 @@ def main() -> None:
         with start_tests(at_once, [*AT_ONCE]):
             results["features"] = features()
             results["check"] = asyncio.run(findings())
-            start_tests(others, left, LAZYMESH_TEST_BPFFS=str(BPFFS)).wait()
+            start_tests(others, left).wait()
         results["tests"] = read_reports(at_once, others)
     finally:
         results["uptime_s"] = float(Path("/proc/uptime").read_text(encoding="ascii").split()[0])

@@ -22,7 +22,7 @@ from lazymesh.datapath.libbpf import BPF_F_NO_PREALLOC, Map, MapLayout
 from lazymesh.datapath.pins import Pins, expected_layouts
 from lazymesh.datapath.program import open_own_ipcache
 from lazymesh.datapath.settingsmap import DatapathConfig
-from tests.support.loaded import LoadedDatapath, load, open_loaded
+from tests.support.loaded import LoadedDatapath, load
 from tests.support.namespaces import NamespaceSet
 from tests.support.prog_run import Run, run_packet
 
@@ -33,9 +33,6 @@ if TYPE_CHECKING:
 
 IPCACHE_SIZE = 20_000
 """Enough for every test, and quickly wiped."""
-
-LOADED_UNDER = os.environ.get("LAZYMESH_TEST_BPFFS", "")
-"""A BPF file system with a datapath of that size: loading costs half a minute where the processor is emulated."""
 
 _EMPTIED = {libbpf.MAP_TYPE_HASH, libbpf.MAP_TYPE_LRU_HASH, libbpf.MAP_TYPE_LPM_TRIE}
 """Kinds of maps that a wipe empties; arrays have no elements to delete."""
@@ -140,12 +137,7 @@ def _sweep() -> None:
 
 @pytest.fixture(scope="session")
 def loaded() -> Iterator[LoadedDatapath]:
-    """Return the datapath, loaded once for all tests: here, or under LAZYMESH_TEST_BPFFS beforehand."""
-    if LOADED_UNDER:
-        datapath = open_loaded(Pins.under(Path(LOADED_UNDER)), IPCACHE_SIZE)
-        yield datapath
-        datapath.close()
-        return
+    """Return the datapath, loaded once for all tests."""
     with mounted_bpffs() as bpffs:
         pins = Pins.under(bpffs)
         datapath = load(pins, IPCACHE_SIZE)
