@@ -51,8 +51,8 @@ if TYPE_CHECKING:
 
 log = structlog.get_logger()
 
-LOAD_TIMEOUT_S = 180
-"""A second or two on an idle node; half a minute was seen on emulated processors, more on busy ones."""
+LOAD_TIMEOUT_S = 300
+"""A second or two on an idle node; half a minute was seen on emulated processors, and more than three on busy ones."""
 
 
 def load(maps: MeshMaps, keep: Path | None = None) -> Datapath:
