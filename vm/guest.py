@@ -54,7 +54,7 @@ GROUPS = {
     "taps": ("test_tap", "test_frames"),
 }
 """The modules of the datapath tier for each group of results."""
-AT_ONCE = ("installer", "cilium", "batches", "rings", "hold", "hooks", "interfaces", "pins", "taps")
+AT_ONCE = ("installer", "cilium", "batches", "rings", "pins", "hold", "hooks", "taps")
 """Groups started while the programs are compiled, as the first of them need none. They take as long as the rest."""
 LEFT_OUT_MODULES = {
     "test_abi_layout": "compares structs, without the kernel",

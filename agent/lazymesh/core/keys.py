@@ -36,8 +36,10 @@ def address_text(address: Address) -> str:
     return str(IPv6Address(address))
 
 
-def address_texts(addresses: Iterable[Address]) -> list[str]:
+def address_texts(addresses: Sequence[Address]) -> list[str]:
     """Return the ``address_text`` of each; of IPv4 neighbours, which come together in a storm, what they share once."""
+    if len(addresses) == 1:
+        return [address_text(addresses[0])]
     texts: list[str] = []
     for common, neighbours in groupby(addresses, itemgetter(slice(0, 3))):
         some = list(neighbours)
