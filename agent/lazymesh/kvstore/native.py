@@ -314,8 +314,9 @@ class NativeChannel(asyncio.BufferedProtocol):
         self._sweeper = self._loop.call_later(SWEEP_S, self._sweep) if self._calls else None
         now = time.monotonic()
         for late in [call for call in self._calls if call.deadline <= now]:
-            self._give_up(late)
-            late.expire()
+            if late in self._calls:  # else it was abandoned when another one was told
+                self._give_up(late)
+                late.expire()
 
     def _answer_pings(self) -> None:
         self._pong = None

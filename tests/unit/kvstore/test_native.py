@@ -9,6 +9,7 @@ import asyncio
 import ssl
 import struct
 from contextlib import asynccontextmanager
+from functools import partial
 from typing import TYPE_CHECKING
 
 import pytest
@@ -17,12 +18,12 @@ from msgspec import structs
 from lazymesh.kvstore import wire
 from lazymesh.kvstore.channel import Code, RpcError, UnaryCall
 from lazymesh.kvstore.config import EtcdConfig, parse_config
-from lazymesh.kvstore.native import NativeChannel
+from lazymesh.kvstore.native import SWEEP_S, NativeChannel
 from tests.support.etcd import Authority, eventually
 from tests.unit.kvstore.test_wire import HELLO, OK_HEAD, answer, frame, message
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncIterator
+    from collections.abc import AsyncIterator, Callable
     from pathlib import Path
 
 CALL = UnaryCall("/service/method", b"question", (), 5.0)
@@ -155,6 +156,23 @@ async def test_trailers_that_never_come_are_given_up_at_the_deadline() -> None:
         assert await call == b"here"
         await server.until(wire.RST_STREAM)
         await eventually(lambda: not channel._calls)
+
+
+async def test_a_late_call_that_another_one_abandons_is_not_told() -> None:
+    """Both are late at the same moment; whichever is told first gives the other up."""
+    async with met() as (channel, _):
+        told: list[int] = []
+        give_up: list[Callable[[], None]] = []
+
+        def tell(number: int, _: object) -> None:
+            told.append(number)
+            give_up[1 - number]()
+
+        late = structs.replace(CALL, timeout_s=0.01)
+        give_up += [channel.call(late, partial(tell, number)) for number in range(2)]
+        await eventually(lambda: told)
+        await asyncio.sleep(2 * SWEEP_S)
+        assert len(told) == 1
 
 
 async def test_calls_overtake_each_other() -> None:
