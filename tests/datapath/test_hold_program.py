@@ -662,9 +662,8 @@ def test_a_tap_that_is_down_costs_nothing(bench: HoldBench, follower: Follower) 
 
 def all_free(bench: HoldBench) -> bool:
     """Tell whether no slot is in use, neither by its word nor by the queue of free ones; empties that."""
-    return bench.free.drain() == len(bench.mapped.slots) and {slot.state for slot in bench.mapped.slots} == {
-        abi.SLOT_FREE
-    }
+    states = {slot.state for slot in bench.mapped.slots}
+    return bench.free.drain() == len(bench.mapped.slots) and states == {abi.SLOT_FREE}
 
 
 def test_a_token_counts_at_the_tap_only(bench: HoldBench, follower: Follower) -> None:

@@ -12,7 +12,6 @@ from tests.support.churn import Churn, settle
 from tests.support.lab import OTHER_IDENTITY, SERVER_IDENTITY, AgentProcess, Lab, remote_address
 from tests.support.node import launched, metric, options, pack_key, raw_entries, wait_identity
 from tests.support.pulse import Pulse, Sender
-from tests.support.soak import READY_S
 from tests.support.witness import Witness
 
 if TYPE_CHECKING:
@@ -76,14 +75,14 @@ def _kill_often(lab: Lab, churn: Churn, dice: random.Random, agent: AgentProcess
             if dice.random() < 0.5:
                 time.sleep(dice.uniform(0, START_UP_S))  # a moment is what is drawn, nothing is waited for
                 continue
-            agent.wait_ready(READY_S)
+            agent.wait_ready()
             took.append(settle([churn]))
             time.sleep(dice.uniform(0, 0.3))
             churn.change()
         finally:
             agent.kill()
     with launched(lab, *options(lab)) as last:
-        last.wait_ready(READY_S)
+        last.wait_ready()
         took.append(settle([churn]))
         assert metric(last, "lazymesh_unexpected_errors_total") == 0
         assert "Traceback" not in last.log

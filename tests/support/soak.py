@@ -43,8 +43,6 @@ THIRD_KNOWN = ["10.3.0.5", "10.3.0.6"]
 THIRD_CHANGING = [f"10.3.0.{number}" for number in range(20, 28)]
 SETTLE_S = 60.0
 """A frozen store is given up after 25 s; the rest is for a busy machine."""
-READY_S = 180.0
-"""The datapath is compiled at some starts, which others on the machine can make long."""
 COMPILED_EVERY = 4
 """Of so many starts one compiles, as after an upgrade; the others load what was kept."""
 _HOUR = 3600
@@ -137,7 +135,7 @@ class Soak:
         self._publish()
         self.agent = self._start_agent()
         stack.callback(self._stop_agent)
-        self.agent.wait_ready(READY_S)
+        self.agent.wait_ready()
         self._stack = stack
 
     def _publish(self) -> None:
@@ -267,7 +265,7 @@ class Soak:
         self.agent.kill()
         self._calm(self._dice.uniform(0, 2))
         self.agent = self._start_agent()
-        self.agent.wait_ready(READY_S)
+        self.agent.wait_ready()
 
     def kill_starting_agent(self) -> None:
         """Kill it, and its successors before they have become ready."""
@@ -276,7 +274,7 @@ class Soak:
             self.agent.kill()
             self.agent = self._start_agent()
             self._calm(self._dice.uniform(0, 2.5))
-        self.agent.wait_ready(READY_S)
+        self.agent.wait_ready()
 
     def stop_agent(self) -> None:
         """Stop it in good order, and start it again."""
@@ -286,7 +284,7 @@ class Soak:
             self._outcome.complaints.append(f"the agent ended with exit code {code} when it was stopped")
         self._calm(self._dice.uniform(0, 1))
         self.agent = self._start_agent()
-        self.agent.wait_ready(READY_S)
+        self.agent.wait_ready()
 
     def pause_agent(self) -> None:
         """Stop the process for a while, without ending it."""
