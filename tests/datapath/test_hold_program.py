@@ -975,6 +975,8 @@ def test_a_holder_that_has_been_succeeded_leaves_parking_on(bench: HoldBench) ->
 
 def test_a_holder_that_ends_gives_back_all_that_is_in_the_ring(bench: HoldBench, follower: Follower) -> None:
     """It may be behind by thousands: what it has not read yet would go with the device."""
+    limit_s = 60  # for which packets are held behind their first: sending may be slow
+    bench.control.set_limits(HoldLimits(), limit_s)
     frames = [Flow(peer=pod_of_b(number)).udp() for number in range(10)]
     for number in range(2_000):
         bench.send(frames[number % 10])

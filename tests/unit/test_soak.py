@@ -37,7 +37,7 @@ class FakeAgent:
     def kill(self) -> None:  # noqa: D102
         self.killed = True
 
-    def wait_ready(self, deadline: float) -> None:  # noqa: D102
+    def wait_ready(self) -> None:  # noqa: D102
         assert not self.killed
 
 
