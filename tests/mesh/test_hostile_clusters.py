@@ -321,11 +321,12 @@ def test_nodes_that_all_claim_the_same_delay_nobody_else(
         writes.put_many({f"cilium/state/nodes/v1/c/{n}": json.dumps(records[n]) for n in records})
     memory, before = Memory(agent), refusals(agent, "node")
     liar.join()
-    took = first_packets(lab, 1)
+    began, took = time.monotonic(), first_packets(lab, 1)
     while cluster(lab, "c").get("state") != "ready":
         took += first_packets(lab, 1)
-    print(f"ms of first packets, median and worst: {_both(sorted(took))}")
-    assert max(took) < 500, "nobody waits until all of them are taken in"
+    joined_ms = (time.monotonic() - began) * 1_000
+    print(f"ms of first packets, median and worst: {_both(sorted(took))}, while c joined in {joined_ms:.0f}")
+    assert max(took) < joined_ms / 4, "nobody waits until all of them are taken in"
     assert refusals(agent, "node") == before
     memory.assert_bounded()
 
