@@ -340,8 +340,7 @@ class NativeChannel(asyncio.BufferedProtocol):
         out = wire.out[0] if len(wire.out) == 1 else b"".join(wire.out)
         wire.out.clear()
         if tls is not None:
-            tls.seal(out)
-            out = tls.to_send()
+            out = tls.seal(out)
         self._transport.write(out)
 
     def _end(self, reason: str, cause: Exception | None = None) -> None:

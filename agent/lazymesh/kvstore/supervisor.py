@@ -71,7 +71,8 @@ class Supervisor:
         self._options = options
         self._dial = dial
         self._backoff = Backoff(options.backoff, options.jitter)
-        self._connection: Connection | None = None
+        self.present: Connection | None = None
+        """The connection, None while there is none; read-only for others."""
         self._failure: KvstoreError | None = None
         self._up = asyncio.Event()
         self._settled = asyncio.Event()
@@ -86,7 +87,7 @@ class Supervisor:
     @property
     def info(self) -> ClientInfo:
         """State of this store."""
-        connection = self._connection
+        connection = self.present
         return ClientInfo(
             endpoint=str(connection.endpoint) if connection else None,
             cluster_id=self._cluster_id,
@@ -103,15 +104,10 @@ class Supervisor:
                 await self._keep(connection)
             await asyncio.sleep(self._backoff.next_s())
 
-    @property
-    def present(self) -> Connection | None:
-        """The connection, None while there is none."""
-        return self._connection
-
     async def connection(self, timeout_s: float) -> Connection:
         """Return the connection; while the endpoints are being dialled, wait for the outcome."""
-        if self._connection:
-            return self._connection
+        if self.present:
+            return self.present
         try:
             async with asyncio.timeout(timeout_s):
                 await self._settled.wait()
@@ -121,17 +117,17 @@ class Supervisor:
                 f"etcd {where}: no connection within {timeout_s:g} s; check that it is reachable from here"
             )
             raise KvstoreError(message, "timeout") from exc
-        if self._connection:
-            return self._connection
+        if self.present:
+            return self.present
         failure = self._failure or KvstoreError("unreachable: settled, but neither connection nor failure")
         # A copy: a shared exception object would collect the traceback of every caller.
         raise KvstoreError(str(failure), failure.kind)
 
     async def wait_connected(self) -> Connection:
         """Return the connection, however long it takes to get one."""
-        while not self._connection:
+        while not self.present:
             await self._up.wait()
-        return self._connection
+        return self.present
 
     def suspect(self, connection: Connection) -> None:
         """Probe the server now: a call has timed out, or failed in an odd way."""
@@ -188,7 +184,7 @@ class Supervisor:
             self._revision = connection.revision
         self._cluster_id = connection.cluster_id
         self._connects += 1
-        self._connection = connection
+        self.present = connection
         connection.on_down = self._lose
         self._up.set()
         self._settled.set()
@@ -197,9 +193,9 @@ class Supervisor:
         self._tell(event)
 
     def _lose(self, error: KvstoreError) -> None:
-        if self._connection:
-            self._revision = max(self._revision, self._connection.revision)
-        self._connection = None
+        if self.present:
+            self._revision = max(self._revision, self.present.revision)
+        self.present = None
         self._failure = error
         self._up.clear()
         self._attention.set()

@@ -10,7 +10,10 @@ from typing import Any
 
 
 class TlsStream:
-    """The client side of one connection. Its owner moves the encrypted bytes: ``feed`` them in, send ``to_send``."""
+    """The client side of one connection.
+
+    Its owner moves the encrypted bytes: ``feed`` them in, send what ``seal`` and ``to_send`` return.
+    """
 
     def __init__(self, context: ssl.SSLContext, server_hostname: str) -> None:
         self._received, self._to_send = ssl.MemoryBIO(), ssl.MemoryBIO()
@@ -58,9 +61,10 @@ class TlsStream:
             self.ended, self.error = True, exc
         return length
 
-    def seal(self, data: bytes) -> None:
-        """Encrypt data to be sent; only after the handshake and before the end."""
+    def seal(self, data: bytes) -> bytes:
+        """Return data encrypted, behind whatever is ``to_send``; only after the handshake and before the end."""
         self._tls.write(data)
+        return self._to_send.read()
 
     def to_send(self) -> bytes:
         """Return the bytes to be sent, once."""

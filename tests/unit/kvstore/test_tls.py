@@ -125,8 +125,7 @@ def test_what_is_sealed_arrives(certificates: Certificates, words: list[bytes]) 
     """Also more than a record holds."""
     client, server = certificates.met()
     for word in words:
-        client.seal(word)
-    server.received.write(client.to_send())
+        server.received.write(client.seal(word))
     assert client.to_send() == b""
     assert server.read() == b"".join(words)
 

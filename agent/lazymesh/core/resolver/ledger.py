@@ -67,10 +67,6 @@ class Ledger:
         """Note that the entry is in use."""
         self._owned.move_to_end(tracked.address)
 
-    def surplus(self) -> Tracked | None:
-        """Return the address whose entry must go before another may come, or None while there is room."""
-        return self.oldest() if self.room <= 0 else None
-
     def oldest(self) -> Tracked | None:
         """Return the address whose entry was least recently used."""
         return next(iter(self._owned.values()), None)

@@ -201,24 +201,27 @@ class Moves:
             for tracked in some:
                 self._install([tracked], entry, cluster_id, now)
             return
-        some = [tracked for tracked in some if tracked.link is not None]
-        if not some:
-            return
-        if some[0].entry is None:
-            self.make_room()
+        going: dict[Address, Tracked] = {}
         for tracked in some:
-            tracked.installed_at = now
-        addresses = [tracked.address for tracked in some]
-        self.carry_out(Install(addresses, entry, cluster_id))
+            if tracked.link is not None:
+                tracked.installed_at = now
+                going[tracked.address] = tracked
+        if not going:
+            return
+        first = next(iter(going.values()))
+        if first.entry is None:
+            self.make_room()
+        self.carry_out(Install(list(going), entry, cluster_id))
         # Books come after what packets wait for.
-        ledger.own(some, entry)
-        if some[0].link is not None and some[0].link.state is not LinkState.READY:
-            ledger.doubt(some, now)
-        ledger.unanswered.update(zip(addresses, some, strict=True))
+        ledger.own(going.values(), entry)
+        if first.link is not None and first.link.state is not LinkState.READY:
+            ledger.doubt(going.values(), now)
+        ledger.unanswered.update(going)
 
     def make_room(self) -> None:
         """Evict what must go before one more entry may be installed."""
-        while (victim := self._ledger.surplus()) is not None:
+        ledger = self._ledger
+        while ledger.room <= 0 and (victim := ledger.oldest()) is not None:
             self.drop(victim, "budget", None)
 
     def installs_ended(

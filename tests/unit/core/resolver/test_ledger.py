@@ -16,18 +16,17 @@ def owned(ledger: Ledger, *addresses: bytes) -> list[Tracked]:
     return entries
 
 
-def test_the_least_recently_used_entry_is_surplus() -> None:
+def test_the_least_recently_used_entry_is_the_oldest() -> None:
     """Owning again and touching are use."""
     ledger = Ledger(LIMITS)
     first, second = owned(ledger, B1, B2)
-    assert ledger.surplus() is first
+    assert (ledger.oldest(), ledger.room) == (first, 0)
     ledger.touch(first)
-    assert ledger.surplus() is second
+    assert ledger.oldest() is second
     ledger.own([second], entry(DATABASE))
-    assert ledger.surplus() is first
+    assert ledger.oldest() is first
     ledger.disown(first)
-    assert ledger.surplus() is None
-    assert list(ledger) == [second]
+    assert (list(ledger), ledger.room) == ([second], 1)
 
 
 def test_doubt_counts_from_its_beginning() -> None:
