@@ -326,7 +326,7 @@ def test_nodes_that_all_claim_the_same_delay_nobody_else(
         took += first_packets(lab, 1)
     joined_ms = (time.monotonic() - began) * 1_000
     print(f"ms of first packets, median and worst: {_both(sorted(took))}, while c joined in {joined_ms:.0f}")
-    assert max(took) < joined_ms / 4, "nobody waits until all of them are taken in"
+    assert max(took) < joined_ms / 10, "nobody waits until all of them are taken in"
     assert refusals(agent, "node") == before
     memory.assert_bounded()
 

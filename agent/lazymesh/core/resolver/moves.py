@@ -201,22 +201,20 @@ class Moves:
             for tracked in some:
                 self._install([tracked], entry, cluster_id, now)
             return
-        going: dict[Address, Tracked] = {}
-        for tracked in some:
-            if tracked.link is not None:
-                tracked.installed_at = now
-                going[tracked.address] = tracked
-        if not going:
+        some = [tracked for tracked in some if tracked.link is not None]
+        if not some:
             return
-        first = next(iter(going.values()))
-        if first.entry is None:
+        if some[0].entry is None:
             self.make_room()
-        self.carry_out(Install(list(going), entry, cluster_id))
+        for tracked in some:
+            tracked.installed_at = now
+        addresses = [tracked.address for tracked in some]
+        self.carry_out(Install(addresses, entry, cluster_id))
         # Books come after what packets wait for.
-        ledger.own(going.values(), entry)
-        if first.link is not None and first.link.state is not LinkState.READY:
-            ledger.doubt(going.values(), now)
-        ledger.unanswered.update(going)
+        ledger.own(some, entry)
+        if some[0].link is not None and some[0].link.state is not LinkState.READY:
+            ledger.doubt(some, now)
+        ledger.unanswered.update(zip(addresses, some, strict=True))
 
     def make_room(self) -> None:
         """Evict what must go before one more entry may be installed."""
