@@ -174,7 +174,7 @@ def decode_pair(value: bytes, address: Address) -> IpRecord:
 
 
 def decode_pairs(values: Sequence[bytes | None], addresses: Sequence[Address]) -> list[Record | None]:
-    """Return for each value what ``decode_pair`` returns or refuses, and None for None.
+    """Return for each value what ``decode_or_bad`` returns, and None for None.
 
     Faster if all are good, as they mostly are.
     """
@@ -199,10 +199,11 @@ def _decode_all(values: Sequence[bytes], addresses: Sequence[Address]) -> list[R
                 return list(map(_record_of, pairs))
         except (RecordError, ValueError, RecursionError):
             pass  # one of them is bad (contextlib.suppress would be three calls more, on the miss path)
-    return list(map(_good_or_bad, values, addresses))
+    return list(map(decode_or_bad, values, addresses))
 
 
-def _good_or_bad(value: bytes, address: Address) -> Record:
+def decode_or_bad(value: bytes, address: Address) -> Record:
+    """Return what ``decode_pair`` returns or refuses."""
     try:
         return decode_pair(value, address)
     except RecordError as error:

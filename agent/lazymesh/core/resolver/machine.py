@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from lazymesh.core import events as ev
 from lazymesh.core.model import Reason
-from lazymesh.core.records import decode_pairs
+from lazymesh.core.records import decode_or_bad, decode_pairs
 from lazymesh.core.resolver.admission import Admission
 from lazymesh.core.resolver.backlog import Backlog
 from lazymesh.core.resolver.breaker import Breaker, BreakerState
@@ -125,11 +125,34 @@ class Resolver:
     # --- misses ---------------------------------------------------------------------------------------------
 
     def _misses(self, event: ev.Misses, now: float) -> None:
+        if len(event.addresses) == 1 and self._read_alone(event.addresses[0], event.at[0], now):
+            return
         fresh: dict[Address, float | None] = dict(zip(event.addresses, event.at, strict=True))
         if len(fresh) < len(event.addresses) or not self._moves.tracked.keys().isdisjoint(fresh):
             fresh = self._unknown(event, now)
         if fresh:
             self._resolve(fresh, now)
+
+    def _read_alone(self, address: Address, at: float, now: float) -> bool:
+        """Read a lone new address at once if nothing speaks against it; return whether that was done.
+
+        It is what the rest of ``_misses`` would do, in a third of the calls: a lone miss finds cold caches, where each
+        costs microseconds.
+        """
+        table = self._judge.table
+        owners = table.owners(address)
+        if len(owners) != 1 or address in self._moves.tracked:
+            return False
+        link, cluster = self._links.get(owners[0]), table.cluster(owners[0])
+        if link is None or cluster is None or not link.breaker.admits(now):
+            return False
+        spaces = cluster.spaces[0]
+        if not self._backlog.may_send((address,), link, spaces, now):
+            return False
+        read = ev.Read(link.name, spaces, (address,))
+        self._moves.carry_out(read)
+        self._backlog.sent_at_once(read, self._moves.begin((address,), (at,), owners, link), link)
+        return True
 
     def _unknown(self, event: ev.Misses, now: float) -> dict[Address, float | None]:
         """Answer the misses of addresses that are known; return the others, each with when it missed first."""
@@ -223,9 +246,26 @@ class Resolver:
             return
         link = sent.link
         link.breaker.succeeded()
-        spaces, as_of = answer.spaces, answer.as_of
+        landed = self._learn_alone(sent, answer) or self._learn(sent, answer)
+        self._take_answers(landed, link, now)
+        self._watch(link, landed, answer.spaces, answer.as_of)
+
+    def _learn_alone(self, sent: Sent, answer: ev.Answered) -> list[Tracked]:
+        """Do the same as ``_learn`` for the first answer to a lone address, in fewer calls; empty: it is not one."""
+        tracked = sent.asking[0]
+        if len(sent.asking) > 1 or tracked.link is not sent.link or sent.void or tracked.keys:
+            return []
+        tracked.fetch = IDLE
+        tracked.keys, tracked.revisions = answer.spaces, (answer.as_of,) * len(answer.spaces)
+        tracked.records = tuple(
+            [None if value is None else decode_or_bad(value, tracked.address) for value in answer.values]
+        )
+        return sent.asking
+
+    def _learn(self, sent: Sent, answer: ev.Answered) -> list[Tracked]:
+        """Note what the keys of each address say; return the addresses that can be decided with it."""
         landed: list[Tracked] = []
-        width = len(spaces)
+        spaces, as_of, width = answer.spaces, answer.as_of, len(answer.spaces)
         columns = [decode_pairs(answer.values[at::width], answer.addresses) for at in range(width)]
         revisions = (as_of,) * width
         for tracked, records in zip(self._land(sent), zip(*columns, strict=True), strict=True):
@@ -241,8 +281,7 @@ class Resolver:
                 for space, record in zip(spaces, records, strict=True):
                     tracked.learn(space, record, as_of)
             landed.append(tracked)
-        self._take_answers(landed, link, now)
-        self._watch(link, landed, spaces, as_of)
+        return landed
 
     def _ended(self, read: ev.Answered | ev.ReadFailed) -> Sent | None:
         """Take a read out of those in flight; None: it was not sent."""

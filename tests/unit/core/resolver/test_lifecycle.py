@@ -389,6 +389,15 @@ def test_failures_in_a_row_open_the_breaker_and_empty_the_queue() -> None:
     assert story.resolver.clusters["c"].breaker == "closed"
 
 
+def test_a_lone_new_address_is_answered_at_once_while_the_breaker_is_open() -> None:
+    """It would be read at once otherwise: nothing else waits, and no read is under way."""
+    story = play(limits=FRAIL)
+    for address in (B1, B2):
+        story.tell(miss(address))
+        story.tell(failed(address))
+    (story >> miss(B3) << report(B3, "absent", Reason.CLUSTER_DOWN, missed_at=0.0)).end()
+
+
 def test_one_read_tries_the_store_after_the_pause() -> None:
     """Misses beside it are answered as long as it is out; its success lets all of them through."""
     story = broken().later(1.0)
