@@ -23,10 +23,15 @@ from tests.support.installs import installs_of
 from tests.support.packets import NODE_B, pod_of_b
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable
+    from collections.abc import Callable, Iterable, Sequence
 
     from lazymesh.core.events import Install
+    from lazymesh.core.model import Address
+    from lazymesh.datapath.journal import Line
     from tests.datapath.conftest import Bench
+
+    Wanted = Sequence[tuple[Address, Entry, int]]
+    InstallWay = Callable[[Installer, Wanted], list[Reason | None]]
 
 NOEXIST = pytest.mark.needs("BPF_NOEXIST")
 
@@ -52,37 +57,53 @@ def installer_of(bench: Bench, writer: Writer | None = None) -> Installer:
     return Installer([bench.ipcache], bench.datapath.journal, True, writer=writer or bench.datapath.writer)
 
 
+def together(installer: Installer, some: Wanted) -> list[Reason | None]:
+    """Install all with one call."""
+    return installer.install_many(installs_of(some))
+
+
+def alone(installer: Installer, some: Wanted) -> list[Reason | None]:
+    """Install each with a call of its own, as after a lone miss."""
+    return [reason for each in some for reason in installer.install_many(installs_of([each]))]
+
+
+WAYS = pytest.mark.parametrize("install", [together, alone])
+
+
 def contents(*maps: Map) -> list[dict[bytes, bytes]]:
     """Return all bytes of maps."""
     return [dict(each.items()) for each in maps]
 
 
-def test_many_are_written_as_one_by_one(bench: Bench) -> None:
+@WAYS
+def test_many_are_written_as_one_by_one(bench: Bench, install: InstallWay) -> None:
     """Byte for byte, in both maps: IPv4 and IPv6, entries of three kinds, in more than one run of the program."""
     assert len(MANY) > 2 * abi.INSTALL_MOST
     ours = [bench.maps[name] for name in ("lm_ipcache", "lm_owned")]
-    assert installer_of(bench).install_many(installs_of(MANY)) == [None] * len(MANY)
+    assert install(installer_of(bench), MANY) == [None] * len(MANY)
     written = contents(*ours)
     bench.wipe()
-    alone = Installer([bench.ipcache], bench.datapath.journal, True)
-    assert [alone.install(*each) for each in MANY] == [None] * len(MANY)
+    other = Installer([bench.ipcache], bench.datapath.journal, True)
+    assert [other.install(*each) for each in MANY] == [None] * len(MANY)
     assert contents(*ours) == written
     assert all(map(len, written))
 
 
 @NOEXIST
-def test_theirs_in_the_middle_are_left_alone_and_have_no_line(bench: Bench) -> None:
+@WAYS
+def test_theirs_in_the_middle_are_left_alone_and_have_no_line(bench: Bench, install: InstallWay) -> None:
     """As found by the kernel, in the moment of the write; all others are installed."""
     taken = [PODS[0], PODS[abi.INSTALL_MOST - 1], PODS[abi.INSTALL_MOST], PODS[-1]]
     bench.maps["lm_ipcache"].update_many([(abi.pack_address_key(a), abi.pack_entry(THEIRS)) for a in taken])
-    reasons = installer_of(bench).install_many(installs_of(MANY))
+    reasons = install(installer_of(bench), MANY)
     assert {address for (address, *_), reason in zip(MANY, reasons, strict=True) if reason} == set(taken)
     assert {reason for reason in reasons if reason} == {Reason.NOT_OURS}
     assert {address for address, _ in bench.datapath.journal.items()} == set(PODS) - set(taken)
     assert [bench.ipcache.lookup(address) for address in taken] == [THEIRS] * len(taken)
 
 
-def test_full_journal_ends_it_for_those_without_room_alone(bench: Bench) -> None:
+@WAYS
+def test_full_journal_ends_it_for_those_without_room_alone(bench: Bench, install: InstallWay) -> None:
     """And what has no line has no entry."""
     room = 70
     lines = [(number.to_bytes(24, "big"), bytes(56)) for number in range(bench.datapath.journal.size - room)]
@@ -90,7 +111,7 @@ def test_full_journal_ends_it_for_those_without_room_alone(bench: Bench) -> None
     told: list[None] = []
     installer = installer_of(bench)
     installer.on_full = lambda: told.append(None)
-    assert installer.install_many(installs_of(MANY)) == [None] * room + [Reason.MAP_FULL] * (len(MANY) - room)
+    assert install(installer, MANY) == [None] * room + [Reason.MAP_FULL] * (len(MANY) - room)
     assert told
     assert len(dict(bench.maps["lm_ipcache"].items())) == room
 
@@ -110,14 +131,15 @@ def test_journal_has_room_for_an_earlier_life_and_a_full_budget(bench: Bench, by
     assert bench.datapath.journal.size - 2 * budget == JOURNAL_SPARE
 
 
-def test_full_ipcache_leaves_no_line(bench: Bench) -> None:
+@WAYS
+def test_full_ipcache_leaves_no_line(bench: Bench, install: InstallWay) -> None:
     """What was written for the entry is taken back."""
     room = 70
     taken = [
         (abi.pack_address_key((0xC000_0000 + n).to_bytes(4)), bytes(24)) for n in range(IPCACHE_SIZE - room)
     ]
     bench.maps["lm_ipcache"].update_many(taken)
-    reasons = installer_of(bench).install_many(installs_of(MANY))
+    reasons = install(installer_of(bench), MANY)
     assert reasons == [None] * room + [Reason.MAP_FULL] * (len(MANY) - room)
     assert {address for address, _ in bench.datapath.journal.items()} == set(PODS[:room])
 
@@ -181,11 +203,30 @@ def test_writer_is_for_many_and_for_a_map_of_our_own(
     assert len(list(ipcache.tagged())) == count
 
 
-def test_what_was_ours_in_an_old_map_only_is_ours_in_the_first_one_then(bench: Bench) -> None:
+@WAYS
+def test_what_is_ours_already_is_written_again(
+    bench: Bench, install: InstallWay, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With another entry, but never with the line of a new one: after a crash the old entry would be nobody's."""
+    installer = installer_of(bench)
+    install(installer, MANY[:20])
+    lines: list[Line] = []
+    monkeypatch.setattr(bench.datapath.journal, "write_many", lines.extend)
+    again = [(address, ENTRIES[1], 2) for address, *_ in MANY[:20]]
+    assert install(installer, again) == [None] * 20
+    assert [bench.ipcache.lookup(address) for address, *_ in again] == [ENTRIES[1]] * 20
+    assert installer.added == 20
+    assert not lines
+
+
+@WAYS
+def test_what_was_ours_in_an_old_map_only_is_ours_in_the_first_one_then(
+    bench: Bench, install: InstallWay
+) -> None:
     """And no more counted among those that went with the old one."""
     installer = installer_of(bench)
     installer._beside.update(PODS[:5])
-    installer.install_many(installs_of(MANY))
+    install(installer, MANY)
     assert not any(installer.is_lost(address) for address in PODS)
 
 

@@ -11,6 +11,7 @@ import asyncio
 import mmap
 import threading
 from collections import deque
+from time import monotonic
 from typing import TYPE_CHECKING, NamedTuple
 
 from lazymesh.datapath import abi
@@ -132,11 +133,11 @@ class SignalReader:
         more = room > 0 and self._buffer.consume(room)
         if self.crowded or len(self._waiting) >= CROWDED:
             self._update_crowded()
-        began, handed = loop.time(), 0
+        began, handed = monotonic(), 0
         if not self._paused and self._waiting:
             handed = self._hand_over()
             more = more or bool(self._waiting)
-        rest = min(began + handed * EACH_S - loop.time(), REST_S) if handed > 1 else 0.0
+        rest = min(began + handed * EACH_S - monotonic(), REST_S) if handed > 1 else 0.0
         if more or rest > 0:
             self._wanted.wake = 0
             self._plan(loop.call_soon(self._drain) if more else loop.call_later(rest, self._drain))
