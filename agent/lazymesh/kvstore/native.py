@@ -12,6 +12,7 @@ import os
 import ssl
 import time
 from collections import deque
+from functools import partial
 from typing import TYPE_CHECKING
 
 from lazymesh.kvstore.certificate import client_context
@@ -118,7 +119,7 @@ class NativeChannel(asyncio.BufferedProtocol):
         self._pong: asyncio.TimerHandle | None = None
         """Set while there are unanswered pings."""
         host = f"[{endpoint.host}]" if ":" in endpoint.host else endpoint.host
-        self._authority = f"{host}:{endpoint.port}"
+        self._head = partial(request_head, endpoint.scheme, f"{host}:{endpoint.port}")
 
     @property
     def lost(self) -> str | None:
@@ -165,7 +166,7 @@ class NativeChannel(asyncio.BufferedProtocol):
     ) -> AsyncGenerator[bytes, None]:
         """Start a call with many requests and responses."""
         exchange = _Streamed(self._wire)
-        self._begin(exchange, self._head(path, metadata), None)
+        self._begin(exchange, self._head(path, metadata, None), None)
         sending = asyncio.create_task(self._send(exchange, requests), name=f"requests of {path}")
         try:
             while True:
@@ -259,9 +260,6 @@ class NativeChannel(asyncio.BufferedProtocol):
         self._end(f"{lost} ({_words(exc)})" if exc else lost, cause)
 
     # --- inside -------------------------------------------------------------------------------------------------
-
-    def _head(self, path: str, metadata: Metadata, timeout_ms: int | None = None) -> bytes:
-        return request_head(self._endpoint.scheme, self._authority, path, metadata, timeout_ms)
 
     def _begin(self, exchange: Exchange, head: bytes, message: bytes | None) -> None:
         """Begin a call, or queue it while the server's limit of streams is reached."""

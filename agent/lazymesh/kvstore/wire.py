@@ -28,6 +28,8 @@ if TYPE_CHECKING:
 PREFACE = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n"
 _FRAME = struct.Struct(">HBBBI")
 _PREFIX = struct.Struct(">BI")
+_MESSAGE = struct.Struct(">HBBBIBI")
+"""The header of a DATA frame, and the prefix of the message that it holds."""
 _SETTING = struct.Struct(">HI")
 _U32 = struct.Struct(">I")
 
@@ -156,8 +158,10 @@ class Wire:
             self.closing = "all stream numbers of the connection are used up"
         self.exchanges[stream] = exchange
         exchange.window = self._first_window
-        self.out.append(_frame(HEADERS, END_HEADERS, stream, head))
+        length = len(head)
+        start = _FRAME.pack(length >> 8, length & 0xFF, HEADERS, END_HEADERS, stream) + head
         if message is None:
+            self.out.append(start)
             self._flush(exchange)
             return
         size = _PREFIX.size + len(message)
@@ -166,8 +170,10 @@ class Wire:
             self._window -= size
             exchange.window -= size
             exchange.sent_all = True
-            self.out.append(_frame(DATA, END_STREAM, stream, _PREFIX.pack(0, len(message)) + message))
+            rest = _MESSAGE.pack(size >> 8, size & 0xFF, DATA, END_STREAM, stream, 0, len(message))
+            self.out.append(start + rest + message)
         else:
+            self.out.append(start)
             self.send(exchange, message)
 
     def send(self, exchange: Exchange, message: bytes) -> None:
