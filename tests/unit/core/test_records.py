@@ -87,7 +87,9 @@ def test_pairs_of_all_versions_are_read(fields: dict[str, Any], expected: dict[s
         pytest.param(b"[]", "Expected `object`", id="not an object"),
         pytest.param(GOLDEN_PAIR + b" " * 65536, "bytes", id="over 64 KiB, though it is good JSON"),
         pytest.param(b'{"x":' * 12000, "recursion", id="nested deeper than any decoder goes"),
-        pytest.param(GOLDEN_PAIR.replace(b"172.18", b"\xff"), "utf-8", id="not UTF-8"),
+        pytest.param(
+            GOLDEN_PAIR.replace(b"172.18", b"\xff"), "-8", id="not UTF-8, as 0.22 or 0.23 of msgspec says"
+        ),
         pytest.param(pair(HostIP=...), "HostIP", id="no HostIP"),
         pytest.param(pair(HostIP=""), "HostIP", id="empty HostIP, as of an endpoint without a node"),
         pytest.param(pair(HostIP="node-1"), "HostIP", id="HostIP is a name"),
