@@ -158,8 +158,7 @@ class Wire:
             self.closing = "all stream numbers of the connection are used up"
         self.exchanges[stream] = exchange
         exchange.window = self._first_window
-        length = len(head)
-        start = _FRAME.pack(length >> 8, length & 0xFF, HEADERS, END_HEADERS, stream) + head
+        start = _frame(HEADERS, END_HEADERS, stream, head)
         if message is None:
             self.out.append(start)
             self._flush(exchange)
