@@ -108,9 +108,6 @@ def _prefixes(spaces: tuple[Space, ...], cluster: str) -> list[bytes]:
 def ip_keys(spaces: tuple[Space, ...], addresses: Sequence[Address], cluster: str) -> list[bytes]:
     """Return what ``ip_key`` returns for each address in each of the spaces, address by address."""
     prefixes, keys = _prefixes(spaces, cluster), []
-    if len(addresses) == 1:
-        text = address_text(addresses[0]).encode()
-        return [prefix + text for prefix in prefixes]
     for text in map(str.encode, address_texts(addresses)):
         keys += [prefix + text for prefix in prefixes]
     return keys

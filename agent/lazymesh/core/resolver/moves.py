@@ -204,7 +204,7 @@ class Moves:
         some = [tracked for tracked in some if tracked.link is not None]
         if not some:
             return
-        if some[0].entry is None and ledger.room <= 0:
+        if some[0].entry is None:
             self.make_room()
         for tracked in some:
             tracked.installed_at = now
