@@ -216,20 +216,18 @@ class _Heard:
     error: str | None
 
 
-class _Heeding(Exchange):
+class _Heeding(Exchange, eq=False, kw_only=True):
     """A call that writes down what comes of it."""
 
-    def __init__(
-        self, number: int, messages: list[tuple[int, bytes]], ends: list[tuple[int, Code, str]]
-    ) -> None:
-        super().__init__()
-        self._number, self._messages, self._ends = number, messages, ends
+    number: int
+    messages: list[tuple[int, bytes]]
+    ends: list[tuple[int, Code, str]]
 
     def on_message(self, message: bytes) -> None:
-        self._messages.append((self._number, message))
+        self.messages.append((self.number, message))
 
     def on_end(self, code: Code, details: str) -> None:
-        self._ends.append((self._number, code, details))
+        self.ends.append((self.number, code, details))
 
 
 def _hear(pieces: Iterable[bytes]) -> _Heard:
@@ -238,7 +236,8 @@ def _hear(pieces: Iterable[bytes]) -> _Heard:
     ends: list[tuple[int, Code, str]] = []
     connection = Wire(_MOST)
     for number in range(3):
-        connection.begin(_Heeding(number, messages, ends), _HEAD, b"question" if number < 2 else None)
+        heeding = _Heeding(number=number, messages=messages, ends=ends)
+        connection.begin(heeding, _HEAD, b"question" if number < 2 else None)
     connection.out.clear()
     error, rest = None, b""
     try:

@@ -73,7 +73,7 @@ class CidrChanges:
 class ClusterTable:
     """A snapshot of the clusters and what they claim; made by :meth:`MeshState.table`."""
 
-    __slots__ = ("_by_id", "_clusters", "_levels", "_neighbours", "_regions", "_search")
+    __slots__ = ("_by_id", "_levels", "_neighbours", "_regions", "_search", "cluster")
 
     def __init__(
         self,
@@ -81,7 +81,8 @@ class ClusterTable:
         levels: _Levels,
         regions: Mapping[Address, tuple[str, ...]],
     ) -> None:
-        self._clusters = clusters
+        self.cluster = clusters.get
+        """Returns the cluster of this name; None if it is not joined."""
         self._by_id = {info.cluster_id: info for info in clusters.values()}
         self._levels = levels
         self._regions = regions
@@ -124,10 +125,6 @@ class ClusterTable:
             some.append(address)
         return found
 
-    def cluster(self, name: str) -> ClusterInfo | None:
-        """Return the cluster of this name; None if it is not joined."""
-        return self._clusters.get(name)
-
     def by_id(self, cluster_id: int) -> ClusterInfo | None:
         """Return the cluster with this id."""
         return self._by_id.get(cluster_id)
@@ -160,7 +157,7 @@ class ClusterTable:
         return CidrChanges(tuple(written), tuple(deleted))
 
     def _id_of(self, names: tuple[str, ...]) -> int:
-        cluster = self._clusters.get(names[0]) if len(names) == 1 else None
+        cluster = self.cluster(names[0]) if len(names) == 1 else None
         return cluster.cluster_id if cluster else NO_OWNER
 
 

@@ -38,8 +38,6 @@ def address_text(address: Address) -> str:
 
 def address_texts(addresses: Sequence[Address]) -> list[str]:
     """Return the ``address_text`` of each; of IPv4 neighbours, which come together in a storm, what they share once."""
-    if len(addresses) == 1:
-        return [address_text(addresses[0])]
     texts: list[str] = []
     for common, neighbours in groupby(addresses, itemgetter(slice(0, 3))):
         some = list(neighbours)
@@ -107,9 +105,11 @@ def _prefixes(spaces: tuple[Space, ...], cluster: str) -> list[bytes]:
 
 def ip_keys(spaces: tuple[Space, ...], addresses: Sequence[Address], cluster: str) -> list[bytes]:
     """Return what ``ip_key`` returns for each address in each of the spaces, address by address."""
+    texts = [address_text(addresses[0])] if len(addresses) == 1 else address_texts(addresses)
     prefixes, keys = _prefixes(spaces, cluster), []
-    for text in map(str.encode, address_texts(addresses)):
-        keys += [prefix + text for prefix in prefixes]
+    for text in map(str.encode, texts):
+        for prefix in prefixes:
+            keys.append(prefix + text)  # noqa: PERF401 (a comprehension is a call, and a lone miss comes here)
     return keys
 
 

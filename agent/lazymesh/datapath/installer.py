@@ -152,12 +152,15 @@ class Installer:
         New entries are written together, each line before its entry; the rest one by one. Nothing is looked up first:
         an address gets an entry because it missed, so the programs have looked.
         """
-        count = sum([len(each.addresses) for each in installs])
+        count = 0
+        for each in installs:
+            count += len(each.addresses)
         scarce = self.crowded or self.added + count > self.added_most
         if scarce or not self._honours_noexist or len(self._maps) > 1:
             return self._install_apart(installs)
         if count == 1:
-            return [self._install_alone(*next(_each(installs)))]
+            (one,) = installs
+            return [self._install_alone(one.addresses[0], one.entry, one.cluster_id)]
         fresh = self._only_fresh(installs)
         try:
             inserted = self._write(fresh)

@@ -176,8 +176,10 @@ class IpcacheMap:
 
     def insert_many(self, lines: Iterable[Line]) -> list[bool]:
         """Add several that are in the journal already; False also for one that the kernel refuses."""
-        pack = self._pack
-        return self._map.insert_many([(key, pack(entry)) for key, entry, _ in lines])
+        packed: list[tuple[bytes, bytes]] = []
+        for key, entry, _ in lines:
+            packed.append((key, self._pack(entry)))
+        return self._map.insert_many(packed)
 
     def replace(self, address: Address, entry: Entry) -> None:
         """Write the /32 or /128, whatever is there."""

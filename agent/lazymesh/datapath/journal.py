@@ -45,7 +45,10 @@ class Journal:
 
     def write_many(self, lines: Iterable[Line]) -> None:
         """Add or replace the lines of new entries; MapFullError when there is no room."""
-        self._write([(key, abi.pack_owned_new(entry, number)) for key, entry, number in lines])
+        packed: list[tuple[bytes, bytes]] = []
+        for key, entry, number in lines:
+            packed.append((key, abi.pack_owned_new(entry, number)))
+        self._write(packed)
 
     def _write(self, lines: list[tuple[bytes, bytes]]) -> None:
         try:

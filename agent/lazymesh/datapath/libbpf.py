@@ -242,7 +242,10 @@ class Map:
         """Add elements with one call each; return which were added, rather than there already or refused."""
         # ctypes need not convert these each time: that is an eighth of the call.
         insert, fd, flags = self._update, ctypes.c_int(self.fd), ctypes.c_uint64(BPF_NOEXIST)
-        return [insert(fd, key, value, flags) == 0 for key, value in items]
+        inserted: list[bool] = []
+        for key, value in items:
+            inserted.append(insert(fd, key, value, flags) == 0)
+        return inserted
 
     def delete(self, key: bytes) -> bool:
         """Remove one element; False if there was none."""

@@ -76,17 +76,17 @@ class PerfBuffer:
         At most ``limit`` in all; return whether more may be waiting. perf_buffer__poll would miss what a full edge left
         behind.
         """
-        heads = [ring.head.value for ring in self._rings]
-        if not _ORDERED:
-            self._fence()
         more = False
-        for ring, head in zip(self._rings, heads, strict=True):
-            if ring.position != head:
-                limit -= self._read(ring, head, limit)
-                more |= ring.position != head
-        if not _ORDERED:
-            self._fence()
         for ring in self._rings:
+            head = ring.head.value
+            if ring.position == head:
+                continue
+            if not _ORDERED:
+                self._fence()
+            limit -= self._read(ring, head, limit)
+            more |= ring.position != head
+            if not _ORDERED:
+                self._fence()
             ring.tail.value = ring.position
         return more
 

@@ -15,6 +15,8 @@ from collections import deque
 from functools import partial
 from typing import TYPE_CHECKING
 
+from msgspec import field
+
 from lazymesh.kvstore.certificate import client_context
 from lazymesh.kvstore.channel import Code, RpcError
 from lazymesh.kvstore.tls import TlsStream
@@ -34,57 +36,44 @@ PONG_S = 0.25
 none is unanswered, so a prompt answer makes of each call two, for both sides; keepalive waits for seconds."""
 
 
-class _Unary(Exchange):
+class _Unary(Exchange, eq=False, kw_only=True):
     """A call with one request and one response, which is its outcome."""
 
-    __slots__ = ("_answered", "_calls", "_on_done", "_timeout_s", "deadline")
+    calls: set[_Unary]
+    """Those that the server has not ended."""
+    timeout_s: float
+    on_done: Callable[[bytes | RpcError], None]
+    answered: bool = False
+    deadline: float = 0.0
 
-    def __init__(
-        self, calls: set[_Unary], timeout_s: float, on_done: Callable[[bytes | RpcError], None]
-    ) -> None:
-        """calls: those that the server has not ended."""
-        super().__init__()
-        self.deadline = 0.0
-        self._answered = False
-        self._calls = calls
-        self._timeout_s = timeout_s
-        self._on_done = on_done
-
-    def on_message(self, message: bytes) -> None:
-        """Take the response."""
-        self._settle(message)
+    def on_message(self, message: bytes | RpcError) -> None:
+        """Take the response, or why there is none; only the first counts."""
+        if not self.answered:
+            self.answered = True
+            self.on_done(message)
 
     def on_end(self, code: Code, details: str) -> None:
         """Take the status, which is the outcome if there was no response."""
-        self._calls.discard(self)
+        self.calls.discard(self)
         if code is Code.OK:
             code, details = Code.INTERNAL, "no response to a request"
-        self._settle(RpcError(code, details))
+        self.on_message(RpcError(code, details))
 
     def expire(self) -> None:
         """Take note that there is no response in time."""
-        self._settle(RpcError(Code.DEADLINE_EXCEEDED, f"no answer within {self._timeout_s:g} s"))
-
-    def _settle(self, outcome: bytes | RpcError) -> None:
-        if not self._answered:
-            self._answered = True
-            self._on_done(outcome)
+        self.on_message(RpcError(Code.DEADLINE_EXCEEDED, f"no answer within {self.timeout_s:g} s"))
 
 
-class _Streamed(Exchange):
+class _Streamed(Exchange, eq=False, kw_only=True):
     """A call with many requests and responses, which wait here."""
 
-    __slots__ = ("_wire", "items")
-
-    def __init__(self, wire: Wire) -> None:
-        super().__init__()
-        self._wire = wire
-        self.items: asyncio.Queue[bytes | RpcError] = asyncio.Queue()
-        """The responses, then how the call ended."""
+    wire: Wire
+    items: asyncio.Queue[bytes | RpcError] = field(default_factory=asyncio.Queue)
+    """The responses, then how the call ended."""
 
     def on_message(self, message: bytes) -> None:
         """Queue a response; the server gets no credit for it yet."""
-        self._wire.withhold(self, len(message))
+        self.wire.withhold(self, len(message))
         self.items.put_nowait(message)
 
     def on_end(self, code: Code, details: str) -> None:
@@ -151,7 +140,7 @@ class NativeChannel(asyncio.BufferedProtocol):
         The response is the outcome: a server that fails sends none. Over TLS a third of etcd's trailers, which confirm
         success, arrive about 100 us later; the call stays open for them, but its outcome does not wait.
         """
-        call = _Unary(self._calls, request.timeout_s, on_done)
+        call = _Unary(calls=self._calls, timeout_s=request.timeout_s, on_done=on_done)
         head = self._head(request.path, request.metadata, int(request.timeout_s * 1000))
         self._begin(call, head, request.message)
         # After it is sent: a packet waits for that, but not for these.
@@ -165,7 +154,7 @@ class NativeChannel(asyncio.BufferedProtocol):
         self, path: str, requests: AsyncIterator[bytes], metadata: Metadata
     ) -> AsyncGenerator[bytes, None]:
         """Start a call with many requests and responses."""
-        exchange = _Streamed(self._wire)
+        exchange = _Streamed(wire=self._wire)
         self._begin(exchange, self._head(path, metadata, None), None)
         sending = asyncio.create_task(self._send(exchange, requests), name=f"requests of {path}")
         try:

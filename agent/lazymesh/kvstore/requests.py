@@ -70,7 +70,10 @@ def encode_reads(reads: Reads) -> bytes:
     if max(map(len, keys), default=0) > _SHORT:
         single = read_batch(keys).SerializeToString()
     else:
-        single = b"".join([_READ_OF[len(key)] + key + _SERIALIZABLE for key in keys])
+        parts: list[bytes] = []
+        for key in keys:
+            parts += (_READ_OF[len(key)], key, _SERIALIZABLE)
+        single = b"".join(parts)
     if not reads.whole:
         return single
     ranges = [read_page(prefix, None, 0, WHOLE_MOST) for prefix in reads.prefixes]
@@ -140,7 +143,9 @@ def values_of(response: pb.RangeResponse | pb.TxnResponse, reads: Reads) -> Valu
         wanted = set(names)
         below = [_below(prefix, wanted, next(left).response_range) for prefix in prefixes]
         values += chain.from_iterable(zip(*[map(found.get, names) for found in below], strict=True))
-    values += [kvs[0].value if (kvs := op.response_range.kvs) else None for op in left]
+    for op in left:
+        kvs = op.response_range.kvs
+        values.append(kvs[0].value if kvs else None)
     return Values(response.header.revision, tuple(values))
 
 

@@ -18,6 +18,8 @@ class TlsStream:
     def __init__(self, context: ssl.SSLContext, server_hostname: str) -> None:
         self._received, self._to_send = ssl.MemoryBIO(), ssl.MemoryBIO()
         self._tls = context.wrap_bio(self._received, self._to_send, server_hostname=server_hostname)
+        self._full = False
+        """There was no room for all that the last read could have opened."""
         self.established = False
         """Our side of the handshake is over; the server may still refuse our certificate."""
         self.ended = False
@@ -46,17 +48,18 @@ class TlsStream:
         Each read decrypts one record, and a server may use several for one answer.
         """
         read: Any = self._tls.read  # into a buffer it returns a length, whatever its stub says
-        received, pending = self._received, self._tls.pending
-        length = 0
+        received, length = self._received, 0
         try:
-            while length < len(room) and (received.pending or pending()) and not self.ended:
+            # Only where there was no room for it all, a part of a record may wait within.
+            while length < len(room) and (received.pending or self._full) and not self.ended:
                 opened = read(len(room) - length, room[length:])
                 if not opened:
                     self.ended = True
                     break
                 length += opened
+                self._full = length == len(room)
         except ssl.SSLWantReadError:  # part of a record, or a record for TLS itself
-            pass
+            self._full = False
         except ssl.SSLError as exc:
             self.ended, self.error = True, exc
         return length

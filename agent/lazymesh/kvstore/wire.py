@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING
 from urllib.parse import unquote
 
 from hpack import Decoder, Encoder, HPACKError, NeverIndexedHeaderTuple
+from msgspec import Struct, field
 
 from lazymesh.kvstore.channel import Code
 
@@ -73,30 +74,25 @@ class ProtocolError(Exception):
     """The server violates the protocol, or speaks another one: the connection cannot be used any more."""
 
 
-class Exchange:
+class Exchange(Struct, eq=False):
     """One call on its own stream."""
 
-    __slots__ = (
-        "body", "ended", "head", "outgoing", "sent_all", "stream", "uncredited", "unsent_end", "window", "withheld",
-    )  # fmt: skip
-
-    def __init__(self) -> None:
-        self.stream = 0
-        self.window = 0
-        """How many bytes the server accepts on this stream."""
-        self.outgoing: deque[bytes] = deque()
-        """Messages that the windows have not admitted yet."""
-        self.unsent_end = False
-        self.sent_all = False
-        self.head = False
-        """The response's headers have arrived."""
-        self.body = bytearray()
-        """The beginning of an incomplete message."""
-        self.uncredited = 0
-        """Bytes received since the server was last given credit."""
-        self.withheld = 0
-        """Bytes of messages waiting to be consumed."""
-        self.ended = False
+    stream: int = 0
+    window: int = 0
+    """How many bytes the server accepts on this stream."""
+    outgoing: deque[bytes] = field(default_factory=deque)
+    """Messages that the windows have not admitted yet."""
+    unsent_end: bool = False
+    sent_all: bool = False
+    head: bool = False
+    """The response's headers have arrived."""
+    body: bytearray = field(default_factory=bytearray)
+    """The beginning of an incomplete message."""
+    uncredited: int = 0
+    """Bytes received since the server was last given credit."""
+    withheld: int = 0
+    """Bytes of messages waiting to be consumed."""
+    ended: bool = False
 
     def on_message(self, message: bytes) -> None:
         """Take one complete message."""

@@ -9,7 +9,8 @@ from __future__ import annotations
 
 import time
 from collections import deque
-from itertools import chain
+from itertools import chain, repeat
+from operator import truediv
 from typing import TYPE_CHECKING, Any, Protocol
 
 import structlog
@@ -147,7 +148,7 @@ class Driver:
     def on_signals(self, signals: Signals) -> None:
         """Take the misses of one wake-up."""
         addresses, inward = signals.addresses, signals.inward
-        self.feed(events.Misses(tuple(addresses), tuple([at / 1e9 for at in signals.ktimes_ns])))
+        self.feed(events.Misses(tuple(addresses), tuple(map(truediv, signals.ktimes_ns, repeat(1e9)))))
         for direction, count in ((Direction.EGRESS, len(addresses) - inward), (Direction.INGRESS, inward)):
             if count:
                 self._directions[direction].inc(count)
@@ -155,9 +156,6 @@ class Driver:
     def feed(self, event: events.Event) -> None:
         """Take one event, now or after those being worked on."""
         self._events.append(event)
-        self._run()
-
-    def _run(self) -> None:
         if self._busy or self._failed:
             return
         self._busy = True
@@ -221,7 +219,11 @@ class Driver:
             if self._lone:
                 self._install()
         elif isinstance(command, events.Read):
-            self._read(command)
+            link = self._links.get(command.cluster)
+            if link is not None:
+                link.read(command)
+            else:  # the cluster has left since the decision
+                self._events.append(events.ReadFailed(command.cluster, command.addresses, "unavailable"))
         elif isinstance(command, events.Report):
             self._reports.append((command, self._now))
         elif isinstance(command, (events.Watch, events.Unwatch)):
@@ -252,13 +254,6 @@ class Driver:
             log.warning("miss admission changed", share=round(share, 3))
         self._admitted = share
         self._throttle.admit(share)
-
-    def _read(self, command: events.Read) -> None:
-        link = self._links.get(command.cluster)
-        if link is None:  # the cluster has left since the decision
-            self._events.append(events.ReadFailed(command.cluster, command.addresses, "unavailable"))
-        else:
-            link.read(command)
 
     def _report(self, report: events.Report, at: float) -> None:
         if report.reason is not None and report.outcome != "evicted":

@@ -66,7 +66,8 @@ class Mesh:
         self._settings = settings
         self._cidrs = cidrs
         self._enforcement = enforcement
-        self._feed = feed
+        self._feed = self.on_event = feed
+        """Takes what links tell the resolver: bound here, so that an answer pays for no call in between."""
         self._state = MeshState(settings.cluster_id, settings.mesh_cidrs)
         self.table = MeshState().table()
         """The table in force; it has the operator's CIDRs once ``run`` has written them."""
@@ -321,10 +322,6 @@ class Mesh:
         if known:
             self._feed(events.IdentitiesKnown(tuple(known)))
         self._forget_identities(gone)
-
-    def on_event(self, event: events.Event) -> None:
-        """Pass reads and key changes to the resolver."""
-        self._feed(event)
 
     def on_listed(self, link: ClusterLink) -> None:
         """Make the cluster ready: its CIDRs first, then its addresses."""

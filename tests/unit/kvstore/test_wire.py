@@ -8,6 +8,7 @@ import pytest
 from hpack import Encoder, NeverIndexedHeaderTuple
 from hypothesis import given
 from hypothesis import strategies as st
+from msgspec import field
 
 from lazymesh.kvstore import wire
 from lazymesh.kvstore.channel import Code
@@ -47,13 +48,11 @@ def answer(stream: int, payload: bytes) -> bytes:
     )
 
 
-class Caller(Exchange):
+class Caller(Exchange, eq=False):
     """One call and what came of it."""
 
-    def __init__(self) -> None:
-        super().__init__()
-        self.messages: list[bytes] = []
-        self.ends: list[tuple[Code, str]] = []
+    messages: list[bytes] = field(default_factory=list)
+    ends: list[tuple[Code, str]] = field(default_factory=list)
 
     def on_message(self, message: bytes) -> None:
         """Take a response."""

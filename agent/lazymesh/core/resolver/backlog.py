@@ -81,7 +81,7 @@ class Backlog:
             or len(link.sent) >= self._limits.transactions_in_flight
             or len(some) >= self._limits.whole_at
             or len(some) * len(spaces) > self._limits.keys_per_transaction
-            or self._only_adopted(link, now)
+            or (link.adopted and self._only_adopted(link, now))
             or not link.orphans.isdisjoint(some)
         )
 

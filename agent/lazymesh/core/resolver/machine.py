@@ -34,6 +34,7 @@ if TYPE_CHECKING:
 
     from lazymesh.core.clusters import ClusterInfo
     from lazymesh.core.model import Address, Entry, Space
+    from lazymesh.core.records import Record
     from lazymesh.core.resolver.judge import Judge
     from lazymesh.core.resolver.limits import Limits
     from lazymesh.core.resolver.tracked import Link, Sent
@@ -257,9 +258,10 @@ class Resolver:
             return []
         tracked.fetch = IDLE
         tracked.keys, tracked.revisions = answer.spaces, (answer.as_of,) * len(answer.spaces)
-        tracked.records = tuple(
-            [None if value is None else decode_or_bad(value, tracked.address) for value in answer.values]
-        )
+        records: list[Record | None] = []
+        for value in answer.values:
+            records.append(None if value is None else decode_or_bad(value, tracked.address))  # noqa: PERF401 (a call)
+        tracked.records = tuple(records)
         return sent.asking
 
     def _learn(self, sent: Sent, answer: ev.Answered) -> list[Tracked]:

@@ -167,12 +167,11 @@ class Moves:
             for tracked in some:
                 tracked.again |= tracked.address in unanswered
             some = [tracked for tracked in some if tracked.address not in unanswered]
-        wanting = [
-            tracked
-            for tracked in some
-            if tracked.link is not None and (tracked.entry is None or tracked.entry != entry)
-        ]
-        for tracked in wanting:
+        wanting: list[Tracked] = []
+        for tracked in some:
+            if tracked.link is None or tracked.entry == entry:
+                continue
+            wanting.append(tracked)
             if tracked.phase is ABSENT:
                 self._negatives.remove(tracked)
                 tracked.move(RESOLVING)
@@ -201,20 +200,21 @@ class Moves:
             for tracked in some:
                 self._install([tracked], entry, cluster_id, now)
             return
-        some = [tracked for tracked in some if tracked.link is not None]
-        if not some:
-            return
-        if some[0].entry is None:
-            self.make_room()
+        alive: dict[Address, Tracked] = {}
         for tracked in some:
-            tracked.installed_at = now
-        addresses = [tracked.address for tracked in some]
-        self.carry_out(Install(addresses, entry, cluster_id))
+            if tracked.link is not None:
+                tracked.installed_at = now
+                alive[tracked.address] = one = tracked
+        if not alive:
+            return
+        if one.entry is None and ledger.room <= 0:
+            self.make_room()
+        self.carry_out(Install(list(alive), entry, cluster_id))
         # Books come after what packets wait for.
-        ledger.own(some, entry)
-        if some[0].link is not None and some[0].link.state is not LinkState.READY:
-            ledger.doubt(some, now)
-        ledger.unanswered.update(zip(addresses, some, strict=True))
+        ledger.own(alive.values(), entry)
+        if one.link is not None and one.link.state is not LinkState.READY:
+            ledger.doubt(alive.values(), now)
+        ledger.unanswered.update(alive)
 
     def make_room(self) -> None:
         """Evict what must go before one more entry may be installed."""
