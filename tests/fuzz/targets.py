@@ -28,6 +28,7 @@ from lazymesh.core.model import EntryFlag, Space
 from lazymesh.core.policy import PolicyEngine, with_any_source
 from lazymesh.core.policyfile import parse_policy
 from lazymesh.core.records import (
+    BadRecord,
     RecordError,
     decode_cluster_config,
     decode_identity,
@@ -74,9 +75,8 @@ _POLICY = parse_policy(POLICY, "policy")
 def pair(data: bytes) -> None:
     """Check an address's record: what is believed is what a plain JSON reader finds too, and fits into the map."""
     for address in ADDRESSES:
-        try:
-            record = decode_pair(data, address)
-        except RecordError:
+        record = decode_pair(data, address)
+        if isinstance(record, BadRecord):
             continue
         plain = json.loads(data.decode(errors="replace"))
         assert (plain["ID"], plain["IP"]) == (record.identity, keys.address_text(address))

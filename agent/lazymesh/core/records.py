@@ -159,22 +159,25 @@ _NODE = msgspec.json.Decoder(_Node)
 _CONFIG = msgspec.json.Decoder(_Config)
 
 
-def decode_pair(value: bytes, address: Address) -> IpRecord:
-    """Return the record found under the address's key.
+def decode_pair(value: bytes, address: Address) -> Record:
+    """Return the record found under the address's key, or why it is none.
 
     The record must name that very address in canonical form and no mask, as Cilium's reader demands:
     anything else was written under another record's key.
     """
-    pair = _decode(_PAIR, value)
-    if address_text(address) != pair.IP:
-        _refuse(f"wrong key form: IP is {pair.IP[:64]!r}")
-    if pair.Mask is not None:
-        _refuse("wrong key form: Mask under the key of a single address")
-    return _record_of(pair)
+    try:
+        pair = _decode(_PAIR, value)
+        if address_text(address) != pair.IP:
+            _refuse(f"wrong key form: IP is {pair.IP[:64]!r}")
+        if pair.Mask is not None:
+            _refuse("wrong key form: Mask under the key of a single address")
+        return _record_of(pair)
+    except RecordError as error:
+        return BadRecord(error.reason, error.detail)
 
 
 def decode_pairs(values: Sequence[bytes | None], addresses: Sequence[Address]) -> list[Record | None]:
-    """Return for each value what ``decode_or_bad`` returns, and None for None.
+    """Return for each value what ``decode_pair`` returns, and None for None.
 
     Faster if all are good, as they mostly are.
     """
@@ -199,15 +202,7 @@ def _decode_all(values: Sequence[bytes], addresses: Sequence[Address]) -> list[R
                 return list(map(_record_of, pairs))
         except (RecordError, ValueError, RecursionError):
             pass  # one of them is bad (contextlib.suppress would be three calls more, on the miss path)
-    return list(map(decode_or_bad, values, addresses))
-
-
-def decode_or_bad(value: bytes, address: Address) -> Record:
-    """Return what ``decode_pair`` returns or refuses."""
-    try:
-        return decode_pair(value, address)
-    except RecordError as error:
-        return BadRecord(error.reason, error.detail)
+    return list(map(decode_pair, values, addresses))
 
 
 def _record_of(pair: _Pair) -> IpRecord:

@@ -84,22 +84,38 @@ class SignalReader:
         """Start reading; must be called in the event loop."""
         self._loop = asyncio.get_running_loop()
         self._loop.add_reader(self._doorbell.fd, self.look)
-        self._drain()  # what came before
+        self.look()  # what came before
 
-    def look(self) -> None:
-        """Look into the rings unless that is planned: what comes before then is to wait, and come together.
+    def look(self, planned: bool = False) -> None:
+        """Look into the rings, unless that is planned for later: what comes before then is to wait, and come together.
 
         Called when the doorbell rings, which it may still do after we have looked. Call it now and then, too: see
         ``_want_wake``.
         """
-        if self._loop is not None and self._next is None:
-            self._drain()
+        loop = self._loop
+        if loop is None or (self._next is not None and not planned):
+            return
+        self._next = None
+        self._want_wake()
+        # What finds no room here stays in the rings; what finds none there is lost, and counted by the kernel.
+        room = ROOM - len(self._waiting)
+        more = room > 0 and self._buffer.consume(room)
+        if self.crowded or len(self._waiting) >= CROWDED:
+            self._update_crowded()
+        began, handed = monotonic(), 0
+        if not self._paused and self._waiting:
+            handed = self._hand_over()
+            more = more or bool(self._waiting)
+        rest = min(began + handed * EACH_S - monotonic(), REST_S) if handed > 1 else 0.0
+        if more or rest > 0:
+            self._wanted.wake = 0
+            self._plan(loop.call_soon(self.look, True) if more else loop.call_later(rest, self.look, True))
 
     def pause(self, on: bool) -> None:
         """Stop handing signals over, or resume."""
         self._paused = on
         if not on and self._loop is not None:
-            self._plan(self._loop.call_soon(self._drain))
+            self._plan(self._loop.call_soon(self.look, True))
 
     def close(self) -> None:
         """Stop reading; signals from now on count as lost in the kernel."""
@@ -120,27 +136,6 @@ class SignalReader:
         if self._next is not None:
             self._next.cancel()
         self._next = following
-
-    def _drain(self) -> None:
-        loop = self._loop
-        if loop is None:
-            return
-        if self._next is not None:
-            self._plan(None)
-        self._want_wake()
-        # What finds no room here stays in the rings; what finds none there is lost, and counted by the kernel.
-        room = ROOM - len(self._waiting)
-        more = room > 0 and self._buffer.consume(room)
-        if self.crowded or len(self._waiting) >= CROWDED:
-            self._update_crowded()
-        began, handed = monotonic(), 0
-        if not self._paused and self._waiting:
-            handed = self._hand_over()
-            more = more or bool(self._waiting)
-        rest = min(began + handed * EACH_S - monotonic(), REST_S) if handed > 1 else 0.0
-        if more or rest > 0:
-            self._wanted.wake = 0
-            self._plan(loop.call_soon(self._drain) if more else loop.call_later(rest, self._drain))
 
     def _want_wake(self) -> None:
         """Have the next signal wake us; those before it are in the rings when this returns.

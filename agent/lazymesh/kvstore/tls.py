@@ -18,6 +18,8 @@ class TlsStream:
     def __init__(self, context: ssl.SSLContext, server_hostname: str) -> None:
         self._received, self._to_send = ssl.MemoryBIO(), ssl.MemoryBIO()
         self._tls = context.wrap_bio(self._received, self._to_send, server_hostname=server_hostname)
+        self.feed = self._received.write
+        """Takes received bytes."""
         self._full = False
         """There was no room for all that the last read could have opened."""
         self.established = False
@@ -37,10 +39,6 @@ class TlsStream:
             self.ended, self.error = True, exc
         else:
             self.established = True
-
-    def feed(self, sealed: memoryview) -> None:
-        """Take received bytes."""
-        self._received.write(sealed)
 
     def open_into(self, room: memoryview) -> int:
         """Decrypt what was fed, as far as there is room; return its length, 0 when there is no more.

@@ -67,6 +67,7 @@ class MeshEventBuffer:
     def connect(self, driver: Driver, mesh: Mesh) -> None:
         """Pass on what a new driver must know; it sees the mesh's identities itself."""
         self._driver = driver
+        mesh.on_event = driver.feed  # an answer pays for no call in between
         driver.feed(events.TableChanged(mesh.table))
         waiting, self._waiting = self._waiting, {}
         for event in waiting:

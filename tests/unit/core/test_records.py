@@ -117,15 +117,15 @@ def test_pairs_of_all_versions_are_read(fields: dict[str, Any], expected: dict[s
 )
 def test_pairs_that_we_would_not_act_on_are_malformed(value: bytes, detail: str) -> None:
     """Each refusal says in few words what is wrong."""
-    with pytest.raises(RecordError) as caught:
-        decode_pair(value, POD)
-    assert caught.value.reason is Reason.MALFORMED
-    assert detail in caught.value.detail
-    assert len(caught.value.detail) < 250
-    assert caught.value.detail.isprintable()
-    before, refused, behind = decode_pairs([GOLDEN_PAIR, value, GOLDEN_PAIR], [POD] * 3)
-    assert before == behind == decode_pair(GOLDEN_PAIR, POD), "a bad record is nobody else's fault"
-    assert refused == BadRecord(Reason.MALFORMED, caught.value.detail)
+    refused = decode_pair(value, POD)
+    assert isinstance(refused, BadRecord)
+    assert refused.reason is Reason.MALFORMED
+    assert detail in refused.detail
+    assert len(refused.detail) < 250
+    assert refused.detail.isprintable()
+    good = decode_pair(GOLDEN_PAIR, POD)
+    together = decode_pairs([GOLDEN_PAIR, value, GOLDEN_PAIR], [POD] * 3)
+    assert together == [good, refused, good], "a bad record is nobody else's fault"
 
 
 @pytest.mark.parametrize("name", ["SyncScope", "syncScope"])
@@ -156,12 +156,11 @@ def test_pairs_that_are_read_together_each_belong_to_their_address() -> None:
 )
 def test_an_ipv6_pair_must_be_in_canonical_form(text: str, accepted: bool) -> None:
     """Cilium's reader refuses a key suffix that is not the canonical text, and so do we."""
-    value = pair(IP=text)
+    record = decode_pair(pair(IP=text), parse_address("fd00:10:244:1::d643"))
     if accepted:
-        assert decode_pair(value, parse_address("fd00:10:244:1::d643")).identity == 199472
+        assert record.identity == 199472
     else:
-        with pytest.raises(RecordError, match="wrong key form"):
-            decode_pair(value, parse_address("fd00:10:244:1::d643"))
+        assert record.detail.startswith("wrong key form")
 
 
 ADDRESSES = st.one_of(st.binary(min_size=4, max_size=4), st.binary(min_size=16, max_size=16))

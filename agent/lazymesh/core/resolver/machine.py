@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from lazymesh.core import events as ev
 from lazymesh.core.model import Reason
-from lazymesh.core.records import decode_or_bad, decode_pairs
+from lazymesh.core.records import decode_pair, decode_pairs
 from lazymesh.core.resolver.admission import Admission
 from lazymesh.core.resolver.backlog import Backlog
 from lazymesh.core.resolver.breaker import Breaker, BreakerState
@@ -260,7 +260,7 @@ class Resolver:
         tracked.keys, tracked.revisions = answer.spaces, (answer.as_of,) * len(answer.spaces)
         records: list[Record | None] = []
         for value in answer.values:
-            records.append(None if value is None else decode_or_bad(value, tracked.address))  # noqa: PERF401 (a call)
+            records.append(None if value is None else decode_pair(value, tracked.address))  # noqa: PERF401 (a call)
         tracked.records = tuple(records)
         return sent.asking
 
