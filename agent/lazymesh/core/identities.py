@@ -80,7 +80,8 @@ def check_labels(labels: Mapping[str, str], cluster: str) -> str | None:
         return "no cluster label"
     if claimed != cluster:
         return f"labels of cluster {claimed[:64]!r}"
-    if sum([key.partition(":")[2] == _CLUSTER for key in labels]) > 1:
+    named = [key for key in labels if key.endswith(_CLUSTER)]
+    if len(named) > 1 and sum([key.partition(":")[2] == _CLUSTER for key in named]) > 1:
         return "a second cluster label"
     return None
 

@@ -14,6 +14,7 @@ import enum
 import hashlib
 from dataclasses import dataclass
 from functools import lru_cache
+from itertools import chain
 from typing import TYPE_CHECKING
 
 from lazymesh.core.identities import WORLD, WORLD_IDENTITIES
@@ -27,6 +28,9 @@ if TYPE_CHECKING:
 ANY_SOURCE = "any:"
 _MAX_CACHED = 128
 """Characters of a label's key; a longer one is rare and is not cached."""
+_MAX_RELEVANT = 512
+"""Characters of all labels of an identity that a policy asks for; more are rare, and their verdict is not cached."""
+_MOST_CACHED = 8_192
 
 
 class Operator(enum.Enum):
@@ -85,9 +89,25 @@ def with_any_source(labels: Labels) -> dict[str, str]:
     return seen
 
 
-@lru_cache(maxsize=8192)  # a mesh's labels have a few hundred keys
+@lru_cache(maxsize=_MOST_CACHED)  # a mesh's labels have a few hundred keys
 def _of_any_source(key: str) -> str:
     return ANY_SOURCE + key.partition(":")[2]
+
+
+class _Asked(dict[str, bool]):
+    """Whether a policy asks for the label with a key. Most are not asked for, and a mesh has a few hundred keys."""
+
+    def __init__(self, selectors: Iterable[Selector]) -> None:
+        self._keys = frozenset(one.key for selector in selectors for one in selector.requirements)
+
+    def __missing__(self, key: str) -> bool:
+        asked = key in self._keys or ANY_SOURCE + key.partition(":")[2] in self._keys
+        # Another cluster chooses the keys: neither long nor many are kept.
+        if len(key) <= _MAX_CACHED:
+            if len(self) >= _MOST_CACHED:
+                self.clear()
+            self[key] = asked
+        return asked
 
 
 @dataclass(frozen=True, slots=True)
@@ -170,6 +190,9 @@ class PolicyEngine:
         self._policy = policy
         self.enforced = policy.enforced
         """The directions in which the kernel must enforce."""
+        self._asked = _Asked([one for each in self.enforced for one in policy.of(each).selectors])
+        self._verdicts: dict[tuple[tuple[str, str], ...], frozenset[Direction]] = {}
+        """By the labels that the policy asks for: 100,000 identities have few combinations of those."""
         self._allowed: dict[Direction, set[int]] = {direction: set() for direction in Direction}
         for direction in self.enforced:
             if policy.of(direction).allow_world:
@@ -201,16 +224,25 @@ class PolicyEngine:
     def _admitting(self, labels: Labels) -> frozenset[Direction]:
         if not self.enforced:
             return _NOWHERE
-        seen = with_any_source(labels)
-        admitting = [
+        asked = self._asked
+        relevant = tuple([label for label in labels.items() if asked[label[0]]])
+        known = self._verdicts.get(relevant)
+        if known is not None:
+            return known
+        seen = with_any_source(dict(relevant))
+        admitting = frozenset(
             direction
             for direction in self.enforced
-            if any([one.holds(seen) for one in self._policy.of(direction).selectors])  # noqa: C419 (half the time)
-        ]
-        return frozenset(admitting) if admitting else _NOWHERE
+            if any(one.holds(seen) for one in self._policy.of(direction).selectors)
+        )
+        if sum(map(len, chain.from_iterable(relevant))) <= _MAX_RELEVANT:
+            if len(self._verdicts) >= _MOST_CACHED:
+                self._verdicts.clear()
+            self._verdicts[relevant] = admitting
+        return admitting
 
     def _settle(self, identity: int, admitting: frozenset[Direction]) -> PolicyChange:
-        before = {direction for direction in self._allowed if identity in self._allowed[direction]}
+        before = {direction for direction, allowed in self._allowed.items() if identity in allowed}
         if before == admitting:
             return _NO_CHANGE
         for direction in admitting:

@@ -301,7 +301,8 @@ class Mesh:
 
     def on_identities(self, link: ClusterLink, changes: Sequence[Change]) -> None:
         """Judge identities, then make them known; a deleted one loses its entries before its rights."""
-        if not self._current(link):
+        info = self.table.cluster(link.name)
+        if info is None or not self._current(link):
             return
         unconfirmed = self._unconfirmed.get(link.name, _NOTHING)[1]
         known: list[int] = []
@@ -313,9 +314,9 @@ class Mesh:
                 self._complain(link, "identity", change.key[:_KEY_SHOWN], "the key does not name an identity")
                 continue
             unconfirmed.discard(identity)
-            if change.value is not None and self._judge(link, identity, change.value):
+            if change.value is not None and self._judge(link, info, identity, change.value):
                 known.append(identity)
-            elif identity in self.identities and self._belongs(link, identity):
+            elif identity in self.identities and identity in info.identities:
                 gone.append(identity)
         self._enforcement.flush()
         self.identities.update(known)
@@ -350,14 +351,7 @@ class Mesh:
             identities = {identity for identity in self.identities if identity in info.identities}
             self._unconfirmed[link.name] = self._state.node_names(link.name), identities
 
-    def _belongs(self, link: ClusterLink, identity: int) -> bool:
-        info = self.table.cluster(link.name)
-        return info is not None and identity in info.identities
-
-    def _judge(self, link: ClusterLink, identity: int, value: bytes) -> bool:
-        info = self.table.cluster(link.name)
-        if info is None:
-            return False
+    def _judge(self, link: ClusterLink, info: ClusterInfo, identity: int, value: bytes) -> bool:
         refusal = check_identity(identity, info.identities)
         if refusal is None:
             try:

@@ -116,4 +116,5 @@ class Ledger:
 
     def named(self, identity: int) -> list[Tracked]:
         """Return the addresses that depend on the identity."""
-        return list(self._named.get(identity, {}).values())
+        named = self._named.get(identity)
+        return [] if named is None else list(named.values())
