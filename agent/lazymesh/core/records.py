@@ -261,8 +261,8 @@ def decode_identity(value: bytes) -> Labels:
     if any(words[_MAX_LABELS:]):
         _refuse(f"more than {_MAX_LABELS} labels")
     # The cache must not keep another cluster's long texts alive.
-    read = _label.__wrapped__
-    pairs = [_label(word) if len(word) <= _MAX_CACHED else read(word) for word in words if word]
+    read = _label if max(map(len, words)) <= _MAX_CACHED else _label.__wrapped__
+    pairs = list(map(read, filter(None, words)))
     labels = dict(pairs)
     if len(labels) != len(pairs):
         _refuse("a label twice")
