@@ -165,6 +165,51 @@ def test_policies_add_up() -> None:
     assert Policy() | both == both
 
 
+KEYS = ("k8s:app", "container:app", "k8s:tier", "k8s:noise")
+LABEL_SETS = st.permutations(KEYS).flatmap(
+    lambda keys: st.lists(st.sampled_from(["web", "api", ""]), max_size=len(keys)).map(
+        lambda values: dict(zip(keys, values, strict=False))
+    )
+)
+SELECTORS = st.lists(
+    st.builds(
+        Requirement,
+        st.sampled_from(["any:app", "k8s:app", "any:tier", "container:tier"]),
+        st.sampled_from(list(Operator)),
+        st.frozensets(st.sampled_from(["web", "api", ""]), min_size=1),
+    ),
+    max_size=2,
+).map(lambda requirements: Selector(tuple(requirements)))
+
+
+@given(st.lists(SELECTORS, max_size=3), st.lists(LABEL_SETS, min_size=1, max_size=12))
+def test_who_is_selected_depends_on_all_labels_whatever_came_before(
+    selectors: list[Selector], many: list[dict[str, str]]
+) -> None:
+    """Verdicts are remembered by the labels that are asked for; the first source of a key is the one that counts."""
+    engine = PolicyEngine(Policy(egress=Rules(True, selectors=tuple(selectors))))
+    for identity, said in enumerate(many, 1_000):
+        engine.upsert(identity, said)
+        selected = any(selector.holds(with_any_source(said)) for selector in selectors)
+        assert engine.verdict(EGRESS, identity) is selected
+
+
+def test_another_clusters_long_labels_are_judged_and_not_kept() -> None:
+    """Nor are many, and those that no selector asks for take no room."""
+    engine = PolicyEngine(Policy(egress=Rules(True, selectors=(app("web"),))))
+    long = "x" * 60_000
+    for said in ({f"{long}:app": "web"}, {"k8s:app": "web", long: "1"}):
+        engine.upsert(WEB, said)
+        assert engine.verdict(EGRESS, WEB)
+    engine.upsert(WEB, {"k8s:app": long})
+    assert not engine.verdict(EGRESS, WEB)
+    assert (list(engine._asked), list(engine._verdicts)) == (["k8s:app"], [(("k8s:app", "web"),)])
+    for number in range(10_000):
+        engine.upsert(WEB, {"k8s:app": str(number), f"k8s:{number}": "1"})
+    assert len(engine._asked) <= 8_192
+    assert len(engine._verdicts) <= 8_192
+
+
 RULES = st.builds(
     Rules,
     st.booleans(),

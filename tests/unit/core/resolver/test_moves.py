@@ -285,6 +285,23 @@ def test_what_an_answer_takes_out_of_the_map_is_room_for_what_it_brings() -> Non
     ).end()
 
 
+def test_what_makes_room_for_another_of_the_same_answer_is_not_installed_again() -> None:
+    """Its record has changed, too, but it was forgotten a moment before."""
+    story = Play(limits=Limits(owned=1)) >> ClusterReady("b") >> miss(B1) << read(B1)
+    story = story >> answered(10, {B1: None}) << report(B1, "absent", Reason.NOT_FOUND, missed_at=0.0)
+    story = story << watch(B1, 10) >> miss(B2) << read(B2) >> answered(10, {B2: record(B2)})
+    story = story << install(B2) << watch(B2, 10) >> stands(B2) << report(B2, "installed", missed_at=0.0)
+    story = story >> StoreReset("b") << unwatch(B1) << unwatch(B2) << read(B1, B2)
+    (
+        story
+        >> answered(20, {B1: record(B1), B2: record(B2, DATABASE)})
+        << evict(B2, "budget")
+        << report(B2, "evicted", detail="budget")
+        << install(B1)
+        << watch(B1, 20)
+    ).end()
+
+
 def absent_and_installed_are_read_again() -> Play:
     """Return a play in which B1 is absent, B2 is installed, and no other absence would be remembered."""
     story = Play(limits=Limits(negatives=1)) >> ClusterReady("b") >> miss(B1) << read(B1)
