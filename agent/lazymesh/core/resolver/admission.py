@@ -6,8 +6,10 @@ does not show whether that is its store or this agent; but when *every* cluster 
 is here, and fewer misses are admitted: half as many, then a look at whether it helped. One slow second is a burst, not
 a cause; a slow cluster among good ones changes nothing for them.
 
-Down at once and up by a tenth a second: it neither swings nor starves. The queue's own alarm is the mute flag
-(machine); after that, too, the share is halved, so that the flood does not come back at once.
+Down at once and up by a tenth a second, unless half of the answers take half as long as what is slow, as they do when
+they queue. So it neither swings nor starves, nor does it stay down where a few are late in every second, because the
+node is busy. The queue's own alarm is the mute flag (machine); after that, too, the share is halved, so that the flood
+does not come back at once.
 """
 
 from __future__ import annotations
@@ -69,12 +71,12 @@ class Admission:
             return False
         if not slowness:
             return self._grow()
-        self.p99, usual = min(slowness, key=lambda each: each[0] / self._bound(each[1]))
+        self.p99, median, usual = min(slowness, key=lambda each: each[0] / self._bound(each[2]))
         bound = self._bound(usual)
         self._late = self._late + 1 if self.p99 > bound else 0
         if self._late > 1:
             return self._halve("latency")
-        return self._grow() if self.p99 <= bound / 2 else False
+        return self._grow() if self.p99 <= bound and median <= bound / 2 else False
 
     def overrun(self) -> bool:
         """Note that the queue is so full that the kernel is muted; return whether the share has changed."""
@@ -105,11 +107,11 @@ class _Cluster:
         self.times: list[float] = []
         self._fastest: deque[float] = deque(maxlen=MEMORY)
 
-    def close(self) -> tuple[float, float] | None:
-        """End a window; return its 99th percentile and the usual time, or None if there are too few answers."""
+    def close(self) -> tuple[float, float, float] | None:
+        """End a window; return 99th percentile, median and the usual time, or None if there are too few answers."""
         times, self.times = self.times, []
         if len(times) < SAMPLES:
             return None
         times.sort()
         self._fastest.append(times[0])
-        return times[math.ceil(len(times) * 0.99) - 1], min(self._fastest)
+        return times[math.ceil(len(times) * 0.99) - 1], times[len(times) // 2], min(self._fastest)

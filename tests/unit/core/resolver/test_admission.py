@@ -52,6 +52,19 @@ def test_one_slow_second_is_a_burst() -> None:
     assert [time.second(b=times) for times in (FAST, SLOW, FAST, SLOW, FAST)] == [1.0] * 5
 
 
+def test_a_few_late_answers_in_every_second_do_not_keep_misses_out() -> None:
+    """A busy node has them for hours; when answers queue, most of them are late."""
+    time = Seconds()
+    time.second(b=FAST)
+    assert [time.second(b=SLOW) for _ in range(2)] == [1.0, 0.5]
+    time.second(b=FAST)
+    for late, grows in ((1, True), (SAMPLES, False)):
+        before = time.admission.share
+        time.admission.took("b", [0.09] * late)
+        after = time.second(b=FAST) if grows else time.second(b=0.09)
+        assert (after > before) is grows
+
+
 def test_it_is_released_step_by_step_and_only_upwards() -> None:
     """Also when nothing misses any more: silence is fast."""
     time = Seconds()
