@@ -78,7 +78,11 @@ def test_late_answers_let_fewer_misses_in_until_they_are_in_time_again(lab: Lab)
                 lambda: packets(agent, "suppressed_rate") > refused + 50, 30, "misses that are not let in"
             )
             proxy.delay(0)
-            wait_until(lambda: metric(agent, "lazymesh_admitted_ratio") == 1, 90, "everything let in")
+            wait_until(
+                lambda: metric(agent, "lazymesh_admitted_ratio") == 1,
+                90,
+                lambda: f"everything let in, but {status(lab)['wrong']}",
+            )
         ends = ("signalled", "suppressed_dedup", "suppressed_rate", "muted", "lost")
         assert sum(packets(agent, end) for end in ends) == packets(agent, "missed")
         assert metric(agent, "lazymesh_unexpected_errors_total") == 0
