@@ -13,7 +13,6 @@ from __future__ import annotations
 import enum
 import hashlib
 from dataclasses import dataclass
-from functools import lru_cache
 from itertools import chain
 from typing import TYPE_CHECKING
 
@@ -83,13 +82,10 @@ def with_any_source(labels: Labels) -> dict[str, str]:
     """Return the labels both under their source and under ``any:``, so that a condition takes one lookup."""
     seen = dict(labels)
     for key, value in labels.items():
-        # The cache must not keep another cluster's long texts alive.
-        of_any = _of_any_source if len(key) <= _MAX_CACHED else _of_any_source.__wrapped__
-        seen.setdefault(of_any(key), value)
+        seen.setdefault(_of_any_source(key), value)
     return seen
 
 
-@lru_cache(maxsize=_MOST_CACHED)  # a mesh's labels have a few hundred keys
 def _of_any_source(key: str) -> str:
     return ANY_SOURCE + key.partition(":")[2]
 
@@ -101,7 +97,7 @@ class _Asked(dict[str, bool]):
         self._keys = frozenset(one.key for selector in selectors for one in selector.requirements)
 
     def __missing__(self, key: str) -> bool:
-        asked = key in self._keys or ANY_SOURCE + key.partition(":")[2] in self._keys
+        asked = key in self._keys or _of_any_source(key) in self._keys
         # Another cluster chooses the keys: neither long nor many are kept.
         if len(key) <= _MAX_CACHED:
             if len(self) >= _MOST_CACHED:
