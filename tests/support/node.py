@@ -6,9 +6,11 @@ Byte layouts and metric names are spelled out here: what is compared with the pr
 from __future__ import annotations
 
 import contextlib
+import errno
 import http.client
 import ipaddress
 import json
+import os
 import re
 import socket
 import struct
@@ -86,7 +88,9 @@ def dump(pin: Path) -> dict[bytes, bytes]:
     """Return a map's keys and values as bpftool reads them from its pin."""
     argv = ["bpftool", "--json", "map", "dump", "pinned", pin]
     rows = json.loads(subprocess.run(argv, check=True, capture_output=True, text=True).stdout or "[]")
-    return {_bytes(row["key"]): _bytes(row["value"]) for row in rows if "value" in row}
+    # An element that was removed after its key had been read has {"error": "No such file or directory"} for a value.
+    gone = {"error": os.strerror(errno.ENOENT)}
+    return {_bytes(row["key"]): _bytes(row["value"]) for row in rows if row.get("value", gone) != gone}
 
 
 def raw_entries(lab: Lab, name: str = "lm_ipcache") -> dict[bytes, bytes]:
