@@ -49,25 +49,21 @@ class MissThrottle:
 
 
 class MeshEventBuffer:
-    """Passes the mesh's events to the driver; keeps them while there is none yet."""
+    """Keeps the mesh's events while there is no driver yet."""
 
     def __init__(self) -> None:
-        self._driver: Driver | None = None
         self._waiting: dict[events.Event, None] = {}
         """Each event once, at its latest place: the wait for Cilium may take days, while stores come and go."""
 
     def feed(self, event: events.Event) -> None:
-        """Pass an event on, now or once there is a driver."""
-        if self._driver is not None:
-            self._driver.feed(event)
-        elif isinstance(event, _BUFFERED):
+        """Keep an event, if a driver must know of it."""
+        if isinstance(event, _BUFFERED):
             self._waiting.pop(event, None)
             self._waiting[event] = None
 
     def connect(self, driver: Driver, mesh: Mesh) -> None:
-        """Pass on what a new driver must know; it sees the mesh's identities itself."""
-        self._driver = driver
-        mesh.on_event = driver.feed  # an answer pays for no call in between
+        """Pass on what a new driver must know; it sees the mesh's identities itself, and gets all later events."""
+        mesh.on_event = driver.feed
         driver.feed(events.TableChanged(mesh.table))
         waiting, self._waiting = self._waiting, {}
         for event in waiting:

@@ -66,8 +66,8 @@ class Mesh:
         self._settings = settings
         self._cidrs = cidrs
         self._enforcement = enforcement
-        self._feed = self.on_event = feed
-        """Takes what links tell the resolver: bound here, so that an answer pays for no call in between."""
+        self.on_event = feed
+        """Takes events for the resolver, ours and the links'; an answer pays for no call in between."""
         self._state = MeshState(settings.cluster_id, settings.mesh_cidrs)
         self.table = MeshState().table()
         """The table in force; it has the operator's CIDRs once ``run`` has written them."""
@@ -216,8 +216,8 @@ class Mesh:
         task = self._tasks.pop(name, None)
         if task is not None:
             task.cancel()
-            self._feed(events.ClusterSilent(name))
-            self._feed(events.StoreReset(name))  # its key watches go with it
+            self.on_event(events.ClusterSilent(name))
+            self.on_event(events.StoreReset(name))  # its key watches go with it
 
     def _link_ended(self, link: ClusterLink, task: asyncio.Task[None]) -> None:
         """Restart a link that has crashed: one cluster's strange records must not affect the others."""
@@ -226,8 +226,8 @@ class Mesh:
         link.state, link.problem, link.tried = "crashed", f"{type(error).__name__}: {error}", True
         self.crashes[link.name] = self.crashes.get(link.name, 0) + 1
         log.error("cluster link crashed", cluster=link.name, error=link.problem, exc_info=error)
-        self._feed(events.ClusterSilent(link.name))
-        self._feed(events.StoreReset(link.name))
+        self.on_event(events.ClusterSilent(link.name))
+        self.on_event(events.StoreReset(link.name))
         again = lambda: self._start(link.config) if self._current(link) else None  # noqa: E731
         task.get_loop().call_later(RESTART_S, again)
 
@@ -241,7 +241,7 @@ class Mesh:
         self._unconfirmed.pop(name, None)
         self._refusals.pop(name, None)
         info = self.table.cluster(name)
-        self._feed(events.ClusterGone(name))
+        self.on_event(events.ClusterGone(name))
         if info is not None:
             self._forget_identities([i for i in self.identities if i in info.identities])
         self._state.leave(name)
@@ -262,7 +262,7 @@ class Mesh:
             return f"its cluster id {config.cluster_id} is not in 1..{ours}"
         known = self.table.cluster(link.name)
         if known is not None and known.cluster_id != config.cluster_id:
-            self._feed(events.ClusterGone(link.name))
+            self.on_event(events.ClusterGone(link.name))
             self._forget_identities([i for i in self.identities if i in known.identities])
         info = ClusterInfo(link.name, config.cluster_id, identity_range(config.cluster_id, ours), spaces)
         refusal = self._state.join(info)
@@ -321,7 +321,7 @@ class Mesh:
         self._enforcement.flush()
         self.identities.update(known)
         if known:
-            self._feed(events.IdentitiesKnown(tuple(known)))
+            self.on_event(events.IdentitiesKnown(tuple(known)))
         self._forget_identities(gone)
 
     def on_listed(self, link: ClusterLink) -> None:
@@ -335,14 +335,14 @@ class Mesh:
         if (info := self.table.cluster(link.name)) is not None:
             self._enforcement.sweep(info.identities)  # other clusters may not be listed for a long time
         self._refresh_table()
-        self._feed(events.ClusterReady(link.name))
+        self.on_event(events.ClusterReady(link.name))
         if not self._swept and self.complete:
             self._sweep()
 
     def on_silent(self, link: ClusterLink) -> None:
         """Tell the resolver; entries stay for a while."""
         if self._current(link):
-            self._feed(events.ClusterSilent(link.name))
+            self.on_event(events.ClusterSilent(link.name))
 
     def on_relisting(self, link: ClusterLink) -> None:
         """Note what is known: what is not reported again was deleted while the link was down."""
@@ -369,7 +369,7 @@ class Mesh:
     def _forget_identities(self, gone: list[int]) -> None:
         for identity in gone:
             self.identities.discard(identity)
-            self._feed(events.IdentityGone(identity))
+            self.on_event(events.IdentityGone(identity))
             self._enforcement.remove(identity)
         self._enforcement.flush()
 
@@ -407,7 +407,7 @@ class Mesh:
         self._cidrs.apply(changes.written, changes.deleted)
         self._leftovers.difference_update(network for network, _ in changes.written)
         self.table, self.problem = table, None
-        self._feed(events.TableChanged(table))
+        self.on_event(events.TableChanged(table))
         self._table_took_s = time.monotonic() - began
 
     def _sweep(self) -> None:
@@ -416,4 +416,4 @@ class Mesh:
         self._cidrs.apply((), self._leftovers)
         self._leftovers.clear()
         self._enforcement.sweep()
-        self._feed(events.AllListed())
+        self.on_event(events.AllListed())

@@ -29,10 +29,9 @@ def test_events_from_before_there_is_a_driver_reach_it() -> None:
         events.AllListed(),
     ):
         buffer.feed(event)
-    buffer.connect(
-        cast("Driver", SimpleNamespace(feed=told.append)), cast("Mesh", SimpleNamespace(table=table))
-    )
-    buffer.feed(events.IdentitiesKnown((131_074,)))
+    mesh = cast("Mesh", SimpleNamespace(table=table))
+    buffer.connect(cast("Driver", SimpleNamespace(feed=told.append)), mesh)
+    mesh.on_event(events.IdentitiesKnown((131_074,)))
     assert told == [
         events.TableChanged(table),
         events.ClusterReady("b"),
