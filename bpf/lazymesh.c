@@ -9,6 +9,7 @@
  * The verdict is TC_ACT_UNSPEC, "the next program decides", TC_ACT_SHOT, or that of a parked packet.
  */
 #include <linux/types.h>
+#include <uapi/asm-generic/errno-base.h>
 #include <uapi/linux/bpf.h>
 #include <uapi/linux/pkt_cls.h>
 #include "include/lazymesh_abi.h"

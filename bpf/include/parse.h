@@ -8,13 +8,22 @@
 #define LAZYMESH_PARSE_H
 
 #include <uapi/linux/bpf.h>
-#include <uapi/linux/icmp.h>
 #include <uapi/linux/icmpv6.h>
 #include <uapi/linux/if_ether.h>
-#include <uapi/linux/in.h>
+#include <uapi/linux/in6.h>
 #include <uapi/linux/ip.h>
 #include <uapi/linux/ipv6.h>
 #include "lazymesh_abi.h"
+
+/*
+ * IANA's numbers, as in linux/in.h and linux/icmp.h, which are not included: by BCC's paths they lead to the kernel's
+ * own linux/socket.h and linux/if.h, and to read those is a third of the compiler's time.
+ */
+#define IPPROTO_ICMP 1
+#define IPPROTO_TCP 6
+#define IPPROTO_UDP 17
+#define ICMP_ECHOREPLY 0
+#define ICMP_ECHO 8
 
 #define IPCACHE_STATIC_BITS (8 * __builtin_offsetof(struct ipcache_key, addr) - 32)
 #define IP_OFFSET 0x1fff
