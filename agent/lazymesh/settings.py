@@ -128,6 +128,11 @@ class AgentSettings:
     socket: Path = DEFAULT_SOCKET
     metrics_address: tuple[str, int] | None = field(default=None)
 
+    @property
+    def holds(self) -> bool:
+        """Whether missed packets are held from the start."""
+        return self.datapath.on_miss == "hold" and not self.shadow
+
 
 def parse_mesh_cidr(text: str) -> tuple[str, Network]:
     """Read ``CLUSTER=CIDR``."""

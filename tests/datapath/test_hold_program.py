@@ -37,7 +37,7 @@ from lazymesh.datapath.pins import HOLD_FILTER, Pins
 from lazymesh.datapath.program import open_own_ipcache
 from lazymesh.datapath.settingsmap import DatapathConfig, OnMiss
 from lazymesh.datapath.tap import VNET_HEADER, open_tap
-from lazymesh.roles.holder import ANSWER, Holder, Mapped, forget, frame_of, reset
+from lazymesh.roles.holder import ANSWER, BEGIN, QUIT, Holder, Mapped, forget, frame_of, reset
 from tests.support import packets
 from tests.support.etcd import wait_until
 from tests.support.follower import Follower, Seen
@@ -854,10 +854,33 @@ def balanced(bench: HoldBench) -> int:
     return counts["held"] + counts["gated"] - counts["returned"] - counts["discarded"]
 
 
+@pytest.mark.parametrize("agent", ["stops", "dies"])
+def test_a_holder_touches_nothing_before_it_is_told_to_begin(agent: str, tmp_path: Path) -> None:
+    """The agent starts the first one while it loads what the holder needs; if that fails, the holder ends with it."""
+    ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+    with theirs:
+        holder = subprocess.Popen(
+            [sys.executable, "-m", "lazymesh.roles.holder", str(theirs.fileno()), str(tmp_path)],
+            pass_fds=(theirs.fileno(),),
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+    with ours:
+        ours.settimeout(1)
+        with pytest.raises(TimeoutError):  # to open a TAP, or to miss the pins, takes it less
+            ours.recv(1)
+        if agent == "stops":
+            ours.send(QUIT)
+        else:
+            ours.close()
+        assert (holder.communicate(timeout=20), holder.returncode) == ((None, ""), 0)
+
+
 @pytest.mark.parametrize("pins", ["there", "missing"])
 def test_a_holder_whose_agent_is_dead_says_nothing(bench: HoldBench, pins: str, tmp_path: Path) -> None:
     """It was killed while its holder started, well or badly: no traceback, and no device is left."""
     ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+    ours.send(BEGIN)
     ours.close()
     where = bench.pins if pins == "there" else tmp_path
     command = bench.node.command(sys.executable, "-m", "lazymesh.roles.holder", str(theirs.fileno()), where)

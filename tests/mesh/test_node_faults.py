@@ -18,6 +18,7 @@ from tests.support.etcd import wait_until
 from tests.support.lab import OTHER_IDENTITY, SERVER_IDENTITY, AgentProcess, Lab, remote_address
 from tests.support.node import (
     Misses,
+    child_of,
     connect,
     delete_entry,
     entries,
@@ -170,14 +171,16 @@ def test_journal_of_another_version_is_refused_and_nothing_is_touched(lab: Lab) 
     assert connect(lab.pods[0].namespace, KNOWN[0]) is not None
 
 
-def test_killed_agent_takes_its_loader_along(lab: Lab) -> None:
-    """One that went on would pin its programs over those of the next agent, which would hear of no miss then."""
+def test_killed_agent_takes_loader_and_holder_along(lab: Lab) -> None:
+    """A loader that went on would pin its programs over those of the next agent, which would hear of no miss then."""
     with launched(lab, *options(lab, program_cache="off")) as agent:
         loader = wait_until(lambda: _loader(agent.pid), 10, "a loader at work")
+        holder = wait_until(lambda: child_of(agent.pid), 10, "a holder that waits to begin")
         os.kill(loader, signal.SIGSTOP)  # so that it cannot end by itself
         try:
             agent.kill()
             wait_until(lambda: not is_alive(loader), 5, "the loader's end")
+            wait_until(lambda: not is_alive(holder), 5, "the holder's end")
         finally:
             with contextlib.suppress(ProcessLookupError):
                 os.kill(loader, signal.SIGKILL)

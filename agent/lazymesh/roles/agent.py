@@ -42,7 +42,7 @@ from lazymesh.roles.cleanup import CleanUp
 from lazymesh.roles.configdir import check_directories
 from lazymesh.roles.driver import Driver, Shadow
 from lazymesh.roles.endpoints import Endpoints
-from lazymesh.roles.holding import Holding, HoldSettings
+from lazymesh.roles.holding import HolderProcess, Holding, HoldSettings
 from lazymesh.roles.inputs import MeshEventBuffer, MissThrottle
 from lazymesh.roles.ipcaches import OwnIpcache
 from lazymesh.roles.mesh import Mesh
@@ -105,6 +105,8 @@ class Agent:
         self._metrics = Metrics()
         self._netlink = NetlinkThread()
         self._stop = asyncio.Event()
+        self._holder: HolderProcess | None = None
+        """The first one."""
         self._failure: Exception | None = None
         self._unexpected = 0
         self._started = time.monotonic()
@@ -143,12 +145,14 @@ class Agent:
         )
 
     async def _load_and_serve(self, maps: MeshMaps, cleanup: CleanUp) -> None:
-        """Load while the mesh is already followed: compiling takes as long as listing a large one."""
+        """Load while the mesh is already followed, and the holder started: compiling takes as long as both."""
         enforcement = self._programs.enforcement(maps, self._engine)
         buffer = MeshEventBuffer()
         mesh = Mesh(self._settings.mesh, maps.cidrs, enforcement, buffer.feed)
         following = asyncio.create_task(mesh.run(), name="mesh")
         try:
+            if self._settings.holds:
+                self._holder = HolderProcess(maps.pins.directory)
             with cleanup.loading():
                 datapath = await asyncio.to_thread(load, maps, self._settings.datapath.program_cache)
             try:
@@ -158,6 +162,8 @@ class Agent:
         finally:
             following.cancel()
             await asyncio.gather(following, return_exceptions=True)
+            if self._holder is not None:
+                await self._holder.end()
 
     async def _serve(
         self,
@@ -224,7 +230,8 @@ class Agent:
         resolver = Resolver(limits, judge, random.random)
         auditor = Auditor(datapath.windows, datapath.counters, self._allows(), resolver)
         hold_settings = HoldSettings(wanted.hold_limit_s, wanted.drop_on_timeout)
-        holding = Holding(datapath, HoldControl(datapath.pins.directory), hold_settings, self._netlink)
+        control = HoldControl(datapath.pins.directory)
+        holding = Holding(datapath, control, hold_settings, self._netlink, self._holder)
         throttle = MissThrottle(datapath.config)
         driver = Driver(resolver, shadow or installer, mesh.links, self._metrics, throttle)
         driver.fail = self._fail
@@ -234,7 +241,7 @@ class Agent:
             for each in list(installer.adopt()):
                 driver.feed(events.Adopted(*each))
             ipcaches.connect(installer, driver, resolver, mesh)
-            if wanted.on_miss == "hold":
+            if settings.holds:
                 holding.want()
         buffer.connect(driver, mesh)
         hold_counters = HoldCounterMap(datapath.pins.directory)

@@ -27,7 +27,7 @@ from lazymesh.datapath.libbpf import Map, open_pin
 from lazymesh.datapath.pins import HOLD_FILTER
 from lazymesh.datapath.tap import READ_SIZE, VNET_HEADER, Tap, open_tap
 from lazymesh.errors import DatapathError
-from lazymesh.roles.holdwire import ANSWER, ANSWERS, CAUSES, ERROR, GO, ON, QUIT, SETTINGS, UP
+from lazymesh.roles.holdwire import ANSWER, ANSWERS, BEGIN, CAUSES, ERROR, GO, ON, QUIT, SETTINGS, UP
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
@@ -255,12 +255,13 @@ def _is_here(index: int) -> bool:
 
 
 def main() -> None:
-    """Run as ``python -m lazymesh.roles.holder FD PINS``."""
+    """Run as ``python -m lazymesh.roles.holder FD PINS``; begin when the agent says so."""
     agent, pins = socket.socket(fileno=int(sys.argv[1])), Path(sys.argv[2])
     holder = None
     # The agent may have been killed meanwhile; its successor starts another holder.
-    with contextlib.suppress(BrokenPipeError):
-        holder = _start(agent, pins)
+    with contextlib.suppress(ConnectionError):
+        if agent.recv(1) == BEGIN:
+            holder = _start(agent, pins)
     if holder is not None:
         holder.run()
 

@@ -22,10 +22,22 @@ from lazymesh.datapath.holdmaps import COOKIE_BITS, HoldLimits
 from lazymesh.datapath.hooks import mend_tap, prepare_tap
 from lazymesh.datapath.tap import NAMES
 from lazymesh.errors import DatapathError
-from lazymesh.roles.holdwire import ANSWER, ANSWERS, CAUSE_NUMBERS, FAMILIES, GO, ON, QUIT, SETTINGS, UP
+from lazymesh.roles.holdwire import (
+    ANSWER,
+    ANSWERS,
+    BEGIN,
+    CAUSE_NUMBERS,
+    FAMILIES,
+    GO,
+    ON,
+    QUIT,
+    SETTINGS,
+    UP,
+)
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
+    from pathlib import Path
 
     from lazymesh.core.hold import Cause
     from lazymesh.core.model import Address
@@ -59,11 +71,42 @@ class HoldSettings:
     drop_on_timeout: bool = False
 
 
+class HolderProcess:
+    """A holder that waits for BEGIN: the first one is started while the programs are compiled or loaded."""
+
+    def __init__(self, pins: Path) -> None:
+        self.ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        """Our end of its socket."""
+        self.ours.setblocking(False)
+        with theirs:
+            self._process = subprocess.Popen(  # noqa: S603 (the same interpreter, our module)
+                [sys.executable, "-m", "lazymesh.roles.holder", str(theirs.fileno()), str(pins)],
+                pass_fds=(theirs.fileno(),),
+                stdin=subprocess.DEVNULL,
+                start_new_session=True,  # Ctrl-C is for the agent, which ends the holder
+            )
+
+    async def end(self) -> None:
+        """Have it give everything back, and wait for its end; harmless if it has ended."""
+        with contextlib.suppress(OSError):
+            self.ours.send(QUIT)
+        self.ours.close()
+        await asyncio.to_thread(_wait_for, self._process)
+
+
 class Holding:
-    """Owns the holder process."""
+    """Keeps a holder process.
+
+    first: the holder to begin with, if there is one already.
+    """
 
     def __init__(
-        self, datapath: Datapath, control: HoldControl, settings: HoldSettings, netlink: NetlinkThread
+        self,
+        datapath: Datapath,
+        control: HoldControl,
+        settings: HoldSettings,
+        netlink: NetlinkThread,
+        first: HolderProcess | None = None,
     ) -> None:
         self.state: State = "off"
         self.problem: str | None = None
@@ -76,6 +119,7 @@ class Holding:
         self._control = control
         self._settings = settings
         self._netlink = netlink
+        self._first = first
         self._socket: socket.socket | None = None
         self._answers: list[bytes] = []
 
@@ -149,34 +193,16 @@ class Holding:
 
     async def _one_life(self) -> None:
         """Run one holder until it ends; DatapathError when it cannot begin."""
-        ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
-        with ours:
-            process = subprocess.Popen(  # noqa: S603, ASYNC220 (the same interpreter, our module; a fork, no wait)
-                [
-                    sys.executable,
-                    "-m",
-                    "lazymesh.roles.holder",
-                    str(theirs.fileno()),
-                    str(self._datapath.pins.directory),
-                ],
-                pass_fds=(theirs.fileno(),),
-                stdin=subprocess.DEVNULL,
-                start_new_session=True,  # Ctrl-C is for the agent, which ends the holder
-            )
-            theirs.close()
-            ours.setblocking(False)
-            try:
-                tap = await self._handshake(ours)
-                self._set("on")
-                await self._watch(ours, tap)
-            except ConnectionError:
-                return
-            finally:
-                self._socket = None
-                with contextlib.suppress(OSError):
-                    ours.send(QUIT)
-                ours.close()
-                await asyncio.to_thread(_wait_for, process)
+        holder, self._first = self._first or HolderProcess(self._datapath.pins.directory), None
+        try:
+            tap = await self._handshake(holder.ours)
+            self._set("on")
+            await self._watch(holder.ours, tap)
+        except ConnectionError:
+            return
+        finally:
+            self._socket = None
+            await holder.end()
 
     async def _watch(self, ours: socket.socket, tap: int) -> None:
         """Return when the holder has ended or hangs for good; until then repair its TAP when it was changed."""
@@ -199,6 +225,7 @@ class Holding:
 
     async def _handshake(self, ours: socket.socket) -> int:
         """Prepare the holder's TAP and let the holder start; return the TAP's index once packets are parked there."""
+        ours.send(BEGIN)
         tap = json.loads(await _hear(ours, UP))
         if tap["name"] != NAMES[0]:
             log.warning(

@@ -6,8 +6,9 @@ import struct
 
 from lazymesh.core.hold import Cause
 
-ANSWERS, SETTINGS, GO, QUIT = b"a", b"c", b"g", b"q"
-"""Agent to holder: answers, one behind the other; settings (JSON); start parking; give everything back and end."""
+BEGIN, ANSWERS, SETTINGS, GO, QUIT = b"b", b"a", b"c", b"g", b"q"
+"""Agent to holder: all is pinned, so open the TAP; answers, one behind the other; settings (JSON); start parking; give
+everything back and end."""
 UP, ON, ERROR = b"u", b"o", b"e"
 """Holder to agent: the TAP it has opened (JSON); it parks packets now; why it cannot work (one line)."""
 

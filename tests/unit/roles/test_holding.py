@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, cast
 
 from lazymesh.core.hold import Cause
 from lazymesh.roles import holding
-from lazymesh.roles.holding import Holding, HoldSettings
+from lazymesh.roles.holding import HolderProcess, Holding, HoldSettings
 from lazymesh.roles.holdwire import ANSWERS
 
 if TYPE_CHECKING:
@@ -79,6 +79,50 @@ async def test_holding_is_on_when_the_holder_says_so(tmp_path: Path, monkeypatch
     with contextlib.suppress(asyncio.CancelledError):
         await running
     assert (tmp_path / "heard").read_bytes()[:1] == ANSWERS
+
+
+async def test_a_holder_that_was_started_early_is_the_first_one(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """No second one is started, and it is told when to begin; one that has died by then is replaced."""
+    waits = tmp_path / "python"
+    waits.write_text(HOLDER.replace("agent.send(b'u", "assert agent.recv(9) == b'b'\nagent.send(b'u"))
+    waits.chmod(0o755)
+    monkeypatch.setattr(sys, "executable", str(waits))
+    monkeypatch.setattr(holding, "RESTART_S", 0.1)
+
+    async def prepare_tap(*_: object) -> None:
+        pass
+
+    monkeypatch.setattr(holding, "prepare_tap", prepare_tap)
+    nothing: Any = SimpleNamespace(
+        pins=SimpleNamespace(directory=tmp_path), config=SimpleNamespace(change=lambda **_: None)
+    )
+    control: Any = SimpleNamespace(beat=lambda _now: None, set_limits=lambda _limits, _seconds: None)
+    started: list[Path] = []
+
+    def start(pins: Path) -> HolderProcess:
+        started.append(pins)
+        return HolderProcess(pins)
+
+    monkeypatch.setattr(holding, "HolderProcess", start)
+    for killed in (False, True):
+        first = HolderProcess(tmp_path)
+        if killed:
+            first._process.kill()
+            first._process.wait()
+        keeper = Holding(nothing, control, HoldSettings(), NETLINK, first)
+        keeper.want()
+        running = asyncio.create_task(keeper.run())
+        async with asyncio.timeout(20):
+            while keeper.state != "on":  # noqa: ASYNC110 (nothing tells)
+                await asyncio.sleep(0.01)
+        assert (len(started), keeper.restarts) == (int(killed), int(killed))
+        running.cancel()
+        with contextlib.suppress(asyncio.CancelledError):
+            await running
+        await first.end()
+        assert first._process.returncode is not None
 
 
 async def test_a_holder_that_never_starts_is_killed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
