@@ -324,6 +324,8 @@ class MeshState:
             self._regions.add(address, node.region)
 
     def _forget(self, cluster: str, node: _Node) -> None:
+        if node is _NOTHING:
+            return
         self._lengths[cluster] -= Counter([length for length, _ in node.prefixes])  # drops those at zero
         self._addresses[cluster] -= len(node.ips)
         self._unclaim_all(cluster, node.prefixes)

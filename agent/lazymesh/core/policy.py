@@ -189,14 +189,15 @@ class PolicyEngine:
         self._asked = _Asked([one for each in self.enforced for one in policy.of(each).selectors])
         self._verdicts: dict[tuple[tuple[str, str], ...], frozenset[Direction]] = {}
         """By the labels that the policy asks for: 100,000 identities have few combinations of those."""
-        self._allowed: dict[Direction, set[int]] = {direction: set() for direction in Direction}
-        for direction in self.enforced:
-            if policy.of(direction).allow_world:
-                self._allowed[direction].add(WORLD)
+        self._allowed: dict[int, frozenset[Direction]] = {}
+        """The directions in which an identity may talk; of those that may not, there is nothing."""
+        self._settle(WORLD, frozenset(each for each in self.enforced if policy.of(each).allow_world))
 
     def current(self) -> PolicyChange:
         """Return all that is allowed, as a change from nothing."""
-        return PolicyChange(tuple((d, identity) for d in Direction for identity in sorted(self._allowed[d])))
+        return PolicyChange(
+            tuple(sorted((each, identity) for identity, allowed in self._allowed.items() for each in allowed))
+        )
 
     def upsert(self, identity: int, labels: Labels) -> PolicyChange:
         """Add an identity, or update its labels."""
@@ -204,18 +205,18 @@ class PolicyEngine:
 
     def remove(self, identity: int) -> PolicyChange:
         """Forget an identity, known or not."""
-        return self._settle(identity, frozenset())
+        return self._settle(identity, _NOWHERE)
 
     def withdraw(self, pairs: Iterable[tuple[Direction, int]]) -> None:
         """Count as denied what could not be written, so that it is a change the next time."""
         for direction, identity in pairs:
-            self._allowed[direction].discard(identity)
+            self._settle(identity, self._allowed.get(identity, _NOWHERE) - {direction})
 
     def verdict(self, direction: Direction, identity: int) -> bool:
         """Return whether the identity's traffic passes; where rules are enforced, an unknown one's does not."""
         if direction not in self.enforced:
             return True
-        return (WORLD if identity in WORLD_IDENTITIES else identity) in self._allowed[direction]
+        return direction in self._allowed.get(WORLD if identity in WORLD_IDENTITIES else identity, _NOWHERE)
 
     def _admitting(self, labels: Labels) -> frozenset[Direction]:
         if not self.enforced:
@@ -238,13 +239,13 @@ class PolicyEngine:
         return admitting
 
     def _settle(self, identity: int, admitting: frozenset[Direction]) -> PolicyChange:
-        before = {direction for direction, allowed in self._allowed.items() if identity in allowed}
+        before = self._allowed.get(identity, _NOWHERE)
         if before == admitting:
             return _NO_CHANGE
-        for direction in admitting:
-            self._allowed[direction].add(identity)
-        for direction in before - admitting:
-            self._allowed[direction].discard(identity)
+        if admitting:
+            self._allowed[identity] = admitting
+        else:
+            del self._allowed[identity]
         return PolicyChange(
             tuple((direction, identity) for direction in sorted(admitting - before)),
             tuple((direction, identity) for direction in sorted(before - admitting)),

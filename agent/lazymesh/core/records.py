@@ -11,12 +11,12 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import lru_cache
-from ipaddress import IPv4Network, IPv6Address, IPv6Network, ip_address
+from ipaddress import IPv4Network, IPv6Address, IPv6Network
 from typing import TYPE_CHECKING, Annotated, NoReturn, TypeVar
 
 import msgspec
 
-from lazymesh.core.keys import address_text, address_texts
+from lazymesh.core.keys import address_text, address_texts, dotted_address
 from lazymesh.core.model import Entry, Reason, with_tunnel_flags
 
 if TYPE_CHECKING:
@@ -312,15 +312,16 @@ def _host_address(text: str) -> Address | None:
 
 @lru_cache(maxsize=4096)  # a cluster's pairs name its few hundred nodes over and over
 def _parsed(text: str) -> Address | None:
-    try:
-        address = ip_address(text)
-    except ValueError:
-        return None
-    if isinstance(address, IPv6Address):
+    packed = dotted_address(text)
+    if packed is None:
+        try:
+            address = IPv6Address(text)
+        except ValueError:
+            return None
         if address.scope_id:  # only means something on one node
             return None
-        address = address.ipv4_mapped or address
-    return None if address.is_unspecified else address.packed
+        packed = (address.ipv4_mapped or address).packed
+    return packed if any(packed) else None
 
 
 def _pod_cidrs(node: _Node) -> tuple[Network, ...]:
@@ -335,8 +336,9 @@ def _pod_cidrs(node: _Node) -> tuple[Network, ...]:
 def _network(cidr: _Cidr) -> Network:
     mask, bits = int.from_bytes(cidr.Mask), 8 * len(cidr.Mask)
     length = mask.bit_count()
+    text = cidr.IP[:_MAX_ADDRESS_TEXT]
     try:
-        address = ip_address(cidr.IP[:_MAX_ADDRESS_TEXT]).packed
+        address = dotted_address(text) or IPv6Address(text).packed
     except ValueError:
         _refuse(f"pod CIDR of {cidr.IP[:64]!r}")
     if len(address) != len(cidr.Mask) or mask != (1 << length) - 1 << bits - length:

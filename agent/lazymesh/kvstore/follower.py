@@ -114,7 +114,12 @@ class PrefixFollower:
             # Revisions of another store say nothing about this one's values, so every key counts as changed.
             self._told = dict.fromkeys(self._told, 0)
             self._epoch = page.epoch
-        return [Change(*item[:3]) for item in page.items if self._told.get(item.key) != item.mod_revision]
+        told = self._told
+        return [
+            Change(item.key, item.value, item.mod_revision)
+            for item in page.items
+            if told.get(item.key) != item.mod_revision
+        ]
 
     def on_changes(self, _watch_id: int, changes: Sequence[Change]) -> None:
         """Pass changes on, and remember which keys the observer now believes to exist."""

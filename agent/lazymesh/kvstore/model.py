@@ -7,7 +7,7 @@ a client; a replaced store starts the next epoch.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, NamedTuple, Protocol
+from typing import TYPE_CHECKING, Protocol
 
 from msgspec import Struct
 
@@ -17,8 +17,8 @@ if TYPE_CHECKING:
     from lazymesh.errors import KvstoreError
 
 
-class KeyValue(NamedTuple):
-    """One key as it is in the store. A tuple, because listing a large mesh creates half a million of them."""
+class KeyValue(Struct, frozen=True, gc=False):
+    """One key as it is in the store. Listing a large mesh creates half a million of them, and structs are made in C."""
 
     key: bytes
     value: bytes
@@ -26,7 +26,7 @@ class KeyValue(NamedTuple):
     lease: int
 
 
-class Change(NamedTuple):
+class Change(Struct, frozen=True, gc=False):
     """One key written, or deleted (value None)."""
 
     key: bytes

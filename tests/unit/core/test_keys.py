@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import itertools
+from ipaddress import IPv4Address
 from typing import TYPE_CHECKING
 
 import pytest
@@ -12,6 +13,12 @@ from lazymesh.core.model import Space, format_address, parse_address
 
 if TYPE_CHECKING:
     from lazymesh.core.model import Address
+
+NEARLY_DOTTED = st.lists(
+    st.sampled_from(["0", "7", "10", "255", "256", "010", "", " 1", "-1", "1\n", "\u0661", ":", "1e1"]),
+    min_size=1,
+    max_size=6,
+).map(".".join)
 
 ADDRESSES = st.one_of(st.binary(min_size=4, max_size=4), st.binary(min_size=16, max_size=16))
 SPARSE = st.lists(st.sampled_from([0, 0, 1, 0xD643]), min_size=8, max_size=8).map(
@@ -70,6 +77,16 @@ def test_fast_text_of_an_address_is_the_canonical_one(address: bytes) -> None:
 def test_ipv6_is_shortened_as_go_does_it(address: str, text: str) -> None:
     """RFC 5952; a key that differs in one character is another key."""
     assert keys.address_text(parse_address(address)) == text
+
+
+@given(st.one_of(NEARLY_DOTTED, st.ip_addresses().map(str), st.text(max_size=16)))
+def test_dotted_addresses_are_those_that_the_standard_library_reads(text: str) -> None:
+    """No other notation (leading zeros, another script's digits) is an address, as that would be a second key."""
+    try:
+        expected = IPv4Address(text).packed
+    except ValueError:
+        expected = None
+    assert keys.dotted_address(text) == expected
 
 
 @pytest.mark.parametrize(
