@@ -62,7 +62,7 @@ LEFT_OUT_MODULES = {
     "test_program": "compiles many times; here programs are compiled and loaded once",
     "test_programcache": "the same; what was cached is loaded once",
     "test_holdmaps": "plain maps, as in test_maps",
-    "test_loader": "the loader's process; every group loads programs",
+    "test_compiler": "the compiler's process; every group loads what it compiles",
     "test_source": "reads text only",
 }
 """Modules of that tier that do not run on other kernels, with the reason."""

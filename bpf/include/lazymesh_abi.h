@@ -49,7 +49,6 @@ enum lm_view {
 };
 
 #define LM_RECENT_BITS 13
-#define LM_RECENT_TAGS (1 << LM_RECENT_BITS)
 
 /* The settings that user space changes at run time; one element, written by the agent only. */
 struct lm_config {

@@ -25,6 +25,7 @@ from lazymesh.core.model import Direction, Entry, EntryFlag, parse_address
 from lazymesh.datapath import abi
 from lazymesh.datapath.ipcachemaps import IpcacheLayout
 from lazymesh.datapath.maps import PacketCounters
+from lazymesh.datapath.pins import pinned_maps
 from lazymesh.datapath.settingsmap import OnMiss
 
 INCLUDE = Path(__file__).parents[2] / "bpf" / "include"
@@ -61,6 +62,15 @@ def tool(*names: str) -> str:
     pytest.skip(f"install {names[0]}")
 
 
+INDEXED = {
+    "lm_recent_tags": "1 << LM_RECENT_BITS",
+    "lm_slots": "LM_HOLD_SLOTS",
+    "lm_hold_free": "LM_HOLD_SLOTS",
+    "lm_hold_bucket": "LM_HOLD_BUCKETS",
+}
+"""Maps whose size the programs rely on, and what they take it for: Python makes them."""
+
+
 @pytest.fixture(scope="module")
 def btf(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
     """Return the types of the headers as the BPF compiler lays them out."""
@@ -70,6 +80,9 @@ def btf(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
     lines += [f"struct {name} a_{name};" for name in c_struct_names()]
     lines += [f"enum {name} a_{name};" for name in c_enum_names()]
     lines += ["enum numbers { THE_SIGNAL = SIGNAL_IPCACHE_MISS } a_number;"]
+    lines += [
+        f"enum sizes {{ {', '.join(f'OF_{name} = {size}' for name, size in INDEXED.items())} }} a_size;"
+    ]
     source.write_text("\n".join(lines) + "\n")
     flags = ["-target", "bpf", "-g", "-O2", "-Wall", "-Werror", f"-I{INCLUDE}"]
     flags += [f"-I/usr/include/{platform.machine()}-linux-gnu"]
@@ -140,10 +153,11 @@ def test_mirror_names_its_struct(name: str) -> None:
         ),
         ("lm_view", {"LM_VIEW_NONE": 0, **{f"LM_VIEW_{view.name}": view.value for view in IpcacheLayout}}),
         ("numbers", {"THE_SIGNAL": abi.SIGNAL_IPCACHE_MISS}),
+        ("sizes", {f"OF_{name}": pinned_maps(0)[name].max_entries for name in INDEXED}),
     ],
 )
 def test_numbers_agree(btf: list[dict[str, Any]], enum: str, expected: dict[str, int]) -> None:
-    """A family, flag or direction is the same number on both sides."""
+    """A family, flag, direction or size is the same number on both sides."""
     (found,) = [kind for kind in btf if kind["kind"] == "ENUM" and kind["name"] == enum]
     assert {value["name"]: value["val"] for value in found["values"]} == expected
 

@@ -116,7 +116,7 @@ def _exists(map_id: int) -> bool:
 
 
 def test_loading_leaves_the_parent_light(own_bpffs: Path) -> None:
-    """BCC and LLVM are imported in the loader's process only, and their memory goes with it."""
+    """BCC and LLVM are imported in the compiler's process only, and their memory goes with it."""
     code = (
         "import resource, sys\nfrom pathlib import Path\nfrom lazymesh.datapath import program, interfaces, signals\n"
         "from lazymesh.datapath.pins import Pins\n"
@@ -193,41 +193,41 @@ def prepared(own_bpffs: Path) -> Iterator[Pins]:
     pins.remove()
 
 
-def as_loader(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, script: str) -> None:
-    """Put a shell script in place of the interpreter that runs the loader."""
+def as_compiler(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, script: str) -> None:
+    """Put a shell script in place of the interpreter that runs the compiler."""
     fake = tmp_path / "python"
     fake.write_text(f"#!/bin/sh\n{script}\n")
     fake.chmod(0o755)
     monkeypatch.setattr(sys, "executable", str(fake))
 
 
-def test_dead_loader_is_reported_with_its_last_words(
+def test_dead_compiler_is_reported_with_its_last_words(
     prepared: Pins, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     """Killed for memory, no module of that name: whatever it said last."""
-    as_loader(monkeypatch, tmp_path, "echo first >&2; echo 'No module named lazymesh' >&2; exit 7")
+    as_compiler(monkeypatch, tmp_path, "echo first >&2; echo 'No module named lazymesh' >&2; exit 7")
     with pytest.raises(
-        DatapathError, match="the datapath loader died with status 7: No module named lazymesh"
+        DatapathError, match="the datapath's compiler died with status 7: No module named lazymesh"
     ):
         load(prepared, SIZE)
-    as_loader(monkeypatch, tmp_path, "kill -9 $$")
-    with pytest.raises(DatapathError, match="the datapath loader died with status -9: no output"):
+    as_compiler(monkeypatch, tmp_path, "kill -9 $$")
+    with pytest.raises(DatapathError, match="the datapath's compiler died with status -9: no output"):
         load(prepared, SIZE)
 
 
-def test_slow_loader_is_given_up(prepared: Pins, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_slow_compiler_is_given_up(prepared: Pins, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     """A node that cannot compile in a minute has other troubles, and the message says so."""
-    as_loader(monkeypatch, tmp_path, "exec sleep 30")
-    monkeypatch.setattr(program, "LOAD_TIMEOUT_S", 0.05)
+    as_compiler(monkeypatch, tmp_path, "exec sleep 30")
+    monkeypatch.setattr(program, "COMPILE_TIMEOUT_S", 0.05)
     with pytest.raises(DatapathError, match=r"compiling the datapath took more than 0\.05 s"):
         load(prepared, SIZE)
 
 
-def test_refusal_of_the_loader_is_passed_on(
+def test_refusal_of_the_compiler_is_passed_on(
     prepared: Pins, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     """Its one line is the error's message."""
-    as_loader(monkeypatch, tmp_path, """echo '{"error": "one line"}'""")
+    as_compiler(monkeypatch, tmp_path, """echo '{"error": "one line"}'""")
     with pytest.raises(DatapathError, match=r"^one line$"):
         load(prepared, SIZE)
 

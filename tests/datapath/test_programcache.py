@@ -33,7 +33,7 @@ from lazymesh.datapath.settingsmap import DatapathConfig
 from lazymesh.errors import DatapathError
 from tests.datapath.conftest import mounted_bpffs, open_descriptors
 from tests.datapath.test_abi_layout import tool
-from tests.datapath.test_loader import NO_CAPABILITIES
+from tests.datapath.test_compiler import NO_CAPABILITIES
 from tests.support.loaded import load
 from tests.support.packets import POD_B1, Flow
 from tests.support.prog_run import run_packet
@@ -178,7 +178,7 @@ def of_other_origin(content: bytes) -> bytes:
 def of_other_compiler(content: bytes) -> bytes:
     """Make it that of another BCC under the same name."""
     found = programcache.decode(content)
-    (first, (size, time)), *rest = found.compiler.items()
+    (first, (size, time)), *rest = (found.compiler or {}).items()
     return programcache.encode(
         msgspec.structs.replace(found, compiler=dict([(first, (size, time + 1)), *rest]))
     )
@@ -188,6 +188,11 @@ def of_compiler_that_is_gone(content: bytes) -> bytes:
     """Make it that of a BCC that has been removed."""
     found = programcache.decode(content)
     return programcache.encode(msgspec.structs.replace(found, compiler={"/nowhere/libbcc.so": (1, 1)}))
+
+
+def of_compiler_that_is_unknown(content: bytes) -> bytes:
+    """Make it that of a BCC that was replaced while it compiled."""
+    return programcache.encode(msgspec.structs.replace(programcache.decode(content), compiler=None))
 
 
 def of_other_form(_content: bytes) -> bytes:
@@ -217,6 +222,7 @@ def too_deep(_content: bytes) -> bytes:
         of_other_origin,
         of_other_compiler,
         of_compiler_that_is_gone,
+        of_compiler_that_is_unknown,
         of_other_form,
         of_no_text,
         with_another_instruction,
@@ -246,14 +252,16 @@ def test_file_that_others_may_write_is_taken_for_none(
     assert programcache.read(file, source.origin()) is None
 
 
-def test_compiler_s_own_files_are_noted(first: tuple[Path, dict[str, object]]) -> None:
-    """A package may exchange a library under the same version of BCC."""
+@pytest.mark.parametrize("change", [{"origin": "0" * 64}, {"compiler": None}], ids=["lazymesh", "compiler"])
+def test_what_was_compiled_while_something_was_replaced_is_not_kept(
+    first: tuple[Path, dict[str, object]], tmp_path: Path, change: dict[str, object]
+) -> None:
+    """Nobody knows what it was compiled from."""
     found = programcache.read(first[0], source.origin())
     assert found is not None
-    names = " ".join(found.compiler)
-    assert "libbcc" in names
-    assert "libLLVM" in names
-    assert "bcc/__init__.py" in names
+    with pytest.raises(OSError, match="replaced meanwhile"):
+        programcache.write(tmp_path / "programs.json", msgspec.structs.replace(found, **change), found.origin)
+    assert list(tmp_path.iterdir()) == []
 
 
 @pytest.mark.parametrize(
@@ -312,7 +320,7 @@ def test_what_does_not_load_is_compiled_anew(  # type: ignore[no-untyped-def]  #
     assert found is not None
     file = tmp_path / "programs.json"
     changed = {name: change(one) for name, one in found.programs.items()}
-    programcache.write(file, msgspec.structs.replace(found, programs=changed))
+    programcache.write(file, msgspec.structs.replace(found, programs=changed), found.origin)
     pins.prepare(SIZE)
     before = open_descriptors()
     with pytest.raises(DatapathError, match=words):

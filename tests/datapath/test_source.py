@@ -76,13 +76,13 @@ def test_origin_changes_with(what: str, monkeypatch: pytest.MonkeyPatch) -> None
     assert source.origin() != before
 
 
-@pytest.mark.parametrize("name", ["loader.py", "programcache.py"])
+@pytest.mark.parametrize("name", ["compiler.py", "programcache.py"])
 def test_origin_changes_with_the_code_that_keeps(
     name: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     """A version that mends it does not go on with what it kept before."""
     here = Path(source.__file__).parent
-    for each in ("loader.py", "programcache.py"):
+    for each in ("compiler.py", "programcache.py"):
         (tmp_path / each).write_bytes((here / each).read_bytes())
     before = source.origin()
     monkeypatch.setattr(source, "__file__", str(tmp_path / "source.py"))

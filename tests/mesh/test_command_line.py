@@ -460,24 +460,27 @@ def test_ipcache_works_with_no_agent_running() -> None:
 
 @pytest.fixture
 def compiling() -> Iterator[tuple[subprocess.Popen[str], int]]:
-    """An agent in a process group of its own, and its loader, which reads the request by now."""
+    """An agent in a process group of its own that has begun, and its compiler, which is stopped until then."""
     with Lab(pods=1) as other:
         words = [sys.executable, "-m", "lazymesh", "agent", *options(other, program_cache="off"), "--cleanup"]
         with subprocess.Popen(
             other.node_a.command(*words), stderr=subprocess.PIPE, text=True, start_new_session=True
         ) as agent:
             try:
-                wait_until(lambda: loader_of(agent.pid) is not None, 10, "the loader")
-                loader = loader_of(agent.pid)
-                assert loader is not None
-                yield agent, loader
+                wait_until(lambda: compiler_of(agent.pid) is not None, 10, "the compiler")
+                compiler = compiler_of(agent.pid)
+                assert compiler is not None
+                os.kill(compiler, signal.SIGSTOP)
+                wait_until((other.bpffs / "lazymesh/lm_config").exists, 10, "the agent at work")
+                yield agent, compiler
             finally:
                 agent.kill()
         assert (pins(other), filters(other.node_a)) == ([], [])
 
 
-def stopped_well(agent: subprocess.Popen[str]) -> None:
+def stopped_well(agent: subprocess.Popen[str], compiler: int) -> None:
     """Insist that it ends as after any other stop, once what it was about to load is done."""
+    os.kill(compiler, signal.SIGCONT)
     _, log = agent.communicate(timeout=60)
     assert (agent.returncode, " stopped " in log) == (0, True), log
 
@@ -486,30 +489,30 @@ def stopped_well(agent: subprocess.Popen[str]) -> None:
 def test_stop_for_the_process_group_while_the_datapath_is_compiled(
     compiling: tuple[subprocess.Popen[str], int], number: signal.Signals
 ) -> None:
-    """As Ctrl-C at a terminal is one: the loader is not in that group."""
-    agent, _ = compiling
+    """As Ctrl-C at a terminal is one: the compiler is not in that group."""
+    agent, compiler = compiling
     os.killpg(agent.pid, number)
-    stopped_well(agent)
+    stopped_well(agent, compiler)
 
 
 def test_stop_for_every_process_while_the_datapath_is_compiled(
     compiling: tuple[subprocess.Popen[str], int],
 ) -> None:
-    """As systemd stops a service: the loader hears it, and ends with the agent all the same."""
-    agent, loader = compiling
+    """As systemd stops a service: the compiler hears it, and ends with the agent all the same."""
+    agent, compiler = compiling
     agent.terminate()
-    os.kill(loader, signal.SIGTERM)
-    stopped_well(agent)
+    os.kill(compiler, signal.SIGTERM)
+    stopped_well(agent, compiler)
 
 
-def loader_of(agent: int) -> int | None:
-    """Return the process id of an agent's loader, once that ignores being told to stop."""
+def compiler_of(agent: int) -> int | None:
+    """Return the process id of an agent's compiler, once that ignores being told to stop."""
     for path in Path("/proc").glob("[0-9]*"):
         with contextlib.suppress(OSError):
             text = (path / "status").read_text(encoding="ascii")
             found = dict(line.split(":\t", 1) for line in text.splitlines())
             ignored = int(found["SigIgn"], 16) >> (signal.SIGTERM - 1) & 1
             of_agent = int(found["PPid"]) == agent
-            if of_agent and ignored and b"lazymesh.datapath.loader" in (path / "cmdline").read_bytes():
+            if of_agent and ignored and b"lazymesh.datapath.compiler" in (path / "cmdline").read_bytes():
                 return int(path.name)
     return None

@@ -171,22 +171,22 @@ def test_journal_of_another_version_is_refused_and_nothing_is_touched(lab: Lab) 
     assert connect(lab.pods[0].namespace, KNOWN[0]) is not None
 
 
-def test_killed_agent_takes_loader_and_holder_along(lab: Lab) -> None:
-    """A loader that went on would pin its programs over those of the next agent, which would hear of no miss then."""
+def test_killed_agent_takes_compiler_and_holder_along(lab: Lab) -> None:
+    """Nobody wants what they do any more."""
     with launched(lab, *options(lab, program_cache="off")) as agent:
-        loader = wait_until(lambda: _loader(agent.pid), 10, "a loader at work")
+        compiler = wait_until(lambda: _compiler(agent.pid), 10, "a compiler at work")
         holder = wait_until(lambda: child_of(agent.pid), 10, "a holder that waits to begin")
-        os.kill(loader, signal.SIGSTOP)  # so that it cannot end by itself
+        os.kill(compiler, signal.SIGSTOP)  # so that it cannot end by itself
         try:
             agent.kill()
-            wait_until(lambda: not is_alive(loader), 5, "the loader's end")
+            wait_until(lambda: not is_alive(compiler), 5, "the compiler's end")
             wait_until(lambda: not is_alive(holder), 5, "the holder's end")
         finally:
             with contextlib.suppress(ProcessLookupError):
-                os.kill(loader, signal.SIGKILL)
+                os.kill(compiler, signal.SIGKILL)
 
 
-def _loader(parent: int) -> int | None:
+def _compiler(parent: int) -> int | None:
     for path in Path("/proc").glob("[0-9]*"):
         with contextlib.suppress(OSError):
             stat = (path / "stat").read_text(encoding="ascii").rpartition(")")[2].split()

@@ -1,6 +1,6 @@
 """BPF programs of the tests' own: compiled by clang, loaded by libbpf, and asked the kernel about.
 
-For the stand-in of cilium-agent and other programs that are not ours: lazymesh's own go the way its loader takes.
+For the stand-in of cilium-agent and other programs that are not ours: lazymesh's own go the agent's way.
 Map sizes, names and flags are the caller's business; an object only says where its programs use them.
 """
 

@@ -17,8 +17,8 @@ from lazymesh.cli.options import (
     config_option,
     socket_option,
 )
+from lazymesh.datapath.program import find_programs
 from lazymesh.kvstore.transport import KINDS as TRANSPORTS
-from lazymesh.roles.agent import run_agent
 from lazymesh.roles.logs import configure_logging
 from lazymesh.settings import (
     DEFAULT_CLUSTERMESH_CONFIG,
@@ -215,7 +215,12 @@ from lazymesh.settings import (
 def agent(**options: Any) -> None:
     """Resolve ipcache misses on demand: run the node agent in the foreground."""
     configure_logging(options["log_format"], options["log_level"])
-    run_agent(_settings(options))
+    settings = _settings(options)
+    programs = find_programs(settings.datapath.program_cache)
+    # While the compiler is at work: to import the agent takes half as long.
+    from lazymesh.roles.agent import run_agent  # noqa: PLC0415
+
+    run_agent(settings, programs)
 
 
 def _settings(options: dict[str, Any]) -> AgentSettings:

@@ -1,7 +1,7 @@
 """The Python mirror of bpf/include/*_abi.h, and the functions that convert its structs to core values and back.
 
 Written by hand; tests/datapath/test_abi_layout.py compares every field and offset with the C side's BTF, and the
-loader compares the sizes with the compiled maps before anything is attached. Multi-byte numbers are native endian;
+compiler compares the sizes with the compiled maps before anything is loaded. Multi-byte numbers are native endian;
 members named *addr*, *endpoint*, *local*, *peer* and *port* hold network-order bytes.
 """
 

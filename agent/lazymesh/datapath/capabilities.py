@@ -37,8 +37,8 @@ class Circumstances:
 def missing(held: frozenset[str], where: Circumstances) -> list[str]:
     """Return which capabilities are needed and not held.
 
-    BPF and PERFMON would do for a first start; but Cilium's maps and programs are opened by id, and so are our own by
-    BCC when it compiles over what is pinned. For that the kernel demands SYS_ADMIN, which includes both.
+    BPF and PERFMON would do, but Cilium's maps and programs are opened by id. For that the kernel demands SYS_ADMIN,
+    which includes both.
     """
     needed = ["NET_ADMIN", "SYS_ADMIN"]
     if where.kernel < UNLIMITED_SINCE and not where.locked_unlimited:

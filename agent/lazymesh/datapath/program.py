@@ -1,6 +1,6 @@
 """The datapath as the agent holds it: open maps and programs.
 
-They are loaded by a short-lived process that compiles them, or by the agent itself from what that process has cached.
+The programs are compiled by a short-lived process, or were by that of an earlier start, and loaded here.
 """
 
 from __future__ import annotations
@@ -48,21 +48,73 @@ if TYPE_CHECKING:
 
     from lazymesh.core.model import Direction
     from lazymesh.datapath.pins import Pins
+    from lazymesh.datapath.programcache import Compiled
 
 log = structlog.get_logger()
 
-LOAD_TIMEOUT_S = 300
+COMPILE_TIMEOUT_S = 300
 """A second or two on an idle node; half a minute was seen on emulated processors, and more than three on busy ones."""
 
 
-def load(maps: MeshMaps, keep: Path | None = None) -> Datapath:
+class Compiling:
+    """The compiler's process, at work."""
+
+    def __init__(self) -> None:
+        self._made_of = origin()
+        self._process = subprocess.Popen(  # noqa: S603 (our interpreter, our module)
+            [sys.executable, "-m", "lazymesh.datapath.compiler", str(os.getpid())],
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            start_new_session=True,  # Ctrl-C is for the agent, which waits for the compiler before it stops
+        )
+
+    def result(self) -> Compiled:
+        """Wait for what it compiles; DatapathError if that fails."""
+        try:
+            said, words = self._process.communicate(timeout=COMPILE_TIMEOUT_S)
+        except subprocess.TimeoutExpired as exc:
+            self._process.kill()
+            self._process.communicate()
+            raise DatapathError(
+                f"compiling the datapath took more than {COMPILE_TIMEOUT_S} s: is this node overloaded?"
+            ) from exc
+        try:
+            answer = json.loads(said)
+        except ValueError as exc:
+            last = (words.decode(errors="replace").strip().splitlines() or ["no output"])[-1]
+            raise DatapathError(
+                f"the datapath's compiler died with status {self._process.returncode}: {last}"
+            ) from exc
+        if "error" in answer:
+            raise DatapathError(answer["error"])
+        return programcache.decode(said)
+
+    def keep(self, compiled: Compiled, path: Path) -> None:
+        """Cache it for the next start."""
+        try:
+            programcache.write(path, compiled, self._made_of)
+        except OSError as exc:
+            log.warning(
+                "the compiled programs could not be cached for the next start",
+                error=f"{path}: {exc.strerror}",
+            )
+
+
+def find_programs(cache: Path | None) -> Compiled | Compiling:
+    """Return what an earlier start has cached in a file; without that, the compiler, which begins."""
+    found = None if cache is None else programcache.read(cache, origin())
+    return found or Compiling()
+
+
+def load(maps: MeshMaps, cache: Path | None = None, found: Compiled | Compiling | None = None) -> Datapath:
     """Load and pin the programs; maps that are already pinned are reused.
 
-    keep: a file with what was compiled at an earlier start. If it is of no use, a separate process compiles and writes
-    the result there.
+    cache: a file for what is compiled.
+    found: what ``find_programs`` has returned for it, if it was called before.
     """
-    found = None if keep is None else programcache.read(keep, origin())
-    if found is not None:
+    found = found or find_programs(cache)
+    if not isinstance(found, Compiling):
         try:
             programcache.load(found, maps.pins, maps.ipcache_size)
             return Datapath(maps)
@@ -70,42 +122,12 @@ def load(maps: MeshMaps, keep: Path | None = None) -> Datapath:
             log.warning(
                 "the programs cached at an earlier start do not load, compiling again", error=str(exc)
             )
-    _compile(maps.pins, maps.ipcache_size, keep)
+        found = Compiling()
+    compiled = found.result()
+    programcache.load(compiled, maps.pins, maps.ipcache_size)
+    if cache is not None:
+        found.keep(compiled, cache)
     return Datapath(maps)
-
-
-def _compile(pins: Pins, ipcache_size: int, keep: Path | None) -> None:
-    request = json.dumps(
-        {
-            "pins": str(pins.directory),
-            "ipcache_size": ipcache_size,
-            "parent": os.getpid(),
-            "keep": None if keep is None else str(keep),
-        }
-    )
-    try:
-        done = subprocess.run(  # our interpreter, our module
-            [sys.executable, "-m", "lazymesh.datapath.loader"],
-            input=request,
-            capture_output=True,
-            text=True,
-            timeout=LOAD_TIMEOUT_S,
-            check=False,
-            start_new_session=True,  # Ctrl-C is for the agent, which waits for the loader before it stops
-        )
-    except subprocess.TimeoutExpired as exc:
-        raise DatapathError(
-            f"compiling the datapath took more than {LOAD_TIMEOUT_S} s: is this node overloaded?"
-        ) from exc
-    try:
-        answer = json.loads(done.stdout)
-    except json.JSONDecodeError as exc:
-        last = (done.stderr.strip().splitlines() or ["no output"])[-1]
-        raise DatapathError(f"the datapath loader died with status {done.returncode}: {last}") from exc
-    if "error" in answer:
-        raise DatapathError(answer["error"])
-    if "not_kept" in answer:
-        log.warning("the compiled programs could not be cached for the next start", error=answer["not_kept"])
 
 
 def open_own_ipcache(pins: Pins, size: int) -> IpcacheMap:
@@ -118,7 +140,7 @@ def open_own_ipcache(pins: Pins, size: int) -> IpcacheMap:
 class MeshMaps:
     """The maps that describe the mesh to the kernel; they can be filled before the programs that read them are loaded.
 
-    Pinned as the loader would pin them, so that it takes them for those of an earlier agent.
+    Pinned at once, so that the programs get them as they get those of an earlier agent.
     """
 
     def __init__(self, pins: Pins, ipcache_size: int) -> None:

@@ -1,8 +1,8 @@
-"""Programs as BCC compiled them, cached in a file: the next start saves the compiler's second and its memory.
+"""Programs as BCC compiled them: loaded, and cached in a file, so that the next start saves the compiler's second.
 
 The cache is valid only for its inputs: our C and the code that turns it into this file, BCC, LLVM, kernel and number of
 processors. Whatever is wrong with the file or its content, BCC compiles again. Instructions refer to a map by file
-descriptor: that of the pinned map, or of a new one, is put there. Programs loaded this way have no BTF.
+descriptor: that of the pinned map, or of a new one, is put there.
 """
 
 from __future__ import annotations
@@ -48,21 +48,21 @@ class Program(msgspec.Struct, frozen=True):
     maps: dict[int, str]
 
 
-class Kept(msgspec.Struct, frozen=True):
+class Compiled(msgspec.Struct, frozen=True):
     """All programs, and what they were compiled from."""
 
     origin: str
-    compiler: dict[str, tuple[int, int]]
-    """Size and modification time (ns) of the compiler's files."""
+    compiler: dict[str, tuple[int, int]] | None
+    """Size and modification time (ns) of the compiler's files; None if they changed while they were used."""
     programs: dict[str, Program]
     fresh: dict[str, MapLayout]
-    """Maps that belong to one load of the programs: new ones are made each time."""
+    """The other maps, by name: they belong to one load of the programs, and new ones are made each time."""
 
 
 class _File(msgspec.Struct, frozen=True):
     digest: str
     """SHA-256 of the rest: the verifier would accept many instructions that the compiler never wrote."""
-    kept: msgspec.Raw
+    compiled: msgspec.Raw
 
 
 def program_of(kind: int, license_words: str, code: bytes, names: Mapping[int, str]) -> Program:
@@ -83,22 +83,27 @@ def files(paths: Iterable[str]) -> dict[str, tuple[int, int]]:
     return {path: (each.st_size, each.st_mtime_ns) for path, each in found.items()}
 
 
-def encode(kept: Kept) -> bytes:
+def encode(compiled: Compiled) -> bytes:
     """Encode programs as a file's content."""
-    body = msgspec.json.encode(kept)
+    body = msgspec.json.encode(compiled)
     return msgspec.json.encode(_File(hashlib.sha256(body).hexdigest(), msgspec.Raw(body)))
 
 
-def decode(content: bytes) -> Kept:
+def decode(content: bytes) -> Compiled:
     """Decode a file's content; ValueError or RecursionError if it is damaged."""
     file = msgspec.json.decode(content, type=_File)
-    if hashlib.sha256(file.kept).hexdigest() != file.digest:
+    if hashlib.sha256(file.compiled).hexdigest() != file.digest:
         raise ValueError("the digest does not match")
-    return msgspec.json.decode(file.kept, type=Kept)
+    return msgspec.json.decode(file.compiled, type=Compiled)
 
 
-def write(path: Path, kept: Kept) -> None:
-    """Write programs to a file, atomically; OSError, also for a device or pipe, which must not be replaced."""
+def write(path: Path, compiled: Compiled, made_of: str) -> None:
+    """Write programs to a file, atomically; OSError, also for a device or pipe, which must not be replaced.
+
+    made_of: the origin that they should have.
+    """
+    if compiled.origin != made_of or compiled.compiler is None:
+        raise OSError(errno.EAGAIN, "lazymesh or its compiler was replaced meanwhile")
     if path.exists() and not path.is_file():
         raise OSError(errno.EINVAL, "not a regular file")
     with contextlib.suppress(FileExistsError):  # if it is not a directory, mkstemp reports it
@@ -106,25 +111,25 @@ def write(path: Path, kept: Kept) -> None:
     fd, name = tempfile.mkstemp(prefix=f".{path.name}-", dir=path.parent)
     try:
         with os.fdopen(fd, "wb") as file:
-            file.write(encode(kept))
+            file.write(encode(compiled))
         Path(name).replace(path)
     except OSError:
         Path(name).unlink(missing_ok=True)
         raise
 
 
-def read(path: Path, origin: str) -> Kept | None:
+def read(path: Path, origin: str) -> Compiled | None:
     """Return the cache if it has this origin; None if it is missing, stale, damaged or writable by others."""
     try:
         # Opening a pipe would wait for a writer.
         with os.fdopen(os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK), "rb") as file:
             if not _is_ours_alone(os.fstat(file.fileno())):
                 return None
-            kept = decode(file.read())
-        fits = kept.origin == origin and kept.compiler == files(kept.compiler)
+            found = decode(file.read())
+        fits = found.origin == origin and found.compiler == files(found.compiler or ())
     except (OSError, ValueError, RecursionError):  # msgspec's errors are ValueErrors
         return None
-    return kept if fits else None
+    return found if fits else None
 
 
 def _is_ours_alone(found: os.stat_result) -> bool:
@@ -132,8 +137,8 @@ def _is_ours_alone(found: os.stat_result) -> bool:
     return stat.S_ISREG(found.st_mode) and found.st_uid == os.geteuid() and not found.st_mode & others
 
 
-def load(kept: Kept, pins: Pins, ipcache_size: int) -> None:
-    """Load the programs and pin all that the loader pins; if anything fails, only lasting maps are pinned."""
+def load(compiled: Compiled, pins: Pins, ipcache_size: int) -> None:
+    """Load the programs and pin everything; if anything fails, only lasting maps are pinned."""
     libbpf.raise_memlock()
     with contextlib.ExitStack() as stack:
         maps = {}
@@ -147,10 +152,10 @@ def load(kept: Kept, pins: Pins, ipcache_size: int) -> None:
                 add(name, open_or_make_map(pins.path(name), layout))
         for view, name in zip(IpcacheLayout, VIEWS, strict=True):
             add(name, make_outer_map(view, name))
-        for name, layout in kept.fresh.items():
+        for name, layout in compiled.fresh.items():
             add(name, make_map(name, layout))
         programs = {}
-        for name, program in kept.programs.items():
+        for name, program in compiled.programs.items():
             programs[name] = _load(name, program, maps)
             stack.callback(os.close, programs[name])
         try:

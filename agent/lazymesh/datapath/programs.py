@@ -14,7 +14,7 @@ _TCX_INGRESS = 46
 _BPF_F_BEFORE = 1 << 3
 """With no program named, it means the head of the chain."""
 _INSTRUCTION_SIZE = 8
-PROG_TYPE_SCHED_CLS = 3
+PROG_TYPE_SOCKET_FILTER, PROG_TYPE_SCHED_CLS = 1, 3
 _CHAIN_MOST = 64
 """BPF_MPROG_MAX: the longest chain."""
 
@@ -28,6 +28,37 @@ class _LinkCreateOpts(ctypes.Structure):
         ("target_btf_id", ctypes.c_uint32),
         ("union", ctypes.c_uint64 * 4),
     )
+
+
+class _LoadOpts(ctypes.Structure):
+    """``struct bpf_prog_load_opts`` of libbpf 1."""
+
+    _fields_ = (
+        ("sz", ctypes.c_size_t),
+        ("attempts", ctypes.c_int),
+        ("expected_attach_type", ctypes.c_uint32),
+        ("prog_btf_fd", ctypes.c_uint32),
+        ("prog_flags", ctypes.c_uint32),
+        ("prog_ifindex", ctypes.c_uint32),
+        ("kern_version", ctypes.c_uint32),
+        ("attach_btf_id", ctypes.c_uint32),
+        ("attach_prog_fd", ctypes.c_uint32),
+        ("attach_btf_obj_fd", ctypes.c_uint32),
+        ("fd_array", ctypes.c_void_p),
+        ("func_info", ctypes.c_void_p),
+        ("func_info_cnt", ctypes.c_uint32),
+        ("func_info_rec_size", ctypes.c_uint32),
+        ("line_info", ctypes.c_void_p),
+        ("line_info_cnt", ctypes.c_uint32),
+        ("line_info_rec_size", ctypes.c_uint32),
+        ("log_level", ctypes.c_uint32),
+        ("log_size", ctypes.c_uint32),
+        ("log_buf", ctypes.c_void_p),
+    )
+
+
+_LOG_SIZE = (16 << 20) - 1
+"""UINT_MAX >> 8: the most that every kernel accepts."""
 
 
 class _LinkInfo(ctypes.Structure):
@@ -123,9 +154,27 @@ def program_type(program: int) -> int:
 
 
 def load_program(name: str, kind: int, license_words: str, code: bytes) -> int:
-    """Load instructions as a program; return its file descriptor."""
-    count = len(code) // _INSTRUCTION_SIZE
-    return checked(library().bpf_prog_load(kind, name.encode(), license_words.encode(), code, count, None))
+    """Load instructions as a program; return its file descriptor. OSError: its text has the verifier's complaint."""
+    words = (kind, name.encode(), license_words.encode(), code, len(code) // _INSTRUCTION_SIZE)
+    found = library().bpf_prog_load(*words, None)
+    if found >= 0:
+        return int(found)
+    log = ctypes.create_string_buffer(_LOG_SIZE)
+    options = _LoadOpts(
+        sz=ctypes.sizeof(_LoadOpts), log_level=1, log_size=_LOG_SIZE, log_buf=ctypes.addressof(log)
+    )
+    found = library().bpf_prog_load(*words, ctypes.byref(options))
+    if found >= 0:
+        return int(found)
+    complaint = complaint_of(log.value.decode(errors="replace"))
+    raise OSError(-found, os.strerror(-found) + (f" ({complaint})" if complaint else ""))
+
+
+def complaint_of(log: str) -> str:
+    """Return the line of the verifier's log that says what is wrong: the last one before its statistics."""
+    lines = [line.strip() for line in log.splitlines()]
+    statistics = ("processed ", "verification time", "stack depth")
+    return next((line[:200] for line in reversed(lines) if line and not line.startswith(statistics)), "")
 
 
 def load_idle() -> int:

@@ -41,14 +41,14 @@ def one_text(source: Path) -> str:
 def origin() -> str:
     """Return a digest of what determines the compiled programs and whether they fit, except the compiler itself.
 
-    Our C; the code that compiles and caches it; the sizes that Python writes, which the loader checks; how many
+    Our C; the code that compiles and caches it; the sizes that Python writes, which the compiler checks; how many
     processors a signal may come from; and the kernel, which BCC queries as well.
     """
     with resources.as_file(resources.files("lazymesh") / "bpf") as source:
         parts = [one_text(source / "lazymesh.c")]
     parts += [
         Path(__file__).with_name(name).read_text(encoding="utf-8")
-        for name in ("loader.py", "programcache.py")
+        for name in ("compiler.py", "programcache.py")
     ]
     parts += [str(expected_layouts(0)), str({name: ctypes.sizeof(each) for name, each in STRUCTS.items()})]
     parts.append(str(possible_cpus()))

@@ -55,7 +55,8 @@ if TYPE_CHECKING:
     import threading
 
     from lazymesh.core.policy import Policy
-    from lazymesh.datapath.program import Datapath
+    from lazymesh.datapath.program import Compiling, Datapath
+    from lazymesh.datapath.programcache import Compiled
     from lazymesh.metrics import Sample
     from lazymesh.roles.auditing import Allows
     from lazymesh.roles.ipcaches import NodeIpcaches
@@ -71,7 +72,7 @@ M_MMAP_THRESHOLD, OWN_PAGES_FROM = -3, 128 << 10
 """glibc's mallopt(3): blocks of this size and more get pages of their own, which are returned when they are freed."""
 
 
-def run_agent(settings: AgentSettings) -> None:
+def run_agent(settings: AgentSettings, programs: Compiled | Compiling) -> None:
     """Run until SIGTERM or SIGINT; LazymeshError when something required is missing or taken."""
     if os.geteuid() != 0:
         raise DatapathError(
@@ -83,7 +84,7 @@ def run_agent(settings: AgentSettings) -> None:
     check_directories(settings.mesh.clustermesh_config, settings.mesh.remote_config)
     # Left alone, glibc raises the threshold with each block that is freed, and the heap keeps what a long listing took.
     ctypes.CDLL(None).mallopt(M_MMAP_THRESHOLD, OWN_PAGES_FROM)
-    agent = Agent(settings, policy)
+    agent = Agent(settings, policy, programs)
     # A storm makes hundreds of thousands of objects, none of them garbage, and traversing them was a fifth of its
     # work; what exists by now stays, and is not traversed again.
     gc.collect()
@@ -97,8 +98,11 @@ def run_agent(settings: AgentSettings) -> None:
 class Agent:
     """One life of the node agent."""
 
-    def __init__(self, settings: AgentSettings, policy: Policy | None) -> None:
+    def __init__(
+        self, settings: AgentSettings, policy: Policy | None, programs: Compiled | Compiling
+    ) -> None:
         self._settings = settings
+        self._compiled = programs
         self._selection = InterfaceSelection(settings.datapath.interfaces, settings.datapath.uplinks)
         self._engine = PolicyEngine(policy) if policy else None
         self._programs = ProgramSettings(settings, policy)
@@ -154,7 +158,8 @@ class Agent:
             if self._settings.holds:
                 self._holder = HolderProcess(maps.pins.directory)
             with cleanup.loading():
-                datapath = await asyncio.to_thread(load, maps, self._settings.datapath.program_cache)
+                cache = self._settings.datapath.program_cache
+                datapath = await asyncio.to_thread(load, maps, cache, self._compiled)
             try:
                 await together(self._stop.wait(), self._serve(datapath, mesh, following, buffer, cleanup))
             finally:
