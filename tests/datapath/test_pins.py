@@ -114,7 +114,7 @@ def test_pin_of_another_layout_is_made_anew(bpffs: Path, name: str) -> None:
     place.prepare(SIZE)
     for other, layout in expected_layouts(SIZE).items():
         pin_map(place.path(other), layout if other != name else MapLayout(libbpf.MAP_TYPE_HASH, 4, 12, 77, 0))
-    place.prepare(SIZE)
+    assert place.prepare(SIZE) == [name]
     assert {path.name for path in place.directory.iterdir()} == set(expected_layouts(SIZE)) - {name}
 
 

@@ -13,16 +13,12 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
-import structlog
-
 from lazymesh.datapath import abi, libbpf
 from lazymesh.datapath.libbpf import Map, MapLayout
 from lazymesh.errors import DatapathError
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
-
-log = structlog.get_logger()
 
 PROGRAMS = ("lm_from_pod", "lm_from_uplink")
 HOLD_PROGRAMS = ("lm_hold_out", "lm_hold_back")
@@ -147,11 +143,12 @@ class Pins:
                 f"cannot make {self.directory}: {exc.strerror} (lazymesh runs as root)"
             ) from exc
 
-    def prepare(self, ipcache_size: int) -> None:
+    def prepare(self, ipcache_size: int) -> list[str]:
         """Create the directory and check every existing pin; DatapathError says what is wrong.
 
-        A map that another version laid out differently is replaced where nothing is lost by that.
+        A map that another version laid out differently goes, where nothing is lost by that; return the names.
         """
+        gone = []
         check_bpffs(self.directory.parent)
         self.make_directory()
         for name, expected in expected_layouts(ipcache_size).items():
@@ -168,13 +165,14 @@ class Pins:
                 continue
             if name not in LASTING:
                 # Attached programs keep using the old one until ours replace them.
-                log.info("map of another version, replaced", name=name)
                 path.unlink()
+                gone.append(name)
             else:
                 raise DatapathError(
                     f"{path} has another layout ({layout}; ours: {expected}): it belongs to another lazymesh version;"
                     f" remove {self.directory} while no agent runs, or run that version with --cleanup"
                 )
+        return gone
 
     def missing(self, *, own_ipcache: bool) -> list[str]:
         """Return the names of pinned maps and programs that were removed; own_ipcache: ours should be pinned, too."""

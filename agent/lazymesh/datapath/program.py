@@ -146,7 +146,8 @@ class MeshMaps:
     def __init__(self, pins: Pins, ipcache_size: int) -> None:
         self.pins = pins
         self.ipcache_size = ipcache_size
-        pins.prepare(ipcache_size)
+        for name in pins.prepare(ipcache_size):
+            log.info("map of another version, replaced", name=name)
         libbpf.raise_memlock()
         layouts = expected_layouts(ipcache_size)
         self._maps = [
