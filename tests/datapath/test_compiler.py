@@ -111,6 +111,12 @@ def test_broken_source_shows_the_compiler_s_first_error(tmp_path: Path) -> None:
     assert "error: use of undeclared identifier 'nonsense'" in said
 
 
+def test_a_bcc_that_is_another_inside_is_named() -> None:
+    """Its functions in C are what we read its instructions by."""
+    said = complaint("import bcc\nbcc.lib = None")
+    assert said.startswith("BCC could not compile the datapath: AttributeError(")
+
+
 def test_size_that_differs_is_not_compiled() -> None:
     """A mirror that does not fit the compiled struct would write rubbish into a live map."""
     said = complaint(

@@ -62,16 +62,18 @@ def compile_programs() -> Compiled:
     with resources.as_file(resources.files("lazymesh") / "bpf") as source:
         try:
             bpf = bcc.BPF(text=one_text(source / "lazymesh.c"), cflags=["-Wno-macro-redefined"])
-        except Exception as exc:  # bcc raises nothing narrower
-            raise DatapathError(f"BCC could not compile the datapath: {exc}") from exc
-    names = _map_names(bcc.lib, bpf.module)
+            names = _map_names(bcc.lib, bpf.module)
+            words = bcc.lib.bpf_module_license(bpf.module).decode()
+            programs = {
+                name: programcache.program_of(kind, words, bpf.dump_func(name), names)
+                for name, kind in _KINDS.items()
+            }
+        except Exception as exc:
+            # BCC itself raises nothing narrower; anything else is another version, which differs inside.
+            why = f"{exc}" if type(exc) is Exception else repr(exc)
+            raise DatapathError(f"BCC could not compile the datapath: {why}") from exc
     layouts = {name: _layout_of(fd) for fd, name in names.items()}
     _check_sizes(layouts)
-    words = bcc.lib.bpf_module_license(bpf.module).decode()
-    programs = {
-        name: programcache.program_of(kind, words, bpf.dump_func(name), names)
-        for name, kind in _KINDS.items()
-    }
     fresh = {name for each in programs.values() for name in each.maps.values()} - {
         *expected_layouts(ipcache_size=0),
         *VIEWS,
