@@ -72,8 +72,11 @@ M_MMAP_THRESHOLD, OWN_PAGES_FROM = -3, 128 << 10
 """glibc's mallopt(3): blocks of this size and more get pages of their own, which are returned when they are freed."""
 
 
-def run_agent(settings: AgentSettings, programs: Compiled | Compiling) -> None:
-    """Run until SIGTERM or SIGINT; LazymeshError when something required is missing or taken."""
+def run_agent(settings: AgentSettings, programs: Compiled | Compiling | None = None) -> None:
+    """Run until SIGTERM or SIGINT; LazymeshError when something required is missing or taken.
+
+    programs: what ``find_programs`` has returned, if it was called before.
+    """
     if os.geteuid() != 0:
         raise DatapathError(
             "lazymesh agent needs root, because it loads BPF programs: use sudo, or a privileged container"
@@ -99,7 +102,10 @@ class Agent:
     """One life of the node agent."""
 
     def __init__(
-        self, settings: AgentSettings, policy: Policy | None, programs: Compiled | Compiling
+        self,
+        settings: AgentSettings,
+        policy: Policy | None,
+        programs: Compiled | Compiling | None = None,
     ) -> None:
         self._settings = settings
         self._compiled = programs

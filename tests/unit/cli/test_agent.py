@@ -26,8 +26,17 @@ class Caught:
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
         self.settings: list[AgentSettings] = []
-        monkeypatch.setattr("lazymesh.cli.agent.run_agent", self.settings.append)
+        self.found: list[Path | None] = []
+        """Where compiled programs were looked for, before the role was started with what was found there."""
+        monkeypatch.setattr(
+            "lazymesh.cli.agent.find_programs", lambda cache: self.found.append(cache) or cache
+        )
+        monkeypatch.setattr("lazymesh.roles.agent.run_agent", self._take)
         monkeypatch.setattr("lazymesh.cli.agent.configure_logging", lambda *_: None)
+
+    def _take(self, settings: AgentSettings, programs: object) -> None:
+        assert programs is self.found[-1]
+        self.settings.append(settings)
 
     def run(self, *argv: str, env: dict[str, str] | None = None) -> Result:
         """Run it as a member of a mesh."""
