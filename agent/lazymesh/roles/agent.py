@@ -162,7 +162,8 @@ class Agent:
         following = asyncio.create_task(mesh.run(), name="mesh")
         try:
             if self._settings.holds:
-                self._holder = HolderProcess(maps.pins.directory)
+                with contextlib.suppress(OSError):  # Holding tries again, and says what is wrong
+                    self._holder = HolderProcess(maps.pins.directory)
             with cleanup.loading():
                 cache = self._settings.datapath.program_cache
                 datapath = await asyncio.to_thread(load, maps, cache, self._compiled)
