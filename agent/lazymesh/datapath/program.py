@@ -57,10 +57,13 @@ COMPILE_TIMEOUT_S = 300
 
 
 class Compiling:
-    """The compiler's process, at work."""
+    """The compiler's process, at work.
 
-    def __init__(self) -> None:
-        self._made_of = origin()
+    made_of: the origin of what it reads now.
+    """
+
+    def __init__(self, made_of: str) -> None:
+        self._made_of = made_of
         self._process = subprocess.Popen(  # noqa: S603 (our interpreter, our module)
             [sys.executable, "-m", "lazymesh.datapath.compiler", str(os.getpid())],
             stdin=subprocess.DEVNULL,
@@ -103,8 +106,9 @@ class Compiling:
 
 def find_programs(cache: Path | None) -> Compiled | Compiling:
     """Return what an earlier start has cached in a file; without that, the compiler, which begins."""
-    found = None if cache is None else programcache.read(cache, origin())
-    return found or Compiling()
+    made_of = origin()
+    found = None if cache is None else programcache.read(cache, made_of)
+    return found or Compiling(made_of)
 
 
 def load(maps: MeshMaps, cache: Path | None = None, found: Compiled | Compiling | None = None) -> Datapath:
@@ -122,7 +126,7 @@ def load(maps: MeshMaps, cache: Path | None = None, found: Compiled | Compiling 
             log.warning(
                 "the programs cached at an earlier start do not load, compiling again", error=str(exc)
             )
-        found = Compiling()
+        found = Compiling(origin())
     compiled = found.result()
     programcache.load(compiled, maps.pins, maps.ipcache_size)
     if cache is not None:

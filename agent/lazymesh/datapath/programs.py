@@ -146,13 +146,6 @@ def program_id(program: int) -> int:
     return int(info.id)
 
 
-def program_type(program: int) -> int:
-    """Return a program's type, as the kernel numbers it."""
-    info = _ProgramInfo()
-    get_info(program, info)
-    return int(info.type)
-
-
 def load_program(name: str, kind: int, license_words: str, code: bytes) -> int:
     """Load instructions as a program; return its file descriptor. OSError: its text has the verifier's complaint."""
     words = (kind, name.encode(), license_words.encode(), code, len(code) // _INSTRUCTION_SIZE)
