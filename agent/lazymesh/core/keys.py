@@ -150,7 +150,7 @@ def canary_key(resource: str, cached: bool, cluster: str) -> bytes:
 
 def identity_of_key(key: bytes, prefix: bytes) -> int | None:
     """Return the identity that a key under :func:`identities_prefix` names; None if it is not such a key."""
-    digits = key[len(prefix) :] if key.startswith(prefix) else b""
+    digits = _rest(key, prefix)
     if not digits.isdigit() or len(digits) > _MAX_IDENTITY_DIGITS or digits[:1] == b"0":
         return None
     return int(digits)
@@ -158,7 +158,7 @@ def identity_of_key(key: bytes, prefix: bytes) -> int | None:
 
 def node_of_key(key: bytes, prefix: bytes) -> str | None:
     """Return the node name of a key under :func:`nodes_prefix`; None if it is not such a key."""
-    name = key[len(prefix) :] if key.startswith(prefix) else b""
+    name = _rest(key, prefix)
     if not name or b"/" in name or not name.isascii():
         return None
     return name.decode("ascii")
@@ -166,3 +166,7 @@ def node_of_key(key: bytes, prefix: bytes) -> str | None:
 
 def _tree(cached: bool) -> str:
     return "cache" if cached else "state"
+
+
+def _rest(key: bytes, prefix: bytes) -> bytes:
+    return key[len(prefix) :] if key.startswith(prefix) else b""

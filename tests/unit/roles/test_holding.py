@@ -29,6 +29,7 @@ NETLINK = cast("Any", SimpleNamespace(run=lambda coroutine: coroutine))
 HOLDER = """#!/usr/bin/python3
 import socket, sys, time
 agent = socket.socket(fileno=int(sys.argv[3]))
+assert agent.recv(9) == b"b"
 agent.send(b'u{"ifindex": 7, "name": "lm_hold0"}')
 while agent.recv(65536)[:1] != b"g":
     pass
@@ -40,15 +41,31 @@ agent.recv(65536)
 """
 
 
+def as_holder(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, script: str) -> None:
+    """Put a script in place of the interpreter that runs holders."""
+    fake = tmp_path / "python"
+    fake.write_text(script, encoding="ascii")
+    fake.chmod(0o755)
+    monkeypatch.setattr(sys, "executable", str(fake))
+
+
+def keeper_at(pins: Path, first: HolderProcess | None = None) -> Holding:
+    """Have an agent's side that begins at once, without a datapath."""
+    datapath: Any = SimpleNamespace(
+        pins=SimpleNamespace(directory=pins), config=SimpleNamespace(change=lambda **_: None)
+    )
+    control: Any = SimpleNamespace(beat=lambda _now: None, set_limits=lambda _limits, _seconds: None)
+    keeper = Holding(datapath, control, HoldSettings(), NETLINK, first)
+    keeper.want()
+    return keeper
+
+
 async def test_holding_is_on_when_the_holder_says_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Not when it was told to: on a busy node that takes it a while, and missed packets pass until then.
 
     But what it parks before it is heard is answered, too.
     """
-    slow = tmp_path / "python"
-    slow.write_text(HOLDER, encoding="ascii")
-    slow.chmod(0o755)
-    monkeypatch.setattr(sys, "executable", str(slow))
+    as_holder(monkeypatch, tmp_path, HOLDER)
     prepared = asyncio.Event()
 
     async def prepare_tap(_datapath: object, index: int, name: str) -> None:
@@ -56,13 +73,7 @@ async def test_holding_is_on_when_the_holder_says_so(tmp_path: Path, monkeypatch
         prepared.set()
 
     monkeypatch.setattr(holding, "prepare_tap", prepare_tap)
-    nothing = {
-        "pins": SimpleNamespace(directory=tmp_path),
-        "config": SimpleNamespace(change=lambda **_: None),
-    }
-    control = SimpleNamespace(beat=lambda _now: None, set_limits=lambda _limits, _seconds: None)
-    keeper = Holding(cast("Any", SimpleNamespace(**nothing)), cast("Any", control), HoldSettings(), NETLINK)
-    keeper.want()
+    keeper = keeper_at(tmp_path)
     running = asyncio.create_task(keeper.run())
     async with asyncio.timeout(20):
         await prepared.wait()
@@ -85,20 +96,13 @@ async def test_a_holder_that_was_started_early_is_the_first_one(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """No second one is started, and it is told when to begin; one that has died by then is replaced."""
-    waits = tmp_path / "python"
-    waits.write_text(HOLDER.replace("agent.send(b'u", "assert agent.recv(9) == b'b'\nagent.send(b'u"))
-    waits.chmod(0o755)
-    monkeypatch.setattr(sys, "executable", str(waits))
+    as_holder(monkeypatch, tmp_path, HOLDER)
     monkeypatch.setattr(holding, "RESTART_S", 0.1)
 
     async def prepare_tap(*_: object) -> None:
         pass
 
     monkeypatch.setattr(holding, "prepare_tap", prepare_tap)
-    nothing: Any = SimpleNamespace(
-        pins=SimpleNamespace(directory=tmp_path), config=SimpleNamespace(change=lambda **_: None)
-    )
-    control: Any = SimpleNamespace(beat=lambda _now: None, set_limits=lambda _limits, _seconds: None)
     started: list[Path] = []
 
     def start(pins: Path) -> HolderProcess:
@@ -111,8 +115,7 @@ async def test_a_holder_that_was_started_early_is_the_first_one(
         if killed:
             first._process.kill()
             first._process.wait()
-        keeper = Holding(nothing, control, HoldSettings(), NETLINK, first)
-        keeper.want()
+        keeper = keeper_at(tmp_path, first)
         running = asyncio.create_task(keeper.run())
         async with asyncio.timeout(20):
             while keeper.state != "on":  # noqa: ASYNC110 (nothing tells)
@@ -127,15 +130,10 @@ async def test_a_holder_that_was_started_early_is_the_first_one(
 
 async def test_a_holder_that_never_starts_is_killed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """It was stopped at its birth, say: the agent says so, and tries another."""
-    stuck = tmp_path / "python"
-    stuck.write_text("#!/bin/sh\necho $$ >>${0%/*}/born\nexec sleep 60\n", encoding="ascii")
-    stuck.chmod(0o755)
-    monkeypatch.setattr(sys, "executable", str(stuck))
+    as_holder(monkeypatch, tmp_path, "#!/bin/sh\necho $$ >>${0%/*}/born\nexec sleep 60\n")
     monkeypatch.setattr(holding, "BIRTH_S", 0.5)
     monkeypatch.setattr(holding, "RESTART_S", 0.1)
-    datapath: Any = SimpleNamespace(pins=SimpleNamespace(directory=tmp_path))
-    keeper = Holding(datapath, cast("Any", SimpleNamespace(beat=lambda _now: None)), HoldSettings(), NETLINK)
-    keeper.want()
+    keeper = keeper_at(tmp_path)
     running = asyncio.create_task(keeper.run())
 
     def born() -> list[str]:
