@@ -11,7 +11,7 @@ the new one, which the journal describes; older ones get the same entries, and g
 from __future__ import annotations
 
 import math
-from itertools import compress, islice
+from itertools import compress, islice, repeat
 from typing import TYPE_CHECKING
 
 from msgspec.structs import replace
@@ -169,7 +169,7 @@ class Installer:
         added = sum(inserted)
         written = fresh if added == len(inserted) else _only(fresh, inserted)
         for each in written:
-            self._owned.update(dict.fromkeys(each.addresses, (each.entry, each.cluster_id)))
+            self._owned.update(zip(each.addresses, repeat((each.entry, each.cluster_id))))
             self._beside.difference_update(each.addresses if self._beside else ())
         self.added += added
         if added == count:
@@ -212,6 +212,9 @@ class Installer:
     def _write(self, fresh: Sequence[Install]) -> Sequence[bool]:
         if self._writer is not None and sum([len(each.addresses) for each in fresh]) > FEW:
             stand = self._writer.write(fresh)
+            written = [known for known in stand if known is not None]
+            if len(written) == len(stand):
+                return written
             return [
                 self._stands_as_written(*each) if known is None else known
                 for each, known in zip(_each(fresh), stand, strict=True)

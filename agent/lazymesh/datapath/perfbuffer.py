@@ -120,9 +120,10 @@ class PerfBuffer:
                 if kind == _RECORD_SAMPLE and at + length == len(data):  # a lone one, mostly
                     samples.append(data[at + 12 : at + 12 + raw_length])
                 elif kind == _RECORD_SAMPLE:
-                    alike = _alike(data, at, length, limit - read - len(samples))
-                    samples += [data[start + 12 : start + 12 + raw_length] for start in alike]
-                    at = alike.stop
+                    count = min((len(data) - at) // length, limit - read - len(samples))
+                    alike = _alike(data[at : at + count * length], length)
+                    samples += [sample for (sample,) in _samples(length, raw_length).iter_unpack(alike)]
+                    at += len(alike)
                     continue
                 elif kind == _RECORD_LOST:
                     self.lost += int.from_bytes(data[at + 16 : at + 24], sys.byteorder)
@@ -133,22 +134,22 @@ class PerfBuffer:
         return read
 
 
-def _alike(data: bytes, at: int, length: int, limit: int) -> range:
-    """Return the offsets of consecutive records with the first one's header: a program's samples have one size."""
-    count = min((len(data) - at) // length, limit)
-    heads = _heads(length).iter_unpack(data[at : at + count * length])
-    first = next(heads)
-    for index, head in enumerate(heads, 1):
-        if head != first:
-            count = index
-            break
-    return range(at, at + count * length, length)
+def _alike(data: bytes, length: int) -> bytes:
+    """Return the records at the beginning that have the first one's header: a program's samples have one size.
+
+    A record's length is a multiple of eight bytes, as much as its header has before the length of the sample, which
+    follows from that.
+    """
+    heads = memoryview(data).cast("Q")[:: length // 8].tolist()
+    if heads.count(heads[0]) == len(heads):
+        return data
+    return data[: length * next(index for index, head in enumerate(heads) if head != heads[0])]
 
 
 @lru_cache(maxsize=8)
-def _heads(length: int) -> struct.Struct:
-    """Return a layout that unpacks the headers of records of one length."""
-    return struct.Struct(f"{_RECORD.format}{length - _RECORD.size}x")
+def _samples(length: int, raw_length: int) -> struct.Struct:
+    """Return a layout that unpacks what samples hold, from records of one length."""
+    return struct.Struct(f"{_RECORD.size}x{raw_length}s{length - _RECORD.size - raw_length}x")
 
 
 class _Ring:

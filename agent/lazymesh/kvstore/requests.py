@@ -12,7 +12,7 @@ from lazymesh.kvstore import etcd_pb2 as pb
 from lazymesh.kvstore.model import KeyValue, ReadResult, Values
 
 if TYPE_CHECKING:
-    from collections.abc import Container, Sequence
+    from collections.abc import Sequence
 
 
 def prefix_end(prefix: bytes) -> bytes:
@@ -140,8 +140,7 @@ def values_of(response: pb.RangeResponse | pb.TxnResponse, reads: Reads) -> Valu
     values: list[bytes | None] = []
     left = iter(answers)
     for prefixes, names in reads.whole:
-        wanted = set(names)
-        below = [_below(prefix, wanted, next(left).response_range) for prefix in prefixes]
+        below = [_below(prefix, next(left).response_range) for prefix in prefixes]
         values += chain.from_iterable(zip(*[map(found.get, names) for found in below], strict=True))
     for op in left:
         kvs = op.response_range.kvs
@@ -149,13 +148,13 @@ def values_of(response: pb.RangeResponse | pb.TxnResponse, reads: Reads) -> Valu
     return Values(response.header.revision, tuple(values))
 
 
-def _below(prefix: bytes, wanted: Container[bytes], answer: pb.RangeResponse) -> dict[bytes, bytes]:
-    """Return the wanted values below a prefix, by name."""
+def _below(prefix: bytes, answer: pb.RangeResponse) -> dict[bytes, bytes]:
+    """Return the values below a prefix, by name."""
     if answer.more or len(answer.kvs) > WHOLE_MOST:  # the server need not honour the limit
         below = prefix.decode(errors="replace")
         raise KvstoreError(f"there are more than {WHOLE_MOST} keys below {below}*", "exhausted")
     cut = len(prefix)
-    return {name: kv.value for kv in answer.kvs if (name := kv.key[cut:]) in wanted}
+    return {kv.key[cut:]: kv.value for kv in answer.kvs}
 
 
 def next_page(answer: pb.RangeResponse, after: bytes | None) -> bytes | None:

@@ -266,7 +266,8 @@ class Wire:
                 return
             if len(body) - _PREFIX.size < size:
                 return
-            message = bytes(body[_PREFIX.size : _PREFIX.size + size])
+            with memoryview(body) as whole:  # a slice of the bytearray would be one more copy
+                message = bytes(whole[_PREFIX.size : _PREFIX.size + size])
             del body[: _PREFIX.size + size]
             exchange.on_message(message)
 

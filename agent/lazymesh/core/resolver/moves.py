@@ -310,8 +310,11 @@ class Moves:
         link = some[0].link
         missed_at = [tracked.missed_at for tracked in some]
         if link is not None and not cached and reason not in _UNANSWERED:
-            now, ready_at = self.now, link.ready_at
-            self.admission.took(link.name, [now - max(at, ready_at) for at in missed_at if at is not None])
+            now, most = self.now, self.now - link.ready_at
+            took = [now - at for at in missed_at if at is not None]
+            if took and max(took) > most:  # they missed before there could be an answer
+                took = [min(each, most) for each in took]
+            self.admission.took(link.name, took)
         cluster = link.name if link is not None else None
         self.carry_out(
             Report([each.address for each in some], cluster, outcome, reason, detail, missed_at, cached)

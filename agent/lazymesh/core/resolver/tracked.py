@@ -160,6 +160,12 @@ class Tracked(Struct, eq=False, gc=False):
         self.again = self.withdrawn = False
 
 
+# msgspec's own would keep the interpreter from its fast way to set a slot, three times as fast, a dozen times for each
+# address. It does more only for structs that the garbage collector knows.
+Tracked.__setattr__ = object.__setattr__  # type: ignore[method-assign]
+Tracked.__delattr__ = object.__delattr__  # type: ignore[method-assign]
+
+
 class Sent(Struct, eq=False):
     """A read in flight, and whom it was sent for."""
 
