@@ -7,6 +7,8 @@ import contextlib
 from typing import TYPE_CHECKING
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from lazymesh import __version__, metrics
 from lazymesh.errors import LazymeshError
@@ -224,10 +226,25 @@ def test_durations_are_a_histogram_by_outcome() -> None:
     assert sample("sum") == pytest.approx(60.0032)
 
 
-def test_what_came_before_its_miss_took_no_time() -> None:
+@pytest.mark.parametrize("times", [1, 100])
+def test_what_came_before_its_miss_took_no_time(times: int) -> None:
     """Clocks are read on two processors; such a duration counts, and takes nothing off the sum."""
     metrics = Metrics()
-    metrics.duration.observe("installed", [0.5, -2.0, 0.25])
+    metrics.duration.observe("installed", [0.5, -2.0, 0.25] * times)
     name, labels = "cilium_ipcache_miss_resolution_duration_seconds", {"outcome": "installed"}
-    assert metrics.registry.get_sample_value(f"{name}_sum", labels) == 0.75
-    assert metrics.registry.get_sample_value(f"{name}_count", labels) == 3
+    assert metrics.registry.get_sample_value(f"{name}_sum", labels) == 0.75 * times
+    assert metrics.registry.get_sample_value(f"{name}_count", labels) == 3 * times
+
+
+SECONDS = st.sampled_from(metrics.RESOLUTION_BUCKETS) | st.floats(-1, 10)
+
+
+@given(durations=st.lists(SECONDS, min_size=1, max_size=50))
+def test_durations_count_the_same_together_and_one_by_one(durations: list[float]) -> None:
+    """Those on a bound, too."""
+    together, apart = Metrics(), Metrics()
+    together.duration.observe("installed", durations)
+    for one in durations:
+        apart.duration.observe("installed", [one])
+    (expected,), (found,) = apart.duration.collect(), together.duration.collect()
+    assert [each.value for each in found.samples] == pytest.approx([each.value for each in expected.samples])

@@ -76,11 +76,16 @@ def encode_reads(reads: Reads) -> bytes:
         single = b"".join(parts)
     if not reads.whole:
         return single
-    ranges = [read_page(prefix, None, 0, WHOLE_MOST) for prefix in reads.prefixes]
-    return (
-        pb.TxnRequest(success=[pb.RequestOp(request_range=one) for one in ranges]).SerializeToString()
-        + single
-    )
+    prefixes = reads.prefixes
+    ranges = [_field(0x0A, prefix) + _field(0x12, prefix_end(prefix)) + _LIMITED for prefix in prefixes]
+    return b"".join([_field(0x12, _field(0x0A, one)) for one in ranges]) + single
+
+
+def _field(tag: int, content: bytes) -> bytes:
+    """Return a field of a message, with its tag and its length, which is below 16 KiB."""
+    size = len(content)
+    head = (tag, size) if size < 0x80 else (tag, size & 0x7F | 0x80, size >> 7)
+    return bytes(head) + content
 
 
 _SHORT = 100
@@ -88,6 +93,7 @@ _SHORT = 100
 _READ_OF = [bytes((0x12, size + 6, 0x0A, size + 4, 0x0A, size)) for size in range(_SHORT + 1)]
 """By the key's size: TxnRequest.success, RequestOp.request_range, RangeRequest.key, each with its length."""
 _SERIALIZABLE = pb.RangeRequest(serializable=True).SerializeToString()
+_LIMITED = pb.RangeRequest(limit=WHOLE_MOST, serializable=True).SerializeToString()
 
 
 def read_page(prefix: bytes, after: bytes | None, revision: int, limit: int) -> pb.RangeRequest:

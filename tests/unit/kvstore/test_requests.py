@@ -68,6 +68,14 @@ def test_reads_are_encoded_as_the_library_would(keys: list[bytes]) -> None:
     assert requests.encode_reads(Reads(keys)) == requests.read_batch(keys).SerializeToString()
 
 
+@given(prefixes=st.lists(st.binary(min_size=1, max_size=300), min_size=1, max_size=4))
+def test_reads_of_prefixes_are_encoded_as_the_library_would(prefixes: list[bytes]) -> None:
+    """Byte for byte, for lengths that take one byte and two."""
+    pages = [requests.read_page(prefix, None, 0, requests.WHOLE_MOST) for prefix in prefixes]
+    expected = pb.TxnRequest(success=[pb.RequestOp(request_range=page) for page in pages])
+    assert requests.encode_reads(Reads([], [Whole(prefixes, [b"1"])])) == expected.SerializeToString()
+
+
 def test_prefixes_are_read_before_keys_and_answered_key_by_key() -> None:
     """Only what is wanted of a prefix is told, in the order in which it is wanted."""
     reads = Reads([b"x/1"], [Whole([b"p/1.", b"q/1."], [b"2", b"9"]), Whole([b"p/2."], [b"5"])])
