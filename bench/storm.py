@@ -31,7 +31,7 @@ if TYPE_CHECKING:
 
     from tests.support.lab import Pod
 
-ADDRESSES, IN_A_ROW, REPEATS = 50_000, 500_000, 3
+ADDRESSES, IN_A_ROW, REPEATS = 50_000, 500_000, 5
 MAP_SIZE = 20 * 60_000
 """A twentieth of it is the agent's: more than one storm."""
 PATIENCE_S, LOOK_S, QUIET_S, SAMPLE = 180, 0.005, 0.05, 200
