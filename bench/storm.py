@@ -52,7 +52,8 @@ class Storm:
     sent_s: float
     """What the sender needed for the first of them."""
     wrong: int
-    missing: int
+    lost: int
+    """Addresses without an entry at the end."""
 
 
 class Resolving(Protocol):
@@ -178,7 +179,7 @@ def _of(runs: list[dict[str, Any]]) -> dict[str, Any]:
         "per_second": round(statistics.median(one["addresses"] / one["seconds"] for one in runs)),
         "cpu_us_each": _median(runs, "cpu_us_each"),
         "wrong": sum(one["wrong"] for one in runs),
-        "missing": sum(one["missing"] for one in runs),
+        "lost": sum(one["lost"] for one in runs),
     }
 
 
@@ -237,7 +238,7 @@ def _faults(where: str, figures: dict[str, Any]) -> list[Row]:
         Row(f"{what}{where}", str(figures[name]), "none", figures[name], 0, unit)
         for what, name, unit in (
             ("wrong entries", "wrong", "entries"),
-            ("addresses without an entry", "missing", "addresses"),
+            ("addresses without an entry", "lost", "addresses"),
             ("misses without a cause", "misses_without_cause", "misses"),
         )
     ]

@@ -96,7 +96,7 @@ def stormed(missing: int = 0, wrong: int = 0, **counts: int) -> dict[str, Any]:
     )
     return {
         "addresses": 10, "seconds": 1.0, "cpu_us_each": 1.0, "rounds": 1, "sent_s": 0.1, "wrong": wrong,
-        "missing": missing, "counts": counted, "watched_keys": 0, "watches": 0,
+        "lost": missing, "counts": counted, "watched_keys": 0, "watches": 0,
     }  # fmt: skip
 
 
