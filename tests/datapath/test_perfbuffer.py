@@ -66,12 +66,11 @@ class Ring:
 
 
 RECORDS = st.one_of(
-    st.tuples(st.just(9), st.integers(0, 1), st.sampled_from([16, 48, 48, 48, 64])),
-    st.tuples(st.just(2), st.just(0), st.just(16)),
-    st.tuples(st.integers(3, 8), st.just(0), st.just(32)),
+    st.tuples(st.just(9), st.integers(0, 1), st.sampled_from([12, 44, 44, 44, 60])),
+    st.tuples(st.just(2), st.just(0), st.just(20)),
+    st.tuples(st.integers(3, 8), st.just(0), st.just(28)),
 )
-"""Kind, flags, and the length behind the head: samples that are mostly alike, losses, others. The kernel makes every
-record a multiple of eight bytes."""
+"""Kind, flags, and the length behind the head: samples that are mostly alike, losses, others."""
 
 
 @settings(deadline=None)

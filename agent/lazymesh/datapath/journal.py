@@ -85,7 +85,5 @@ class Writer:
             except OSError:
                 written += [None] * len(abi.unpack_installed(run))
                 continue
-            errors = abi.unpack_installed(packet)
-            done = verdict == 0
-            written += [done and error == 0 for error in errors] if any(errors) else [done] * len(errors)
+            written += [verdict == 0 and error == 0 for error in abi.unpack_installed(packet)]
         return written

@@ -137,13 +137,18 @@ class PerfBuffer:
 def _alike(data: bytes, length: int) -> bytes:
     """Return the records at the beginning that have the first one's header: a program's samples have one size.
 
-    A record's length is a multiple of eight bytes, as much as its header has before the length of the sample, which
-    follows from that.
+    The eight bytes before the length of the sample are compared: that follows from the length of the record.
     """
-    heads = memoryview(data).cast("Q")[:: length // 8].tolist()
+    heads = [head for (head,) in _heads(length).iter_unpack(data)]
     if heads.count(heads[0]) == len(heads):
         return data
     return data[: length * next(index for index, head in enumerate(heads) if head != heads[0])]
+
+
+@lru_cache(maxsize=8)
+def _heads(length: int) -> struct.Struct:
+    """Return a layout that unpacks kind, flags and length, as one number, of records of one length."""
+    return struct.Struct(f"=Q{length - 8}x")
 
 
 @lru_cache(maxsize=8)
